@@ -1,0 +1,52 @@
+# `make demo` and `make test` are all a new machine needs; both install first.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: install demo test check lint types layers bench docs clean help
+
+help:
+	@echo "make demo    train an adapter on this machine and write runs/demo/report.html"
+	@echo "make test    run the tests"
+	@echo "make check   lint, types, layers and tests: what continuous integration runs"
+	@echo "make bench   measure speed; results go to benchmarks/results"
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints-cpu.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "Python 3.11 or newer is needed; try: make PYTHON=python3.12 install" >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints-cpu.txt -e '.[dev]'
+	@touch $@
+
+demo: install
+	$(BIN)/llama-adapter demo --out runs/demo
+
+test: install
+	$(BIN)/python -m pytest
+
+check: lint types layers test
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: install
+	$(BIN)/mypy
+
+layers: install
+	$(BIN)/lint-imports
+
+bench: install
+	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints-cpu.txt -e '.[bench]'
+	$(BIN)/python benchmarks/step.py
+	$(BIN)/python benchmarks/decode.py
+
+docs: install
+	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints-cpu.txt -e '.[docs]'
+	$(BIN)/mkdocs build --strict
+
+clean:
+	rm -rf build dist site .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
