@@ -1,0 +1,235 @@
+"""The semantics of an adapter as one frozen value, and the published settings as presets.
+
+V1, V2, chat and every released checkpoint are settings of the one mechanism described in
+`docs/how-it-works.md`; nothing else in the package asks which of them it is running.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from llama_adapter.errors import ConfigError
+
+FORMAT_VERSION = 1
+"""Version of the adapter directory's format, written to and checked from `adapter_config.json`."""
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "fusion": ("early", "late", "none"),
+    "visual_scope": ("all", "slots"),
+    "projector": ("query_transformer", "linear", "mlp"),
+    "gate": ("tanh", "raw"),
+    "scale_side": ("output", "input"),
+    "channel_order": ("rgb", "bgr"),
+    "frame_rule": ("mean", "concat", "late-mean"),
+}
+
+Targets = str | tuple[str, ...]
+"""`"all"`, `"none"`, or names of linears inside a decoder layer (`q_proj`, `down_proj`, …)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AdapterConfig:
+    """What an adapter computes; together with its tensors, everything about it.
+
+    Raises ConfigError at construction when a value is impossible. What depends on the base
+    (how many layers it has) is checked when the adapter is attached, by `resolve`.
+    """
+
+    prompt_length: int = 10
+    """Static prompts per adapted layer (V1 §3.1); 0 switches them off."""
+    prompt_layers: int | None = None
+    """How many of the last decoder layers carry static prompts; None: all without visual prompts."""
+    fusion: str = "early"
+    """`early`: visual prompts of their own in the first layers (V2 §4.3); `late`: the visual
+    prompt is added to every static prompt (V1, released V2); `none`: text only."""
+    visual_prompt_length: int = 20
+    """Visual prompts per picture; with late fusion it must be 1 or `prompt_length`."""
+    visual_layers: int = 1
+    """How many of the first decoder layers read visual prompts (early fusion)."""
+    visual_scope: str = "all"
+    """Which positions attend to visual prompts: `all` text tokens, or only placeholder `slots`."""
+    projector: str = "query_transformer"
+    """How vision features become visual prompts; see `model.visual_prompts.PROJECTORS`."""
+    projector_width: int = 512
+    """Width inside the `query_transformer` and `mlp` projectors."""
+    projector_blocks: int = 2
+    """Transformer blocks of the `query_transformer` projector."""
+    projector_heads: int = 8
+    """Attention heads of the `query_transformer` projector."""
+    vision_feature: int | str = -1
+    """Which tokens of the vision tower are read: an index into its hidden states (-1: the last,
+    after the final norm), or `projected` (CLIP: final norm and projection on every token)."""
+    frame_rule: str = "late-mean"
+    """How several frames or pictures become one set of visual prompts: `mean` of features,
+    `concat` of per-frame prompts, `late-mean` of per-frame prompts."""
+    bias_targets: Targets = "all"
+    """Linears with a learned bias (V2 §4.1)."""
+    scale_targets: Targets = "all"
+    """Linears with a learned scale (V2 §4.1)."""
+    scale_side: str = "output"
+    """`output`: s ⊙ (W x + b₀ + b), the paper; `input`: W (s ⊙ x) + b₀ + b, the released chat model."""
+    train_norms: bool = True
+    """Whether every norm of the decoder is learned."""
+    lora_rank: int = 0
+    """Rank of LoRA on all linears (no alpha); prompts bypass it. 0 switches it off."""
+    gate: str = "tanh"
+    """`tanh(g)` or the `raw` gate in front of prompt attention."""
+    gate_scale: bool = False
+    """A further learned scalar per layer times the gate (released LORA-BIAS checkpoints)."""
+    channel_order: str = "rgb"
+    """Channel order the adapter was trained with; the released multimodal models used `bgr`."""
+
+    def __post_init__(self) -> None:
+        for name, allowed in CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise ConfigError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
+        for name, least in (
+            ("prompt_length", 0),
+            ("visual_prompt_length", 1),
+            ("visual_layers", 1),
+            ("projector_width", 1),
+            ("projector_blocks", 1),
+            ("projector_heads", 1),
+            ("lora_rank", 0),
+        ):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ConfigError(f"{name} must be an integer of at least {least}, got {value!r}")
+        if self.prompt_layers is not None and self.prompt_layers < 0:
+            raise ConfigError(f"prompt_layers must be at least 0, got {self.prompt_layers}")
+        if isinstance(self.vision_feature, str) and self.vision_feature != "projected":
+            raise ConfigError(
+                f"vision_feature must be a layer index or 'projected', got {self.vision_feature!r}"
+            )
+        if self.fusion == "late":
+            if self.prompt_length == 0:
+                raise ConfigError("fusion 'late' adds to static prompts, but prompt_length is 0")
+            if self.visual_prompt_length not in (1, self.prompt_length):
+                raise ConfigError(
+                    f"fusion 'late' adds visual prompts to the {self.prompt_length} static ones: "
+                    f"visual_prompt_length must be 1 or {self.prompt_length}, "
+                    f"got {self.visual_prompt_length}"
+                )
+        if self.projector == "query_transformer" and self.projector_width % self.projector_heads:
+            raise ConfigError(
+                f"projector_width {self.projector_width} is not a multiple of "
+                f"projector_heads {self.projector_heads}"
+            )
+
+    @property
+    def sees(self) -> bool:
+        """Whether pictures have any influence."""
+        return self.fusion != "none"
+
+    def visual_layer_indices(self, num_layers: int) -> range:
+        """Layers that read visual prompts of their own."""
+        return range(self.visual_layers if self.fusion == "early" else 0)
+
+    def prompt_layer_indices(self, num_layers: int) -> range:
+        """Layers that carry static prompts.
+
+        Raises ConfigError if the base has too few layers or static and visual layers overlap.
+        """
+        visual = len(self.visual_layer_indices(num_layers))
+        if visual > num_layers:
+            raise ConfigError(f"visual_layers is {visual}, but the base has {num_layers} layers")
+        if self.prompt_length == 0:
+            return range(0)
+        count = num_layers - visual if self.prompt_layers is None else self.prompt_layers
+        if count + visual > num_layers:
+            raise ConfigError(
+                f"visual_layers {visual} + prompt_layers {count} exceed the base's "
+                f"{num_layers} layers; the two must not overlap"
+            )
+        return range(num_layers - count, num_layers)
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready dictionary; `from_dict` is its inverse."""
+        values = dataclasses.asdict(self)
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> AdapterConfig:
+        """Build from a dictionary; an unknown key is an error with a suggestion."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        for key in values:
+            if key not in known:
+                raise ConfigError(f"unknown adapter setting {key!r}{did_you_mean(key, known)}")
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+    @classmethod
+    def preset(cls, name: str, **overrides: Any) -> AdapterConfig:
+        """A published setting by name, with changes.
+
+        Raises ConfigError for an unknown preset or setting.
+        """
+        if name not in PRESETS:
+            raise ConfigError(
+                f"unknown preset {name!r}{did_you_mean(name, PRESETS)}; "
+                f"known: {', '.join(sorted(PRESETS))}"
+            )
+        return cls.from_dict({**PRESETS[name], **overrides})
+
+
+_LLAMA_BIAS = ("q_proj", "o_proj", "gate_proj", "down_proj", "up_proj")
+_NO_LINEARS: dict[str, Any] = {
+    "bias_targets": "none",
+    "scale_targets": "none",
+    "train_norms": False,
+}
+_RELEASED_PROJECTOR: dict[str, Any] = {
+    "projector": "query_transformer",
+    "projector_width": 768,
+    "projector_blocks": 8,
+    "projector_heads": 16,
+    "vision_feature": "projected",
+    "channel_order": "bgr",
+}
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # The paper (V2): early fusion in the first layer, everything else late.
+    "v2": {},
+    # V1, text: prompts in the last layers and nothing else (LLaMA-Adapter §3).
+    "v1": {"fusion": "none", **_NO_LINEARS},
+    # V1, multimodal: one pooled visual feature added to every static prompt (LLaMA-Adapter §3.3).
+    "v1-multimodal": {
+        "fusion": "late",
+        "visual_prompt_length": 1,
+        "projector": "linear",
+        **_NO_LINEARS,
+    },
+    # V2's language group alone, for multi-turn chat.
+    "v2-chat": {"fusion": "none"},
+    # The released files (DESIGN: "Released checkpoints differ from the paper").
+    "released-v1": {"fusion": "none", "prompt_layers": 30, **_NO_LINEARS},
+    "released-v2-bias": {
+        "fusion": "late",
+        "prompt_layers": 31,
+        "visual_prompt_length": 10,
+        "bias_targets": _LLAMA_BIAS,
+        "scale_targets": "none",
+        **_RELEASED_PROJECTOR,
+    },
+    "released-v2-lora-bias": {
+        "fusion": "late",
+        "prompt_layers": 31,
+        "visual_prompt_length": 10,
+        "bias_targets": _LLAMA_BIAS,
+        "scale_targets": "none",
+        "lora_rank": 16,
+        "gate_scale": True,
+        **_RELEASED_PROJECTOR,
+    },
+    "released-v2-chat": {"fusion": "none", "prompt_length": 0, "scale_side": "input"},
+}
+
+
+def did_you_mean(name: str, known: object) -> str:
+    """`"; did you mean 'x'?"` for a near miss, else nothing."""
+    names = [str(k) for k in known] if isinstance(known, (set, dict, list, tuple)) else []
+    close = difflib.get_close_matches(name, names, n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""

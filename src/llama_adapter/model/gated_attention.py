@@ -1,0 +1,371 @@
+"""Zero-initialised gated prompt attention (LLaMA-Adapter §3, V2 §3), through transformers' registry.
+
+Every attention module that carries prompts gets a child module, `adaption`. The registered
+attention functions run the base's own function unchanged and add
+
+    gate(g) · softmax(q k_Pᵀ / √D) v_P
+
+where k_P, v_P are the module's own projections of the prompts, not rotated.
+
+Shapes: B batch, T tokens, H query heads, G key/value heads, D head size, M prompts,
+I pictures, E prompt entries (pictures, or pictures and "no picture"), d hidden size.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from llama_adapter.errors import UnsupportedModelError
+from llama_adapter.model.groups import AdapterModule, Group
+from llama_adapter.model.scaled_linear import ScaledLinear
+
+PREFIX = "llama_adapter_"
+"""Registered names are this plus transformers' own, so `flash` and `sdpa` stay recognisable."""
+
+IMPLEMENTATIONS = ("eager", "sdpa", "flex_attention", "flash_attention_2")
+
+KeysValues = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VisualPrompts:
+    """The visual prompts of one forward pass and which tokens read them.
+
+    Exactly one of `row_B` and `token_BT` is set, unless both are None: then row i reads picture i.
+    """
+
+    prompts_IMd: Tensor
+    row_B: Tensor | None = None
+    """Which picture each row reads, -1 for none."""
+    token_BT: Tensor | None = None
+    """Which picture each token reads, -1 for none: for packed rows."""
+    mask_BT: Tensor | None = None
+    """Which tokens read visual prompts at all; None: every token."""
+    keys_values: dict[int, KeysValues] | None = None
+    """Keys and gated values per layer, made once for a whole generation."""
+
+    def reading(
+        self, *, row_B: Tensor | None, token_BT: Tensor | None, mask_BT: Tensor | None
+    ) -> VisualPrompts:
+        """The same prompts, read by other rows and tokens."""
+        return replace(self, row_B=row_B, token_BT=token_BT, mask_BT=mask_BT)
+
+
+class AdaptionPrompt(AdapterModule):
+    """The prompts that one attention module reads, with one gate per head, 0 at the start.
+
+    A static prompt owns its vectors; an early visual prompt owns only its gate and reads the
+    pass's VisualPrompts; with late fusion the two are added (V1 §3.3).
+    """
+
+    def __init__(
+        self,
+        attention: nn.Module,
+        *,
+        num_heads: int,
+        hidden_size: int,
+        prompt_length: int,
+        visual: bool,
+        gate: str,
+        gate_scale: bool,
+        device: torch.device,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        self.layer_index = int(attention.layer_idx)  # type: ignore[arg-type]
+        self.num_heads = num_heads
+        self.gate_kind = gate
+        self.visual = visual
+        self.prompt: nn.Parameter | None = None
+        if prompt_length:
+            # on the generator's device, so that a seed gives the same numbers everywhere
+            prompt_Md = torch.randn(prompt_length, hidden_size, generator=generator)
+            self.prompt = nn.Parameter((prompt_Md * hidden_size**-0.5).to(device))
+        self.gate = nn.Parameter(torch.zeros(num_heads, device=device))
+        self.gate_scale = nn.Parameter(torch.ones(1, device=device)) if gate_scale else None
+        self._static: KeysValues | None = None
+
+    @property
+    def group(self) -> Group:  # type: ignore[override]
+        """Static prompts and their gates are LANGUAGE, gates of visual prompts VISION."""
+        return Group.VISION if self.prompt is None else Group.LANGUAGE
+
+    def gate_values_H(self) -> Tensor:
+        """What multiplies each head's prompt attention; exactly 0 in a new adapter."""
+        gate_H = self.gate.tanh() if self.gate_kind == "tanh" else self.gate
+        return gate_H if self.gate_scale is None else gate_H * self.gate_scale
+
+    def entries_EMd(self, visual: VisualPrompts | None) -> Tensor | None:
+        """The prompts to attend to, one entry per picture; None if there is nothing to read.
+
+        With late fusion the last entry is the static prompt alone, for tokens without a picture.
+        """
+        if self.prompt is None:
+            return None if visual is None else visual.prompts_IMd
+        prompt_EMd = self.prompt.unsqueeze(0)
+        if not self.visual or visual is None:
+            return prompt_EMd
+        late_IMd = prompt_EMd + visual.prompts_IMd.to(prompt_EMd.dtype)
+        if visual.row_B is None and visual.token_BT is None:
+            return late_IMd
+        return torch.cat([late_IMd, prompt_EMd])
+
+    def keys_values(self, attention: nn.Module, entries_EMd: Tensor) -> KeysValues:
+        """Keys and gated values [E, H, M, D], float dtype of the module's projections.
+
+        The gate multiplies the values (M of them) rather than the attention output (T of them).
+        """
+        keys_EGMD, values_EGMD = project_prompt(attention, entries_EMd)
+        repeat = self.num_heads // keys_EGMD.shape[1]
+        if repeat > 1:
+            keys_EGMD = keys_EGMD.repeat_interleave(repeat, dim=1)
+            values_EGMD = values_EGMD.repeat_interleave(repeat, dim=1)
+        gate_H11 = self.gate_values_H().view(-1, 1, 1).to(values_EGMD.dtype)
+        return keys_EGMD, values_EGMD * gate_H11
+
+    @torch.no_grad()
+    def cache_static(self, attention: nn.Module) -> None:
+        """Keep keys and values of static prompts, for inference; `drop_cache` undoes it."""
+        if self.prompt is not None and not self.visual:
+            self._static = self.keys_values(attention, self.prompt.unsqueeze(0))
+
+    def drop_cache(self) -> None:
+        self._static = None
+
+    def forward(
+        self,
+        attention: nn.Module,
+        query_BHTD: Tensor,
+        visual: VisualPrompts | None,
+        *,
+        scaling: float,
+        softcap: float | None,
+    ) -> Tensor | None:
+        """What prompt attention adds, [B, T, H, D]; None if this pass has nothing to read."""
+        reads_visual = self.visual and visual is not None
+        if self._static is not None:
+            keys, values = self._static
+        elif reads_visual and visual.keys_values and self.layer_index in visual.keys_values:  # type: ignore[union-attr]
+            keys, values = visual.keys_values[self.layer_index]  # type: ignore[index, union-attr]
+        else:
+            entries_EMd = self.entries_EMd(visual)
+            if entries_EMd is None:
+                return None
+            keys, values = self.keys_values(attention, entries_EMd)
+        keys, values = keys.to(query_BHTD.dtype), values.to(query_BHTD.dtype)
+        if not reads_visual:
+            return _attend(query_BHTD, keys, values, None, scaling, softcap).transpose(1, 2)
+        assert visual is not None
+        has_static_entry = self.prompt is not None
+        return _attend_visual(
+            query_BHTD, keys, values, visual, scaling, softcap, has_static_entry
+        ).transpose(1, 2)
+
+    def extra_repr(self) -> str:
+        length = "no own" if self.prompt is None else str(self.prompt.shape[0])
+        return f"{length} prompts, {self.num_heads} gates, visual={self.visual}"
+
+
+def _attend(
+    query_BHTD: Tensor,
+    keys_EHMD: Tensor,
+    values_EHMD: Tensor,
+    mask: Tensor | None,
+    scaling: float,
+    softcap: float | None,
+) -> Tensor:
+    keys = keys_EHMD.expand(query_BHTD.shape[0], -1, -1, -1)
+    values = values_EHMD.expand(query_BHTD.shape[0], -1, -1, -1)
+    if softcap is None:
+        return F.scaled_dot_product_attention(
+            query_BHTD, keys, values, attn_mask=mask, scale=scaling
+        )
+    scores = query_BHTD @ keys.transpose(-1, -2) * scaling
+    scores = torch.tanh(scores / softcap) * softcap
+    if mask is not None:
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    return scores.float().softmax(-1).to(query_BHTD.dtype) @ values
+
+
+def _attend_visual(
+    query_BHTD: Tensor,
+    keys_EHMD: Tensor,
+    values_EHMD: Tensor,
+    visual: VisualPrompts,
+    scaling: float,
+    softcap: float | None,
+    has_static_entry: bool,
+) -> Tensor:
+    """Attention to each row's or token's own picture; nothing where there is none.
+
+    With a static entry (late fusion) a token without a picture reads the static prompts alone.
+    """
+    if visual.token_BT is not None:
+        return _attend_packed(
+            query_BHTD, keys_EHMD, values_EHMD, visual, scaling, softcap, has_static_entry
+        )
+    reads_BT = visual.mask_BT
+    if visual.row_B is not None:
+        # -1 picks the last entry: the static prompt alone, or a picture whose reading is zeroed
+        keys_EHMD, values_EHMD = keys_EHMD[visual.row_B], values_EHMD[visual.row_B]
+        if not has_static_entry:
+            sees_B1 = (visual.row_B >= 0).unsqueeze(1)
+            reads_BT = sees_B1 if reads_BT is None else sees_B1 & reads_BT
+    added_BHTD = _attend(query_BHTD, keys_EHMD, values_EHMD, None, scaling, softcap)
+    if reads_BT is None or has_static_entry:
+        return added_BHTD
+    return added_BHTD * reads_BT[:, None, :, None].to(added_BHTD.dtype)
+
+
+def _attend_packed(
+    query_BHTD: Tensor,
+    keys_EHMD: Tensor,
+    values_EHMD: Tensor,
+    visual: VisualPrompts,
+    scaling: float,
+    softcap: float | None,
+    has_static_entry: bool,
+) -> Tensor:
+    assert visual.token_BT is not None
+    num_entries, num_heads, length, head_size = keys_EHMD.shape
+    token_BT = visual.token_BT
+    if visual.mask_BT is not None:
+        token_BT = token_BT.masked_fill(~visual.mask_BT, -1)
+    # a token without a picture must still attend to something, or its softmax is 0/0
+    fallback = num_entries - 1
+    entry_BT = token_BT.masked_fill(token_BT < 0, fallback)
+    owner_K = torch.arange(num_entries, device=token_BT.device).repeat_interleave(length)
+    mask_B1TK = (entry_BT[:, :, None] == owner_K).unsqueeze(1)
+    shape = (1, num_heads, num_entries * length, head_size)
+    keys = keys_EHMD.transpose(0, 1).reshape(shape)
+    values = values_EHMD.transpose(0, 1).reshape(shape)
+    added_BHTD = _attend(query_BHTD, keys, values, mask_B1TK, scaling, softcap)
+    if has_static_entry:
+        return added_BHTD
+    return added_BHTD * (token_BT >= 0)[:, None, :, None].to(added_BHTD.dtype)
+
+
+def project_prompt(attention: nn.Module, x_EMd: Tensor) -> KeysValues:
+    """Keys and values [E, G, M, D] of prompts by the module's own projections, not rotated.
+
+    Learned bias and scale apply, LoRA does not; a key norm applies where the family has one.
+    Raises UnsupportedModelError for an attention module whose projections are unknown.
+    """
+    entries, length, _ = x_EMd.shape
+    if hasattr(attention, "k_proj"):
+        keys = _project(attention.k_proj, x_EMd)  # type: ignore[arg-type]
+        values = _project(attention.v_proj, x_EMd)  # type: ignore[arg-type]
+        head_size = int(attention.head_dim)  # type: ignore[arg-type]
+        norm = getattr(attention, "k_norm", None)
+        if norm is not None and norm.weight.shape[0] != head_size:
+            keys, norm = norm(keys), None  # olmo2 normalises all heads together
+        keys = keys.view(entries, length, -1, head_size)
+        if norm is not None:
+            keys = norm(keys)
+        return keys.transpose(1, 2), values.view(entries, length, -1, head_size).transpose(1, 2)
+    if hasattr(attention, "qkv_proj"):  # phi3: queries, keys, values side by side
+        head_size = int(attention.head_dim)  # type: ignore[arg-type]
+        size = int(attention.num_key_value_heads) * head_size  # type: ignore[arg-type]
+        fused = _project(attention.qkv_proj, x_EMd)  # type: ignore[arg-type]
+        keys, values = fused[..., -2 * size : -size], fused[..., -size:]
+        keys = keys.reshape(entries, length, -1, head_size).transpose(1, 2)
+        return keys, values.reshape(entries, length, -1, head_size).transpose(1, 2)
+    if hasattr(attention, "query_key_value"):  # gpt_neox: interleaved head by head
+        fused = _project(attention.query_key_value, x_EMd)  # type: ignore[arg-type]
+        size = 3 * int(attention.head_size)  # type: ignore[arg-type]
+        _, keys, values = (
+            fused.view(entries, length, -1, size).transpose(1, 2).chunk(3, dim=-1)
+        )
+        return keys, values
+    raise UnsupportedModelError(
+        f"{type(attention).__name__} has none of k_proj, qkv_proj, query_key_value: "
+        "keys and values of prompts cannot be made"
+    )
+
+
+def _project(linear: nn.Module, x: Tensor) -> Tensor:
+    x = x.to(linear.weight.dtype) if linear.weight.is_floating_point() else x  # type: ignore[operator, arg-type]
+    if isinstance(linear, ScaledLinear):
+        return linear.without_lora(x)
+    return linear(x)  # type: ignore[no-any-return]
+
+
+_captured: ContextVar[list[KeysValues] | None] = ContextVar("captured", default=None)
+
+
+@contextmanager
+def capture_keys_values() -> Iterator[list[KeysValues]]:
+    """Inside, adapted attention records the keys and values it was given; for the self-check."""
+    captured: list[KeysValues] = []
+    token = _captured.set(captured)
+    try:
+        yield captured
+    finally:
+        _captured.reset(token)
+
+
+def _eager_of(module: nn.Module) -> Callable[..., Any]:
+    for cls in type(module).__mro__:
+        function = getattr(sys.modules.get(cls.__module__), "eager_attention_forward", None)
+        if function is not None:
+            return function  # type: ignore[no-any-return]
+    raise UnsupportedModelError(f"no eager attention function beside {type(module).__name__}")
+
+
+def _adapted_attention(implementation: str) -> Callable[..., Any]:
+    def attention_forward(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Any,
+        *args: Any,
+        visual_prompts: VisualPrompts | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        if not torch.compiler.is_compiling():
+            captured = _captured.get()
+            if captured is not None:
+                captured.append((key, value))
+        if implementation == "eager":
+            base = _eager_of(module)
+        else:
+            base = ALL_ATTENTION_FUNCTIONS[implementation]
+        output, weights = base(module, query, key, value, attention_mask, *args, **kwargs)
+        adaption = getattr(module, "adaption", None)
+        if adaption is None:
+            return output, weights
+        scaling = kwargs.get("scaling")
+        if scaling is None:
+            scaling = getattr(module, "scaling", None) or query.shape[-1] ** -0.5
+        added = adaption(
+            module, query, visual_prompts, scaling=scaling, softcap=kwargs.get("softcap")
+        )
+        return (output if added is None else output + added), weights
+
+    attention_forward.__name__ = PREFIX + implementation
+    return attention_forward
+
+
+def register_attention() -> None:
+    """Register our attention beside transformers' own, masks included.
+
+    Without the mask entry a model would silently run with no mask at all.
+    """
+    for implementation in IMPLEMENTATIONS:
+        AttentionInterface.register(PREFIX + implementation, _adapted_attention(implementation))
+        AttentionMaskInterface.register(
+            PREFIX + implementation, ALL_MASK_ATTENTION_FUNCTIONS[implementation]
+        )
