@@ -1,0 +1,1 @@
+"""Images, prompt templates and the processor: from conversations to model inputs."""
