@@ -90,9 +90,10 @@ class AdaptionPrompt(AdapterModule):
         self.visual = visual
         self.prompt: nn.Parameter | None = None
         if prompt_length:
-            # on the generator's device, so that a seed gives the same numbers everywhere
+            # unit variance, like the normalised hidden states that share these projections;
+            # drawn on the CPU, so that a seed gives the same numbers everywhere
             prompt_Md = torch.randn(prompt_length, hidden_size, generator=generator)
-            self.prompt = nn.Parameter((prompt_Md * hidden_size**-0.5).to(device))
+            self.prompt = nn.Parameter(prompt_Md.to(device))
         self.gate = nn.Parameter(torch.zeros(num_heads, device=device))
         self.gate_scale = nn.Parameter(torch.ones(1, device=device)) if gate_scale else None
         self._static: KeysValues | None = None
@@ -285,9 +286,7 @@ def project_prompt(attention: nn.Module, x_EMd: Tensor) -> KeysValues:
     if hasattr(attention, "query_key_value"):  # gpt_neox: interleaved head by head
         fused = _project(attention.query_key_value, x_EMd)  # type: ignore[arg-type]
         size = 3 * int(attention.head_size)  # type: ignore[arg-type]
-        _, keys, values = (
-            fused.view(entries, length, -1, size).transpose(1, 2).chunk(3, dim=-1)
-        )
+        _, keys, values = fused.view(entries, length, -1, size).transpose(1, 2).chunk(3, dim=-1)
         return keys, values
     raise UnsupportedModelError(
         f"{type(attention).__name__} has none of k_proj, qkv_proj, query_key_value: "

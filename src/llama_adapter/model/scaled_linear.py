@@ -75,18 +75,19 @@ class ScaledLinear(AdapterModule):
 
     def without_lora(self, x: Tensor) -> Tensor:
         """The same linear without LoRA, as prompts see it (released V2)."""
-        if self.scale is None:
+        if self.scale_side == "input" and self.scale is not None:
+            y = self.base_layer((x * self.scale).to(x.dtype))
+            scale = None
+        else:
             y = self.base_layer(x)
-            return y if self.bias_shift is None else y + self.bias_shift.to(y.dtype)
-        if self.scale_side == "input":
-            y = self.base_layer(x * self.scale.to(x.dtype))
-            return y if self.bias_shift is None else y + self.bias_shift.to(y.dtype)
-        y = self.base_layer(x)
-        scale = self.scale.to(y.dtype)
+            scale = self.scale
+        # In float32 and rounded once: a bfloat16 scale could not move from 1 by less than 0.004.
+        if scale is None:
+            return y if self.bias_shift is None else (y + self.bias_shift).to(y.dtype)
         if self.bias_shift is None:
-            return y * scale
-        # one fused pass over the activations: s⊙b + s⊙y
-        return torch.addcmul(scale * self.bias_shift.to(y.dtype), scale, y)
+            return (y * scale).to(y.dtype)
+        # one fused pass over the activations
+        return torch.addcmul(scale * self.bias_shift, scale, y).to(y.dtype)
 
     @torch.no_grad()
     def fold(self) -> bool:

@@ -1,0 +1,434 @@
+"""The adapted model: a frozen decoder, a frozen vision tower and adapters, as one Hugging Face model.
+
+The only place where vision meets language.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from llama_adapter.config import AdapterConfig
+from llama_adapter.errors import ConfigError
+from llama_adapter.model.attach import Adapter
+from llama_adapter.model.configuration import LlamaAdapterConfig
+from llama_adapter.model.gated_attention import AdaptionPrompt, VisualPrompts
+from llama_adapter.model.groups import Group
+from llama_adapter.model.persistence import AdapterPersistence
+from llama_adapter.model.references import describe_model, load_language_model, load_vision
+from llama_adapter.model.scaled_linear import ScaledLinear
+from llama_adapter.model.visual_prompts import (
+    vision_feature_size,
+    vision_features,
+    vision_tower_of,
+)
+
+IGNORE_INDEX = -100
+"""Label of a position that is not scored."""
+
+
+class LlamaAdapterForConditionalGeneration(AdapterPersistence, PreTrainedModel, GenerationMixin):  # type: ignore[misc]
+    """A frozen text LLM that reads pictures through a small adapter.
+
+    Build one with `from_base`, or load one with `from_pretrained`. The base's numbers never
+    change; `disable_adapters` gives it back exactly.
+    """
+
+    config_class = LlamaAdapterConfig
+    main_input_name = "input_ids"
+    input_modalities = ("image", "text")
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _is_stateful: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        config: LlamaAdapterConfig,
+        *,
+        language_model: PreTrainedModel,
+        vision: nn.Module | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        config.bind_text_config(language_model.config.get_text_config())
+        super().__init__(config)
+        self.language_model = language_model.requires_grad_(False)
+        self.vision = None if vision is None else vision_tower_of(vision)
+        self.generation_config = language_model.generation_config
+        self._no_split_modules = getattr(language_model, "_no_split_modules", None)
+        self.all_tied_weights_keys: dict[str, str] = {}
+        self._adapters: dict[str, Adapter] = {}
+        self.active_adapter: str = "default"
+        self.visual: nn.Module | None = None
+        self._adapters["default"] = self._new_adapter(config.adapter_config, generator=generator)
+        self.visual = self._adapters["default"].projection
+        self.train(language_model.training)
+
+    @classmethod
+    def from_base(
+        cls,
+        language_model: PreTrainedModel | str,
+        vision: nn.Module | str | None = None,
+        config: LlamaAdapterConfig | None = None,
+        *,
+        seed: int | None = None,
+        dtype: torch.dtype | str | None = None,
+        device_map: Any = None,
+        quantization_config: Any = None,
+        attn_implementation: str | None = None,
+    ) -> LlamaAdapterForConditionalGeneration:
+        """A fresh adapter on a base: it changes the base's logits by exactly 0.0.
+
+        `language_model` and `vision` are loaded transformers models, or names or paths (then
+        `dtype`, `device_map`, `quantization_config`, `attn_implementation` apply). Without
+        `vision` the config's fusion becomes `none`.
+
+        Raises UnsupportedModelError for a family that cannot be adapted and ConfigError for
+        a setting that the base cannot carry.
+        """
+        if isinstance(language_model, str):
+            language_model = load_language_model(
+                language_model,
+                dtype=dtype,
+                device_map=device_map,
+                quantization_config=quantization_config,
+                attn_implementation=attn_implementation,
+            )
+        if isinstance(vision, str):
+            vision = load_vision(vision, device=language_model.device)
+        if config is None:
+            config = LlamaAdapterConfig()
+        semantics = config.adapter_config
+        if vision is None and semantics.sees:
+            semantics = AdapterConfig.from_dict({**semantics.to_dict(), "fusion": "none"})
+        config = LlamaAdapterConfig(
+            adapter=semantics,
+            base=describe_model(language_model),
+            vision=None if vision is None else describe_model(vision),
+        )
+        generator = None if seed is None else torch.Generator().manual_seed(seed)
+        with _seeded(seed):
+            return cls(config, language_model=language_model, vision=vision, generator=generator)
+
+    def _new_adapter(
+        self, semantics: AdapterConfig, *, generator: torch.Generator | None = None
+    ) -> Adapter:
+        size = None
+        if semantics.sees and self.vision is not None:
+            size = vision_feature_size(self.vision, semantics)
+        return Adapter(self.language_model, semantics, feature_size=size, generator=generator)
+
+    # --- the forward pass -------------------------------------------------------------------
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        visual_features: Tensor | None = None,
+        visual_prompts: VisualPrompts | None = None,
+        image_index: Tensor | None = None,
+        visual_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        num_answer_tokens: Tensor | int | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits [B, T, vocab], and the loss if `labels` [B, T] are given.
+
+        Pictures come as `pixel_values` [I, 3, H, W] (or [I, F, 3, H, W] for frames), as
+        `visual_features` [I, P, C] of the tower, or as `visual_prompts` of `encode_visual`.
+        `image_index` says which picture each row [B] or token [B, T] reads, -1 for none
+        (default: row i reads picture i); `visual_mask` [B, T] which tokens read at all.
+        The loss is cross-entropy over answer tokens (labels other than -100, shifted here),
+        divided by `num_answer_tokens` (default: those of this batch). With labels and
+        `logits_to_keep` left at 0, all logits are returned.
+        """
+        if visual_prompts is None and (pixel_values is not None or visual_features is not None):
+            visual_prompts = self.encode_visual(pixel_values, visual_features=visual_features)
+        if visual_prompts is not None:
+            visual_prompts = visual_prompts.reading(**_readers(image_index, visual_mask))
+        output = self.language_model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            logits_to_keep=logits_to_keep,
+            **({} if visual_prompts is None else {"visual_prompts": visual_prompts}),
+            **kwargs,
+        )
+        if labels is not None:
+            output.loss = answer_loss(
+                output.logits, labels, num_answer_tokens=num_answer_tokens, kept=logits_to_keep
+            )
+        return output  # type: ignore[no-any-return]
+
+    def encode_visual(
+        self,
+        pixel_values: Tensor | None = None,
+        *,
+        visual_features: Tensor | None = None,
+        cache: bool = False,
+    ) -> VisualPrompts | None:
+        """Visual prompts of pictures; None if the active adapter reads none.
+
+        `cache` also makes the keys and gated values of every layer that reads them alone, for
+        many forward passes with the same numbers: for inference only.
+        Raises ConfigError if there is no vision tower to read pixels with.
+        """
+        if self.visual is None:
+            return None
+        if visual_features is None:
+            if self.vision is None:
+                raise ConfigError("pictures were given, but this model has no vision tower")
+            assert pixel_values is not None
+            visual_features = vision_features(
+                self.vision, pixel_values.to(self.vision.device), self.adapter_config
+            )
+        prompts_IMd = self.visual(visual_features)
+        prompts_IMd = prompts_IMd.to(self.language_model.get_input_embeddings().weight.device)
+        visual = VisualPrompts(prompts_IMd=prompts_IMd)
+        return self._with_keys(visual) if cache else visual
+
+    @torch.no_grad()
+    def _with_keys(self, visual: VisualPrompts) -> VisualPrompts:
+        late = self.adapter_config.fusion == "late"
+        # an explicit reading makes late fusion keep its entry for rows without a picture
+        source = visual.reading(
+            row_B=torch.arange(len(visual.prompts_IMd)) if late else None,
+            token_BT=None,
+            mask_BT=None,
+        )
+        keys_values = {}
+        for attention, adaption in self._adapters[self.active_adapter].prompts():
+            if adaption.visual:
+                entries = adaption.entries_EMd(source)
+                assert entries is not None
+                keys_values[adaption.layer_index] = adaption.keys_values(attention, entries)
+        return VisualPrompts(prompts_IMd=visual.prompts_IMd, keys_values=keys_values)
+
+    # --- generation -------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def generate(
+        self,
+        inputs: Tensor | None = None,
+        *args: Any,
+        pixel_values: Tensor | None = None,
+        visual_features: Tensor | None = None,
+        visual_prompts: VisualPrompts | None = None,
+        image_index: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """transformers' `generate`; each picture passes the tower and the projections once."""
+        if visual_prompts is None and (pixel_values is not None or visual_features is not None):
+            visual_prompts = self.encode_visual(
+                pixel_values, visual_features=visual_features, cache=True
+            )
+        if visual_prompts is not None:
+            if image_index is None:
+                image_index = torch.arange(len(visual_prompts.prompts_IMd), device=self.device)
+            kwargs |= {"visual_prompts": visual_prompts, "image_index": image_index}
+        return super().generate(inputs, *args, **kwargs)
+
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        inputs: dict[str, Any] = super().prepare_inputs_for_generation(*args, **kwargs)
+        mask = inputs.get("visual_mask")
+        if mask is not None:
+            new_tokens = inputs["input_ids"].shape[1]
+            inputs["visual_mask"] = mask[:, -new_tokens:]
+            is_later = mask.shape[1] != new_tokens
+            if is_later and self.adapter_config.visual_scope == "slots":
+                # no slot among generated tokens: nothing reads the picture any more
+                inputs["visual_prompts"] = inputs["visual_mask"] = None
+        return inputs
+
+    def _update_model_kwargs_for_generation(
+        self, outputs: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> dict[str, Any]:
+        updated: dict[str, Any] = super()._update_model_kwargs_for_generation(
+            outputs, model_kwargs, *args, **kwargs
+        )
+        mask = updated.get("visual_mask")
+        if mask is not None:
+            reads = self.adapter_config.visual_scope == "all"
+            new_tokens = updated["attention_mask"].shape[1] - mask.shape[1]
+            added = mask.new_full((mask.shape[0], new_tokens), reads)
+            updated["visual_mask"] = torch.cat([mask, added], dim=1)
+        return updated
+
+    # --- parameters -------------------------------------------------------------------------
+
+    @property
+    def adapter_config(self) -> AdapterConfig:
+        """Semantics of the active adapter."""
+        return self._adapters[self.active_adapter].config
+
+    @property
+    def adapter(self) -> Adapter:
+        """The active adapter's modules."""
+        return self._adapters[self.active_adapter]
+
+    def group_parameters(self, group: Group | str) -> list[nn.Parameter]:
+        """Trainable parameters of one of the two disjoint groups, `vision` or `language`."""
+        return [p for _, p in self.adapter.named_parameters(Group(group))]
+
+    def prepare_for_inference(self) -> None:
+        """Fold bias and scale into the linears and keep keys and values of static prompts.
+
+        Same logits to rounding, at the base model's speed; needs memory for a second copy of the
+        adapted weights. Undone by `prepare_for_training`. Quantised linears stay unfolded.
+        """
+        adapter = self.adapter
+        self.prepare_for_training()
+        for attention, adaption in adapter.prompts():
+            adaption.cache_static(attention)
+        for _, module in adapter.modules():
+            if isinstance(module, ScaledLinear):
+                module.fold()
+        adapter.is_prepared = True
+        self.eval()
+
+    def prepare_for_training(self) -> None:
+        """Undo `prepare_for_inference`: every trainable computes and learns again."""
+        for _, module in self.adapter.modules():
+            if isinstance(module, ScaledLinear):
+                module.unfold()
+            elif isinstance(module, AdaptionPrompt):
+                module.drop_cache()
+        self.adapter.is_prepared = False
+
+    def disable_adapters(self) -> None:
+        """Take the active adapter off: the base, exactly."""
+        if self.adapter.is_attached:
+            self.adapter.detach()
+            self.visual = None
+
+    def enable_adapters(self) -> None:
+        """Put the active adapter back on."""
+        if not self.adapter.is_attached:
+            self.adapter.attach()
+            self.visual = self.adapter.projection
+
+    @contextmanager
+    def adapters_disabled(self) -> Iterator[None]:
+        """The base alone within a block."""
+        was_attached = self.adapter.is_attached
+        self.disable_adapters()
+        try:
+            yield
+        finally:
+            if was_attached:
+                self.enable_adapters()
+
+    def set_adapter(self, name: str) -> None:
+        """Make a loaded adapter the active one; ConfigError if there is none of that name."""
+        if name not in self._adapters:
+            raise ConfigError(f"no adapter {name!r}; loaded: {', '.join(sorted(self._adapters))}")
+        self.disable_adapters()
+        self.active_adapter = name
+        self.enable_adapters()
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Names of the loaded adapters."""
+        return tuple(self._adapters)
+
+    def train(self, mode: bool = True) -> LlamaAdapterForConditionalGeneration:
+        super().train(mode)
+        if self.vision is not None:
+            self.vision.eval()  # the tower is frozen, dropout included
+        return self
+
+    # --- what transformers asks of a model --------------------------------------------------
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()  # type: ignore[no-any-return]
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.language_model.get_output_embeddings()  # type: ignore[no-any-return]
+
+    def get_decoder(self) -> nn.Module:
+        return self.language_model.get_decoder()  # type: ignore[no-any-return]
+
+    def gradient_checkpointing_enable(self, **kwargs: Any) -> None:
+        """Recompute activations in the backward pass, always non-reentrant."""
+        self.language_model.gradient_checkpointing_enable(
+            gradient_checkpointing_kwargs={"use_reentrant": False}
+        )
+
+    def gradient_checkpointing_disable(self) -> None:
+        self.language_model.gradient_checkpointing_disable()
+
+    @property
+    def device(self) -> torch.device:
+        return self.language_model.device  # type: ignore[no-any-return]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.language_model.dtype  # type: ignore[no-any-return]
+
+
+def answer_loss(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    num_answer_tokens: Tensor | int | None = None,
+    kept: int | Tensor = 0,
+) -> Tensor:
+    """Cross-entropy over answer tokens, divided by their number (of the whole global step).
+
+    logits [B, T, V] predict the next position's label; `kept` are the positions [T'] that the
+    logits stand for, if not all. A batch without answer tokens has loss 0, with a gradient.
+    """
+    targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+    if isinstance(kept, Tensor):
+        targets = targets[:, kept.to(targets.device)]
+    elif kept:
+        targets = targets[:, -kept:]
+    targets = targets.to(logits.device)
+    total = F.cross_entropy(
+        logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
+    )
+    if num_answer_tokens is None:
+        num_answer_tokens = (targets != IGNORE_INDEX).sum().clamp(min=1)
+    return total / num_answer_tokens
+
+
+def scored_positions(labels: Tensor) -> Tensor:
+    """Positions [T'] whose logits some row's loss needs: pass them as `logits_to_keep`."""
+    return (labels[:, 1:] != IGNORE_INDEX).any(0).nonzero().flatten()
+
+
+def _readers(image_index: Tensor | None, visual_mask: Tensor | None) -> dict[str, Any]:
+    packed = image_index is not None and image_index.ndim == 2
+    return {
+        "row_B": None if packed else image_index,
+        "token_BT": image_index if packed else None,
+        "mask_BT": visual_mask,
+    }
+
+
+@contextmanager
+def _seeded(seed: int | None) -> Iterator[None]:
+    """Modules that draw their weights from the global generator draw them from `seed`."""
+    if seed is None:
+        yield
+        return
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield

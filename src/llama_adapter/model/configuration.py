@@ -1,0 +1,130 @@
+"""The Hugging Face configuration of an adapted model, stored as `adapter_config.json`.
+
+`config.json` beside it is a stub with the model type, for the Auto classes; the semantics
+stand in one place only.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from llama_adapter.config import FORMAT_VERSION, AdapterConfig
+from llama_adapter.errors import CheckpointError, ConfigError
+
+ADAPTER_CONFIG_NAME = "adapter_config.json"
+_FIELDS = ("adapter", "base", "vision")
+
+
+class LlamaAdapterConfig(PreTrainedConfig):  # type: ignore[misc, no-untyped-call]
+    """What the adapter computes and which base and vision tower it belongs to.
+
+    `adapter` is an AdapterConfig as a dictionary; `base` and `vision` are references:
+    `name_or_path` (a name, a path, or a path relative to the adapter directory),
+    `revision`, `fingerprint` and shape of the model that the adapter was trained on.
+    """
+
+    model_type = "llama_adapter"
+
+    def __init__(
+        self,
+        adapter: dict[str, Any] | AdapterConfig | None = None,
+        base: dict[str, Any] | None = None,
+        vision: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if adapter is None:
+            adapter = AdapterConfig()
+        elif not isinstance(adapter, AdapterConfig):
+            adapter = AdapterConfig.from_dict(adapter)
+        self.adapter = adapter.to_dict()
+        self.base = base
+        self.vision = vision
+        self._text_config: PreTrainedConfig | None = None
+        super().__init__(**kwargs)
+
+    @property
+    def adapter_config(self) -> AdapterConfig:
+        """The semantics as a checked value."""
+        return AdapterConfig.from_dict(self.adapter)
+
+    @classmethod
+    def preset(cls, name: str, **overrides: Any) -> LlamaAdapterConfig:
+        """A published setting by name, with changes; ConfigError for an unknown name or key."""
+        return cls(adapter=AdapterConfig.preset(name, **overrides))
+
+    def bind_text_config(self, text_config: PreTrainedConfig) -> None:
+        """Let generation and caches see the base's shapes; never stored."""
+        self._text_config = text_config
+
+    def get_text_config(self, *args: Any, **kwargs: Any) -> PreTrainedConfig:
+        return self if self._text_config is None else self._text_config
+
+    def to_dict(self) -> dict[str, Any]:
+        values = {name: getattr(self, name) for name in _FIELDS}
+        return {"model_type": self.model_type, "format_version": FORMAT_VERSION, **values}
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        return self.to_dict()
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """Write `adapter_config.json` and the stub `config.json`."""
+        directory = Path(save_directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        stub = {
+            "model_type": self.model_type,
+            "architectures": ["LlamaAdapterForConditionalGeneration"],
+        }
+        for name, content in ((ADAPTER_CONFIG_NAME, self.to_dict()), ("config.json", stub)):
+            temporary = directory / f".{name}.tmp"
+            temporary.write_text(json.dumps(content, indent=2) + "\n")
+            temporary.replace(directory / name)
+
+    @classmethod
+    def get_config_dict(
+        cls, pretrained_model_name_or_path: Any, **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Read an adapter directory; CheckpointError says what is wrong with it."""
+        return read_adapter_config(Path(pretrained_model_name_or_path)), kwargs
+
+    @classmethod
+    def from_dict(
+        cls, config_dict: dict[str, Any], **kwargs: Any
+    ) -> LlamaAdapterConfig | tuple[LlamaAdapterConfig, dict[str, Any]]:
+        return_unused = kwargs.pop("return_unused_kwargs", False)
+        config = cls(**{name: config_dict.get(name) for name in _FIELDS})
+        return (config, kwargs) if return_unused else config
+
+
+def read_adapter_config(directory: Path) -> dict[str, Any]:
+    """The checked content of `adapter_config.json` in an adapter directory."""
+    path = directory / ADAPTER_CONFIG_NAME
+    if not path.is_file():
+        raise CheckpointError(
+            f"{directory} is no adapter directory: {ADAPTER_CONFIG_NAME} is missing"
+        )
+    try:
+        content = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(content, dict) or content.get("model_type") != LlamaAdapterConfig.model_type:
+        raise CheckpointError(
+            f"{path} does not describe a llama_adapter model "
+            "(is this an adapter of another library?)"
+        )
+    version = content.get("format_version")
+    if version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path} has format version {version!r}, this package reads {FORMAT_VERSION}"
+        )
+    unknown = sorted(set(content) - {*_FIELDS, "model_type", "format_version"})
+    if unknown:
+        raise CheckpointError(f"{path} has unknown keys {unknown}")
+    try:
+        AdapterConfig.from_dict(content["adapter"])
+    except (ConfigError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    return content

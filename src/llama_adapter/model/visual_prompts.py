@@ -1,0 +1,183 @@
+"""From pictures to visual prompts: a frozen vision tower and a small learned projector (V2 §4.2).
+
+Shapes: I pictures, F frames of one, P patch tokens, C their width, M visual prompts, d hidden size.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from llama_adapter.config import AdapterConfig
+from llama_adapter.errors import ConfigError, UnsupportedModelError
+from llama_adapter.model.groups import AdapterModule, Group
+
+
+def _resample(features_IPC: Tensor, length: int) -> Tensor:
+    """Average patch tokens into `length` of them, keeping their order."""
+    if features_IPC.shape[1] == length:
+        return features_IPC
+    return F.adaptive_avg_pool1d(features_IPC.transpose(1, 2), length).transpose(1, 2)
+
+
+class LinearProjector(nn.Module):
+    """Resampled features, one linear, one norm: the smallest projector."""
+
+    def __init__(self, feature_size: int, hidden_size: int, *, config: AdapterConfig) -> None:
+        super().__init__()
+        self.length = config.visual_prompt_length
+        self.proj = nn.Linear(feature_size, hidden_size)
+        self.norm = nn.LayerNorm(hidden_size)
+
+    def forward(self, features_IPC: Tensor) -> Tensor:
+        return self.norm(self.proj(_resample(features_IPC, self.length)))  # type: ignore[no-any-return]
+
+
+class MlpProjector(nn.Module):
+    """Resampled features through two linears with a GELU between, and a norm."""
+
+    def __init__(self, feature_size: int, hidden_size: int, *, config: AdapterConfig) -> None:
+        super().__init__()
+        self.length = config.visual_prompt_length
+        self.up = nn.Linear(feature_size, config.projector_width)
+        self.down = nn.Linear(config.projector_width, hidden_size)
+        self.norm = nn.LayerNorm(hidden_size)
+
+    def forward(self, features_IPC: Tensor) -> Tensor:
+        x = F.gelu(self.up(_resample(features_IPC, self.length)))
+        return self.norm(self.down(x))  # type: ignore[no-any-return]
+
+
+class TransformerBlock(nn.Module):
+    """A pre-norm transformer block with fused qkv, biases and an exact GELU."""
+
+    def __init__(self, width: int, num_heads: int, *, mlp_ratio: int = 4) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.norm1 = nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+        self.norm2 = nn.LayerNorm(width)
+        self.fc1 = nn.Linear(width, mlp_ratio * width)
+        self.fc2 = nn.Linear(mlp_ratio * width, width)
+
+    def forward(self, x_BTW: Tensor) -> Tensor:
+        batch, length, width = x_BTW.shape
+        qkv = self.qkv(self.norm1(x_BTW)).view(batch, length, 3, self.num_heads, -1)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(query, key, value)
+        x_BTW = x_BTW + self.proj(mixed.transpose(1, 2).reshape(batch, length, width))
+        return x_BTW + self.fc2(F.gelu(self.fc1(self.norm2(x_BTW))))  # type: ignore[no-any-return]
+
+
+class QueryTransformer(nn.Module):
+    """Learned queries beside the projected features through transformer blocks.
+
+    The shape of the released V2 models (there: 8 blocks, width 768, 16 heads).
+    """
+
+    def __init__(self, feature_size: int, hidden_size: int, *, config: AdapterConfig) -> None:
+        super().__init__()
+        width = config.projector_width
+        self.feature_proj = nn.Linear(feature_size, width)
+        self.feature_norm = nn.LayerNorm(width)
+        self.query = nn.Parameter(torch.randn(config.visual_prompt_length, width))
+        self.blocks = nn.ModuleList(
+            TransformerBlock(width, config.projector_heads) for _ in range(config.projector_blocks)
+        )
+        self.proj = nn.Linear(width, hidden_size)
+        self.norm = nn.LayerNorm(hidden_size)
+
+    def forward(self, features_IPC: Tensor) -> Tensor:
+        features_IPW = self.feature_norm(self.feature_proj(features_IPC))
+        query_IMW = self.query.unsqueeze(0).expand(features_IPW.shape[0], -1, -1)
+        x = torch.cat([query_IMW.to(features_IPW.dtype), features_IPW], dim=1)
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(self.proj(x[:, : query_IMW.shape[1]]))  # type: ignore[no-any-return]
+
+
+PROJECTORS: dict[str, type[nn.Module]] = {
+    "linear": LinearProjector,
+    "mlp": MlpProjector,
+    "query_transformer": QueryTransformer,
+}
+
+
+class VisualProjection(AdapterModule):
+    """Vision features [I, P, C] (or [I, F, P, C] for frames) to visual prompts [I, M', d].
+
+    M' is M, or F·M with the frame rule `concat`. Computes in float32, its parameters' dtype.
+    """
+
+    group = Group.VISION
+
+    def __init__(self, feature_size: int, hidden_size: int, *, config: AdapterConfig) -> None:
+        super().__init__()
+        self.frame_rule = config.frame_rule
+        self.projector = PROJECTORS[config.projector](feature_size, hidden_size, config=config)
+
+    def forward(self, features: Tensor) -> Tensor:
+        features = features.to(next(self.projector.parameters()).dtype)
+        if features.ndim == 3:
+            return self.projector(features)  # type: ignore[no-any-return]
+        num_pictures, num_frames = features.shape[:2]
+        if self.frame_rule == "mean":
+            return self.projector(features.mean(1))  # type: ignore[no-any-return]
+        prompts = self.projector(features.flatten(0, 1)).unflatten(0, (num_pictures, num_frames))
+        return prompts.mean(1) if self.frame_rule == "late-mean" else prompts.flatten(1, 2)  # type: ignore[no-any-return]
+
+
+def vision_feature_size(vision: nn.Module, config: AdapterConfig) -> int:
+    """Width of the features that `vision_features` returns."""
+    vision_config = getattr(vision.config, "vision_config", vision.config)
+    if config.vision_feature == "projected":
+        projection = getattr(vision, "visual_projection", None)
+        if projection is None:
+            raise ConfigError(
+                f"vision_feature 'projected' needs a CLIP tower with its projection, "
+                f"got {type(vision).__name__}"
+            )
+        return int(projection.out_features)
+    return int(vision_config.hidden_size)  # type: ignore[union-attr]
+
+
+@torch.no_grad()
+def vision_features(vision: nn.Module, pixel_values: Tensor, config: AdapterConfig) -> Tensor:
+    """Patch features [I, P, C] of pictures [I, 3, H, W], or [I, F, P, C] of [I, F, 3, H, W].
+
+    The tower is frozen: no gradient flows. Raises ConfigError for a feature layer it lacks.
+    """
+    frames = pixel_values.shape[:2] if pixel_values.ndim == 5 else None
+    pixels = pixel_values.flatten(0, 1) if frames else pixel_values
+    pixels = pixels.to(next(vision.parameters()).dtype)
+    tower = getattr(vision, "vision_model", vision)
+    layer = config.vision_feature
+    if layer == "projected":
+        hidden = tower(pixel_values=pixels).last_hidden_state
+        features = vision.visual_projection(tower.post_layernorm(hidden))  # type: ignore[operator]
+    elif layer == -1:
+        features = tower(pixel_values=pixels).last_hidden_state
+    else:
+        states = tower(pixel_values=pixels, output_hidden_states=True).hidden_states
+        if not -len(states) <= int(layer) < len(states):
+            raise ConfigError(
+                f"vision_feature is layer {layer}, but the tower has {len(states)} hidden states"
+            )
+        features = states[int(layer)]
+    return features.unflatten(0, frames) if frames else features  # type: ignore[no-any-return]
+
+
+def vision_tower_of(model: nn.Module) -> nn.Module:
+    """The visual half of a vision or vision-language model, frozen and in evaluation mode.
+
+    Raises UnsupportedModelError if the model takes no pixels.
+    """
+    if hasattr(model, "text_model") and hasattr(model, "vision_model"):
+        model = model.vision_model  # type: ignore[assignment]
+    if getattr(model, "main_input_name", "") != "pixel_values":
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is no vision model: expected one that takes pixel_values"
+        )
+    return model.eval().requires_grad_(False)
