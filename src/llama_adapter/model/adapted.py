@@ -258,16 +258,19 @@ class LlamaAdapterForConditionalGeneration(AdapterPersistence, PreTrainedModel, 
         return inputs
 
     def _update_model_kwargs_for_generation(
-        self, outputs: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+        self,
+        outputs: Any,
+        model_kwargs: dict[str, Any],
+        is_encoder_decoder: bool = False,
+        num_new_tokens: int = 1,
     ) -> dict[str, Any]:
         updated: dict[str, Any] = super()._update_model_kwargs_for_generation(
-            outputs, model_kwargs, *args, **kwargs
+            outputs, model_kwargs, is_encoder_decoder, num_new_tokens
         )
         mask = updated.get("visual_mask")
         if mask is not None:
             reads = self.adapter_config.visual_scope == "all"
-            new_tokens = updated["attention_mask"].shape[1] - mask.shape[1]
-            added = mask.new_full((mask.shape[0], new_tokens), reads)
+            added = mask.new_full((mask.shape[0], num_new_tokens), reads)
             updated["visual_mask"] = torch.cat([mask, added], dim=1)
         return updated
 
