@@ -1,0 +1,183 @@
+"""A chat session: turns, pictures, expert context, and answers whole or as a stream."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import TextIteratorStreamer
+
+from llama_adapter.conversation import Conversation, ImageRef
+from llama_adapter.errors import ConfigError
+from llama_adapter.experts.base import Expert, Report
+from llama_adapter.model import LlamaAdapterForConditionalGeneration
+from llama_adapter.processing.images import load_image
+from llama_adapter.processing.processor import LlamaAdapterProcessor
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GenerationSettings:
+    """How answers are drawn."""
+
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    """0: the likeliest token every time."""
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ConfigError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
+        if self.temperature < 0:
+            raise ConfigError(f"temperature must be at least 0, got {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"top_p must be in (0, 1], got {self.top_p}")
+
+    def as_keywords(self) -> dict[str, Any]:
+        """What transformers' `generate` calls them."""
+        if self.temperature == 0:
+            return {"max_new_tokens": self.max_new_tokens, "do_sample": False}
+        return {
+            "max_new_tokens": self.max_new_tokens,
+            "do_sample": True,
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+        }
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Answer:
+    """What came back for one question."""
+
+    text: str
+    tokens: int
+    """New tokens, the end of turn included."""
+    seconds: float
+    """From the question to the last token, experts included."""
+    contexts: tuple[Report, ...]
+    """What each expert reported."""
+
+
+class ChatSession:
+    """One conversation with one model; it remembers turns, pictures and context.
+
+    Experts are consulted when pictures arrive; their reports and the given `context` stand
+    before the conversation for as long as it lasts.
+    """
+
+    def __init__(
+        self,
+        model: LlamaAdapterForConditionalGeneration,
+        processor: LlamaAdapterProcessor,
+        *,
+        experts: Sequence[Expert] = (),
+        context: str | None = None,
+        settings: GenerationSettings | None = None,
+    ) -> None:
+        self.model = model
+        self.processor = processor
+        self.experts = tuple(experts)
+        self.settings = settings or GenerationSettings()
+        self.conversation: Conversation | None = None
+        self._given_context = context
+        self._reports: tuple[Report, ...] = ()
+        self.last_answer: Answer | None = None
+
+    def ask(self, question: str, *, images: Sequence[Any] = ()) -> Answer:
+        """The whole answer to a question, which may come with pictures.
+
+        Raises PromptError for an empty or too long prompt and ImageError for a bad picture;
+        the session then stands as it stood before.
+        """
+        for _ in self.stream(question, images=images):
+            pass
+        assert self.last_answer is not None
+        return self.last_answer
+
+    def stream(self, question: str, *, images: Sequence[Any] = ()) -> Iterator[str]:
+        """The answer piece by piece; `last_answer` holds all of it at the end."""
+        started = time.perf_counter()
+        conversation, reports, inputs = self._prepare(question, images)
+        streamer = TextIteratorStreamer(
+            self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True
+        )
+        worker = _Worker(self.model, {**inputs, **self.settings.as_keywords()}, streamer)
+        worker.start()
+        pieces = []
+        try:
+            for piece in streamer:
+                pieces.append(piece)
+                if piece:
+                    yield piece
+        finally:
+            worker.join()
+        tokens = worker.result()
+        text = "".join(pieces).strip()
+        self.last_answer = Answer(
+            text=text,
+            tokens=int(tokens.shape[1] - inputs["input_ids"].shape[1]),
+            seconds=time.perf_counter() - started,
+            contexts=reports,
+        )
+        self.conversation = conversation.assistant(text)
+        self._reports = reports
+
+    def reset(self) -> None:
+        """Forget every turn, picture and report."""
+        self.conversation, self._reports, self.last_answer = None, (), None
+
+    def _prepare(
+        self, question: str, images: Sequence[Any]
+    ) -> tuple[Conversation, tuple[Report, ...], Any]:
+        loaded = [_load(image) for image in images]
+        reports = self._reports
+        if loaded:
+            reports += tuple(expert.consult(loaded, question) for expert in self.experts)
+        texts = [report.text for report in reports] + [self._given_context or ""]
+        context = "\n".join(text for text in texts if text) or None
+        if self.conversation is None:
+            conversation = Conversation.ask(question, images=loaded, context=context)
+        else:
+            conversation = self.conversation.user(question, images=loaded).with_context(context)
+        inputs = self.processor([conversation])
+        return conversation, reports, inputs.to(self.model.device)
+
+
+class _Worker(threading.Thread):
+    """Generates in the background, so that pieces can be shown as they come."""
+
+    def __init__(
+        self,
+        model: LlamaAdapterForConditionalGeneration,
+        keywords: dict[str, Any],
+        streamer: TextIteratorStreamer,
+    ) -> None:
+        super().__init__(daemon=True)
+        self._model = model
+        self._keywords = keywords
+        self._streamer = streamer
+        self._tokens: torch.Tensor | None = None
+        self._error: BaseException | None = None
+
+    def run(self) -> None:
+        try:
+            self._tokens = self._model.generate(**self._keywords, streamer=self._streamer)
+        except BaseException as error:  # noqa: BLE001  (raised again by `result`)
+            self._error = error
+            self._streamer.end()
+
+    def result(self) -> torch.Tensor:
+        """The tokens, prompt included; raises what generation raised."""
+        if self._error is not None:
+            raise self._error
+        assert self._tokens is not None
+        return self._tokens
+
+
+def _load(image: Any) -> Image.Image:
+    ref = ImageRef.of(image)
+    return load_image(ref.source, name=ref.name)
