@@ -54,7 +54,7 @@ def test_reads_hugging_face_and_openai_messages() -> None:
 
 
 def test_an_image_may_be_handed_in_apart() -> None:
-    talk = Conversation.from_messages([{"role": "user", "content": [{"type": "image"}]}])
+    talk = Conversation.from_messages([{"role": "user", "content": [{"type": "image"}, "What?"]}])
     assert talk.images == (ImageRef(source=None),)
 
 

@@ -31,15 +31,18 @@ class ImageRef:
     """Where the pixels of an image are to be had; `processing.load_image` reads it."""
 
     source: Any
-    """A path, encoded bytes, a decoded PIL image, or None where the image is handed in apart."""
+    """A path, encoded bytes, a decoded PIL image, a tuple of them (the frames of a video), or
+    None where the image is handed in apart."""
     name: str = "image"
     """What messages about this image call it."""
 
     @classmethod
     def of(cls, source: Any, *, name: str | None = None) -> Self:
-        """A reference to a path, encoded bytes, a `data:` URL or a PIL image."""
+        """A reference to a path, encoded bytes, a `data:` URL, a PIL image or a list of frames."""
         if isinstance(source, cls):
             return source
+        if isinstance(source, list | tuple):
+            return cls(source=tuple(source), name=name or f"{len(source)} frames")
         if isinstance(source, Path):
             return cls(source=source, name=name or str(source))
         if isinstance(source, str):
@@ -101,7 +104,7 @@ class Conversation:
                     f"message {index + 1} after the system message must be from {expected!r}, "
                     f"got {message.role!r}"
                 )
-            if message.role == "user" and not (message.text.strip() or message.images):
+            if message.role == "user" and not message.text.strip():
                 raise PromptError(f"user message {index // 2 + 1} is empty")
 
     @property
@@ -153,6 +156,28 @@ class Conversation:
     def with_context(self, context: str | None) -> Self:
         """The same messages beside another context."""
         return replace(self, context=context)
+
+    def looking_at(self, images: Iterable[Any]) -> Self:
+        """The conversation with images shown beside its first question."""
+        refs = tuple(ImageRef.of(image) for image in images)
+        first = self.turns[0]
+        shown = replace(first, images=first.images + refs)
+        return replace(self, messages=tuple(shown if m is first else m for m in self.messages))
+
+    def with_sources(self, images: Iterable[Any]) -> Self:
+        """The conversation with images in the places that were left open for them."""
+        sources = iter(images)
+        messages = tuple(
+            replace(
+                message,
+                images=tuple(
+                    ImageRef.of(next(sources)) if ref.source is None else ref
+                    for ref in message.images
+                ),
+            )
+            for message in self.messages
+        )
+        return replace(self, messages=messages)
 
     @classmethod
     def from_messages(

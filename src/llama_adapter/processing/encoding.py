@@ -1,0 +1,109 @@
+"""From a rendered prompt to token ids, labels and slot marks, and from rows to a batch.
+
+A prompt is tokenised once, as a whole. What each token is follows from its character offsets:
+tokenising prompt and answer apart would cut words differently from what generation sees.
+
+Shape suffixes: B rows, T tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from llama_adapter.errors import ConfigError
+from llama_adapter.processing.templates import Rendered, Span
+
+IGNORED = -100
+"""Label of a token that is not scored; what torch's cross-entropy skips."""
+
+Side = Literal["left", "right"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Encoded:
+    """One tokenised conversation."""
+
+    input_ids: tuple[int, ...]
+    labels: tuple[int, ...]
+    """The token where it belongs to an answer, else `IGNORED`."""
+    slots: tuple[int, ...]
+    """Which image's slot the token belongs to, counted within the conversation; -1: none."""
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    @property
+    def num_answer_tokens(self) -> int:
+        return sum(label != IGNORED for label in self.labels)
+
+    def truncated(self, length: int) -> Encoded:
+        """The first `length` tokens."""
+        return Encoded(
+            input_ids=self.input_ids[:length],
+            labels=self.labels[:length],
+            slots=self.slots[:length],
+        )
+
+
+def opening_ids(tokenizer: Any) -> tuple[int, ...]:
+    """What the tokenizer puts before any text by itself: its bos token, or nothing."""
+    ids = tokenizer("").input_ids
+    starts = bool(ids) and ids[0] == tokenizer.bos_token_id
+    return (tokenizer.bos_token_id,) if starts else ()
+
+
+def encode(text: Rendered, *, tokenizer: Any) -> Encoded:
+    """Tokenise once; a beginning-of-text token stands exactly once where the tokenizer uses one."""
+    if not tokenizer.is_fast:
+        raise ConfigError(
+            f"{type(tokenizer).__name__} reports no character offsets; a fast tokenizer is needed"
+        )
+    tokens = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    bos = tokenizer.bos_token
+    has_bos = bos is not None and text.startswith(bos)
+    opening = () if has_bos else opening_ids(tokenizer)
+    unmarked = (-1,) * len(opening)
+    ids: list[int] = tokens["input_ids"]
+    offsets: list[Span] = tokens["offset_mapping"]
+    scored = _spans_of(offsets, text.answers)
+    labels = (token if span >= 0 else IGNORED for token, span in zip(ids, scored, strict=True))
+    return Encoded(
+        input_ids=(*opening, *ids),
+        labels=(*((IGNORED,) * len(opening)), *labels),
+        slots=(*unmarked, *_spans_of(offsets, text.slots)),
+    )
+
+
+def _spans_of(offsets: Sequence[Span], spans: Sequence[Span]) -> list[int]:
+    """For each token the span it overlaps, -1 for none; both are in reading order."""
+    found: list[int] = []
+    current = 0
+    for start, end in offsets:
+        while current < len(spans) and spans[current][1] <= start and spans[current][1] < end:
+            current += 1
+        inside = current < len(spans) and _overlap((start, end), spans[current])
+        found.append(current if inside else -1)
+    return found
+
+
+def _overlap(token: Span, span: Span) -> bool:
+    if token[0] == token[1]:
+        # byte-level tokenizers report a lone space as empty, at its end
+        return span[0] < token[0] <= span[1]
+    return token[0] < span[1] and token[1] > span[0]
+
+
+def pad(rows: Sequence[Sequence[int]], *, value: int, side: Side, length: int) -> Tensor:
+    """Rows of integers as one (B, T) tensor."""
+    padded = [
+        [*row, *([value] * (length - len(row)))]
+        if side == "right"
+        else [*([value] * (length - len(row))), *row]
+        for row in rows
+    ]
+    return torch.tensor(padded, dtype=torch.int64).reshape(len(rows), length)

@@ -1,0 +1,385 @@
+"""The processor: conversations and images in, model inputs out, in Hugging Face's conventions."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import AutoImageProcessor, AutoTokenizer, BatchFeature, ProcessorMixin
+
+from llama_adapter.conversation import Conversation, ImageRef
+from llama_adapter.errors import CheckpointError, ConfigError, PromptError
+from llama_adapter.processing.encoding import IGNORED, Encoded, Side, encode, pad
+from llama_adapter.processing.images import load_image
+from llama_adapter.processing.templates import PromptRenderer, Rendered
+
+PROCESSOR_FILE = "processor_config.json"
+_OPTIONS = ("template", "visual_scope", "slot_text", "channel_order")
+# Tokenizers without a limit of their own carry an astronomically large one.
+_NO_LIMIT = 10**9
+
+Prompt = Conversation | Rendered | str | Sequence[Mapping[str, Any]]
+"""A conversation, a prompt of `apply_chat_template`, a question, or Hugging Face messages."""
+
+
+class LlamaAdapterProcessor(ProcessorMixin):
+    """Turns conversations with images into what `LlamaAdapterForConditionalGeneration` takes.
+
+    Untrusted text can forge neither turns nor special tokens nor image slots; see
+    `processing.templates`. Every option is stored with the adapter, since an adapter only works
+    with the prompts that it was trained on.
+    """
+
+    def __init__(
+        self,
+        image_processor: Any = None,
+        tokenizer: Any = None,
+        *,
+        template: str = "alpaca",
+        visual_scope: str = "all",
+        slot_text: str | None = None,
+        channel_order: str = "rgb",
+    ) -> None:
+        """Set up for one base.
+
+        Args:
+            image_processor: a Hugging Face image processor; None for text alone.
+            tokenizer: a fast Hugging Face tokenizer, the base model's own.
+            template: a name in `processing.templates.TEMPLATES`.
+            visual_scope: `all`, or `slots` where only placeholder tokens read the image.
+            slot_text: the placeholder, with `slots`; special tokens or ordinary text.
+            channel_order: `rgb`, or `bgr` for adapters trained on swapped channels.
+        """
+        if tokenizer is None:
+            raise ConfigError("LlamaAdapterProcessor needs a tokenizer, got None")
+        if visual_scope not in {"all", "slots"}:
+            raise ConfigError(f"visual_scope must be 'all' or 'slots', got {visual_scope!r}")
+        if channel_order not in {"rgb", "bgr"}:
+            raise ConfigError(f"channel_order must be 'rgb' or 'bgr', got {channel_order!r}")
+        if (visual_scope == "slots") != bool(slot_text):
+            raise ConfigError(
+                "slot_text is the placeholder of visual_scope 'slots' and of nothing else, "
+                f"got visual_scope {visual_scope!r} and slot_text {slot_text!r}"
+            )
+        self.image_processor = image_processor
+        self.tokenizer = tokenizer
+        self.chat_template = None
+        self.template = template
+        self.visual_scope = visual_scope
+        self.slot_text = slot_text
+        self.channel_order = channel_order
+        self._renderer = PromptRenderer(template, tokenizer=tokenizer, slot_text=slot_text)
+
+    @property
+    def context_length(self) -> int | None:
+        """Most tokens that the tokenizer says the base takes; None where it does not say."""
+        length = self.tokenizer.model_max_length
+        return int(length) if length < _NO_LIMIT else None
+
+    @property
+    def model_input_names(self) -> list[str]:
+        return ["input_ids", "attention_mask", "pixel_values", "image_index", "visual_mask"]
+
+    def render(
+        self,
+        conversation: Conversation,
+        *,
+        add_generation_prompt: bool | None = None,
+        continue_final_message: bool = False,
+    ) -> Rendered:
+        """The prompt's text with the places of answers and slots; see `PromptRenderer.render`."""
+        return self._renderer.render(
+            conversation,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+        )
+
+    def encode(self, prompt: Prompt, *, max_length: int | None = None) -> Encoded:
+        """Token ids, labels and slot marks of one prompt.
+
+        Raises `PromptError` where it does not fit into `max_length` or the context.
+        """
+        text = prompt if isinstance(prompt, Rendered) else self.render(_conversation(prompt))
+        encoded = encode(text, tokenizer=self.tokenizer)
+        limit = max_length or self.context_length
+        if limit is not None and len(encoded) > limit:
+            raise PromptError(f"prompt has {len(encoded)} tokens; the context holds {limit}")
+        return encoded
+
+    def apply_chat_template(
+        self,
+        conversation: Any,
+        chat_template: str | None = None,
+        *,
+        add_generation_prompt: bool = False,
+        continue_final_message: bool = False,
+        tokenize: bool = False,
+        return_dict: bool = False,
+        context: str | None = None,
+        processor_kwargs: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Render messages, and with `tokenize` process them with the images they hold.
+
+        Takes one conversation or several: `Conversation` or Hugging Face messages. Without
+        `tokenize` the result is text that `__call__` takes together with `images`.
+        """
+        if chat_template is not None:
+            raise ConfigError("the adapter's template is fixed; chat_template cannot replace it")
+        single = isinstance(conversation, Conversation) or not isinstance(
+            conversation[0], Sequence | Conversation
+        )
+        conversations = [_conversation(c) for c in ([conversation] if single else conversation)]
+        if context is not None:
+            conversations = [c.with_context(context) for c in conversations]
+        images = kwargs.pop("images", None)
+        if tokenize or images is not None:
+            conversations = _hand_out(conversations, images)
+        texts = [
+            self.render(
+                c,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+            )
+            for c in conversations
+        ]
+        if not tokenize:
+            return texts[0] if single else texts
+        options = {**(processor_kwargs or {}), **kwargs}
+        batch = self._batch(texts, [c.images for c in conversations], **options)
+        return batch if return_dict else batch["input_ids"]
+
+    def __call__(
+        self,
+        text: Prompt | Sequence[Prompt] | None = None,
+        images: Any = None,
+        **options: Any,
+    ) -> BatchFeature:
+        """Model inputs for one prompt or a batch of prompts.
+
+        Args:
+            text: prompts; a plain string is a question, put into the template.
+            images: what the prompts do not hold themselves: an image, one a prompt, or a list of
+                lists.
+            options: `labels=True` adds labels (a training batch, padded on the right; otherwise
+                padding is on the left, for generation); `padding_side`; `padding`: True, or
+                "max_length"; `max_length`; `truncation`; `return_tensors`: "pt".
+
+        Returns:
+            `input_ids` and `attention_mask` (B, T); with images `pixel_values` (I, 3, H, W), or
+            (I, F, 3, H, W) where an image has frames, and `image_index`: the row of
+            `pixel_values` that each row sees, -1 for none, (B,), or (B, T) where rows hold
+            several slots; with slots `visual_mask` (B, T); with `labels=True` `labels` (B, T).
+        """
+        if text is None:
+            raise PromptError("a prompt is needed, got text None")
+        prompts = _prompts(text)
+        texts: list[Rendered] = []
+        held: list[tuple[ImageRef, ...]] = []
+        given = _per_prompt(images, len(prompts))
+        for prompt, extra in zip(prompts, given, strict=True):
+            if isinstance(prompt, Rendered):
+                texts.append(prompt)
+                held.append(extra)
+            else:
+                conversation = _fill_in(_conversation(prompt), extra)
+                texts.append(self.render(conversation))
+                held.append(conversation.images)
+        return self._batch(texts, held, **options)
+
+    def _batch(
+        self,
+        texts: Sequence[Rendered],
+        images: Sequence[tuple[ImageRef, ...]],
+        *,
+        labels: bool = False,
+        padding: bool | str = True,
+        padding_side: Side | None = None,
+        max_length: int | None = None,
+        truncation: bool = False,
+        return_tensors: str | None = "pt",
+        **ignored: Any,
+    ) -> BatchFeature:
+        if ignored:
+            raise ConfigError(f"unknown processor option {sorted(ignored)[0]!r}")
+        if return_tensors not in {"pt", None}:
+            raise ConfigError(f"return_tensors must be 'pt', got {return_tensors!r}")
+        limit = max_length or self.context_length
+        if truncation and limit is not None:
+            rows = [encode(text, tokenizer=self.tokenizer).truncated(limit) for text in texts]
+        else:
+            rows = [self.encode(text, max_length=max_length) for text in texts]
+        longest = max(map(len, rows))
+        if padding is False and any(len(row) != longest for row in rows):
+            raise PromptError("prompts differ in length; padding=False cannot batch them")
+        length = limit if padding == "max_length" and limit is not None else longest
+        side: Side = padding_side or ("right" if labels else "left")
+        return self.collate(rows, images, labels=labels, side=side, length=length)
+
+    def collate(
+        self,
+        rows: Sequence[Encoded],
+        images: Sequence[Sequence[ImageRef]],
+        *,
+        labels: bool,
+        side: Side,
+        length: int | None = None,
+    ) -> BatchFeature:
+        """A batch of encoded prompts and the images of each."""
+        length = length or max(map(len, rows))
+        pad_id = self.tokenizer.pad_token_id
+        if pad_id is None:
+            pad_id = self.tokenizer.eos_token_id or 0
+        ids_BT = pad([r.input_ids for r in rows], value=pad_id, side=side, length=length)
+        ones = [(1,) * len(r) for r in rows]
+        data: dict[str, Tensor] = {
+            "input_ids": ids_BT,
+            "attention_mask": pad(ones, value=0, side=side, length=length),
+        }
+        if any(images):
+            slots_BT = pad([r.slots for r in rows], value=-1, side=side, length=length)
+            data |= self._visual(images, slots_BT)
+        if labels:
+            targets = [r.labels for r in rows]
+            data["labels"] = pad(targets, value=IGNORED, side=side, length=length)
+        return BatchFeature(data)
+
+    def _visual(self, images: Sequence[Sequence[ImageRef]], slots_BT: Tensor) -> dict[str, Tensor]:
+        if self.image_processor is None:
+            raise ConfigError("the prompt holds an image, but this adapter reads text alone")
+        counts = torch.tensor([len(refs) for refs in images])
+        if self.visual_scope == "all":
+            # one set of visual prompts a row: several images count as frames of one
+            clips = [[f for ref in refs for f in _frames(ref)] for refs in images if refs]
+            index = torch.where(counts > 0, (counts > 0).cumsum(0) - 1, -1)
+            return {"pixel_values": self._pixels(clips), "image_index": index}
+        found = slots_BT.amax(dim=1) + 1
+        if not torch.equal(found, counts):
+            row = int((found != counts).nonzero()[0, 0])
+            raise PromptError(
+                f"prompt {row + 1} has {int(found[row])} image slots, but {int(counts[row])} images"
+            )
+        clips = [_frames(ref) for refs in images for ref in refs]
+        first_B = counts.cumsum(0) - counts
+        mask_BT = slots_BT >= 0
+        if int(counts.max()) > 1:
+            index = torch.where(mask_BT, first_B[:, None] + slots_BT, -1)
+        else:
+            index = torch.where(counts > 0, first_B, -1)
+        return {
+            "pixel_values": self._pixels(clips),
+            "image_index": index,
+            "visual_mask": mask_BT,
+        }
+
+    def _pixels(self, clips: Sequence[Sequence[Image.Image]]) -> Tensor:
+        """(I, 3, H, W), or (I, F, 3, H, W) where there is more than one frame."""
+        longest = max(map(len, clips))
+        even = [list(clip) * (longest if len(clip) == 1 else 1) for clip in clips]
+        if any(len(clip) != longest for clip in even):
+            found = sorted({len(clip) for clip in clips})
+            raise PromptError(f"a batch must hold equally many frames a prompt, got {found}")
+        frames = [frame for clip in even for frame in clip]
+        if self.channel_order == "bgr":
+            # swapped before normalisation: the training code took BGR pixels for RGB
+            frames = [Image.merge("RGB", frame.split()[::-1]) for frame in frames]
+        pixels: Tensor = self.image_processor(images=frames, return_tensors="pt")["pixel_values"]
+        return pixels if longest == 1 else pixels.unflatten(0, (len(clips), longest))
+
+    def to_dict(self) -> dict[str, Any]:
+        """What `save_pretrained` stores beside the tokenizer."""
+        images = None if self.image_processor is None else self.image_processor.to_dict()
+        options = {name: getattr(self, name) for name in _OPTIONS}
+        return {"processor_class": type(self).__name__, "image_processor": images, **options}
+
+    def save_pretrained(self, save_directory: Any) -> list[str]:
+        """Write `processor_config.json` and the tokenizer's files."""
+        directory = Path(save_directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        self.tokenizer.save_pretrained(directory)
+        path = directory / PROCESSOR_FILE
+        path.write_text(json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n")
+        return [str(path)]
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Self:
+        """Read what `save_pretrained` wrote, from a directory or a model hub.
+
+        `CheckpointError` says what is missing; further keywords are those of transformers.
+        """
+        where = pretrained_model_name_or_path
+        try:
+            stored, _ = cls.get_processor_dict(where, **kwargs)
+        except OSError as error:
+            raise CheckpointError(f"{where} has no readable {PROCESSOR_FILE}: {error}") from error
+        missing = [name for name in _OPTIONS if name not in stored]
+        if missing:
+            raise CheckpointError(f"{where}: {PROCESSOR_FILE} lacks {', '.join(missing)}")
+        tokenizer = AutoTokenizer.from_pretrained(where, **kwargs)
+        images = None
+        if stored.get("image_processor") is not None:
+            images = AutoImageProcessor.from_pretrained(where, **kwargs)
+        return cls(images, tokenizer, **{name: stored[name] for name in _OPTIONS})
+
+
+def _conversation(prompt: Any) -> Conversation:
+    if isinstance(prompt, Conversation):
+        return prompt
+    if isinstance(prompt, str):
+        return Conversation.ask(prompt)
+    return Conversation.from_messages(prompt)
+
+
+def _prompts(text: Any) -> list[Prompt]:
+    """One prompt or several, as a list."""
+    if isinstance(text, Conversation | str):
+        return [text]
+    if not text:
+        raise PromptError("a prompt is needed, got an empty list")
+    return [text] if isinstance(text[0], Mapping) else list(text)
+
+
+def _per_prompt(images: Any, count: int) -> list[tuple[ImageRef, ...]]:
+    """Images given beside `count` prompts, as references for each."""
+    if images is None:
+        return [()] * count
+    if not isinstance(images, list | tuple):
+        images = [images]
+    if not any(isinstance(entry, list | tuple) for entry in images) and count == 1:
+        images = [images]
+    if len(images) != count:
+        raise PromptError(f"got {len(images)} images for {count} prompts")
+    return [_refs(entry) for entry in images]
+
+
+def _refs(entry: Any) -> tuple[ImageRef, ...]:
+    if entry is None:
+        return ()
+    entries: Iterable[Any] = entry if isinstance(entry, list | tuple) else (entry,)
+    return tuple(ImageRef.of(image) for image in entries)
+
+
+def _hand_out(conversations: Sequence[Conversation], images: Any) -> list[Conversation]:
+    given = _per_prompt(images, len(conversations))
+    return [_fill_in(c, refs) for c, refs in zip(conversations, given, strict=True)]
+
+
+def _fill_in(conversation: Conversation, given: tuple[ImageRef, ...]) -> Conversation:
+    """The conversation with images handed in apart in their places."""
+    wanted = sum(ref.source is None for ref in conversation.images)
+    if given and not conversation.images:
+        return conversation.looking_at(given)
+    if wanted != len(given):
+        raise PromptError(f"messages leave {wanted} images to be handed in, got {len(given)}")
+    return conversation.with_sources(given) if given else conversation
+
+
+def _frames(ref: ImageRef) -> list[Image.Image]:
+    if isinstance(ref.source, tuple):
+        return [load_image(f, name=f"{ref.name}, frame {i}") for i, f in enumerate(ref.source)]
+    return [load_image(ref)]

@@ -1,0 +1,340 @@
+"""Prompt templates: a conversation becomes one text, and we know what every character is.
+
+A template lays a conversation out as pieces, each of one kind:
+
+    TEMPLATE   wording of the template, trusted: its special tokens count
+    CONTENT    what users and experts wrote, untrusted
+    ANSWER     what the assistant said, untrusted and scored in training
+    END        the end-of-turn token after an answer, trusted and scored
+    SLOT       the placeholder where an image is read, trusted
+
+Untrusted pieces cannot forge a turn: special tokens and turn markers in them are broken up with
+a space before the pieces are joined. Positions are kept, never searched for afterwards.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from enum import Enum, auto
+from string import Formatter
+from typing import Any, Self
+
+import jinja2
+
+from llama_adapter.conversation import Conversation, Message
+from llama_adapter.errors import ConfigError, PromptError
+
+Span = tuple[int, int]
+"""First character and the one after the last."""
+
+
+class Kind(Enum):
+    """What a piece of a prompt is; see the head of this module."""
+
+    TEMPLATE = auto()
+    CONTENT = auto()
+    ANSWER = auto()
+    END = auto()
+    SLOT = auto()
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A stretch of a prompt of one kind."""
+
+    kind: Kind
+    text: str
+
+
+class Rendered(str):
+    """A prompt's text, and where in it the answers and the image slots are."""
+
+    answers: tuple[Span, ...]
+    """Each answer with its end-of-turn token."""
+    slots: tuple[Span, ...]
+    """Each image's placeholder, in the order of the images."""
+
+    __slots__ = ("answers", "slots")
+
+    def __new__(
+        cls, text: str, *, answers: Sequence[Span] = (), slots: Sequence[Span] = ()
+    ) -> Self:
+        rendered = super().__new__(cls, text)
+        rendered.answers = tuple(answers)
+        rendered.slots = tuple(slots)
+        return rendered
+
+
+class PromptRenderer:
+    """Renders conversations in one template for one tokenizer."""
+
+    def __init__(self, template: str, *, tokenizer: Any, slot_text: str | None = None) -> None:
+        if template not in TEMPLATES:
+            raise ConfigError(f"template must be one of {', '.join(TEMPLATES)}, got {template!r}")
+        self._template = TEMPLATES[template]
+        self._tokenizer = tokenizer
+        self._slot_text = slot_text
+        self._specials = special_token_pattern(tokenizer)
+
+    def render(
+        self,
+        conversation: Conversation,
+        *,
+        add_generation_prompt: bool | None = None,
+        continue_final_message: bool = False,
+    ) -> Rendered:
+        """One text for the conversation.
+
+        `add_generation_prompt` opens the assistant's turn at the end; by default where the last
+        word is the user's. `continue_final_message` leaves the last answer open, to be continued.
+        """
+        if continue_final_message and conversation.awaits_answer:
+            raise PromptError("continue_final_message needs a last message from the assistant")
+        if add_generation_prompt is None:
+            add_generation_prompt = conversation.awaits_answer
+        pieces, markers = self._template.lay_out(
+            conversation,
+            tokenizer=self._tokenizer,
+            slot_text=self._slot_text,
+            opens_answer=add_generation_prompt and conversation.awaits_answer,
+        )
+        if continue_final_message:
+            last = max(i for i, piece in enumerate(pieces) if piece.kind is Kind.ANSWER)
+            pieces = pieces[: last + 1]
+        return self._join(pieces, markers)
+
+    def _join(self, pieces: Sequence[Piece], markers: Sequence[re.Pattern[str]]) -> Rendered:
+        text = ""
+        answers: list[Span] = []
+        slots: list[Span] = []
+        for piece in pieces:
+            start = len(text)
+            trusted = piece.kind not in {Kind.CONTENT, Kind.ANSWER}
+            text += piece.text if trusted else break_up(piece.text, self._specials, *markers)
+            match piece.kind:
+                case Kind.ANSWER:
+                    answers.append((start, len(text)))
+                case Kind.END:
+                    answers[-1] = (answers[-1][0], len(text))
+                case Kind.SLOT:
+                    slots.append((start, len(text)))
+        return Rendered(text, answers=answers, slots=slots)
+
+
+def special_token_pattern(tokenizer: Any) -> re.Pattern[str]:
+    """Matches any special token of the tokenizer, written out."""
+    added = tokenizer.added_tokens_decoder.values()
+    contents = {token.content for token in added if token.special}
+    contents.update(token for token in tokenizer.all_special_tokens)
+    longest_first = sorted((c for c in contents if len(c) > 1), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+
+
+def break_up(text: str, *patterns: re.Pattern[str]) -> str:
+    """The text with a space inside whatever a pattern matches, until none does."""
+    while found := next((m for p in patterns if (m := p.search(text))), None):
+        cut = found.end() - len(found.group().lstrip()) + 1
+        text = f"{text[:cut]} {text[cut:]}"
+    return text
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LineTemplate:
+    """A template of headed sections, the same for every tokenizer."""
+
+    with_context: str
+    """The first question with a context; fields `system`, `question`, `context`."""
+    without_context: str
+    """The first question alone; fields `system`, `question`."""
+    later: str
+    """Every further question; field `question`."""
+    respond: str
+    """What opens the answer."""
+    before_answer: str
+    """What parts the opening from the answer; not part of a prompt that awaits an answer."""
+    system_with_context: str | None
+    """Replaced by the conversation's own; None: the template has no place for one."""
+    system_without_context: str | None
+    markers: re.Pattern[str]
+    """What untrusted text must not contain."""
+
+    def lay_out(
+        self,
+        conversation: Conversation,
+        *,
+        tokenizer: Any,
+        slot_text: str | None,
+        opens_answer: bool,
+    ) -> tuple[list[Piece], tuple[re.Pattern[str], ...]]:
+        """The pieces of the conversation, and the markers to keep out of untrusted ones."""
+        end = tokenizer.eos_token
+        if end is None:
+            raise ConfigError(
+                "this template ends answers with the tokenizer's eos_token; it has none"
+            )
+        pieces: list[Piece] = []
+        for index, message in enumerate(conversation.turns):
+            if message.role == "assistant":
+                opening = Piece(Kind.TEMPLATE, self.respond + self.before_answer)
+                pieces += [opening, Piece(Kind.ANSWER, message.text), Piece(Kind.END, end)]
+            elif index == 0:
+                pieces += self._first(conversation, slot_text)
+            else:
+                slots = slot_pieces(message, slot_text, after=" ")
+                question = [*slots, Piece(Kind.CONTENT, message.text)]
+                pieces += _fill(self.later, {"question": question})
+        if opens_answer:
+            pieces.append(Piece(Kind.TEMPLATE, self.respond))
+        return pieces, (self.markers,)
+
+    def _first(self, conversation: Conversation, slot_text: str | None) -> Iterator[Piece]:
+        first = conversation.turns[0]
+        texts = [conversation.context]
+        if self.system_with_context is None:
+            texts.insert(0, conversation.system)
+        context = "\n".join(text for text in texts if text)
+        slots = slot_pieces(first, slot_text, after=" " if context else "")
+        has_context = bool(context or slots)
+        default = self.system_with_context if has_context else self.system_without_context
+        if conversation.system is not None:
+            system = Piece(Kind.CONTENT, conversation.system)
+        else:
+            system = Piece(Kind.TEMPLATE, default or "")
+        fields = {
+            "system": [system],
+            "question": [Piece(Kind.CONTENT, first.text)],
+            "context": [*slots, Piece(Kind.CONTENT, context)],
+        }
+        return _fill(self.with_context if has_context else self.without_context, fields)
+
+
+def _fill(pattern: str, fields: dict[str, list[Piece]]) -> Iterator[Piece]:
+    for literal, field, _, _ in Formatter().parse(pattern):
+        if literal:
+            yield Piece(Kind.TEMPLATE, literal)
+        if field is not None:
+            yield from fields[field]
+
+
+def slot_pieces(message: Message, slot_text: str | None, *, after: str) -> list[Piece]:
+    """A slot for each image of the message, where images have slots at all."""
+    if slot_text is None or not message.images:
+        return []
+    pieces: list[Piece] = []
+    for _ in message.images:
+        pieces += [Piece(Kind.SLOT, slot_text), Piece(Kind.TEMPLATE, " ")]
+    return [*pieces[:-1], *([Piece(Kind.TEMPLATE, after)] if after else [])]
+
+
+class ChatTemplate:
+    """The chat template that comes with the tokenizer.
+
+    It is rendered with stand-ins for all contents, so that no untrusted text passes through it
+    and every content's place in the result is known.
+    """
+
+    _STAND_IN = "\ue000{}\ue001"
+    _FIND = re.compile("\ue000(\\d+)\ue001")
+
+    def lay_out(
+        self,
+        conversation: Conversation,
+        *,
+        tokenizer: Any,
+        slot_text: str | None,
+        opens_answer: bool,
+    ) -> tuple[list[Piece], tuple[re.Pattern[str], ...]]:
+        """The pieces of the conversation, and the markers to keep out of untrusted ones."""
+        stand_ins = [
+            {"role": message.role, "content": self._STAND_IN.format(index)}
+            for index, message in enumerate(conversation.messages)
+        ]
+        text = self._apply(tokenizer, stand_ins, opens_answer)
+        literals = self._FIND.split(text)[::2]
+        if [int(n) for n in self._FIND.findall(text)] != list(range(len(stand_ins))):
+            raise PromptError("the tokenizer's chat template drops, repeats or reorders messages")
+        specials = special_token_pattern(tokenizer)
+        pieces = [Piece(Kind.TEMPLATE, literals[0])]
+        is_first = True
+        for message, literal in zip(conversation.messages, literals[1:], strict=True):
+            if message.role == "assistant":
+                end = re.match(rf"\s*(?:{specials.pattern})", literal)
+                cut = end.end() if end else 0
+                pieces += [Piece(Kind.ANSWER, message.text), Piece(Kind.END, literal[:cut])]
+                pieces.append(Piece(Kind.TEMPLATE, literal[cut:]))
+                continue
+            if message.role == "user":
+                pieces += slot_pieces(message, slot_text, after="\n")
+                if is_first and conversation.context:
+                    # Not the system turn: what an expert read off an image is no instruction.
+                    context = Piece(Kind.CONTENT, conversation.context)
+                    pieces += [context, Piece(Kind.TEMPLATE, "\n\n")]
+                is_first = False
+            pieces += [Piece(Kind.CONTENT, message.text), Piece(Kind.TEMPLATE, literal)]
+        return pieces, turn_markers(literals, specials)
+
+    @staticmethod
+    def _apply(tokenizer: Any, messages: list[dict[str, str]], opens_answer: bool) -> str:
+        if not tokenizer.chat_template:
+            raise ConfigError(
+                "template 'chat' needs a tokenizer with a chat template; this one has none"
+            )
+        try:
+            text: str = tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=opens_answer
+            )
+        except jinja2.TemplateError as error:
+            raise PromptError(f"the tokenizer's chat template refuses: {error}") from error
+        return text
+
+
+def turn_markers(literals: Sequence[str], specials: re.Pattern[str]) -> tuple[re.Pattern[str], ...]:
+    """Patterns for the ordinary words by which a chat template marks turns: `[INST]`, `USER:`."""
+    words: set[str] = set()
+    for literal in literals:
+        plain = specials.sub("\n", literal).split()
+        words.update(word for word in (plain[:1] + plain[-1:]) if _MARKS.fullmatch(word))
+    alternatives = [
+        rf"(?m:^[ \t]*){re.escape(word)}" if word[0].isalnum() else re.escape(word)
+        for word in sorted(words)
+    ]
+    return (re.compile("|".join(alternatives)),) if alternatives else ()
+
+
+_MARKS = re.compile(r"\w+:|[<\[{#|].+")
+_HEADINGS = re.compile(r"###(?=\W*(?:instruction|input|response)\b)", re.IGNORECASE)
+
+TEMPLATES: dict[str, LineTemplate | ChatTemplate] = {
+    # The wording of Stanford Alpaca, which released adapters were trained with.
+    "alpaca": LineTemplate(
+        with_context="{system}\n\n### Instruction:\n{question}\n\n### Input:\n{context}\n\n",
+        without_context="{system}\n\n### Instruction:\n{question}\n\n",
+        later="\n\n### Instruction:\n{question}\n\n",
+        respond="### Response:",
+        before_answer="",
+        system_with_context=(
+            "Below is an instruction that describes a task, paired with an input that provides "
+            "further context. Write a response that appropriately completes the request."
+        ),
+        system_without_context=(
+            "Below is an instruction that describes a task. "
+            "Write a response that appropriately completes the request."
+        ),
+        markers=_HEADINGS,
+    ),
+    # The miniature world's, in the words of its small vocabulary.
+    "toy": LineTemplate(
+        with_context="### input : {context}\n### instruction : {question}\n",
+        without_context="### instruction : {question}\n",
+        later="\n### instruction : {question}\n",
+        respond="### response :",
+        before_answer=" ",
+        system_with_context=None,
+        system_without_context=None,
+        markers=_HEADINGS,
+    ),
+    "chat": ChatTemplate(),
+}
+"""Every template by the name that an adapter's configuration gives it."""
