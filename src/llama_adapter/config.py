@@ -42,7 +42,8 @@ class AdapterConfig:
     prompt_length: int = 10
     """Static prompts per adapted layer (V1 §3.1); 0 switches them off."""
     prompt_layers: int | None = None
-    """How many of the last decoder layers carry static prompts; None: all without visual prompts."""
+    """How many of the last decoder layers carry static prompts; None: all that read no visual
+    prompts of their own."""
     fusion: str = "early"
     """`early`: visual prompts of their own in the first layers (V2 §4.3); `late`: the visual
     prompt is added to every static prompt (V1, released V2); `none`: text only."""
@@ -71,7 +72,8 @@ class AdapterConfig:
     scale_targets: Targets = "all"
     """Linears with a learned scale (V2 §4.1)."""
     scale_side: str = "output"
-    """`output`: s ⊙ (W x + b₀ + b), the paper; `input`: W (s ⊙ x) + b₀ + b, the released chat model."""
+    """`output`: s ⊙ (W x + b₀ + b), the paper; `input`: W (s ⊙ x) + b₀ + b, the released chat
+    model."""
     train_norms: bool = True
     """Whether every norm of the decoder is learned."""
     lora_rank: int = 0
@@ -125,7 +127,7 @@ class AdapterConfig:
         """Whether pictures have any influence."""
         return self.fusion != "none"
 
-    def visual_layer_indices(self, num_layers: int) -> range:
+    def visual_layer_indices(self) -> range:
         """Layers that read visual prompts of their own."""
         return range(self.visual_layers if self.fusion == "early" else 0)
 
@@ -134,7 +136,7 @@ class AdapterConfig:
 
         Raises ConfigError if the base has too few layers or static and visual layers overlap.
         """
-        visual = len(self.visual_layer_indices(num_layers))
+        visual = len(self.visual_layer_indices())
         if visual > num_layers:
             raise ConfigError(f"visual_layers is {visual}, but the base has {num_layers} layers")
         if self.prompt_length == 0:

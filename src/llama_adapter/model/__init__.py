@@ -1,13 +1,10 @@
 """The adapted model. Sees tensors, never text or pictures as files."""
 
-from llama_adapter.model.adapted import (
-    LlamaAdapterForConditionalGeneration,
-    answer_loss,
-    scored_positions,
-)
+from llama_adapter.model.adapted import LlamaAdapterForConditionalGeneration
 from llama_adapter.model.configuration import LlamaAdapterConfig
 from llama_adapter.model.gated_attention import VisualPrompts
 from llama_adapter.model.groups import Group
+from llama_adapter.model.loss import answer_loss, scored_positions
 
 __all__ = [
     "Group",

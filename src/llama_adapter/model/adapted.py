@@ -1,4 +1,4 @@
-"""The adapted model: a frozen decoder, a frozen vision tower and adapters, as one Hugging Face model.
+"""The adapted model: frozen decoder, frozen vision tower and adapters as one Hugging Face model.
 
 The only place where vision meets language.
 """
@@ -11,8 +11,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from llama_adapter.config import AdapterConfig
@@ -21,20 +20,21 @@ from llama_adapter.model.attach import Adapter
 from llama_adapter.model.configuration import LlamaAdapterConfig
 from llama_adapter.model.gated_attention import AdaptionPrompt, VisualPrompts
 from llama_adapter.model.groups import Group
+from llama_adapter.model.loss import answer_loss
 from llama_adapter.model.persistence import AdapterPersistence
 from llama_adapter.model.references import describe_model, load_language_model, load_vision
 from llama_adapter.model.scaled_linear import ScaledLinear
+from llama_adapter.model.visual_generation import VisualGenerationMixin
 from llama_adapter.model.visual_prompts import (
     vision_feature_size,
     vision_features,
     vision_tower_of,
 )
 
-IGNORE_INDEX = -100
-"""Label of a position that is not scored."""
 
-
-class LlamaAdapterForConditionalGeneration(AdapterPersistence, PreTrainedModel, GenerationMixin):  # type: ignore[misc]
+class LlamaAdapterForConditionalGeneration(
+    AdapterPersistence, VisualGenerationMixin, PreTrainedModel
+):
     """A frozen text LLM that reads pictures through a small adapter.
 
     Build one with `from_base`, or load one with `from_pretrained`. The base's numbers never
@@ -221,59 +221,6 @@ class LlamaAdapterForConditionalGeneration(AdapterPersistence, PreTrainedModel, 
                 keys_values[adaption.layer_index] = adaption.keys_values(attention, entries)
         return VisualPrompts(prompts_IMd=visual.prompts_IMd, keys_values=keys_values)
 
-    # --- generation -------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def generate(
-        self,
-        inputs: Tensor | None = None,
-        *args: Any,
-        pixel_values: Tensor | None = None,
-        visual_features: Tensor | None = None,
-        visual_prompts: VisualPrompts | None = None,
-        image_index: Tensor | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """transformers' `generate`; each picture passes the tower and the projections once."""
-        if visual_prompts is None and (pixel_values is not None or visual_features is not None):
-            visual_prompts = self.encode_visual(
-                pixel_values, visual_features=visual_features, cache=True
-            )
-        if visual_prompts is not None:
-            if image_index is None:
-                image_index = torch.arange(len(visual_prompts.prompts_IMd), device=self.device)
-            kwargs |= {"visual_prompts": visual_prompts, "image_index": image_index}
-        return super().generate(inputs, *args, **kwargs)
-
-    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        inputs: dict[str, Any] = super().prepare_inputs_for_generation(*args, **kwargs)
-        mask = inputs.get("visual_mask")
-        if mask is not None:
-            new_tokens = inputs["input_ids"].shape[1]
-            inputs["visual_mask"] = mask[:, -new_tokens:]
-            is_later = mask.shape[1] != new_tokens
-            if is_later and self.adapter_config.visual_scope == "slots":
-                # no slot among generated tokens: nothing reads the picture any more
-                inputs["visual_prompts"] = inputs["visual_mask"] = None
-        return inputs
-
-    def _update_model_kwargs_for_generation(
-        self,
-        outputs: Any,
-        model_kwargs: dict[str, Any],
-        is_encoder_decoder: bool = False,
-        num_new_tokens: int = 1,
-    ) -> dict[str, Any]:
-        updated: dict[str, Any] = super()._update_model_kwargs_for_generation(
-            outputs, model_kwargs, is_encoder_decoder, num_new_tokens
-        )
-        mask = updated.get("visual_mask")
-        if mask is not None:
-            reads = self.adapter_config.visual_scope == "all"
-            added = mask.new_full((mask.shape[0], num_new_tokens), reads)
-            updated["visual_mask"] = torch.cat([mask, added], dim=1)
-        return updated
-
     # --- parameters -------------------------------------------------------------------------
 
     @property
@@ -384,37 +331,6 @@ class LlamaAdapterForConditionalGeneration(AdapterPersistence, PreTrainedModel, 
     @property
     def dtype(self) -> torch.dtype:
         return self.language_model.dtype  # type: ignore[no-any-return]
-
-
-def answer_loss(
-    logits: Tensor,
-    labels: Tensor,
-    *,
-    num_answer_tokens: Tensor | int | None = None,
-    kept: int | Tensor = 0,
-) -> Tensor:
-    """Cross-entropy over answer tokens, divided by their number (of the whole global step).
-
-    logits [B, T, V] predict the next position's label; `kept` are the positions [T'] that the
-    logits stand for, if not all. A batch without answer tokens has loss 0, with a gradient.
-    """
-    targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
-    if isinstance(kept, Tensor):
-        targets = targets[:, kept.to(targets.device)]
-    elif kept:
-        targets = targets[:, -kept:]
-    targets = targets.to(logits.device)
-    total = F.cross_entropy(
-        logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
-    )
-    if num_answer_tokens is None:
-        num_answer_tokens = (targets != IGNORE_INDEX).sum().clamp(min=1)
-    return total / num_answer_tokens
-
-
-def scored_positions(labels: Tensor) -> Tensor:
-    """Positions [T'] whose logits some row's loss needs: pass them as `logits_to_keep`."""
-    return (labels[:, 1:] != IGNORE_INDEX).any(0).nonzero().flatten()
 
 
 def _readers(image_index: Tensor | None, visual_mask: Tensor | None) -> dict[str, Any]:

@@ -12,15 +12,15 @@ from transformers import PreTrainedModel
 
 from llama_adapter.config import AdapterConfig, Targets, did_you_mean
 from llama_adapter.errors import CheckpointError, ConfigError, UnsupportedModelError
-from llama_adapter.model.gated_attention import (
+from llama_adapter.model.attention_registry import (
     IMPLEMENTATIONS,
     PREFIX,
-    AdaptionPrompt,
     capture_keys_values,
-    project_prompt,
     register_attention,
 )
+from llama_adapter.model.gated_attention import AdaptionPrompt
 from llama_adapter.model.groups import AdapterModule, Group
+from llama_adapter.model.prompt_projection import Attention, project_prompt
 from llama_adapter.model.scaled_linear import LearnedNorm, ScaledLinear
 from llama_adapter.model.visual_prompts import VisualProjection
 
@@ -111,7 +111,7 @@ class Adapter:
         generator: torch.Generator | None,
     ) -> None:
         config, total = self.config, self.num_layers
-        visual = set(config.visual_layer_indices(total))
+        visual = set(config.visual_layer_indices())
         static = set(config.prompt_layer_indices(total))
         for index, (name, attention) in enumerate(attentions):
             if index not in visual and index not in static:

@@ -1,7 +1,7 @@
-"""Zero-initialised gated prompt attention (LLaMA-Adapter §3, V2 §3), through transformers' registry.
+"""Zero-initialised gated prompt attention (LLaMA-Adapter §3, V2 §3).
 
-Every attention module that carries prompts gets a child module, `adaption`. The registered
-attention functions run the base's own function unchanged and add
+Every attention module that carries prompts gets a child module, `adaption`. The functions of
+`attention_registry` run the base's own attention unchanged and add
 
     gate(g) · softmax(q k_Pᵀ / √D) v_P
 
@@ -13,30 +13,14 @@ I pictures, E prompt entries (pictures, or pictures and "no picture"), d hidden 
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from llama_adapter.errors import UnsupportedModelError
 from llama_adapter.model.groups import AdapterModule, Group
-from llama_adapter.model.scaled_linear import ScaledLinear
-
-PREFIX = "llama_adapter_"
-"""Registered names are this plus transformers' own, so `flash` and `sdpa` stay recognisable."""
-
-IMPLEMENTATIONS = ("eager", "sdpa", "flex_attention", "flash_attention_2")
-
-KeysValues = tuple[Tensor, Tensor]
+from llama_adapter.model.prompt_projection import Attention, KeysValues, project_prompt
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,7 +56,7 @@ class AdaptionPrompt(AdapterModule):
 
     def __init__(
         self,
-        attention: nn.Module,
+        attention: Attention,
         *,
         num_heads: int,
         hidden_size: int,
@@ -84,7 +68,7 @@ class AdaptionPrompt(AdapterModule):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
-        self.layer_index = int(attention.layer_idx)  # type: ignore[arg-type]
+        self.layer_index = int(attention.layer_idx)
         self.num_heads = num_heads
         self.gate_kind = gate
         self.visual = visual
@@ -123,7 +107,7 @@ class AdaptionPrompt(AdapterModule):
             return late_IMd
         return torch.cat([late_IMd, prompt_EMd])
 
-    def keys_values(self, attention: nn.Module, entries_EMd: Tensor) -> KeysValues:
+    def keys_values(self, attention: Attention, entries_EMd: Tensor) -> KeysValues:
         """Keys and gated values [E, H, M, D], float dtype of the module's projections.
 
         The gate multiplies the values (M of them) rather than the attention output (T of them).
@@ -137,7 +121,7 @@ class AdaptionPrompt(AdapterModule):
         return keys_EGMD, values_EGMD * gate_H11
 
     @torch.no_grad()
-    def cache_static(self, attention: nn.Module) -> None:
+    def cache_static(self, attention: Attention) -> None:
         """Keep keys and values of static prompts, for inference; `drop_cache` undoes it."""
         if self.prompt is not None and not self.visual:
             self._static = self.keys_values(attention, self.prompt.unsqueeze(0))
@@ -147,7 +131,7 @@ class AdaptionPrompt(AdapterModule):
 
     def forward(
         self,
-        attention: nn.Module,
+        attention: Attention,
         query_BHTD: Tensor,
         visual: VisualPrompts | None,
         *,
@@ -256,115 +240,3 @@ def _attend_packed(
     if has_static_entry:
         return added_BHTD
     return added_BHTD * (token_BT >= 0)[:, None, :, None].to(added_BHTD.dtype)
-
-
-def project_prompt(attention: nn.Module, x_EMd: Tensor) -> KeysValues:
-    """Keys and values [E, G, M, D] of prompts by the module's own projections, not rotated.
-
-    Learned bias and scale apply, LoRA does not; a key norm applies where the family has one.
-    Raises UnsupportedModelError for an attention module whose projections are unknown.
-    """
-    entries, length, _ = x_EMd.shape
-    if hasattr(attention, "k_proj"):
-        keys = _project(attention.k_proj, x_EMd)  # type: ignore[arg-type]
-        values = _project(attention.v_proj, x_EMd)  # type: ignore[arg-type]
-        head_size = int(attention.head_dim)  # type: ignore[arg-type]
-        norm = getattr(attention, "k_norm", None)
-        if norm is not None and norm.weight.shape[0] != head_size:
-            keys, norm = norm(keys), None  # olmo2 normalises all heads together
-        keys = keys.view(entries, length, -1, head_size)
-        if norm is not None:
-            keys = norm(keys)
-        return keys.transpose(1, 2), values.view(entries, length, -1, head_size).transpose(1, 2)
-    if hasattr(attention, "qkv_proj"):  # phi3: queries, keys, values side by side
-        head_size = int(attention.head_dim)  # type: ignore[arg-type]
-        size = int(attention.num_key_value_heads) * head_size  # type: ignore[arg-type]
-        fused = _project(attention.qkv_proj, x_EMd)  # type: ignore[arg-type]
-        keys, values = fused[..., -2 * size : -size], fused[..., -size:]
-        keys = keys.reshape(entries, length, -1, head_size).transpose(1, 2)
-        return keys, values.reshape(entries, length, -1, head_size).transpose(1, 2)
-    if hasattr(attention, "query_key_value"):  # gpt_neox: interleaved head by head
-        fused = _project(attention.query_key_value, x_EMd)  # type: ignore[arg-type]
-        size = 3 * int(attention.head_size)  # type: ignore[arg-type]
-        _, keys, values = fused.view(entries, length, -1, size).transpose(1, 2).chunk(3, dim=-1)
-        return keys, values
-    raise UnsupportedModelError(
-        f"{type(attention).__name__} has none of k_proj, qkv_proj, query_key_value: "
-        "keys and values of prompts cannot be made"
-    )
-
-
-def _project(linear: nn.Module, x: Tensor) -> Tensor:
-    x = x.to(linear.weight.dtype) if linear.weight.is_floating_point() else x  # type: ignore[operator, arg-type]
-    if isinstance(linear, ScaledLinear):
-        return linear.without_lora(x)
-    return linear(x)  # type: ignore[no-any-return]
-
-
-_captured: ContextVar[list[KeysValues] | None] = ContextVar("captured", default=None)
-
-
-@contextmanager
-def capture_keys_values() -> Iterator[list[KeysValues]]:
-    """Inside, adapted attention records the keys and values it was given; for the self-check."""
-    captured: list[KeysValues] = []
-    token = _captured.set(captured)
-    try:
-        yield captured
-    finally:
-        _captured.reset(token)
-
-
-def _eager_of(module: nn.Module) -> Callable[..., Any]:
-    for cls in type(module).__mro__:
-        function = getattr(sys.modules.get(cls.__module__), "eager_attention_forward", None)
-        if function is not None:
-            return function  # type: ignore[no-any-return]
-    raise UnsupportedModelError(f"no eager attention function beside {type(module).__name__}")
-
-
-def _adapted_attention(implementation: str) -> Callable[..., Any]:
-    def attention_forward(
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Any,
-        *args: Any,
-        visual_prompts: VisualPrompts | None = None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None]:
-        if not torch.compiler.is_compiling():
-            captured = _captured.get()
-            if captured is not None:
-                captured.append((key, value))
-        if implementation == "eager":
-            base = _eager_of(module)
-        else:
-            base = ALL_ATTENTION_FUNCTIONS[implementation]
-        output, weights = base(module, query, key, value, attention_mask, *args, **kwargs)
-        adaption = getattr(module, "adaption", None)
-        if adaption is None:
-            return output, weights
-        scaling = kwargs.get("scaling")
-        if scaling is None:
-            scaling = getattr(module, "scaling", None) or query.shape[-1] ** -0.5
-        added = adaption(
-            module, query, visual_prompts, scaling=scaling, softcap=kwargs.get("softcap")
-        )
-        return (output if added is None else output + added), weights
-
-    attention_forward.__name__ = PREFIX + implementation
-    return attention_forward
-
-
-def register_attention() -> None:
-    """Register our attention beside transformers' own, masks included.
-
-    Without the mask entry a model would silently run with no mask at all.
-    """
-    for implementation in IMPLEMENTATIONS:
-        AttentionInterface.register(PREFIX + implementation, _adapted_attention(implementation))
-        AttentionMaskInterface.register(
-            PREFIX + implementation, ALL_MASK_ATTENTION_FUNCTIONS[implementation]
-        )

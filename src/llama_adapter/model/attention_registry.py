@@ -1,0 +1,95 @@
+"""Our attention functions in transformers' public registry, beside the base's own.
+
+Each runs the base's function unchanged and adds what the module's `adaption` child says.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from llama_adapter.errors import UnsupportedModelError
+from llama_adapter.model.gated_attention import VisualPrompts
+from llama_adapter.model.prompt_projection import KeysValues
+
+PREFIX = "llama_adapter_"
+"""Registered names are this plus transformers' own, so `flash` and `sdpa` stay recognisable."""
+
+IMPLEMENTATIONS = ("eager", "sdpa", "flex_attention", "flash_attention_2")
+
+_captured: ContextVar[list[KeysValues] | None] = ContextVar("captured", default=None)
+
+
+@contextmanager
+def capture_keys_values() -> Iterator[list[KeysValues]]:
+    """Inside, adapted attention records the keys and values it was given; for the self-check."""
+    captured: list[KeysValues] = []
+    token = _captured.set(captured)
+    try:
+        yield captured
+    finally:
+        _captured.reset(token)
+
+
+def _eager_of(module: nn.Module) -> Callable[..., Any]:
+    for cls in type(module).__mro__:
+        function = getattr(sys.modules.get(cls.__module__), "eager_attention_forward", None)
+        if function is not None:
+            return function  # type: ignore[no-any-return]
+    raise UnsupportedModelError(f"no eager attention function beside {type(module).__name__}")
+
+
+def _adapted_attention(implementation: str) -> Callable[..., Any]:
+    def attention_forward(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Any,
+        *args: Any,
+        visual_prompts: VisualPrompts | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        if not torch.compiler.is_compiling():
+            captured = _captured.get()
+            if captured is not None:
+                captured.append((key, value))
+        if implementation == "eager":
+            base = _eager_of(module)
+        else:
+            base = ALL_ATTENTION_FUNCTIONS[implementation]
+        output, weights = base(module, query, key, value, attention_mask, *args, **kwargs)
+        adaption = getattr(module, "adaption", None)
+        if adaption is None:
+            return output, weights
+        scaling = kwargs.get("scaling")
+        if scaling is None:
+            scaling = getattr(module, "scaling", None) or query.shape[-1] ** -0.5
+        added = adaption(
+            module, query, visual_prompts, scaling=scaling, softcap=kwargs.get("softcap")
+        )
+        return (output if added is None else output + added), weights
+
+    attention_forward.__name__ = PREFIX + implementation
+    return attention_forward
+
+
+def register_attention() -> None:
+    """Register our attention beside transformers' own, masks included.
+
+    Without the mask entry a model would silently run with no mask at all.
+    """
+    for implementation in IMPLEMENTATIONS:
+        AttentionInterface.register(PREFIX + implementation, _adapted_attention(implementation))
+        AttentionMaskInterface.register(
+            PREFIX + implementation, ALL_MASK_ATTENTION_FUNCTIONS[implementation]
+        )

@@ -1,0 +1,61 @@
+"""Keys and values of prompts, by an attention module's own frozen projections.
+
+Shapes: E prompt entries, M prompts, G key/value heads, D head size, d hidden size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from llama_adapter.errors import UnsupportedModelError
+from llama_adapter.model.scaled_linear import ScaledLinear
+
+KeysValues = tuple[Tensor, Tensor]
+
+Attention = Any
+"""A decoder's attention module; which attributes it has differs from family to family."""
+
+
+def project_prompt(attention: nn.Module, x_EMd: Tensor) -> KeysValues:
+    """Keys and values [E, G, M, D] of prompts by the module's own projections, not rotated.
+
+    Learned bias and scale apply, LoRA does not; a key norm applies where the family has one.
+    Raises UnsupportedModelError for an attention module whose projections are unknown.
+    """
+    entries, length, _ = x_EMd.shape
+    if hasattr(attention, "k_proj"):
+        keys = _project(attention.k_proj, x_EMd)  # type: ignore[arg-type]
+        values = _project(attention.v_proj, x_EMd)  # type: ignore[arg-type]
+        head_size = int(attention.head_dim)  # type: ignore[arg-type]
+        norm = getattr(attention, "k_norm", None)
+        if norm is not None and norm.weight.shape[0] != head_size:
+            keys, norm = norm(keys), None  # olmo2 normalises all heads together
+        keys = keys.view(entries, length, -1, head_size)
+        if norm is not None:
+            keys = norm(keys)
+        return keys.transpose(1, 2), values.view(entries, length, -1, head_size).transpose(1, 2)
+    if hasattr(attention, "qkv_proj"):  # phi3: queries, keys, values side by side
+        head_size = int(attention.head_dim)  # type: ignore[arg-type]
+        size = int(attention.num_key_value_heads) * head_size  # type: ignore[arg-type]
+        fused = _project(attention.qkv_proj, x_EMd)  # type: ignore[arg-type]
+        keys, values = fused[..., -2 * size : -size], fused[..., -size:]
+        keys = keys.reshape(entries, length, -1, head_size).transpose(1, 2)
+        return keys, values.reshape(entries, length, -1, head_size).transpose(1, 2)
+    if hasattr(attention, "query_key_value"):  # gpt_neox: interleaved head by head
+        fused = _project(attention.query_key_value, x_EMd)  # type: ignore[arg-type]
+        size = 3 * int(attention.head_size)  # type: ignore[arg-type]
+        _, keys, values = fused.view(entries, length, -1, size).transpose(1, 2).chunk(3, dim=-1)
+        return keys, values
+    raise UnsupportedModelError(
+        f"{type(attention).__name__} has none of k_proj, qkv_proj, query_key_value: "
+        "keys and values of prompts cannot be made"
+    )
+
+
+def _project(linear: nn.Module, x: Tensor) -> Tensor:
+    x = x.to(linear.weight.dtype) if linear.weight.is_floating_point() else x  # type: ignore[operator, arg-type]
+    if isinstance(linear, ScaledLinear):
+        return linear.without_lora(x)
+    return linear(x)  # type: ignore[no-any-return]
