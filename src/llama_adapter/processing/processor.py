@@ -317,14 +317,30 @@ class LlamaAdapterProcessor(ProcessorMixin):
             stored, _ = cls.get_processor_dict(where, **kwargs)
         except OSError as error:
             raise CheckpointError(f"{where} has no readable {PROCESSOR_FILE}: {error}") from error
-        missing = [name for name in _OPTIONS if name not in stored]
-        if missing:
-            raise CheckpointError(f"{where}: {PROCESSOR_FILE} lacks {', '.join(missing)}")
+        options = _options(stored, where=where)
         tokenizer = AutoTokenizer.from_pretrained(where, **kwargs)
         images = None
         if stored.get("image_processor") is not None:
-            images = AutoImageProcessor.from_pretrained(where, **kwargs)
-        return cls(images, tokenizer, **{name: stored[name] for name in _OPTIONS})
+            # the same pixels on every machine, whether or not torchvision is there
+            images = AutoImageProcessor.from_pretrained(where, backend="pil", **kwargs)
+        return cls(images, tokenizer, **options)
+
+
+def read_processor_options(directory: Path) -> dict[str, Any]:
+    """The options of a stored processor, without loading its tokenizer."""
+    path = directory / PROCESSOR_FILE
+    try:
+        stored = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{directory} has no readable {PROCESSOR_FILE}: {error}") from error
+    return _options(stored, where=directory)
+
+
+def _options(stored: Mapping[str, Any], *, where: Any) -> dict[str, Any]:
+    missing = [name for name in _OPTIONS if name not in stored]
+    if missing:
+        raise CheckpointError(f"{where}: {PROCESSOR_FILE} lacks {', '.join(missing)}")
+    return {name: stored[name] for name in _OPTIONS}
 
 
 def _conversation(prompt: Any) -> Conversation:

@@ -1,0 +1,69 @@
+"""The program `llama-adapter`: its commands, and what an error becomes."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from llama_adapter.cli.chat import chat
+from llama_adapter.cli.info import info
+from llama_adapter.errors import LlamaAdapterError
+
+# Plain help: rich would double the time that `--help` takes, and rewrap the examples.
+app = typer.Typer(
+    name="llama-adapter",
+    help="Turn a frozen text LLM into a visual chat assistant.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+app.command("chat")(chat)
+app.command("info")(info)
+
+_BAD_PATH = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from llama_adapter import __version__
+
+        typer.echo(f"llama-adapter {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Print the version.", callback=_print_version, is_eager=True
+        ),
+    ] = False,
+) -> None:
+    """Turn a frozen text LLM into a visual chat assistant.
+
+    MODEL is an adapter directory, or `toy` for the built-in one.
+    """
+
+
+def main() -> None:
+    """Run the command line and exit with its status."""
+    try:
+        app()
+    except LlamaAdapterError as error:
+        _refuse(str(error))
+    except (*_BAD_PATH, PermissionError) as error:
+        _refuse(f"{error.strerror}: {error.filename}" if error.filename else str(error))
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _refuse(message: str) -> None:
+    """Say what is wrong in one line and exit as bad input does."""
+    typer.echo(f"error: {' '.join(message.split())}", err=True)
+    sys.exit(2)

@@ -1,0 +1,187 @@
+"""`llama-adapter chat`: one answer, or a conversation."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from llama_adapter.cli.models import MODEL_HELP
+from llama_adapter.errors import ImageError, PromptError
+
+if TYPE_CHECKING:
+    from llama_adapter.generation.chat import Answer, ChatSession
+
+_HELP = "/image FILE shows a picture with the next question, /reset forgets, /quit leaves."
+
+
+def chat(
+    model: Annotated[str, typer.Argument(help=MODEL_HELP, metavar="MODEL", show_default=False)],
+    image: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--image",
+            help="A picture to look at; may be repeated.",
+            metavar="FILE",
+            show_default=False,
+        ),
+    ] = None,
+    expert: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--expert",
+            help="An expert that describes the picture in words: caption; may be repeated.",
+            metavar="NAME",
+            show_default=False,
+        ),
+    ] = None,
+    context: Annotated[
+        str | None, typer.Option(help="Text that the answer may draw on.", show_default=False)
+    ] = None,
+    prompt: Annotated[
+        str | None,
+        typer.Option(
+            help="Answer this once and exit; otherwise a conversation.", show_default=False
+        ),
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 256,
+    temperature: Annotated[
+        float, typer.Option(help="0: always the likeliest word; higher: more varied.")
+    ] = 0.0,
+    seed: Annotated[int, typer.Option(help="Makes sampled answers repeatable.")] = 0,
+    device: Annotated[
+        str | None,
+        typer.Option(
+            help="cpu, cuda, cuda:1, …; by default the best there is.", show_default=False
+        ),
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object; needs --prompt.")
+    ] = False,
+) -> None:
+    """Ask a model about pictures, once or in a conversation.
+
+    \b
+    Examples:
+      llama-adapter chat toy --image scene.png --prompt "What colour is the star?"
+      llama-adapter chat toy --image scene.png --expert caption
+      llama-adapter chat runs/mine/final --prompt "Describe the picture." --image a.jpg --json
+    """
+    from llama_adapter.cli.output import json_only
+
+    if as_json and prompt is None:
+        raise typer.BadParameter("--json answers once and needs --prompt")
+    if prompt is not None and not prompt.strip():
+        raise PromptError("--prompt is empty")
+    images = [_checked(path) for path in image or ()]
+    with json_only(as_json) as emit:
+        session = _open_session(
+            model,
+            experts=expert or [],
+            context=context,
+            device=device,
+            seed=seed,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+        )
+        if prompt is None:
+            _converse(session, images)
+        elif as_json:
+            emit(_as_json(session.ask(prompt, images=images)))
+        else:
+            _print_answer(session, prompt, images)
+
+
+def _checked(path: Path) -> Path:
+    """The path, so that a bad picture is refused before a model is loaded."""
+    from llama_adapter.processing.images import load_image
+
+    load_image(path)
+    return path
+
+
+def _open_session(
+    model: str,
+    *,
+    experts: list[str],
+    context: str | None,
+    device: str | None,
+    seed: int,
+    max_new_tokens: int,
+    temperature: float,
+) -> ChatSession:
+    import torch
+
+    from llama_adapter.cli.models import experts_for, load
+    from llama_adapter.generation.chat import ChatSession, GenerationSettings
+
+    settings = GenerationSettings(max_new_tokens=max_new_tokens, temperature=temperature)
+    loaded, processor = load(model, device=device)
+    # transformers samples from the global generator and from no other
+    torch.manual_seed(seed)
+    return ChatSession(
+        loaded,
+        processor,
+        experts=experts_for(experts, model=model, loaded=loaded, processor=processor),
+        context=context,
+        settings=settings,
+    )
+
+
+def _as_json(answer: Answer) -> dict[str, Any]:
+    return {
+        "answer": answer.text,
+        "tokens": answer.tokens,
+        "seconds": round(answer.seconds, 3),
+        "contexts": [
+            {**dataclasses.asdict(report), "text": report.text} for report in answer.contexts
+        ],
+    }
+
+
+def _print_answer(session: ChatSession, question: str, images: list[Path]) -> None:
+    """Stream the answer to stdout; what experts reported stands on stderr."""
+    for piece in session.stream(question, images=images):
+        typer.echo(piece, nl=False)
+    typer.echo()
+    if images and session.last_answer is not None:
+        for report in session.last_answer.contexts:
+            typer.echo(f"[{report.expert}] {report.text}", err=True)
+
+
+def _converse(session: ChatSession, images: list[Path]) -> None:
+    """Questions from stdin until it ends or the user leaves."""
+    if sys.stdin.isatty():
+        typer.echo(_HELP, err=True)
+    waiting = list(images)
+    while (line := _read_line()) is not None:
+        command, _, argument = line.strip().partition(" ")
+        try:
+            match command:
+                case "":
+                    continue
+                case "/quit" | "/exit":
+                    return
+                case "/reset":
+                    session.reset()
+                    waiting = list(images)
+                case "/image":
+                    waiting.append(_checked(Path(argument.strip()).expanduser()))
+                case _ if command.startswith("/"):
+                    typer.echo(f"unknown command {command}. {_HELP}", err=True)
+                case _:
+                    _print_answer(session, line.strip(), waiting)
+                    waiting = []
+        except (ImageError, PromptError) as error:
+            # the session stands as it stood: let the user try again
+            typer.echo(f"error: {error}", err=True)
+
+
+def _read_line() -> str | None:
+    try:
+        return input("> " if sys.stdin.isatty() else "")
+    except EOFError:
+        return None

@@ -1,0 +1,103 @@
+"""From what a user calls a model to the model: `toy`, or an adapter directory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llama_adapter.errors import CheckpointError, ConfigError, ExpertError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from llama_adapter.experts import Expert
+    from llama_adapter.model import LlamaAdapterForConditionalGeneration
+    from llama_adapter.processing.processor import LlamaAdapterProcessor
+
+TOY = "toy"
+MODEL_HELP = "An adapter directory, or `toy` for the built-in one."
+
+
+def adapter_directory(model: str) -> Path:
+    """The directory that MODEL means; `CheckpointError` where there is none."""
+    if model == TOY:
+        from llama_adapter.toyworld.shipped import shipped_adapter
+
+        return shipped_adapter("v2")
+    path = Path(model).expanduser()
+    if not path.exists():
+        raise CheckpointError(f"no adapter directory {model!r} (and no built-in model but `toy`)")
+    if not path.is_dir():
+        raise CheckpointError(f"{model!r} is a file; an adapter is a directory")
+    return path
+
+
+def load(
+    model: str, *, device: str | None = None, **options: Any
+) -> tuple[LlamaAdapterForConditionalGeneration, LlamaAdapterProcessor]:
+    """MODEL on its base and on a device, with its processor, ready to answer."""
+    from llama_adapter.model import LlamaAdapterForConditionalGeneration
+    from llama_adapter.processing.processor import LlamaAdapterProcessor
+
+    directory = adapter_directory(model)
+    processor = LlamaAdapterProcessor.from_pretrained(directory)
+    options.setdefault("device_map", torch_device(device))
+    loaded = LlamaAdapterForConditionalGeneration.from_pretrained(directory, **options)
+    loaded.prepare_for_inference()
+    return loaded, processor
+
+
+def torch_device(name: str | None) -> str:
+    """The device of that name, or the best there is; `ConfigError` where it is not there."""
+    import torch
+
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(
+            f"device {name!r} cannot be used: {str(error).splitlines()[0]}"
+        ) from error
+    return name
+
+
+def experts_for(
+    names: Sequence[str],
+    *,
+    model: str,
+    loaded: LlamaAdapterForConditionalGeneration,
+    processor: LlamaAdapterProcessor,
+) -> list[Expert]:
+    """The experts that `--expert` names: `caption`, or `caption=DIR` for another base."""
+    return [_expert(name, model=model, loaded=loaded, processor=processor) for name in names]
+
+
+def _expert(
+    name: str,
+    *,
+    model: str,
+    loaded: LlamaAdapterForConditionalGeneration,
+    processor: LlamaAdapterProcessor,
+) -> Expert:
+    kind, _, where = name.partition("=")
+    if kind != "caption":
+        raise ExpertError(f"unknown expert {name!r}; known: caption, caption=DIR")
+    from llama_adapter.experts import CaptionExpert
+    from llama_adapter.processing.processor import LlamaAdapterProcessor
+
+    if where:
+        directory = adapter_directory(where)
+    elif model == TOY:
+        from llama_adapter.toyworld.shipped import shipped_adapter
+
+        directory = shipped_adapter("caption")
+    else:
+        raise ExpertError(
+            "only `toy` has a caption expert built in; name the directory of a caption adapter "
+            "for the same base: --expert caption=DIR"
+        )
+    if kind not in loaded.adapters:
+        loaded.load_adapter(directory, kind)
+    own = LlamaAdapterProcessor.from_pretrained(directory) if directory else processor
+    return CaptionExpert(loaded, own, adapter_name=kind)

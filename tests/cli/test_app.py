@@ -1,0 +1,54 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+import llama_adapter
+
+
+def test_version(cli: Callable[..., Any]) -> None:
+    done = cli("--version")
+    assert (done.status, done.stdout) == (0, f"llama-adapter {llama_adapter.__version__}\n")
+
+
+def test_every_command_has_help_with_an_example(cli: Callable[..., Any]) -> None:
+    from llama_adapter.cli import app
+
+    names = [command.name for command in app.registered_commands]
+    overview = cli("--help").stdout
+    for name in names:
+        assert f"\n  {name}" in overview
+        done = cli(name, "--help")
+        assert done.status == 0
+        assert f"\n    llama-adapter {name} " in done.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["nonsense"],
+        ["chat"],
+        ["chat", "toy", "--max-new-tokens", "many"],
+        ["chat", "toy", "--json"],
+        ["info", "toy", "--nonsense"],
+    ],
+)
+def test_bad_usage_ends_with_2_and_leaves_stdout_alone(
+    arguments: list[str], cli: Callable[..., Any]
+) -> None:
+    done = cli(*arguments)
+    assert done.status == 2
+    assert done.stdout == ""
+    assert done.stderr
+
+
+@pytest.mark.parametrize("command", ["info", "chat"])
+def test_a_refusal_is_one_line_and_ends_with_2(command: str, cli: Callable[..., Any]) -> None:
+    prompt = ["--prompt", "x"] if command == "chat" else []
+    done = cli(command, "no-such-directory", *prompt)
+    assert done.status == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: no adapter directory 'no-such-directory'")
+    assert done.stderr.count("\n") == 1

@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+Cli = Callable[..., Any]
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Path:
+    path = tmp_path / "scene.png"
+    Image.new("RGB", (16, 12), (200, 30, 30)).save(path)
+    return path
+
+
+def test_json_is_one_object_and_nothing_else(cli: Cli, adapter_dir: Path, picture: Path) -> None:
+    arguments = ["--prompt", "what is this?", "--image", picture, "--max-new-tokens", 4, "--json"]
+    done = cli("chat", adapter_dir, *arguments)
+    assert done.status == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert set(result) == {"answer", "tokens", "seconds", "contexts"}
+    assert 1 <= result["tokens"] <= 4
+    assert result["contexts"] == []
+    again = json.loads(cli("chat", adapter_dir, *arguments).stdout)
+    assert again["answer"] == result["answer"]
+
+
+def test_an_answer_in_words_is_the_same(cli: Cli, adapter_dir: Path) -> None:
+    arguments = ["chat", adapter_dir, "--prompt", "who?", "--max-new-tokens", 3]
+    answer = json.loads(cli(*arguments, "--json").stdout)["answer"]
+    assert cli(*arguments).stdout.strip() == answer
+
+
+def test_samples_repeat_with_their_seed(cli: Cli, adapter_dir: Path) -> None:
+    def answer(seed: int) -> str:
+        options = ["--temperature", 2.0, "--seed", seed, "--max-new-tokens", 12, "--json"]
+        return json.loads(cli("chat", adapter_dir, "--prompt", "who?", *options).stdout)["answer"]
+
+    assert answer(1) == answer(1)
+    assert answer(1) != answer(2)
+
+
+def test_the_caption_expert_is_heard_and_shown(cli: Cli, adapter_dir: Path, picture: Path) -> None:
+    options = ["--expert", f"caption={adapter_dir}", "--max-new-tokens", 2]
+    done = cli("chat", adapter_dir, "--prompt", "who?", "--image", picture, *options, "--json")
+    [report] = json.loads(done.stdout)["contexts"]
+    assert report["expert"] == "caption"
+    assert report["findings"][0]["kind"] == "caption"
+
+
+def test_a_conversation_goes_on_after_a_mistake(cli: Cli, adapter_dir: Path, picture: Path) -> None:
+    typed = (
+        f"who?\n/image {picture}\nand this?\n/image nothing.png\n/reset\n/what\n\nwho?\n/quit\nlost"
+    )
+    done = cli("chat", adapter_dir, "--max-new-tokens", 2, stdin=typed)
+    assert done.status == 0
+    assert done.stdout.count("\n") == 3
+    assert "error: cannot read image nothing.png" in done.stderr
+    assert "unknown command /what" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--prompt", "  "], "--prompt is empty"),
+        (["--prompt", "x", "--image", "nothing.png"], "cannot read image nothing.png"),
+        (["--prompt", "x", "--expert", "oracle"], "unknown expert 'oracle'"),
+        (["--prompt", "x", "--expert", "caption"], "--expert caption=DIR"),
+        (["--prompt", "x", "--max-new-tokens", "0"], "max_new_tokens must be at least 1"),
+        (["--prompt", "x", "--temperature", "-1"], "temperature must be at least 0"),
+        (["--prompt", "x", "--device", "cuda:99"], "device 'cuda:99' cannot be used"),
+        (["--prompt", "star " * 2000], "the context holds 1024"),
+    ],
+)
+def test_bad_input_is_refused_in_one_line(
+    arguments: list[str], complaint: str, cli: Cli, adapter_dir: Path
+) -> None:
+    done = cli("chat", adapter_dir, *arguments, "--json")
+    assert (done.status, done.stdout) == (2, "")
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: ")
+    assert complaint in last
+
+
+def test_an_image_is_refused_where_the_adapter_is_damaged(
+    cli: Cli, adapter_dir: Path, tmp_path: Path
+) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(adapter_dir, broken)
+    (broken / "adapter_model.safetensors").write_bytes(b"no tensors")
+    done = cli("chat", broken, "--prompt", "x")
+    assert done.status == 2
+    assert "adapter_model.safetensors is damaged" in done.stderr
