@@ -95,6 +95,7 @@ class LlamaAdapterConfig(PreTrainedConfig):  # type: ignore[misc, no-untyped-cal
         cls, config_dict: dict[str, Any], **kwargs: Any
     ) -> LlamaAdapterConfig | tuple[LlamaAdapterConfig, dict[str, Any]]:
         return_unused = kwargs.pop("return_unused_kwargs", False)
+        kwargs.pop("name_or_path", None)  # AutoConfig's own note of where it looked
         config = cls(**{name: config_dict.get(name) for name in _FIELDS})
         return (config, kwargs) if return_unused else config
 

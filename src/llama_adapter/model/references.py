@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 from llama_adapter.errors import CheckpointError
@@ -65,22 +66,28 @@ def describe_model(model: nn.Module) -> dict[str, Any]:
     }
 
 
-@torch.no_grad()
 def fingerprint(model: nn.Module) -> str | None:
     """A checksum of a sample of the model's numbers that survives a change of dtype.
 
-    Reads the first rows of every embedding-like and norm-like parameter, which no quantisation
-    touches, rounded to bfloat16; adapters must be off. None for a model on the meta device.
+    Adapters must be off. None for a model on the meta device.
     """
+    sampled = [(n, p.detach()) for n, p in model.named_parameters() if is_fingerprinted(n)]
+    if any(parameter.is_meta for _, parameter in sampled):
+        return None
+    return fingerprint_of((name, tuple(p.shape), p) for name, p in sampled)
+
+
+def is_fingerprinted(name: str) -> bool:
+    """Whether a parameter is embedding-like or norm-like, which no quantisation touches."""
+    return "norm" in name.lower() or "embed" in name.lower()
+
+
+def fingerprint_of(samples: Iterable[tuple[str, tuple[int, ...], Tensor]]) -> str:
+    """The checksum of names, full shapes and the first numbers, rounded to bfloat16."""
     digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        is_sampled = "norm" in name.lower() or "embed" in name.lower()
-        if not is_sampled:
-            continue
-        if parameter.is_meta:
-            return None
-        sample = parameter.detach().reshape(-1)[:256].cpu().to(torch.bfloat16).float()
-        digest.update(f"{name}{tuple(parameter.shape)}".encode())
+    for name, shape, numbers in sorted(samples, key=lambda sample: sample[0]):
+        sample = numbers.reshape(-1)[:256].cpu().to(torch.bfloat16).float()
+        digest.update(f"{name}{shape}".encode())
         digest.update(sample.numpy().tobytes())
     return digest.hexdigest()[:32]
 

@@ -1,0 +1,137 @@
+"""The base that a released adapter is imported onto, before its numbers are in memory."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from llama_adapter.checkpoints.layout import BaseShape
+from llama_adapter.checkpoints.meta_base import MetaBase
+from llama_adapter.errors import CheckpointError
+from llama_adapter.model.references import (
+    describe_model,
+    fingerprint_of,
+    is_fingerprinted,
+    load_language_model,
+)
+
+REFERENCE = "base"
+"""Where a converted base stands inside an adapter directory."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Base:
+    """A base in either layout."""
+
+    directory: Path
+    config: Any
+    """Its Hugging Face text config."""
+    meta: MetaBase | None
+    """Set if it must be converted."""
+
+    @property
+    def shape(self) -> BaseShape:
+        return BaseShape.of(self.config)
+
+    @classmethod
+    def open(cls, directory: Path) -> Base:
+        """Look at a base; CheckpointError if there is none or it is no decoder of LLaMA's kind."""
+        if not directory.is_dir():
+            raise CheckpointError(f"the base {directory} is no directory")
+        if MetaBase.is_at(directory):
+            meta = MetaBase(directory)
+            return cls(directory=directory, config=meta.config, meta=meta)
+        if not (directory / "config.json").is_file():
+            raise CheckpointError(
+                f"the base {directory} has neither params.json (Meta's layout) nor config.json "
+                "(Hugging Face)"
+            )
+        try:
+            config = AutoConfig.from_pretrained(directory)
+        except (OSError, ValueError) as error:
+            message = str(error).splitlines()[0]
+            raise CheckpointError(f"{directory}/config.json cannot be read: {message}") from error
+        text_config = config.get_text_config()
+        for key in ("num_attention_heads", "intermediate_size", "hidden_size"):
+            if not hasattr(text_config, key):
+                raise CheckpointError(f"{directory}/config.json lacks {key}; is it a decoder?")
+        return cls(directory=directory.resolve(), config=text_config, meta=None)
+
+    def why_other(self) -> str | None:
+        """How this base differs from LLaMA 1, for which all released adapters were made."""
+        config = self.config
+        if config.model_type != "llama":
+            return f"it is a {config.model_type} model"
+        rope = getattr(config, "rope_parameters", None) or {}
+        if config.num_attention_heads != self.shape.num_kv_heads:
+            return (
+                f"it has {self.shape.num_kv_heads} key heads for {config.num_attention_heads} heads"
+            )
+        if rope.get("rope_theta", 10000.0) != 10000.0 or rope.get("rope_type") != "default":
+            return f"its rotation is {rope.get('rope_type')} with theta {rope.get('rope_theta')}"
+        is_7b_or_13b = config.hidden_size in (4096, 5120)
+        if is_7b_or_13b and (config.vocab_size not in (32000, 32001) or config.rms_norm_eps > 2e-6):
+            return f"norm_eps {config.rms_norm_eps} and {config.vocab_size} tokens: not LLaMA 1"
+        return None
+
+    def final_norm(self) -> Tensor:
+        """Weights of the final norm, which the chat checkpoint leaves as they are."""
+        if self.meta is not None:
+            return self.meta.read("model.norm.weight")
+        found = _read_some(self.directory, ["model.norm.weight"])
+        if found is None:
+            model = load_language_model(str(self.directory))
+            return model.get_decoder().norm.weight.detach()
+        return found["model.norm.weight"][1]
+
+
+def describe_stored(directory: Path, *, reference: str) -> dict[str, Any]:
+    """A reference to a stored base, without loading more of it than the fingerprint samples."""
+    config = AutoConfig.from_pretrained(directory)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    described = describe_model(model)
+    names = [name for name, _ in model.named_parameters() if is_fingerprinted(name)]
+    samples = _read_some(directory, names)
+    if samples is None:
+        described["fingerprint"] = describe_model(load_language_model(str(directory)))[
+            "fingerprint"
+        ]
+    else:
+        described["fingerprint"] = fingerprint_of(
+            (name, shape, sample) for name, (shape, sample) in samples.items()
+        )
+    return {**described, "name_or_path": reference}
+
+
+def _read_some(
+    directory: Path, names: list[str]
+) -> dict[str, tuple[tuple[int, ...], Tensor]] | None:
+    """Shape and first rows of stored tensors; None if they are not safetensors of these names."""
+    index = directory / "model.safetensors.index.json"
+    if index.is_file():
+        files: dict[str, str] = json.loads(index.read_text())["weight_map"]
+    elif (directory / "model.safetensors").is_file():
+        with safe_open(directory / "model.safetensors", framework="pt") as file:
+            files = dict.fromkeys(file.keys(), "model.safetensors")
+    else:
+        return None
+    if not set(names) <= files.keys():
+        return None
+    found = {}
+    for file_name in sorted({files[name] for name in names}):
+        with safe_open(directory / file_name, framework="pt") as file:
+            for name in names:
+                if files[name] == file_name:
+                    piece = file.get_slice(name)
+                    shape = tuple(piece.get_shape())
+                    rows = shape[0] if len(shape) == 1 else min(256, shape[0])
+                    found[name] = (shape, piece[:rows])
+    return found

@@ -1,0 +1,101 @@
+"""Output directories that appear whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import FrameType
+
+from llama_adapter.errors import CheckpointError
+
+_OURS = ("adapter_config.json", "config.json", "adapter.pth", "model.safetensors.index.json")
+"""Files that mark a directory as something we wrote and may replace."""
+
+
+@contextmanager
+def staged_directory(
+    out: Path, *, overwrite: bool = False, sources: tuple[Path, ...] = ()
+) -> Iterator[Path]:
+    """A directory beside `out` to write into; it becomes `out` when the block ends well.
+
+    After an error, an interrupt or a termination signal nothing is left; what a killed run left
+    is removed by the next one. `sources` are inputs, which must not lie inside `out`.
+    Raises CheckpointError if `out` exists, unless `overwrite` and it is a model directory.
+    """
+    out = Path(os.path.abspath(out))
+    _check_target(out, overwrite=overwrite, sources=sources)
+    missing_parents = [parent for parent in out.parents if not parent.exists()]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(out)
+    stage = out.parent / f".{out.name}.partial-{os.getpid()}"
+    stage.mkdir()
+    try:
+        with _termination_raises():
+            yield stage
+            _replace(out, stage)
+    except BaseException:
+        shutil.rmtree(stage, ignore_errors=True)
+        for parent in missing_parents:
+            with suppress(OSError):
+                parent.rmdir()
+        raise
+
+
+def _check_target(out: Path, *, overwrite: bool, sources: tuple[Path, ...]) -> None:
+    for source in sources:
+        if source.resolve().is_relative_to(out.resolve()):
+            raise CheckpointError(f"{source} lies inside the output directory {out}")
+    if not out.exists() and not out.is_symlink():
+        return
+    if not out.is_dir():
+        raise CheckpointError(f"{out} exists and is no directory; expected a new directory")
+    if not overwrite:
+        raise CheckpointError(f"{out} exists; expected a new directory (--overwrite replaces it)")
+    if any(out.iterdir()) and not any((out / name).exists() for name in _OURS):
+        raise CheckpointError(
+            f"{out} holds {len(list(out.iterdir()))} entries but no model; it is not overwritten"
+        )
+
+
+def _replace(out: Path, stage: Path) -> None:
+    if not out.exists():
+        stage.rename(out)
+        return
+    old = out.parent / f".{out.name}.replaced-{os.getpid()}"
+    out.rename(old)
+    try:
+        stage.rename(out)
+    except OSError:
+        old.rename(out)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _remove_abandoned(out: Path) -> None:
+    """Remove stages of runs that were killed: their process is gone."""
+    for stage in out.parent.glob(f".{out.name}.partial-*"):
+        pid = stage.name.rsplit("-", 1)[1]
+        if pid.isdigit() and not Path(f"/proc/{pid}").exists() and Path("/proc").exists():
+            shutil.rmtree(stage, ignore_errors=True)
+
+
+@contextmanager
+def _termination_raises() -> Iterator[None]:
+    """Turn SIGTERM into SystemExit inside the block, so that clean-up runs."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    previous = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)

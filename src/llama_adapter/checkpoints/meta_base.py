@@ -1,0 +1,313 @@
+"""Base weights in Meta's layout: `params.json`, `consolidated.*.pth`, one or many shards.
+
+Model-parallel shards hold slices: of rows for wq, wk, wv, w1, w3 and output, of columns for wo and
+w2; embeddings are sliced by columns up to LLaMA 2 and by rows since LLaMA 3; norms are copies.
+Rotary pairs are neighbours there and half a head apart at Hugging Face: wq, wk are reordered.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LlamaConfig
+
+from llama_adapter.checkpoints.safetensors_writer import (
+    SafetensorsWriter,
+    TensorSpec,
+    file_names,
+    split_into_files,
+    supports,
+    write_index,
+)
+from llama_adapter.checkpoints.torch_files import read_torch_file
+from llama_adapter.errors import CheckpointError
+
+Progress = Callable[[int, int], None]
+"""Called with bytes done and bytes in all."""
+
+FILE_BYTES = 4 * 2**30
+"""Most bytes in one file of a converted base."""
+
+MAPPED_BYTES = 512 * 2**20
+"""After this many bytes the shards are mapped anew: pages that were read count as our memory."""
+
+_ROWS, _COLUMNS, _COPY = 0, 1, None
+
+_LAYER_TENSORS: dict[str, tuple[str, int | None]] = {
+    "attention.wq.weight": ("self_attn.q_proj.weight", _ROWS),
+    "attention.wk.weight": ("self_attn.k_proj.weight", _ROWS),
+    "attention.wv.weight": ("self_attn.v_proj.weight", _ROWS),
+    "attention.wo.weight": ("self_attn.o_proj.weight", _COLUMNS),
+    "feed_forward.w1.weight": ("mlp.gate_proj.weight", _ROWS),
+    "feed_forward.w2.weight": ("mlp.down_proj.weight", _COLUMNS),
+    "feed_forward.w3.weight": ("mlp.up_proj.weight", _ROWS),
+    "attention_norm.weight": ("input_layernorm.weight", _COPY),
+    "ffn_norm.weight": ("post_attention_layernorm.weight", _COPY),
+}
+
+EMBEDDINGS, OUTPUT = "tok_embeddings.weight", "output.weight"
+
+
+def rotary_permutation(rows: int, head_size: int) -> Tensor:
+    """Row order that turns neighbouring rotary pairs into halves of a head."""
+    return torch.arange(rows).view(-1, head_size // 2, 2).transpose(1, 2).reshape(-1)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Source:
+    """One tensor of the converted base and where it comes from."""
+
+    spec: TensorSpec
+    name: str
+    """Its name in Meta's layout."""
+    axis: int | None
+    """Axis along which shards are joined; None: the shards hold copies."""
+    head_size: int = 0
+    """Width of a head if rows are reordered for rotation, else 0."""
+
+
+class MetaBase:
+    """A base model in Meta's layout, looked at without reading its numbers.
+
+    Raises CheckpointError naming the file, the tensor, what was found and what was expected.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.params = _read_params(directory / "params.json")
+        self.shards = _shards(directory)
+        tensors = self._open()
+        self.config = self._read_config(tensors)
+        self._sources = list(self._plan(tensors))
+
+    @staticmethod
+    def is_at(directory: Path) -> bool:
+        """Whether a directory looks like Meta's layout, complete or not."""
+        return (directory / "params.json").exists() or any(directory.glob("consolidated.*.pth"))
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(source.spec.num_bytes for source in self._sources)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._sources[0].spec.dtype
+
+    def convert(self, out: Path, *, progress: Progress | None = None) -> None:
+        """Write sharded safetensors into `out`, tensor by tensor, and the configuration."""
+        by_name = {source.spec.name: source for source in self._sources}
+        files = split_into_files([s.spec for s in self._sources], max_bytes=FILE_BYTES)
+        done = mapped = 0
+        shards = self._open()
+        for name, specs in zip(file_names(len(files)), files, strict=True):
+            with SafetensorsWriter(out / name, specs) as writer:
+                for spec in specs:
+                    writer.write(self._convert_one(by_name[spec.name], shards))
+                    done += spec.num_bytes
+                    mapped += spec.num_bytes
+                    if mapped > MAPPED_BYTES:
+                        shards, mapped = self._open(), 0
+                    if progress is not None:
+                        progress(done, self.num_bytes)
+        write_index(out, files)
+        self.config.save_pretrained(out)
+
+    def read(self, name: str) -> Tensor:
+        """One converted tensor by its name in the converted base."""
+        source = next(s for s in self._sources if s.spec.name == name)
+        return self._convert_one(source, self._open()).clone()
+
+    def _convert_one(self, source: _Source, shards: list[dict[str, Tensor]]) -> Tensor:
+        pieces = [shard[source.name] for shard in shards]
+        if source.axis is None or len(pieces) == 1:
+            tensor = pieces[0]
+        else:
+            tensor = torch.cat(pieces, dim=source.axis)
+        if source.head_size:
+            heads = tensor.view(-1, source.head_size // 2, 2, tensor.shape[-1])
+            tensor = heads.transpose(1, 2).reshape(tensor.shape)
+        return tensor
+
+    def _open(self) -> list[dict[str, Tensor]]:
+        contents = [read_torch_file(path, mmap=True) for path in self.shards]
+        for path, content in zip(self.shards, contents, strict=True):
+            if not isinstance(content, dict) or EMBEDDINGS not in content:
+                raise CheckpointError(
+                    f"{path} holds no LLaMA weights: expected tensor {EMBEDDINGS}, found "
+                    f"{sorted(content)[:3] if isinstance(content, dict) else type(content).__name__}"
+                )
+        return contents
+
+    def _read_config(self, shards: list[dict[str, Tensor]]) -> LlamaConfig:
+        params, path = self.params, self.directory / "params.json"
+        dim, heads = _integer(params, "dim", path), _integer(params, "n_heads", path)
+        layers = _integer(params, "n_layers", path)
+        kv_heads = _integer(params, "n_kv_heads", path) if params.get("n_kv_heads") else heads
+        if dim % heads or heads % kv_heads:
+            raise CheckpointError(
+                f"{path}: dim {dim}, n_heads {heads}, n_kv_heads {kv_heads} do not divide evenly"
+            )
+        found = 1 + max((_layer_index(name) for name in shards[0]), default=-1)
+        if found != layers:
+            raise CheckpointError(f"{self.shards[0]} has {found} layers, {path.name} says {layers}")
+        embedding = shards[0][EMBEDDINGS]
+        split = len(shards) if embedding.shape[1] == dim else 1
+        vocab = embedding.shape[0] * split
+        stated = int(params.get("vocab_size", -1))
+        if stated not in (-1, vocab):
+            raise CheckpointError(
+                f"{self.shards[0]}: tensor {EMBEDDINGS} holds {vocab} tokens, "
+                f"{path.name} says {stated}"
+            )
+        theta = float(params.get("rope_theta", 10000.0))
+        return LlamaConfig(
+            architectures=["LlamaForCausalLM"],
+            hidden_size=dim,
+            intermediate_size=_feed_forward_size(params, dim),
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=kv_heads,
+            vocab_size=vocab,
+            rms_norm_eps=float(params.get("norm_eps", 1e-5)),
+            rope_parameters=_rope(params, theta, dim),
+            max_position_embeddings=_context_length(params, theta),
+            tie_word_embeddings=OUTPUT not in shards[0],
+            # which token ends a text is the tokenizer's to say
+            bos_token_id=None,
+            eos_token_id=None,
+            dtype=embedding.dtype,
+        )
+
+    def _plan(self, shards: list[dict[str, Tensor]]) -> Iterator[_Source]:
+        config = self.config
+        dim, vocab, ffn = config.hidden_size, config.vocab_size, config.intermediate_size
+        head = dim // config.num_attention_heads
+        kv_dim = head * config.num_key_value_heads
+        is_by_columns = shards[0][EMBEDDINGS].shape[1] != dim
+        axis = _COLUMNS if is_by_columns else _ROWS
+        yield self._source(shards, EMBEDDINGS, "model.embed_tokens.weight", (vocab, dim), axis)
+        shapes = {
+            "wq": (dim, dim), "wk": (kv_dim, dim), "wv": (kv_dim, dim), "wo": (dim, dim),
+            "w1": (ffn, dim), "w2": (dim, ffn), "w3": (ffn, dim),
+            "attention_norm": (dim,), "ffn_norm": (dim,),
+        }  # fmt: skip
+        for layer in range(config.num_hidden_layers):
+            for name, (hf_name, axis) in _LAYER_TENSORS.items():
+                kind = name.split(".")[-2]
+                yield self._source(
+                    shards,
+                    f"layers.{layer}.{name}",
+                    f"model.layers.{layer}.{hf_name}",
+                    shapes[kind],
+                    axis,
+                    head_size=head if kind in ("wq", "wk") else 0,
+                )
+        yield self._source(shards, "norm.weight", "model.norm.weight", (dim,), _COPY)
+        if not config.tie_word_embeddings:
+            yield self._source(shards, OUTPUT, "lm_head.weight", (vocab, dim), _ROWS)
+
+    def _source(
+        self,
+        shards: list[dict[str, Tensor]],
+        name: str,
+        hf_name: str,
+        shape: tuple[int, ...],
+        axis: int | None,
+        head_size: int = 0,
+    ) -> _Source:
+        for path, shard in zip(self.shards, shards, strict=True):
+            if name not in shard:
+                raise CheckpointError(f"{path} lacks tensor {name}")
+            expected = list(shape)
+            if axis is not None:
+                expected[axis] //= len(shards)
+            if list(shard[name].shape) != expected:
+                raise CheckpointError(
+                    f"{path}: tensor {name} has shape {list(shard[name].shape)}, expected "
+                    f"{expected} (params.json, {len(shards)} shards)"
+                )
+        dtype = shards[0][name].dtype
+        if not supports(dtype) or any(shard[name].dtype != dtype for shard in shards):
+            raise CheckpointError(
+                f"{self.shards[0]}: tensor {name} has dtype {dtype}, "
+                "expected one floating-point dtype in all shards"
+            )
+        spec = TensorSpec(name=hf_name, shape=shape, dtype=dtype)
+        return _Source(spec=spec, name=name, axis=axis, head_size=head_size)
+
+
+def _read_params(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise CheckpointError(
+            f"{path} is missing; a base in Meta's layout has params.json beside consolidated.*.pth"
+        )
+    try:
+        params = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(params, dict):
+        raise CheckpointError(f"{path} holds a {type(params).__name__}, expected an object")
+    return params
+
+
+def _integer(params: dict[str, Any], key: str, path: Path) -> int:
+    value = params.get(key)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise CheckpointError(f"{path}: {key} must be a positive integer, found {value!r}")
+    return value
+
+
+def _shards(directory: Path) -> list[Path]:
+    shards = sorted(directory.glob("consolidated.*.pth"))
+    expected = [f"consolidated.{i:02d}.pth" for i in range(len(shards))]
+    if not shards:
+        raise CheckpointError(f"{directory} lacks consolidated.00.pth")
+    if [path.name for path in shards] != expected:
+        missing = sorted(set(expected) - {path.name for path in shards})
+        raise CheckpointError(
+            f"{directory} lacks {missing[0]}; found {len(shards)} shards up to {shards[-1].name}"
+        )
+    return shards
+
+
+def _layer_index(name: str) -> int:
+    match = re.match(r"layers\.(\d+)\.", name)
+    return int(match[1]) if match else -1
+
+
+def _feed_forward_size(params: dict[str, Any], dim: int) -> int:
+    """Meta's rule: two thirds of four times the width, scaled, up to a multiple."""
+    size = int(2 * (4 * dim) / 3)
+    if params.get("ffn_dim_multiplier") is not None:
+        size = int(float(params["ffn_dim_multiplier"]) * size)
+    multiple = int(params.get("multiple_of", 256))
+    return multiple * -(-size // multiple)
+
+
+def _rope(params: dict[str, Any], theta: float, dim: int) -> dict[str, Any]:
+    if not params.get("use_scaled_rope"):
+        return {"rope_type": "default", "rope_theta": theta}
+    return {
+        "rope_type": "llama3",
+        "rope_theta": theta,
+        # LLaMA 3.2 (1B, 3B: up to 3072 wide) stretches further than 3.1; params.json does not say
+        "factor": float(params.get("rope_scale_factor", 32.0 if dim <= 3072 else 8.0)),
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+
+
+def _context_length(params: dict[str, Any], theta: float) -> int:
+    if params.get("use_scaled_rope"):
+        return 131072
+    if theta > 10000.0:
+        return 8192 if theta <= 500000.0 else 16384
+    return 4096 if params.get("n_kv_heads") else 2048

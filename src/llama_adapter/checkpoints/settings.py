@@ -1,0 +1,204 @@
+"""Which settings of our mechanism a released file is; what the file leaves open and how we fill it.
+
+Open are the number of heads of the projector's blocks (everywhere) and the prompt length (V1 and
+chat with prompts). They are taken, in this order, from the caller, from a `meta.json` beside the
+file, from what its shapes allow, from the authors' defaults.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llama_adapter.checkpoints.layout import BaseShape
+from llama_adapter.checkpoints.released import PROMPTS, QUERY, Kind, Released
+from llama_adapter.config import AdapterConfig
+from llama_adapter.errors import CheckpointError
+
+AUTHORS_PROMPT_LENGTH = 10
+AUTHORS_PROJECTOR_HEADS = 16
+AUTHORS_PROJECTOR_WIDTH = 768
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Hints:
+    """What a released file does not say."""
+
+    prompt_length: int | None = None
+    """Prompts per layer."""
+    projector_heads: int | None = None
+    """Attention heads of the visual projector's blocks."""
+
+    @classmethod
+    def beside(cls, path: Path) -> Hints:
+        """From a `meta.json` beside the file; nothing from one that is absent or of another kind."""
+        meta = path.parent / "meta.json"
+        try:
+            content = json.loads(meta.read_text()) if meta.is_file() else {}
+        except (json.JSONDecodeError, UnicodeDecodeError):
+            content = {}
+        visual = content.get("visual") if isinstance(content, dict) else None
+        return cls(
+            prompt_length=_positive(content, "adapter_len"),
+            projector_heads=_positive(visual, "v_num_heads"),
+        )
+
+    def or_else(self, other: Hints) -> Hints:
+        """These, and the other's where these say nothing."""
+        return Hints(
+            prompt_length=self.prompt_length or other.prompt_length,
+            projector_heads=self.projector_heads or other.projector_heads,
+        )
+
+
+def settings(
+    released: Released, shape: BaseShape, *, base: str, gate: str, hints: Hints
+) -> tuple[AdapterConfig, list[str]]:
+    """The AdapterConfig of a released file on a base, and warnings about what had to be assumed.
+
+    Raises CheckpointError if the file was made for another depth or its shapes contradict it.
+    """
+    _check_depth(released, shape, base)
+    _check_width(released, shape, base)
+    warnings: list[str] = []
+    if released.kind is Kind.V1:
+        length, layers = _static_prompts(released, shape, hints, warnings)
+        values: dict[str, Any] = {"gate": gate, "prompt_length": length, "prompt_layers": layers}
+        return AdapterConfig.preset("released-v1", **values), warnings
+    if released.kind is Kind.V2_CHAT:
+        values = {}
+        if PROMPTS in released.tensors:
+            length, layers = _static_prompts(released, shape, hints, warnings)
+            values = {"prompt_length": length, "prompt_layers": layers}
+        return AdapterConfig.preset("released-v2-chat", **values), warnings
+    return _multimodal(released, shape, hints, warnings), warnings
+
+
+def _multimodal(
+    released: Released, shape: BaseShape, hints: Hints, warnings: list[str]
+) -> AdapterConfig:
+    length, width = released.tensors[QUERY].shape
+    rows = released.tensors[PROMPTS].shape[0]
+    if rows % length or rows // length > shape.num_layers:
+        raise CheckpointError(
+            f"{released.path}: tensor {PROMPTS} has {rows} rows, expected a multiple of the "
+            f"{length} rows of {QUERY} for at most {shape.num_layers} layers"
+        )
+    blocks = {int(m[1]) for n in released.tensors if (m := re.match(r"visual_blocks\.(\d+)\.", n))}
+    values: dict[str, Any] = {
+        "prompt_length": length,
+        "prompt_layers": rows // length,
+        "visual_prompt_length": length,
+        "projector_width": width,
+        "projector_blocks": 1 + max(blocks, default=0),
+        "projector_heads": _projector_heads(released, width, hints, warnings),
+    }
+    if not any(name.endswith(".bias") and ".feed_forward." in name for name in released.tensors):
+        values["bias_targets"] = "none"
+    if released.kind is Kind.V2_LORA_BIAS:
+        values["lora_rank"] = _lora_rank(released)
+        return AdapterConfig.preset("released-v2-lora-bias", **values)
+    return AdapterConfig.preset("released-v2-bias", **values)
+
+
+def _check_depth(released: Released, shape: BaseShape, base: str) -> None:
+    found, expected = released.num_layers, shape.num_layers
+    if found == expected:
+        return
+    names = [n for n in released.tensors if f"layers.{found - 1}." in n]
+    if found > expected:
+        raise CheckpointError(
+            f"{released.path} has tensor {names[0]}: it was made for {found} layers, "
+            f"the base {base} has {expected}"
+        )
+    lacking = re.sub(r"layers\.\d+\.", f"layers.{expected - 1}.", names[0])
+    raise CheckpointError(
+        f"{released.path} lacks tensor {lacking}: it has {found} layers, "
+        f"the base {base} has {expected}"
+    )
+
+
+def _check_width(released: Released, shape: BaseShape, base: str) -> None:
+    sized = (PROMPTS, f"{released.prefix}layers.0.attention_norm.weight")
+    for name in sized:
+        tensor = released.tensors.get(name)
+        if tensor is not None and tensor.shape[-1] != shape.hidden_size:
+            raise CheckpointError(
+                f"{released.path}: tensor {name} has shape {list(tensor.shape)}, "
+                f"expected width {shape.hidden_size} of the base {base}"
+            )
+
+
+def _static_prompts(
+    released: Released, shape: BaseShape, hints: Hints, warnings: list[str]
+) -> tuple[int, int]:
+    """Prompt length and number of layers with prompts."""
+    prompts = released.tensors[PROMPTS]
+    rows, depth = prompts.shape[0], shape.num_layers
+    gated = [
+        layer for layer in range(depth) if f"layers.{layer}.attention.gate" in released.tensors
+    ]
+    if not gated:
+        raise CheckpointError(f"{released.path} has {PROMPTS} but lacks layers.N.attention.gate")
+    at_most = depth - gated[0]
+    if hints.prompt_length is not None:
+        length = hints.prompt_length
+    elif at_most < depth:  # gates where prompts are, and only there
+        length = rows // at_most
+        if rows % at_most:
+            raise CheckpointError(
+                f"{released.path}: tensor {PROMPTS} has {rows} rows, expected a multiple of the "
+                f"{at_most} layers from layers.{gated[0]}.attention.gate up; is a gate missing?"
+            )
+    elif rows % AUTHORS_PROMPT_LENGTH == 0 and rows // AUTHORS_PROMPT_LENGTH <= depth:
+        length = AUTHORS_PROMPT_LENGTH
+    else:
+        length = rows // next(n for n in range(at_most, 0, -1) if rows % n == 0)
+        warnings.append(
+            f"{released.path} does not say its prompt length: assumed {length} prompts in the "
+            f"last {rows // length} layers; --prompt-length overrides it"
+        )
+    if length < 1 or rows % length or rows // length > depth:
+        raise CheckpointError(
+            f"{released.path}: tensor {PROMPTS} has {rows} rows, expected a multiple of the "
+            f"prompt length {length} for at most {depth} layers"
+        )
+    return length, rows // length
+
+
+def _projector_heads(released: Released, width: int, hints: Hints, warnings: list[str]) -> int:
+    heads = hints.projector_heads
+    if heads is None:
+        heads = AUTHORS_PROJECTOR_HEADS if width % AUTHORS_PROJECTOR_HEADS == 0 else 1
+        if width != AUTHORS_PROJECTOR_WIDTH:
+            warnings.append(
+                f"{released.path} does not say how many heads its visual_blocks have: assumed "
+                f"{heads}; --visual-heads overrides it"
+            )
+    if width % heads:
+        raise CheckpointError(
+            f"{released.path}: tensor {QUERY} has width {width}, expected a multiple of "
+            f"{heads} heads"
+        )
+    return heads
+
+
+def _lora_rank(released: Released) -> int:
+    name = f"{released.prefix}layers.0.attention.lora_wq_l1.weight"
+    if name not in released.tensors:
+        raise CheckpointError(f"{released.path} lacks tensor {name}")
+    rank = released.tensors[name].shape[0]
+    stated = (released.file_config or {}).get("lora_rank", rank)
+    if stated != rank:
+        raise CheckpointError(
+            f"{released.path}: tensor {name} has rank {rank}, its config says {stated}"
+        )
+    return int(rank)
+
+
+def _positive(content: Any, key: str) -> int | None:
+    value = content.get(key) if isinstance(content, dict) else None
+    return value if isinstance(value, int) and value > 0 else None

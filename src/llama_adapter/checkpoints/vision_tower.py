@@ -1,0 +1,142 @@
+"""OpenAI's CLIP vision tower as a Hugging Face one."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+from llama_adapter.checkpoints.torch_files import read_tensors
+from llama_adapter.errors import CheckpointError
+
+_NEEDED = (
+    "class_embedding", "positional_embedding", "proj", "conv1.weight",
+    "ln_pre.weight", "ln_pre.bias", "ln_post.weight", "ln_post.bias",
+)  # fmt: skip
+
+_TOP = {
+    "class_embedding": "vision_model.embeddings.class_embedding",
+    "positional_embedding": "vision_model.embeddings.position_embedding.weight",
+    "conv1.weight": "vision_model.embeddings.patch_embedding.weight",
+    "ln_pre.weight": "vision_model.pre_layrnorm.weight",
+    "ln_pre.bias": "vision_model.pre_layrnorm.bias",
+    "ln_post.weight": "vision_model.post_layernorm.weight",
+    "ln_post.bias": "vision_model.post_layernorm.bias",
+}
+
+_BLOCK = {
+    "ln_1": "layer_norm1",
+    "ln_2": "layer_norm2",
+    "attn.out_proj": "self_attn.out_proj",
+    "mlp.c_fc": "mlp.fc1",
+    "mlp.c_proj": "mlp.fc2",
+}
+
+HEAD_SIZE = 64
+"""Every head of OpenAI's towers is 64 wide; their files do not say."""
+
+
+def read_openai_clip(path: Path) -> CLIPVisionModelWithProjection:
+    """The vision tower of OpenAI's CLIP from a state dict, TorchScript archive or safetensors.
+
+    Raises CheckpointError naming the tensor that is missing or misshapen.
+    """
+    tensors = {
+        name.removeprefix("visual."): tensor
+        for name, tensor in read_tensors(path).items()
+        if name.startswith("visual.")
+    }
+    lacks = [f"visual.{name}" for name in _NEEDED if name not in tensors]
+    if lacks:
+        raise CheckpointError(
+            f"{path} is no CLIP vision tower of OpenAI (a transformer): it lacks {lacks[0]}, "
+            f"found {len(tensors)} tensors under 'visual.'"
+        )
+    config = _config(path, tensors)
+    converted: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        converted.update(_convert(path, name, tensor))
+    with torch.device("meta"):
+        model = CLIPVisionModelWithProjection(config)
+    _load(path, model, converted)
+    model.config.architectures = ["CLIPVisionModelWithProjection"]
+    return model.eval()
+
+
+def _config(path: Path, tensors: dict[str, Tensor]) -> CLIPVisionConfig:
+    conv = tensors["conv1.weight"]
+    if conv.ndim != 4 or tensors["proj"].ndim != 2:
+        raise CheckpointError(
+            f"{path}: tensor visual.conv1.weight has shape {list(conv.shape)}, "
+            "expected [width, 3, patch, patch]"
+        )
+    width, patch = conv.shape[0], conv.shape[-1]
+    if width % HEAD_SIZE:
+        raise CheckpointError(
+            f"{path}: tensor visual.conv1.weight has width {width}, "
+            f"expected a multiple of {HEAD_SIZE}"
+        )
+    num_tokens = tensors["positional_embedding"].shape[0]
+    side = round((num_tokens - 1) ** 0.5)
+    if side * side + 1 != num_tokens:
+        raise CheckpointError(
+            f"{path}: tensor visual.positional_embedding has {num_tokens} rows, "
+            "expected one more than a square number of patches"
+        )
+    blocks = {int(m[1]) for n in tensors if (m := re.match(r"transformer\.resblocks\.(\d+)\.", n))}
+    return CLIPVisionConfig(
+        hidden_size=width,
+        intermediate_size=tensors["transformer.resblocks.0.mlp.c_fc.weight"].shape[0]
+        if "transformer.resblocks.0.mlp.c_fc.weight" in tensors
+        else 4 * width,
+        projection_dim=tensors["proj"].shape[1],
+        num_hidden_layers=1 + max(blocks, default=-1),
+        num_attention_heads=width // HEAD_SIZE,
+        image_size=side * patch,
+        patch_size=patch,
+        hidden_act="quick_gelu",
+        layer_norm_eps=1e-5,
+        dtype=conv.dtype,
+    )
+
+
+def _convert(path: Path, name: str, tensor: Tensor) -> dict[str, Tensor]:
+    if name == "proj":
+        return {"visual_projection.weight": tensor.T.contiguous()}
+    if name in _TOP:
+        return {_TOP[name]: tensor}
+    match = re.fullmatch(r"transformer\.resblocks\.(\d+)\.(.+?)[._](weight|bias)", name)
+    if match is not None:
+        layer, inner, kind = match.groups()
+        prefix = f"vision_model.encoder.layers.{layer}."
+        if inner == "attn.in_proj":
+            thirds = zip("qkv", tensor.chunk(3), strict=True)
+            return {f"{prefix}self_attn.{p}_proj.{kind}": t.contiguous() for p, t in thirds}
+        if inner in _BLOCK:
+            return {f"{prefix}{_BLOCK[inner]}.{kind}": tensor}
+    raise CheckpointError(f"{path}: unexpected tensor visual.{name} in a CLIP vision tower")
+
+
+def _load(path: Path, model: Any, converted: dict[str, Tensor]) -> None:
+    expected = dict(model.named_parameters())
+    for name, parameter in expected.items():
+        if name not in converted:
+            raise CheckpointError(f"{path} lacks the tensor that becomes {name}")
+        if converted[name].shape != parameter.shape:
+            raise CheckpointError(
+                f"{path}: the tensor that becomes {name} has shape "
+                f"{list(converted[name].shape)}, expected {list(parameter.shape)}"
+            )
+    # an index of positions is a buffer without weights: made anew where there is memory
+    model.to_empty(device="cpu")
+    embeddings = model.vision_model.embeddings
+    if hasattr(embeddings, "position_ids"):
+        embeddings.position_ids = torch.arange(embeddings.position_embedding.num_embeddings)[None]
+    dtype = model.config.dtype
+    model.load_state_dict(
+        {name: tensor.to(dtype) for name, tensor in converted.items()}, strict=False, assign=True
+    )
