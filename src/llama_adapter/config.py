@@ -77,13 +77,17 @@ class AdapterConfig:
     train_norms: bool = True
     """Whether every norm of the decoder is learned."""
     lora_rank: int = 0
-    """Rank of LoRA on all linears (no alpha); prompts bypass it. 0 switches it off."""
+    """Rank of LoRA (no alpha); prompts bypass it. 0 switches it off."""
+    lora_targets: Targets = "all"
+    """Linears with LoRA, where `lora_rank` is not 0."""
     gate: str = "tanh"
     """`tanh(g)` or the `raw` gate in front of prompt attention."""
     gate_scale: bool = False
     """A further learned scalar per layer times the gate (released LORA-BIAS checkpoints)."""
     channel_order: str = "rgb"
     """Channel order the adapter was trained with; the released multimodal models used `bgr`."""
+    caption_instruction: str = ""
+    """The instruction that asks this adapter for a caption, where it was trained with a fixed one."""
 
     def __post_init__(self) -> None:
         for name, allowed in CHOICES.items():

@@ -27,7 +27,7 @@ def staged_directory(
     is removed by the next one. `sources` are inputs, which must not lie inside `out`.
     Raises CheckpointError if `out` exists, unless `overwrite` and it is a model directory.
     """
-    out = Path(os.path.abspath(out))
+    out = out.expanduser().absolute()
     _check_target(out, overwrite=overwrite, sources=sources)
     missing_parents = [parent for parent in out.parents if not parent.exists()]
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -91,7 +91,7 @@ def _termination_raises() -> Iterator[None]:
         yield
         return
 
-    def leave(number: int, frame: FrameType | None) -> None:
+    def leave(number: int, _: FrameType | None) -> None:
         raise SystemExit(128 + number)
 
     previous = signal.signal(signal.SIGTERM, leave)

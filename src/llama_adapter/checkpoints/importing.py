@@ -34,9 +34,6 @@ EXTRAS_NAME = "released_extras.safetensors"
 TEMPLATE = "alpaca"
 """Prompt template of all released adapters but chat, whose dialogues use it turn by turn."""
 
-CAPTION_INSTRUCTION = "Generate caption of this image"
-"""The instruction with which the released multimodal models were trained on captions."""
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ImportReport:

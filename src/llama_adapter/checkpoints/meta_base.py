@@ -139,9 +139,9 @@ class MetaBase:
         contents = [read_torch_file(path, mmap=True) for path in self.shards]
         for path, content in zip(self.shards, contents, strict=True):
             if not isinstance(content, dict) or EMBEDDINGS not in content:
+                found = sorted(content)[:3] if isinstance(content, dict) else type(content).__name__
                 raise CheckpointError(
-                    f"{path} holds no LLaMA weights: expected tensor {EMBEDDINGS}, found "
-                    f"{sorted(content)[:3] if isinstance(content, dict) else type(content).__name__}"
+                    f"{path} holds no LLaMA weights: expected tensor {EMBEDDINGS}, found {found}"
                 )
         return contents
 
@@ -191,8 +191,8 @@ class MetaBase:
         head = dim // config.num_attention_heads
         kv_dim = head * config.num_key_value_heads
         is_by_columns = shards[0][EMBEDDINGS].shape[1] != dim
-        axis = _COLUMNS if is_by_columns else _ROWS
-        yield self._source(shards, EMBEDDINGS, "model.embed_tokens.weight", (vocab, dim), axis)
+        sliced = _COLUMNS if is_by_columns else _ROWS
+        yield self._source(shards, EMBEDDINGS, "model.embed_tokens.weight", (vocab, dim), sliced)
         shapes = {
             "wq": (dim, dim), "wk": (kv_dim, dim), "wv": (kv_dim, dim), "wo": (dim, dim),
             "w1": (ffn, dim), "w2": (dim, ffn), "w3": (ffn, dim),

@@ -55,7 +55,7 @@ def split_into_files(specs: Iterable[TensorSpec], *, max_bytes: int) -> list[lis
 
 
 def file_names(number: int) -> list[str]:
-    """transformers' names for a model in one or more files."""
+    """The names that transformers gives a model in one or more files."""
     if number == 1:
         return ["model.safetensors"]
     return [f"model-{i:05d}-of-{number:05d}.safetensors" for i in range(1, number + 1)]
@@ -97,9 +97,9 @@ class SafetensorsWriter:
     def write(self, tensor: Tensor) -> None:
         """Append the next tensor; its shape and dtype must be the announced ones."""
         spec = self.specs[self._next]
-        assert tuple(tensor.shape) == spec.shape and tensor.dtype == spec.dtype, spec.name
+        assert (tuple(tensor.shape), tensor.dtype) == (spec.shape, spec.dtype), spec.name
         self._next += 1
-        remaining = memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+        remaining = memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
         while remaining:  # one write call moves at most 2 GB
             remaining = remaining[self._file.write(remaining) :]
 

@@ -22,6 +22,9 @@ AUTHORS_PROMPT_LENGTH = 10
 AUTHORS_PROJECTOR_HEADS = 16
 AUTHORS_PROJECTOR_WIDTH = 768
 
+CAPTION_INSTRUCTION = "Generate caption of this image"
+"""What the released multimodal models were asked with when they learned captions."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Hints:
@@ -34,7 +37,7 @@ class Hints:
 
     @classmethod
     def beside(cls, path: Path) -> Hints:
-        """From a `meta.json` beside the file; nothing from one that is absent or of another kind."""
+        """From a `meta.json` beside the file; nothing if there is none or it is something else."""
         meta = path.parent / "meta.json"
         try:
             content = json.loads(meta.read_text()) if meta.is_file() else {}
@@ -95,6 +98,7 @@ def _multimodal(
         "projector_width": width,
         "projector_blocks": 1 + max(blocks, default=0),
         "projector_heads": _projector_heads(released, width, hints, warnings),
+        "caption_instruction": CAPTION_INSTRUCTION,
     }
     if not any(name.endswith(".bias") and ".feed_forward." in name for name in released.tensors):
         values["bias_targets"] = "none"

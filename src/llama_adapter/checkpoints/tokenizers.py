@@ -90,14 +90,14 @@ def _read_tiktoken(path: Path) -> dict[bytes, int] | None:
     return ranks or None
 
 
-class _RankedConverter(TikTokenConverter):  # type: ignore[misc]
+class _RankedConverter(TikTokenConverter):
     """transformers' converter, fed with ranks that are read already."""
 
     def __init__(self, ranks: dict[bytes, int]) -> None:
         super().__init__(vocab_file="")
         self.ranks = ranks
 
-    def load_tiktoken_bpe(self, tiktoken_url: str) -> dict[bytes, int]:  # type: ignore[override]
+    def load_tiktoken_bpe(self, tiktoken_url: str) -> dict[bytes, int]:  # noqa: ARG002
         return self.ranks
 
 

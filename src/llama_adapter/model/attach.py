@@ -88,15 +88,17 @@ class Adapter:
         kinds = {name.rsplit(".", 1)[1] for name in linears}
         biased = _resolve_targets(config.bias_targets, kinds, "bias_targets")
         scaled = _resolve_targets(config.scale_targets, kinds, "scale_targets")
+        low_rank = _resolve_targets(config.lora_targets, kinds, "lora_targets")
         for name, linear in linears.items():
             kind = name.rsplit(".", 1)[1]
-            if kind in biased or kind in scaled or config.lora_rank:
+            lora_rank = config.lora_rank if kind in low_rank else 0
+            if kind in biased or kind in scaled or lora_rank:
                 module = ScaledLinear(
                     linear,
                     bias=kind in biased,
                     scale=kind in scaled,
                     scale_side=config.scale_side,
-                    lora_rank=config.lora_rank,
+                    lora_rank=lora_rank,
                     generator=generator,
                 )
                 self._add_site(name, linear, module)

@@ -52,7 +52,9 @@ class AdapterPersistence:
         save_file(state, temporary, metadata={"format": "pt"})
         temporary.replace(directory / ADAPTER_WEIGHTS_NAME)
         LlamaAdapterConfig(
-            adapter=model.adapter_config, base=model.config.base, vision=model.config.vision
+            adapter=model.adapter_config,
+            base=_relative_to(directory, model.config.base),
+            vision=_relative_to(directory, model.config.vision),
         ).save_pretrained(directory)
 
     @classmethod
@@ -80,6 +82,8 @@ class AdapterPersistence:
         content = read_adapter_config(directory)
         config = LlamaAdapterConfig.from_dict(content)
         assert isinstance(config, LlamaAdapterConfig)
+        config.base = _absolute(config.base, directory)
+        config.vision = _absolute(config.vision, directory)
         if language_model is None:
             language_model = load_language_model(
                 _reference(config.base, "base", directory),
@@ -147,3 +151,21 @@ def _reference(described: dict[str, Any] | None, what: str, directory: Path) -> 
             f"{directory} does not say where its {what} is; pass it already loaded"
         )
     return resolve_reference(name, directory=directory)
+
+
+def _absolute(described: dict[str, Any] | None, directory: Path) -> dict[str, Any] | None:
+    """A reference that also holds when the adapter is saved elsewhere."""
+    inside = directory / (described or {}).get("name_or_path", "")
+    if described is None or not described.get("name_or_path") or not inside.is_dir():
+        return described
+    return {**described, "name_or_path": str(inside.resolve())}
+
+
+def _relative_to(directory: Path, described: dict[str, Any] | None) -> dict[str, Any] | None:
+    """A reference to a folder inside the adapter directory, so that the two can move together."""
+    path = Path((described or {}).get("name_or_path", ""))
+    if described is None or not path.is_absolute() or path == directory.resolve():
+        return described
+    if not path.is_relative_to(directory.resolve()):
+        return described
+    return {**described, "name_or_path": path.relative_to(directory.resolve()).as_posix()}
