@@ -7,7 +7,9 @@ from typing import Annotated
 
 import typer
 
+from llama_adapter.cli.ablate import ablate
 from llama_adapter.cli.chat import chat
+from llama_adapter.cli.demo import demo
 from llama_adapter.cli.info import info
 from llama_adapter.errors import LlamaAdapterError
 
@@ -22,7 +24,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+app.command("demo")(demo)
 app.command("chat")(chat)
+app.command("ablate")(ablate)
 app.command("info")(info)
 
 _BAD_PATH = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError)

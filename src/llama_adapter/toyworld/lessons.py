@@ -1,0 +1,111 @@
+"""Batches to learn from: captions of pictures, and instructions about texts. Nothing else.
+
+No lesson holds a question about a picture. What a step sees depends on seed and step alone.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from llama_adapter.conversation import Conversation, ImageRef
+from llama_adapter.processing.encoding import pad
+from llama_adapter.processing.processor import LlamaAdapterProcessor
+from llama_adapter.toyworld.captions import describe_tasks, passage
+from llama_adapter.toyworld.instructions import sample_instruction, sample_talk
+from llama_adapter.toyworld.pictures import PicturePool
+from llama_adapter.toyworld.scenes import Split, sample_scene
+
+PICTURE = ImageRef(source=None, name="picture")
+"""Stands for a picture whose features are at hand."""
+
+
+def collate(
+    processor: LlamaAdapterProcessor,
+    conversations: Sequence[Conversation],
+    *,
+    features: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """Model inputs with labels; with `features` [B, P, C] each row reads its own picture."""
+    rows = [processor.encode(conversation) for conversation in conversations]
+    nothing: list[tuple[ImageRef, ...]] = [()] * len(rows)
+    batch = dict(processor.collate(rows, nothing, labels=True, side="right"))
+    if features is not None:
+        batch["visual_features"] = features
+        if processor.visual_scope == "slots":
+            length = batch["input_ids"].shape[1]
+            slots_BT = pad([r.slots for r in rows], value=-1, side="right", length=length)
+            batch["visual_mask"] = slots_BT >= 0
+    return batch
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LessonPlan:
+    """What the two kinds of lessons are made of."""
+
+    batch_size: int = 24
+    caption_weight: float = 4.0
+    """How often the full caption is asked for, against 1 for every other way to describe."""
+    distractor_share: float = 0.15
+    """Share of passages that follow another scene's passage: the last one counts."""
+    talk_share: float = 0.1
+    """Share of multi-turn talks among instructions."""
+
+
+class Lessons:
+    """Draws the batches of any step."""
+
+    def __init__(
+        self,
+        processor: LlamaAdapterProcessor,
+        pool: PicturePool,
+        *,
+        plan: LessonPlan,
+        seed: int,
+    ) -> None:
+        self.processor = processor
+        self.pool = pool
+        self.plan = plan
+        self.seed = seed
+
+    def captions(self, step: int) -> dict[str, Tensor]:
+        """Pictures, instructions to describe them, and descriptions."""
+        rng = random.Random(f"captions/{self.seed}/{step}")
+        tasks = describe_tasks()
+        weights = [self.plan.caption_weight] + [1.0] * (len(tasks) - 1)
+        indices, conversations = [], []
+        for _ in range(self.plan.batch_size):
+            index = rng.randrange(len(self.pool))
+            task = rng.choices(tasks, weights)[0]
+            text = task.write(self.pool.scenes[index], rng)
+            question = rng.choice(task.instructions)
+            indices.append(index)
+            conversations.append(Conversation.ask(question, images=[PICTURE], answer=text))
+        return collate(self.processor, conversations, features=self.pool.features(indices))
+
+    def instructions(self, step: int) -> dict[str, Tensor]:
+        """Instructions with and without a passage, and talks; of similar length in a batch."""
+        rng = random.Random(f"instructions/{self.seed}/{step}")
+        size, bands = self.plan.batch_size, 4
+        drawn = [self._instruction(rng) for _ in range(size * bands)]
+        drawn.sort(key=lambda c: len(c.context or "") + sum(len(m.text) for m in c.messages))
+        band = rng.randrange(bands)
+        return collate(self.processor, drawn[band * size : (band + 1) * size])
+
+    def _instruction(self, rng: random.Random) -> Conversation:
+        if rng.random() < self.plan.talk_share:
+            talk = sample_talk(rng)
+            (question, answer), *later = talk.turns
+            conversation = Conversation.ask(question, context=talk.context, answer=answer)
+            for question, answer in later:
+                conversation = conversation.user(question).assistant(answer)
+            return conversation
+        drawn = sample_instruction(rng)
+        context = drawn.context
+        if context is not None and rng.random() < self.plan.distractor_share:
+            other = sample_scene(rng, split=Split.TRAIN)
+            context = f"{passage(other, rng)} {context}"
+        return Conversation.ask(drawn.instruction, context=context, answer=drawn.answer)

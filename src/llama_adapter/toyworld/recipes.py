@@ -1,0 +1,38 @@
+"""The courses behind the shipped adapters and the live training; one mechanism, other settings."""
+
+from __future__ import annotations
+
+from llama_adapter.config import AdapterConfig
+from llama_adapter.toyworld.course import Course
+
+PROJECTOR = {
+    "projector": "query_transformer",
+    "projector_width": 128,
+    "projector_blocks": 2,
+    "projector_heads": 4,
+}
+
+V2 = AdapterConfig.preset(
+    "v2",
+    prompt_length=8,
+    visual_layers=3,
+    visual_prompt_length=16,
+    visual_scope="slots",
+    **PROJECTOR,
+)
+"""The paper's V2 at toy size; K = N/2 layers read the picture, through placeholder slots."""
+
+CAPTION = AdapterConfig.preset(
+    "v1-multimodal",
+    prompt_length=16,
+    visual_prompt_length=16,
+    **PROJECTOR,
+)
+"""The paper's default caption expert at toy size: late fusion, captions only."""
+
+V2_COURSE = Course(adapter=V2, steps=6000)
+CAPTION_COURSE = Course(
+    adapter=CAPTION, steps=4000, joint="naive", instructions=False, language_first=0.0
+)
+COURSES = {"v2": V2_COURSE, "caption": CAPTION_COURSE}
+"""How each shipped adapter was made."""
