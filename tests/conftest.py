@@ -1,7 +1,8 @@
-"""Small real things that the tests share: tokenizers and an image processor."""
+"""Small real things that the tests share: tokenizers, an image processor, a whole adapter."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -96,3 +97,56 @@ def image_processor() -> Any:
     return CLIPImageProcessorPil(
         size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8}, do_convert_rgb=False
     )
+
+
+@pytest.fixture(scope="session")
+def adapter_dir(
+    tmp_path_factory: pytest.TempPathFactory, toy_tokenizer: Any, image_processor: Any
+) -> Path:
+    """A fresh V2 adapter on a random two-layer Llama and a random CLIP tower."""
+    import torch
+    from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
+
+    from llama_adapter import (
+        LlamaAdapterConfig,
+        LlamaAdapterForConditionalGeneration,
+        LlamaAdapterProcessor,
+    )
+
+    root = tmp_path_factory.mktemp("adapter")
+    torch.manual_seed(0)
+    llama = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(toy_tokenizer),
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            pad_token_id=toy_tokenizer.pad_token_id,
+            bos_token_id=toy_tokenizer.bos_token_id,
+            eos_token_id=toy_tokenizer.eos_token_id,
+        )
+    )
+    llama.save_pretrained(root / "base")
+    clip = CLIPVisionModel(
+        CLIPVisionConfig(
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            image_size=8,
+            patch_size=4,
+        )
+    )
+    clip.save_pretrained(root / "vision")
+    config = LlamaAdapterConfig.preset(
+        "v2", prompt_length=2, visual_prompt_length=2, projector="linear"
+    )
+    model = LlamaAdapterForConditionalGeneration.from_base(
+        str(root / "base"), vision=str(root / "vision"), config=config, seed=0
+    )
+    model.save_pretrained(root / "mine")
+    processor = LlamaAdapterProcessor(image_processor, toy_tokenizer, template="toy")
+    processor.save_pretrained(root / "mine")
+    return root / "mine"

@@ -18,10 +18,11 @@ from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 
 MODEL_TYPE = "llama_adapter"
+_CONFIG = "LlamaAdapterConfig"
 _ALIAS = f"transformers.models.{MODEL_TYPE}"
 _TABLES = {
     "transformers.models.auto.configuration_auto": {
-        "CONFIG_MAPPING_NAMES": "LlamaAdapterConfig",
+        "CONFIG_MAPPING_NAMES": _CONFIG,
     },
     "transformers.models.auto.modeling_auto": {
         "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES": "LlamaAdapterForConditionalGeneration",
@@ -45,6 +46,11 @@ def register(package: ModuleType) -> None:
 def _extend_tables(module: ModuleType) -> None:
     for table, class_name in _TABLES[module.__name__].items():
         getattr(module, table)[MODEL_TYPE] = class_name
+    for mapping in list(vars(module).values()):
+        # made before us, a mapping has inverted the table of configurations already
+        inverse = getattr(mapping, "_reverse_config_mapping", None)
+        if isinstance(inverse, dict):
+            inverse[_CONFIG] = MODEL_TYPE
 
 
 class _TableFinder(MetaPathFinder):

@@ -1,4 +1,4 @@
-"""A real adapter directory on a tiny base, and a way to run the program on it."""
+"""A way to run the program."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ import io
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -37,56 +35,3 @@ def cli(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Finished]:
         return Finished(status, out.getvalue(), err.getvalue())
 
     return run
-
-
-@pytest.fixture(scope="session")
-def adapter_dir(
-    tmp_path_factory: pytest.TempPathFactory, toy_tokenizer: Any, image_processor: Any
-) -> Path:
-    """A fresh V2 adapter on a random two-layer Llama and a random CLIP tower."""
-    import torch
-    from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
-
-    from llama_adapter import (
-        LlamaAdapterConfig,
-        LlamaAdapterForConditionalGeneration,
-        LlamaAdapterProcessor,
-    )
-
-    root = tmp_path_factory.mktemp("adapter")
-    torch.manual_seed(0)
-    llama = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(toy_tokenizer),
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            pad_token_id=toy_tokenizer.pad_token_id,
-            bos_token_id=toy_tokenizer.bos_token_id,
-            eos_token_id=toy_tokenizer.eos_token_id,
-        )
-    )
-    llama.save_pretrained(root / "base")
-    clip = CLIPVisionModel(
-        CLIPVisionConfig(
-            hidden_size=16,
-            intermediate_size=24,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            image_size=8,
-            patch_size=4,
-        )
-    )
-    clip.save_pretrained(root / "vision")
-    config = LlamaAdapterConfig.preset(
-        "v2", prompt_length=2, visual_prompt_length=2, projector="linear"
-    )
-    model = LlamaAdapterForConditionalGeneration.from_base(
-        str(root / "base"), vision=str(root / "vision"), config=config, seed=0
-    )
-    model.save_pretrained(root / "mine")
-    processor = LlamaAdapterProcessor(image_processor, toy_tokenizer, template="toy")
-    processor.save_pretrained(root / "mine")
-    return root / "mine"
