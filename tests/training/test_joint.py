@@ -1,0 +1,181 @@
+"""Disjoint groups: each loss moves its own numbers and not a bit of the others'."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, SiglipVisionConfig, SiglipVisionModel
+
+from llama_adapter.errors import ConfigError, TrainingError
+from llama_adapter.model import (
+    Group,
+    LlamaAdapterConfig,
+    LlamaAdapterForConditionalGeneration,
+)
+from llama_adapter.training.joint import JointSettings, JointTrainer
+
+
+def tiny_model(**overrides: object) -> LlamaAdapterForConditionalGeneration:
+    torch.manual_seed(0)
+    text = LlamaConfig(
+        vocab_size=61,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    vision = SiglipVisionConfig(
+        hidden_size=24,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=16,
+        patch_size=8,
+    )
+    settings = {
+        "prompt_length": 4,
+        "visual_prompt_length": 4,
+        "projector_width": 16,
+        "projector_heads": 2,
+        "projector_blocks": 1,
+        **overrides,
+    }
+    return LlamaAdapterForConditionalGeneration.from_base(
+        LlamaForCausalLM(text),
+        SiglipVisionModel(vision),
+        LlamaAdapterConfig.preset("v2", **settings),
+        seed=0,
+    )
+
+
+def batch(seed: int, *, picture: bool) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, 61, (3, 8), generator=generator)
+    labels = ids.clone()
+    labels[:, :4] = -100
+    made = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+    if picture:
+        made["pixel_values"] = torch.randn(3, 3, 16, 16, generator=generator)
+    return made
+
+
+def numbers(model: LlamaAdapterForConditionalGeneration, group: Group) -> list[torch.Tensor]:
+    return [p.detach().clone() for p in model.group_parameters(group)]
+
+
+def settings(**changes: object) -> JointSettings:
+    values = {"steps": 20, "warmup_steps": 1, "weight_decay": 0.1, **changes}
+    return JointSettings(**values)  # type: ignore[arg-type]
+
+
+def same(left: list[torch.Tensor], right: list[torch.Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("kind", "moved", "still"),
+    [("caption", Group.VISION, Group.LANGUAGE), ("instruction", Group.LANGUAGE, Group.VISION)],
+)
+def test_a_step_of_one_kind_moves_only_its_group(kind: str, moved: Group, still: Group) -> None:
+    model = tiny_model()
+    trainer = JointTrainer(model, settings())
+    # momentum and decay of both groups are alive before the step that is watched
+    trainer.step(caption=batch(1, picture=True), instruction=batch(2, picture=False))
+    before_moved, before_still = numbers(model, moved), numbers(model, still)
+
+    trainer.step(**{kind: batch(3, picture=kind == "caption")})
+
+    assert same(numbers(model, still), before_still)
+    assert not same(numbers(model, moved), before_moved)
+
+
+def test_a_pair_is_one_optimizer_step() -> None:
+    trainer = JointTrainer(tiny_model(), settings())
+    report = trainer.step(caption=batch(1, picture=True), instruction=batch(2, picture=False))
+    assert trainer.step_count == 1
+    assert set(report.losses) == {"caption", "instruction"}
+    assert set(report.grad_norms) == {"vision", "language"}
+    states = trainer.optimizer.state.values()
+    assert {int(state["step"]) for state in states} == {1}
+
+
+def test_a_pair_equals_its_two_passes() -> None:
+    """The pair's update of a group is that of its own loss alone, to the bit."""
+    pair, apart = tiny_model(), tiny_model()
+    JointTrainer(pair, settings()).step(
+        caption=batch(1, picture=True), instruction=batch(2, picture=False)
+    )
+    trainer = JointTrainer(apart, settings())
+    trainer.step(instruction=batch(2, picture=False))
+    assert same(numbers(pair, Group.LANGUAGE), numbers(apart, Group.LANGUAGE))
+
+
+def test_naive_joint_moves_everything_on_both_losses() -> None:
+    model = tiny_model(fusion="late", visual_prompt_length=4)
+    before = numbers(model, Group.LANGUAGE)
+    JointTrainer(model, settings(joint="naive")).step(caption=batch(1, picture=True))
+    assert not same(numbers(model, Group.LANGUAGE), before)
+
+
+def test_every_trainable_learns_also_after_an_evaluation() -> None:
+    model = tiny_model()
+    trainer = JointTrainer(model, settings(gate_lr=0.5))
+    for seed in range(3):  # gates must open before what is behind them gets a gradient
+        trainer.step(caption=batch(seed, picture=True), instruction=batch(seed, picture=False))
+    model.eval()
+    inputs = batch(9, picture=True)
+    inputs.pop("labels")
+    model.prepare_for_inference()
+    model.generate(**inputs, max_new_tokens=2, do_sample=False, pad_token_id=0)
+    model.prepare_for_training()
+    before = dict(model.adapter.named_parameters())
+    before = {name: p.detach().clone() for name, p in before.items()}
+    trainer.step(caption=batch(7, picture=True), instruction=batch(8, picture=False))
+    unmoved = [n for n, p in model.adapter.named_parameters() if torch.equal(p, before[n])]
+    assert unmoved == []
+
+
+def test_the_base_never_moves() -> None:
+    model = tiny_model()
+    with model.adapters_disabled():
+        before = {n: p.clone() for n, p in model.language_model.state_dict().items()}
+    trainer = JointTrainer(model, settings(joint="naive"))
+    trainer.step(caption=batch(1, picture=True), instruction=batch(2, picture=False))
+    with model.adapters_disabled():
+        after = model.language_model.state_dict()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+def test_a_trainer_goes_on_from_its_state() -> None:
+    whole, halves = tiny_model(), tiny_model()
+    trainer = JointTrainer(whole, settings())
+    for seed in range(4):
+        trainer.step(caption=batch(seed, picture=True), instruction=batch(seed, picture=False))
+    first = JointTrainer(halves, settings())
+    for seed in range(2):
+        first.step(caption=batch(seed, picture=True), instruction=batch(seed, picture=False))
+    second = JointTrainer(halves, settings())
+    second.load_state_dict(first.state_dict())
+    for seed in range(2, 4):
+        second.step(caption=batch(seed, picture=True), instruction=batch(seed, picture=False))
+    for group in Group:
+        assert same(numbers(whole, group), numbers(halves, group))
+
+
+def test_learning_rates_warm_up_and_end_at_zero() -> None:
+    plan = JointSettings(steps=100, warmup_steps=10, decay_share=0.5)
+    assert plan.rate_factor(0) == pytest.approx(0.1)
+    assert plan.rate_factor(30) == 1.0
+    assert plan.rate_factor(100) == pytest.approx(0.0, abs=1e-12)
+
+
+def test_refusals() -> None:
+    with pytest.raises(ConfigError, match="joint must be"):
+        JointSettings(steps=1, joint="both")
+    model = tiny_model()
+    with pytest.raises(TrainingError, match="a caption batch, an instruction batch"):
+        JointTrainer(model, settings()).step()
+    model.prepare_for_inference()
+    with pytest.raises(TrainingError, match="prepare_for_training"):
+        JointTrainer(model, settings())
