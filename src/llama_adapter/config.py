@@ -87,7 +87,7 @@ class AdapterConfig:
     channel_order: str = "rgb"
     """Channel order the adapter was trained with; the released multimodal models used `bgr`."""
     caption_instruction: str = ""
-    """The instruction that asks this adapter for a caption, where it was trained with a fixed one."""
+    """The instruction that asks for a caption, for adapters trained with a fixed one."""
 
     def __post_init__(self) -> None:
         for name, allowed in CHOICES.items():
@@ -165,7 +165,10 @@ class AdapterConfig:
         for key in values:
             if key not in known:
                 raise ConfigError(f"unknown adapter setting {key!r}{did_you_mean(key, known)}")
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        checked: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
+        }
+        return cls(**checked)
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> AdapterConfig:

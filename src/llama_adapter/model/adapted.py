@@ -5,7 +5,7 @@ The only place where vision meets language.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
@@ -15,17 +15,17 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from llama_adapter.config import AdapterConfig
-from llama_adapter.errors import ConfigError
+from llama_adapter.errors import ConfigError, TrainingError
 from llama_adapter.model.attach import Adapter
 from llama_adapter.model.configuration import LlamaAdapterConfig
-from llama_adapter.model.gated_attention import AdaptionPrompt, VisualPrompts
+from llama_adapter.model.gated_attention import VisualPrompts
 from llama_adapter.model.groups import Group
 from llama_adapter.model.loss import answer_loss
 from llama_adapter.model.persistence import AdapterPersistence
 from llama_adapter.model.references import describe_model, load_language_model, load_vision
-from llama_adapter.model.scaled_linear import ScaledLinear
 from llama_adapter.model.visual_generation import VisualGenerationMixin
 from llama_adapter.model.visual_prompts import (
+    VisionTower,
     vision_feature_size,
     vision_features,
     vision_tower_of,
@@ -61,7 +61,7 @@ class LlamaAdapterForConditionalGeneration(
         config.bind_text_config(language_model.config.get_text_config())
         super().__init__(config)
         self.language_model = language_model.requires_grad_(False)
-        self.vision = None if vision is None else vision_tower_of(vision)
+        self.vision: VisionTower = None if vision is None else vision_tower_of(vision)
         self.generation_config = language_model.generation_config
         self._no_split_modules = getattr(language_model, "_no_split_modules", None)
         self.all_tied_weights_keys: dict[str, str] = {}
@@ -159,7 +159,9 @@ class LlamaAdapterForConditionalGeneration(
         if visual_prompts is None and (pixel_values is not None or visual_features is not None):
             visual_prompts = self.encode_visual(pixel_values, visual_features=visual_features)
         if visual_prompts is not None:
-            visual_prompts = visual_prompts.reading(**_readers(image_index, visual_mask))
+            rows = input_ids if input_ids is not None else inputs_embeds
+            num_rows = 0 if rows is None else rows.shape[0]
+            visual_prompts = self._read(visual_prompts, num_rows, image_index, visual_mask)
         output = self.language_model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -175,7 +177,30 @@ class LlamaAdapterForConditionalGeneration(
             output.loss = answer_loss(
                 output.logits, labels, num_answer_tokens=num_answer_tokens, kept=logits_to_keep
             )
-        return output  # type: ignore[no-any-return]
+        return output
+
+    def _read(
+        self,
+        visual: VisualPrompts,
+        num_rows: int,
+        image_index: Tensor | None,
+        visual_mask: Tensor | None,
+    ) -> VisualPrompts:
+        """The prompts with what reads them; ConfigError where that would be a guess."""
+        num_pictures = len(visual.prompts_IMd)
+        if image_index is None and num_pictures != num_rows:
+            raise ConfigError(
+                f"{num_pictures} pictures for {num_rows} rows: image_index must say which row "
+                "reads which"
+            )
+        if visual_mask is None and self.adapter_config.visual_scope == "slots":
+            raise ConfigError("visual_scope is 'slots': visual_mask must say which tokens are")
+        packed = image_index is not None and image_index.ndim == 2
+        return visual.reading(
+            row_B=None if packed else image_index,
+            token_BT=image_index if packed else None,
+            mask_BT=visual_mask,
+        )
 
     def encode_visual(
         self,
@@ -238,29 +263,18 @@ class LlamaAdapterForConditionalGeneration(
         return [p for _, p in self.adapter.named_parameters(Group(group))]
 
     def prepare_for_inference(self) -> None:
-        """Fold bias and scale into the linears and keep keys and values of static prompts.
+        """Fold bias and scale into plain linears and keep keys and values of static prompts.
 
         Same logits to rounding, at the base model's speed; needs memory for a second copy of the
-        adapted weights. Undone by `prepare_for_training`. Quantised linears stay unfolded.
+        adapted weights. Undone by `prepare_for_training`; until then nothing learns. Quantised
+        linears stay unfolded.
         """
-        adapter = self.adapter
-        self.prepare_for_training()
-        for attention, adaption in adapter.prompts():
-            adaption.cache_static(attention)
-        for _, module in adapter.modules():
-            if isinstance(module, ScaledLinear):
-                module.fold()
-        adapter.is_prepared = True
+        self.adapter.prepare()
         self.eval()
 
     def prepare_for_training(self) -> None:
         """Undo `prepare_for_inference`: every trainable computes and learns again."""
-        for _, module in self.adapter.modules():
-            if isinstance(module, ScaledLinear):
-                module.unfold()
-            elif isinstance(module, AdaptionPrompt):
-                module.drop_cache()
-        self.adapter.is_prepared = False
+        self.adapter.unprepare()
 
     def disable_adapters(self) -> None:
         """Take the active adapter off: the base, exactly."""
@@ -299,23 +313,38 @@ class LlamaAdapterForConditionalGeneration(
         return tuple(self._adapters)
 
     def train(self, mode: bool = True) -> LlamaAdapterForConditionalGeneration:
+        if mode and self.adapter.is_prepared:
+            raise TrainingError(
+                f"adapter {self.active_adapter!r} is prepared for inference and would not learn; "
+                "call prepare_for_training() first"
+            )
         super().train(mode)
         if self.vision is not None:
             self.vision.eval()  # the tower is frozen, dropout included
         return self
 
+    def _apply(
+        self, fn: Callable[[Tensor], Tensor], recurse: bool = True
+    ) -> LlamaAdapterForConditionalGeneration:
+        super()._apply(fn, recurse)
+        # `to`, `cuda` and the like reach adapters that are off, and modules that are folded away
+        for adapter in self._adapters.values():
+            for _, module in adapter.modules():
+                module._apply(fn, recurse)
+        return self
+
     # --- what transformers asks of a model --------------------------------------------------
 
     def get_input_embeddings(self) -> nn.Module:
-        return self.language_model.get_input_embeddings()  # type: ignore[no-any-return]
+        return self.language_model.get_input_embeddings()
 
     def get_output_embeddings(self) -> nn.Module:
-        return self.language_model.get_output_embeddings()  # type: ignore[no-any-return]
+        return self.language_model.get_output_embeddings()
 
     def get_decoder(self) -> nn.Module:
-        return self.language_model.get_decoder()  # type: ignore[no-any-return]
+        return self.language_model.get_decoder()
 
-    def gradient_checkpointing_enable(self, **kwargs: Any) -> None:
+    def gradient_checkpointing_enable(self, **_kwargs: Any) -> None:
         """Recompute activations in the backward pass, always non-reentrant."""
         self.language_model.gradient_checkpointing_enable(
             gradient_checkpointing_kwargs={"use_reentrant": False}
@@ -326,20 +355,11 @@ class LlamaAdapterForConditionalGeneration(
 
     @property
     def device(self) -> torch.device:
-        return self.language_model.device  # type: ignore[no-any-return]
+        return self.language_model.device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.language_model.dtype  # type: ignore[no-any-return]
-
-
-def _readers(image_index: Tensor | None, visual_mask: Tensor | None) -> dict[str, Any]:
-    packed = image_index is not None and image_index.ndim == 2
-    return {
-        "row_B": None if packed else image_index,
-        "token_BT": image_index if packed else None,
-        "mask_BT": visual_mask,
-    }
+        return self.language_model.dtype
 
 
 @contextmanager

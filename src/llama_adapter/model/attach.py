@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,16 +12,18 @@ from transformers import PreTrainedModel
 
 from llama_adapter.config import AdapterConfig, Targets, did_you_mean
 from llama_adapter.errors import CheckpointError, ConfigError, UnsupportedModelError
-from llama_adapter.model.attention_registry import (
-    IMPLEMENTATIONS,
-    PREFIX,
-    capture_keys_values,
-    register_attention,
+from llama_adapter.model.anatomy import (
+    attention_modules,
+    decoder_linears,
+    decoder_norms,
+    readable_name,
 )
+from llama_adapter.model.attention_registry import IMPLEMENTATIONS, PREFIX, register_attention
 from llama_adapter.model.gated_attention import AdaptionPrompt
 from llama_adapter.model.groups import AdapterModule, Group
-from llama_adapter.model.prompt_projection import Attention, project_prompt
-from llama_adapter.model.scaled_linear import LearnedNorm, ScaledLinear
+from llama_adapter.model.prompt_projection import Attention
+from llama_adapter.model.scaled_linear import LearnedNorm, ScaledLinear, home_of
+from llama_adapter.model.self_check import check_projections
 from llama_adapter.model.visual_prompts import VisualProjection
 
 
@@ -51,16 +53,20 @@ class Adapter:
         *,
         feature_size: int | None = None,
         generator: torch.Generator | None = None,
-        check: bool = True,
     ) -> None:
         self.config = config
         self.language_model = language_model
         self.is_attached = False
-        self.is_prepared = False
+        refuse_unroutable(language_model)
+        if any(isinstance(module, AdapterModule) for module in language_model.modules()):
+            raise ConfigError(
+                "this base carries an adapter already; load_adapter puts a further one beside it"
+            )
         attentions = attention_modules(language_model)
         self.num_layers = len(attentions)
         text_config = language_model.config.get_text_config()
         self.sites: list[Site] = []
+        self._folded: dict[str, nn.Module] = {}
         self._add_linears_and_norms(generator)
         self._add_prompts(attentions, text_config, generator)
         self.projection: VisualProjection | None = None
@@ -70,17 +76,15 @@ class Adapter:
                     f"fusion {config.fusion!r} needs a vision tower; none was given "
                     "(fusion 'none' is text only)"
                 )
-            device = (
-                attentions[0][1].o_proj.weight.device
-                if hasattr(attentions[0][1], "o_proj")
-                else next(language_model.parameters()).device
-            )
-            self.projection = VisualProjection(
-                feature_size, int(text_config.hidden_size), config=config
-            ).to(device)
+            hidden_size = int(text_config.hidden_size)
+            home = home_of(language_model.get_input_embeddings())
+            self.projection = VisualProjection(feature_size, hidden_size, config=config).to(home)
         self.attach()
-        if check:
-            check_projections(language_model, attentions)
+        try:
+            check_projections(language_model, [(a.name, a.parent) for a in self._prompt_sites()])
+        except UnsupportedModelError:
+            self.detach()
+            raise
 
     def _add_linears_and_norms(self, generator: torch.Generator | None) -> None:
         config, decoder = self.config, self.language_model.get_decoder()
@@ -108,8 +112,8 @@ class Adapter:
 
     def _add_prompts(
         self,
-        attentions: list[tuple[str, nn.Module]],
-        text_config: object,
+        attentions: list[tuple[str, Attention]],
+        text_config: Any,
         generator: torch.Generator | None,
     ) -> None:
         config, total = self.config, self.num_layers
@@ -120,34 +124,27 @@ class Adapter:
                 continue
             module = AdaptionPrompt(
                 attention,
-                num_heads=int(text_config.num_attention_heads),  # type: ignore[attr-defined]
-                hidden_size=int(text_config.hidden_size),  # type: ignore[attr-defined]
+                num_heads=int(text_config.num_attention_heads),
+                hidden_size=int(text_config.hidden_size),
                 prompt_length=config.prompt_length if index in static else 0,
                 visual=index in visual or config.fusion == "late",
                 gate=config.gate,
                 gate_scale=config.gate_scale,
-                device=next(attention.parameters()).device,
+                device=home_of(attention),
                 generator=generator,
             )
-            self.sites.append(
-                Site(
-                    parent=attention,
-                    attribute="adaption",
-                    original=None,
-                    name=readable_name(name),
-                    module=module,
-                )
-            )
+            self._add_site(f"{name}.adaption", None, module)
 
-    def _add_site(self, name: str, original: nn.Module, module: AdapterModule) -> None:
+    def _add_site(self, name: str, original: nn.Module | None, module: AdapterModule) -> None:
         parent_name, _, attribute = name.rpartition(".")
         parent = self.language_model.get_decoder().get_submodule(parent_name)
+        readable = readable_name(parent_name if original is None else name)
         self.sites.append(
             Site(
                 parent=parent,
                 attribute=attribute,
                 original=original,
-                name=readable_name(name),
+                name=readable,
                 module=module,
             )
         )
@@ -163,7 +160,7 @@ class Adapter:
             )
         self.language_model.set_attn_implementation(PREFIX + current)
         for site in self.sites:
-            setattr(site.parent, site.attribute, site.module)
+            setattr(site.parent, site.attribute, self._folded.get(site.name, site.module))
         self.is_attached = True
 
     def detach(self) -> None:
@@ -175,7 +172,39 @@ class Adapter:
                 setattr(site.parent, site.attribute, site.original)
         self.is_attached = False
 
-    def prompts(self) -> Iterator[tuple[nn.Module, AdaptionPrompt]]:
+    @property
+    def is_prepared(self) -> bool:
+        """Whether plain modules stand in for the learned ones, for inference."""
+        return bool(self._folded) or any(p.static_keys is not None for _, p in self.prompts())
+
+    def prepare(self) -> None:
+        """Let plain modules of the base's kind stand in, and keep keys of static prompts."""
+        self.unprepare()
+        was_attached = self.is_attached
+        if not was_attached:
+            self.attach()
+        for attention, adaption in self.prompts():
+            adaption.cache_static(attention, dtype=self.language_model.dtype)
+        self.detach()
+        for site in self.sites:
+            plain = site.module.folded()
+            if plain is not None:
+                self._folded[site.name] = plain.train(site.module.training)
+        if was_attached:
+            self.attach()
+
+    def unprepare(self) -> None:
+        """Undo `prepare`: every trainable computes and learns again."""
+        self._folded.clear()
+        for _, adaption in self.prompts():
+            adaption.drop_cache()
+        if self.is_attached:
+            self.attach()
+
+    def _prompt_sites(self) -> Iterator[Site]:
+        return (site for site in self.sites if isinstance(site.module, AdaptionPrompt))
+
+    def prompts(self) -> Iterator[tuple[Attention, AdaptionPrompt]]:
         """Every attention module that carries prompts, with them."""
         for site in self.sites:
             if isinstance(site.module, AdaptionPrompt):
@@ -231,53 +260,6 @@ def _file_name(module: AdapterModule, inner: str) -> str:
     return inner
 
 
-def readable_name(name: str) -> str:
-    """Name of a decoder module in adapter files: `attention` whatever the family calls it."""
-    return re.sub(r"\.self_attn(?=\.|$)", ".attention", name)
-
-
-def attention_modules(language_model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
-    """Self-attention modules of the decoder in layer order, by name.
-
-    Raises UnsupportedModelError if there is not exactly one per layer.
-    """
-    decoder = language_model.get_decoder()
-    if not isinstance(decoder, nn.Module):
-        raise UnsupportedModelError(f"{type(language_model).__name__} has no decoder")
-    found = [
-        (int(module.layer_idx), name, module)  # type: ignore[arg-type]
-        for name, module in decoder.named_modules()
-        if isinstance(getattr(module, "layer_idx", None), int)
-        and re.search("attention", type(module).__name__, re.IGNORECASE)
-    ]
-    expected = list(range(int(language_model.config.get_text_config().num_hidden_layers)))
-    found.sort(key=lambda item: item[0])
-    if [index for index, _, _ in found] != expected:
-        raise UnsupportedModelError(
-            f"{type(language_model).__name__}: expected one self-attention module in each of "
-            f"{len(expected)} layers, found layers {[index for index, _, _ in found]}"
-        )
-    return [(name, module) for _, name, module in found]
-
-
-def decoder_linears(decoder: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Linears inside decoder layers, by name; experts and routers of a mixture are left alone."""
-    mixtures = [name for name, module in decoder.named_modules() if hasattr(module, "experts")]
-    for name, module in decoder.named_modules():
-        is_linear = hasattr(module, "in_features") and hasattr(module, "out_features")
-        in_layer = re.search(r"(^|\.)\d+\.", name) is not None
-        in_mixture = any(name == m or name.startswith(m + ".") for m in mixtures)
-        if is_linear and in_layer and not in_mixture and not isinstance(module, ScaledLinear):
-            yield name, module
-
-
-def decoder_norms(decoder: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Every norm of the decoder that has weights, the final one too."""
-    for name, module in decoder.named_modules():
-        if type(module).__name__.endswith("Norm") and any(True for _ in module.parameters()):
-            yield name, module
-
-
 def _resolve_targets(targets: Targets, kinds: set[str], setting: str) -> set[str]:
     if targets == "none":
         return set()
@@ -293,58 +275,17 @@ def _resolve_targets(targets: Targets, kinds: set[str], setting: str) -> set[str
     return set(wanted)
 
 
-@torch.no_grad()
-def check_projections(
-    language_model: PreTrainedModel, attentions: list[tuple[str, nn.Module]]
-) -> None:
-    """Refuse a family whose keys and values of a prompt we would compute differently.
+def refuse_unroutable(language_model: PreTrainedModel) -> None:
+    """Refuse, by name, a family whose attention does not go through transformers' registry.
 
-    Each prompted module runs its own forward under the identity rotation; what reaches the
-    attention function must be what `project_prompt` makes.
+    Such a family would log a warning, and the adapter would do nothing.
     """
-    text_config = language_model.config.get_text_config()
-    family = type(language_model).__name__
-    for name, attention in attentions:
-        parameter = next(attention.parameters())
-        if not hasattr(attention, "adaption") or parameter.is_meta:
-            continue
-        dtype = parameter.dtype if parameter.is_floating_point() else language_model.dtype
-        x_1Md = torch.linspace(-1, 1, 2 * int(text_config.hidden_size), device=parameter.device)
-        x_1Md = x_1Md.view(1, 2, -1).to(dtype)
-        keys, values = project_prompt(attention, x_1Md)
-        cos = torch.ones(1, 2, _rotary_size(attention, keys.shape[-1]), device=x_1Md.device)
-        cos = cos.to(dtype)
-        try:
-            with capture_keys_values() as captured:
-                attention(
-                    hidden_states=x_1Md,
-                    position_embeddings=(cos, torch.zeros_like(cos)),
-                    attention_mask=None,
-                )
-        except (TypeError, AttributeError, RuntimeError, ValueError) as error:
-            raise UnsupportedModelError(
-                f"{family} cannot be adapted: {name} does not run on its own ({error})"
-            ) from error
-        if not captured:
-            raise UnsupportedModelError(
-                f"{family} cannot be adapted: {name} does not use transformers' attention registry"
-            )
-        for what, ours, own in (("keys", keys, captured[0][0]), ("values", values, captured[0][1])):
-            if ours.shape != own.shape or not torch.allclose(
-                ours.float(), own.float(), rtol=1e-3, atol=1e-4
-            ):
-                raise UnsupportedModelError(
-                    f"{family} cannot be adapted: {what} of a prompt in {name} would differ "
-                    "from the module's own"
-                )
+    if not language_model._can_set_attn_implementation():
+        raise UnsupportedModelError(
+            f"{language_model.config.model_type} ({type(language_model).__name__}) cannot be "
+            "adapted: its attention does not use transformers' attention registry"
+        )
 
 
-def _rotary_size(attention: nn.Module, head_size: int) -> int:
-    explicit = getattr(attention, "rotary_ndims", None)
-    if explicit is not None:
-        return int(explicit)
-    parameters = getattr(attention.config, "rope_parameters", None) or {}
-    if "partial_rotary_factor" not in parameters:  # nested by layer type, as in gemma3
-        nested = [v for v in parameters.values() if isinstance(v, dict)]
-        parameters = nested[0] if nested else parameters
-    return int(head_size * parameters.get("partial_rotary_factor", 1.0))
+def _home_of_attention(attention: Attention) -> torch.device:
+    return home_of(next(child for child in attention.children() if any(child.parameters())))

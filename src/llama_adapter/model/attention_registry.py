@@ -44,7 +44,8 @@ def _eager_of(module: nn.Module) -> Callable[..., Any]:
     for cls in type(module).__mro__:
         function = getattr(sys.modules.get(cls.__module__), "eager_attention_forward", None)
         if function is not None:
-            return function  # type: ignore[no-any-return]
+            found: Callable[..., Any] = function
+            return found
     raise UnsupportedModelError(f"no eager attention function beside {type(module).__name__}")
 
 

@@ -19,7 +19,7 @@ ADAPTER_CONFIG_NAME = "adapter_config.json"
 _FIELDS = ("adapter", "base", "vision")
 
 
-class LlamaAdapterConfig(PreTrainedConfig):  # type: ignore[misc, no-untyped-call]
+class LlamaAdapterConfig(PreTrainedConfig):
     """What the adapter computes and which base and vision tower it belongs to.
 
     `adapter` is an AdapterConfig as a dictionary; `base` and `vision` are references:
@@ -60,7 +60,7 @@ class LlamaAdapterConfig(PreTrainedConfig):  # type: ignore[misc, no-untyped-cal
         """Let generation and caches see the base's shapes; never stored."""
         self._text_config = text_config
 
-    def get_text_config(self, *args: Any, **kwargs: Any) -> PreTrainedConfig:
+    def get_text_config(self, *_args: Any, **_kwargs: Any) -> PreTrainedConfig:
         return self if self._text_config is None else self._text_config
 
     def to_dict(self) -> dict[str, Any]:
@@ -70,7 +70,7 @@ class LlamaAdapterConfig(PreTrainedConfig):  # type: ignore[misc, no-untyped-cal
     def to_diff_dict(self) -> dict[str, Any]:
         return self.to_dict()
 
-    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+    def save_pretrained(self, save_directory: Any, *_args: Any, **_kwargs: Any) -> None:
         """Write `adapter_config.json` and the stub `config.json`."""
         directory = Path(save_directory)
         directory.mkdir(parents=True, exist_ok=True)

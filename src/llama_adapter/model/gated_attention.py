@@ -40,6 +40,11 @@ class VisualPrompts:
     keys_values: dict[int, KeysValues] | None = None
     """Keys and gated values per layer, made once for a whole generation."""
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether every token of row i reads picture i."""
+        return self.row_B is None and self.token_BT is None and self.mask_BT is None
+
     def reading(
         self, *, row_B: Tensor | None, token_BT: Tensor | None, mask_BT: Tensor | None
     ) -> VisualPrompts:
@@ -53,6 +58,9 @@ class AdaptionPrompt(AdapterModule):
     A static prompt owns its vectors; an early visual prompt owns only its gate and reads the
     pass's VisualPrompts; with late fusion the two are added (V1 §3.3).
     """
+
+    static_keys: Tensor | None
+    static_values: Tensor | None
 
     def __init__(
         self,
@@ -80,7 +88,9 @@ class AdaptionPrompt(AdapterModule):
             self.prompt = nn.Parameter(prompt_Md.to(device))
         self.gate = nn.Parameter(torch.zeros(num_heads, device=device))
         self.gate_scale = nn.Parameter(torch.ones(1, device=device)) if gate_scale else None
-        self._static: KeysValues | None = None
+        # buffers, so that they follow the model to another device; never stored
+        self.register_buffer("static_keys", None, persistent=False)
+        self.register_buffer("static_values", None, persistent=False)
 
     @property
     def group(self) -> Group:  # type: ignore[override]
@@ -102,8 +112,8 @@ class AdaptionPrompt(AdapterModule):
         prompt_EMd = self.prompt.unsqueeze(0)
         if not self.visual or visual is None:
             return prompt_EMd
-        late_IMd = prompt_EMd + visual.prompts_IMd.to(prompt_EMd.dtype)
-        if visual.row_B is None and visual.token_BT is None:
+        late_IMd = prompt_EMd + visual.prompts_IMd.to(prompt_EMd)
+        if visual.is_plain:
             return late_IMd
         return torch.cat([late_IMd, prompt_EMd])
 
@@ -117,17 +127,20 @@ class AdaptionPrompt(AdapterModule):
         if repeat > 1:
             keys_EGMD = keys_EGMD.repeat_interleave(repeat, dim=1)
             values_EGMD = values_EGMD.repeat_interleave(repeat, dim=1)
-        gate_H11 = self.gate_values_H().view(-1, 1, 1).to(values_EGMD.dtype)
-        return keys_EGMD, values_EGMD * gate_H11
+        # in float32 and rounded once
+        gate_H11 = self.gate_values_H().view(-1, 1, 1)
+        return keys_EGMD, (values_EGMD * gate_H11).to(values_EGMD.dtype)
 
     @torch.no_grad()
-    def cache_static(self, attention: Attention) -> None:
+    def cache_static(self, attention: Attention, *, dtype: torch.dtype) -> None:
         """Keep keys and values of static prompts, for inference; `drop_cache` undoes it."""
         if self.prompt is not None and not self.visual:
-            self._static = self.keys_values(attention, self.prompt.unsqueeze(0))
+            entry_1Md = self.prompt.unsqueeze(0).to(dtype)
+            self.static_keys, self.static_values = self.keys_values(attention, entry_1Md)
 
     def drop_cache(self) -> None:
-        self._static = None
+        """Make keys and values anew in every pass, so that prompts learn."""
+        self.static_keys = self.static_values = None
 
     def forward(
         self,
@@ -139,23 +152,22 @@ class AdaptionPrompt(AdapterModule):
         softcap: float | None,
     ) -> Tensor | None:
         """What prompt attention adds, [B, T, H, D]; None if this pass has nothing to read."""
-        reads_visual = self.visual and visual is not None
-        if self._static is not None:
-            keys, values = self._static
-        elif reads_visual and visual.keys_values and self.layer_index in visual.keys_values:  # type: ignore[union-attr]
-            keys, values = visual.keys_values[self.layer_index]  # type: ignore[index, union-attr]
+        if not self.visual:
+            visual = None
+        if self.static_keys is not None and self.static_values is not None:
+            keys, values = self.static_keys, self.static_values
+        elif visual is not None and visual.keys_values and self.layer_index in visual.keys_values:
+            keys, values = visual.keys_values[self.layer_index]
         else:
             entries_EMd = self.entries_EMd(visual)
             if entries_EMd is None:
                 return None
-            keys, values = self.keys_values(attention, entries_EMd)
-        keys, values = keys.to(query_BHTD.dtype), values.to(query_BHTD.dtype)
-        if not reads_visual:
+            keys, values = self.keys_values(attention, entries_EMd.to(query_BHTD))
+        keys, values = keys.to(query_BHTD), values.to(query_BHTD)
+        if visual is None:
             return _attend(query_BHTD, keys, values, None, scaling, softcap).transpose(1, 2)
-        assert visual is not None
-        has_static_entry = self.prompt is not None
         return _attend_visual(
-            query_BHTD, keys, values, visual, scaling, softcap, has_static_entry
+            query_BHTD, keys, values, visual, scaling, softcap, self.prompt is not None
         ).transpose(1, 2)
 
     def extra_repr(self) -> str:
@@ -197,16 +209,18 @@ def _attend_visual(
 
     With a static entry (late fusion) a token without a picture reads the static prompts alone.
     """
-    if visual.token_BT is not None:
+    if visual.token_BT is not None or (has_static_entry and visual.mask_BT is not None):
         return _attend_packed(
             query_BHTD, keys_EHMD, values_EHMD, visual, scaling, softcap, has_static_entry
         )
-    reads_BT = visual.mask_BT
+    device = query_BHTD.device
+    reads_BT = None if visual.mask_BT is None else visual.mask_BT.to(device)
     if visual.row_B is not None:
         # -1 picks the last entry: the static prompt alone, or a picture whose reading is zeroed
-        keys_EHMD, values_EHMD = keys_EHMD[visual.row_B], values_EHMD[visual.row_B]
+        row_B = visual.row_B.to(device)
+        keys_EHMD, values_EHMD = keys_EHMD[row_B], values_EHMD[row_B]
         if not has_static_entry:
-            sees_B1 = (visual.row_B >= 0).unsqueeze(1)
+            sees_B1 = (row_B >= 0).unsqueeze(1)
             reads_BT = sees_B1 if reads_BT is None else sees_B1 & reads_BT
     added_BHTD = _attend(query_BHTD, keys_EHMD, values_EHMD, None, scaling, softcap)
     if reads_BT is None or has_static_entry:
@@ -223,11 +237,17 @@ def _attend_packed(
     softcap: float | None,
     has_static_entry: bool,
 ) -> Tensor:
-    assert visual.token_BT is not None
+    """The same where a row's tokens read different pictures, or some of them none."""
     num_entries, num_heads, length, head_size = keys_EHMD.shape
     token_BT = visual.token_BT
+    if token_BT is None:
+        row_B = visual.row_B
+        if row_B is None:
+            row_B = torch.arange(query_BHTD.shape[0], device=query_BHTD.device)
+        token_BT = row_B.unsqueeze(1).expand(-1, query_BHTD.shape[2])
+    token_BT = token_BT.to(query_BHTD.device)
     if visual.mask_BT is not None:
-        token_BT = token_BT.masked_fill(~visual.mask_BT, -1)
+        token_BT = token_BT.masked_fill(~visual.mask_BT.to(token_BT.device), -1)
     # a token without a picture must still attend to something, or its softmax is 0/0
     fallback = num_entries - 1
     entry_BT = token_BT.masked_fill(token_BT < 0, fallback)

@@ -31,3 +31,7 @@ class AdapterModule(nn.Module):
         for name, parameter in self.named_parameters():
             if not name.startswith(BASE + "."):
                 yield name, parameter
+
+    def folded(self) -> nn.Module | None:
+        """A plain module of the base's kind that computes the same, for inference; None if none."""
+        return None

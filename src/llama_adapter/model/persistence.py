@@ -42,7 +42,7 @@ _IGNORED_LOADING_KEYWORDS = frozenset(
 class AdapterPersistence:
     """`save_pretrained`, `from_pretrained`, `load_adapter` of the adapted model."""
 
-    def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
+    def save_pretrained(self, save_directory: Any, **_kwargs: Any) -> None:
         """Write the active adapter; the base and the vision tower are referenced, not copied."""
         model: LlamaAdapterForConditionalGeneration = self  # type: ignore[assignment]
         directory = Path(save_directory)
@@ -61,7 +61,7 @@ class AdapterPersistence:
     def from_pretrained(
         cls,
         pretrained_model_name_or_path: Any,
-        *model_args: Any,
+        *_model_args: Any,
         language_model: PreTrainedModel | None = None,
         vision: nn.Module | None = None,
         dtype: torch.dtype | str | None = None,

@@ -7,6 +7,7 @@ quantised linears work too and taking the adapter off gives the base back exactl
 from __future__ import annotations
 
 import copy
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -24,10 +25,16 @@ class ScaledLinear(AdapterModule):
     """
 
     group = Group.LANGUAGE
+    base_layer: nn.Linear
+    """Or a quantised linear, which has the same attributes."""
+    bias_shift: nn.Parameter | None
+    scale: nn.Parameter | None
+    lora_down: nn.Parameter | None
+    lora_up: nn.Parameter | None
 
     def __init__(
         self,
-        base_layer: nn.Module,
+        base_layer: nn.Linear,
         *,
         bias: bool = True,
         scale: bool = True,
@@ -37,36 +44,29 @@ class ScaledLinear(AdapterModule):
     ) -> None:
         super().__init__()
         self.base_layer = base_layer
-        self.in_features = int(base_layer.in_features)  # type: ignore[arg-type]
-        self.out_features = int(base_layer.out_features)  # type: ignore[arg-type]
+        self.in_features = int(base_layer.in_features)
+        self.out_features = int(base_layer.out_features)
         self.scale_side = scale_side
-        device = next(base_layer.parameters()).device
-        new = {"device": device, "dtype": torch.float32}
+        device = home_of(base_layer)
         scale_size = self.out_features if scale_side == "output" else self.in_features
-        self.bias_shift = nn.Parameter(torch.zeros(self.out_features, **new)) if bias else None
-        self.scale = nn.Parameter(torch.ones(scale_size, **new)) if scale else None
-        self.lora_down: nn.Parameter | None = None
-        self.lora_up: nn.Parameter | None = None
+        self.bias_shift = self.scale = self.lora_down = self.lora_up = None
+        if bias:
+            self.bias_shift = nn.Parameter(torch.zeros(self.out_features, device=device))
+        if scale:
+            self.scale = nn.Parameter(torch.ones(scale_size, device=device))
         if lora_rank:
-            down = torch.empty(lora_rank, self.in_features, **new)
+            # drawn on the CPU, so that a seed gives the same numbers everywhere
+            down = torch.empty(lora_rank, self.in_features)
             nn.init.kaiming_uniform_(down, a=5**0.5, generator=generator)
-            self.lora_down = nn.Parameter(down)
-            self.lora_up = nn.Parameter(torch.zeros(self.out_features, lora_rank, **new))
-        self._folded: tuple[Tensor, Tensor | None] | None = None
+            self.lora_down = nn.Parameter(down.to(device))
+            self.lora_up = nn.Parameter(torch.zeros(self.out_features, lora_rank, device=device))
 
     @property
     def weight(self) -> Tensor:
         """The frozen weight, for code that asks a linear for its dtype or device."""
-        return self.base_layer.weight  # type: ignore[return-value]
-
-    @property
-    def is_folded(self) -> bool:
-        """Whether `fold` has merged the parameters into one weight and bias."""
-        return self._folded is not None
+        return self.base_layer.weight
 
     def forward(self, x: Tensor) -> Tensor:
-        if self._folded is not None:
-            return F.linear(x, *self._folded)
         y = self.without_lora(x)
         if self.lora_down is not None and self.lora_up is not None:
             low = F.linear(x.to(self.lora_down.dtype), self.lora_down)
@@ -90,30 +90,23 @@ class ScaledLinear(AdapterModule):
         return torch.addcmul(scale * self.bias_shift, scale, y).to(y.dtype)
 
     @torch.no_grad()
-    def fold(self) -> bool:
-        """Merge into one weight and bias; False if the base weight is quantised and cannot be.
+    def folded(self) -> FoldedLinear | None:
+        """The plain linear that this equals; None if the base weight is quantised.
 
         Exact in real arithmetic; in floating point the outputs agree to rounding.
         """
         weight = self.base_layer.weight
-        if type(self.base_layer) is not nn.Linear or not weight.is_floating_point():
-            return False
-        merged, bias = self.folded_weights()
-        self._folded = (
-            merged.to(weight.dtype),
-            None if bias is None else bias.to(weight.dtype),
-        )
-        return True
+        if type(self.base_layer) is not nn.Linear or weight.is_meta:
+            return None
+        return FoldedLinear(self, *self.folded_weights())
 
     @torch.no_grad()
     def folded_weights(self) -> tuple[Tensor, Tensor | None]:
         """Weight and bias, in float32, of the single linear that this module equals."""
-        weight = self.base_layer.weight.float()  # type: ignore[operator]
-        bias = self.base_layer.bias
-        if bias is not None:
-            bias = bias.float()  # type: ignore[operator]
+        weight = self.base_layer.weight.float()
+        bias = None if self.base_layer.bias is None else self.base_layer.bias.float()
         if self.bias_shift is not None:
-            bias = self.bias_shift if bias is None else bias + self.bias_shift
+            bias = self.bias_shift.clone() if bias is None else bias + self.bias_shift
         if self.scale is not None and self.scale_side == "input":
             weight = weight * self.scale
         elif self.scale is not None:
@@ -121,16 +114,32 @@ class ScaledLinear(AdapterModule):
             bias = None if bias is None else bias * self.scale
         if self.lora_down is not None and self.lora_up is not None:
             weight = weight + self.lora_up @ self.lora_down
-        return weight, None if bias is None else bias.detach().clone()
-
-    def unfold(self) -> None:
-        """Undo `fold`."""
-        self._folded = None
+        return weight, bias
 
     def extra_repr(self) -> str:
         parts = [f"{self.in_features} -> {self.out_features}"]
         parts += [n for n in ("bias_shift", "scale", "lora_up") if getattr(self, n) is not None]
         return ", ".join(parts)
+
+
+class FoldedLinear(nn.Linear):
+    """What stands in for a ScaledLinear during inference: an ordinary, frozen linear."""
+
+    def __init__(self, learned: ScaledLinear, weight: Tensor, bias: Tensor | None) -> None:
+        dtype = learned.weight.dtype
+        super().__init__(
+            learned.in_features, learned.out_features, bias=bias is not None, device="meta"
+        )
+        self.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
+        if bias is not None:
+            self.bias = nn.Parameter(bias.to(dtype), requires_grad=False)
+        # in a tuple: a reference, not a child whose numbers would count twice
+        self._learned = (learned,)
+
+    @property
+    def learned(self) -> ScaledLinear:
+        """What it was made of: prompts bypass LoRA, which is folded in here."""
+        return self._learned[0]
 
 
 class LearnedNorm(AdapterModule):
@@ -150,11 +159,28 @@ class LearnedNorm(AdapterModule):
 
     @property
     def weight(self) -> Tensor:
-        return self.norm.weight  # type: ignore[return-value]
+        return cast(Tensor, self.norm.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         if isinstance(self.norm, nn.LayerNorm):
             # layer_norm wants input and weights of one dtype
-            return self.norm(x.float()).to(x.dtype)  # type: ignore[no-any-return]
+            return self.norm(x.float()).to(x.dtype)
         # an RMS norm multiplies in the wider dtype; going back rounds as the base would
-        return self.norm(x).to(x.dtype)  # type: ignore[no-any-return]
+        return cast(Tensor, self.norm(x)).to(x.dtype)
+
+    @torch.no_grad()
+    def folded(self) -> nn.Module | None:
+        """The learned norm in the base's dtype; None if the base's numbers are elsewhere."""
+        parameter = next(self.base_layer.parameters())
+        if parameter.is_meta:
+            return None
+        return copy.deepcopy(self.norm).to(parameter.dtype).requires_grad_(False)
+
+
+def home_of(module: nn.Module) -> torch.device:
+    """Where a module computes: with offloading its own numbers may be elsewhere until then."""
+    for part in module.modules():
+        device = getattr(getattr(part, "_hf_hook", None), "execution_device", None)
+        if device is not None:
+            return torch.device(device)
+    return next(module.parameters()).device

@@ -1,4 +1,4 @@
-"""Transformers' `generate` for a model that reads pictures."""
+"""`generate` for a model that reads pictures."""
 
 from __future__ import annotations
 
@@ -8,14 +8,11 @@ import torch
 from torch import Tensor
 from transformers import GenerationMixin
 
-from llama_adapter.config import AdapterConfig
 from llama_adapter.model.gated_attention import VisualPrompts
 
 
 class VisualGenerationMixin(GenerationMixin):
-    """Carries visual prompts, made once, and their reading positions through decoding."""
-
-    adapter_config: AdapterConfig
+    """Carries visual prompts, made once, and what reads them through decoding."""
 
     @torch.no_grad()
     def generate(
@@ -28,27 +25,31 @@ class VisualGenerationMixin(GenerationMixin):
         image_index: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """transformers' `generate`; each picture passes the tower and the projections once."""
+        """As in transformers; each picture passes the tower and the projections once."""
         if visual_prompts is None and (pixel_values is not None or visual_features is not None):
             visual_prompts = self.encode_visual(
                 pixel_values, visual_features=visual_features, cache=True
             )
         if visual_prompts is not None:
             if image_index is None:
+                # explicit, so that beams and several answers a prompt repeat it row by row
                 image_index = torch.arange(len(visual_prompts.prompts_IMd), device=self.device)
             kwargs |= {"visual_prompts": visual_prompts, "image_index": image_index}
         return super().generate(inputs, *args, **kwargs)
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         inputs: dict[str, Any] = super().prepare_inputs_for_generation(*args, **kwargs)
+        if inputs.get("visual_prompts") is None:
+            return inputs
+        tokens = inputs.get("input_ids")
+        new_tokens = (inputs["inputs_embeds"] if tokens is None else tokens).shape[1]
+        for name in _per_token(inputs):
+            inputs[name] = inputs[name][:, -new_tokens:]
         mask = inputs.get("visual_mask")
-        if mask is not None:
-            new_tokens = inputs["input_ids"].shape[1]
-            inputs["visual_mask"] = mask[:, -new_tokens:]
-            is_later = mask.shape[1] != new_tokens
-            if is_later and self.adapter_config.visual_scope == "slots":
-                # no slot among generated tokens: nothing reads the picture any more
-                inputs["visual_prompts"] = inputs["visual_mask"] = None
+        if mask is not None and new_tokens == 1 and not mask.any():
+            # nothing reads the picture in this step: the base's own speed
+            for name in ("visual_prompts", "visual_mask", "image_index"):
+                inputs.pop(name, None)
         return inputs
 
     def _update_model_kwargs_for_generation(
@@ -61,9 +62,21 @@ class VisualGenerationMixin(GenerationMixin):
         updated: dict[str, Any] = super()._update_model_kwargs_for_generation(
             outputs, model_kwargs, is_encoder_decoder, num_new_tokens
         )
-        mask = updated.get("visual_mask")
-        if mask is not None:
-            reads = self.adapter_config.visual_scope == "all"
-            added = mask.new_full((mask.shape[0], num_new_tokens), reads)
-            updated["visual_mask"] = torch.cat([mask, added], dim=1)
+        reads = self.adapter_config.visual_scope == "all"
+        for name in _per_token(updated):
+            known_BT = updated[name]
+            last_B1 = known_BT[:, -1:]
+            if not reads:
+                # a generated token is no slot
+                last_B1 = torch.full_like(last_B1, False if name == "visual_mask" else -1)
+            updated[name] = torch.cat([known_BT, last_B1.expand(-1, num_new_tokens)], dim=1)
         return updated
+
+
+def _per_token(inputs: dict[str, Any]) -> list[str]:
+    """Which inputs say something of every token, and so grow and are sliced with them."""
+    return [
+        name
+        for name in ("visual_mask", "image_index")
+        if inputs.get(name) is not None and inputs[name].ndim == 2
+    ]

@@ -5,6 +5,8 @@ Shapes: I pictures, F frames of one, P patch tokens, C their width, M visual pro
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -12,6 +14,9 @@ from torch.nn import functional as F
 from llama_adapter.config import AdapterConfig
 from llama_adapter.errors import ConfigError, UnsupportedModelError
 from llama_adapter.model.groups import AdapterModule, Group
+
+VisionTower = Any
+"""A frozen CLIP or SigLIP vision model of transformers."""
 
 
 def _resample(features_IPC: Tensor, length: int) -> Tensor:
@@ -31,7 +36,7 @@ class LinearProjector(nn.Module):
         self.norm = nn.LayerNorm(hidden_size)
 
     def forward(self, features_IPC: Tensor) -> Tensor:
-        return self.norm(self.proj(_resample(features_IPC, self.length)))  # type: ignore[no-any-return]
+        return self.norm(self.proj(_resample(features_IPC, self.length)))
 
 
 class MlpProjector(nn.Module):
@@ -46,7 +51,7 @@ class MlpProjector(nn.Module):
 
     def forward(self, features_IPC: Tensor) -> Tensor:
         x = F.gelu(self.up(_resample(features_IPC, self.length)))
-        return self.norm(self.down(x))  # type: ignore[no-any-return]
+        return self.norm(self.down(x))
 
 
 class TransformerBlock(nn.Module):
@@ -68,7 +73,7 @@ class TransformerBlock(nn.Module):
         query, key, value = qkv.permute(2, 0, 3, 1, 4)
         mixed = F.scaled_dot_product_attention(query, key, value)
         x_BTW = x_BTW + self.proj(mixed.transpose(1, 2).reshape(batch, length, width))
-        return x_BTW + self.fc2(F.gelu(self.fc1(self.norm2(x_BTW))))  # type: ignore[no-any-return]
+        return x_BTW + self.fc2(F.gelu(self.fc1(self.norm2(x_BTW))))
 
 
 class QueryTransformer(nn.Module):
@@ -95,7 +100,7 @@ class QueryTransformer(nn.Module):
         x = torch.cat([query_IMW.to(features_IPW.dtype), features_IPW], dim=1)
         for block in self.blocks:
             x = block(x)
-        return self.norm(self.proj(x[:, : query_IMW.shape[1]]))  # type: ignore[no-any-return]
+        return self.norm(self.proj(x[:, : query_IMW.shape[1]]))
 
 
 PROJECTORS: dict[str, type[nn.Module]] = {
@@ -121,15 +126,15 @@ class VisualProjection(AdapterModule):
     def forward(self, features: Tensor) -> Tensor:
         features = features.to(next(self.projector.parameters()).dtype)
         if features.ndim == 3:
-            return self.projector(features)  # type: ignore[no-any-return]
+            return self.projector(features)
         num_pictures, num_frames = features.shape[:2]
         if self.frame_rule == "mean":
-            return self.projector(features.mean(1))  # type: ignore[no-any-return]
+            return self.projector(features.mean(1))
         prompts = self.projector(features.flatten(0, 1)).unflatten(0, (num_pictures, num_frames))
-        return prompts.mean(1) if self.frame_rule == "late-mean" else prompts.flatten(1, 2)  # type: ignore[no-any-return]
+        return prompts.mean(1) if self.frame_rule == "late-mean" else prompts.flatten(1, 2)
 
 
-def vision_feature_size(vision: nn.Module, config: AdapterConfig) -> int:
+def vision_feature_size(vision: VisionTower, config: AdapterConfig) -> int:
     """Width of the features that `vision_features` returns."""
     vision_config = getattr(vision.config, "vision_config", vision.config)
     if config.vision_feature == "projected":
@@ -140,23 +145,23 @@ def vision_feature_size(vision: nn.Module, config: AdapterConfig) -> int:
                 f"got {type(vision).__name__}"
             )
         return int(projection.out_features)
-    return int(vision_config.hidden_size)  # type: ignore[union-attr]
+    return int(vision_config.hidden_size)
 
 
 @torch.no_grad()
-def vision_features(vision: nn.Module, pixel_values: Tensor, config: AdapterConfig) -> Tensor:
+def vision_features(vision: VisionTower, pixel_values: Tensor, config: AdapterConfig) -> Tensor:
     """Patch features [I, P, C] of pictures [I, 3, H, W], or [I, F, P, C] of [I, F, 3, H, W].
 
     The tower is frozen: no gradient flows. Raises ConfigError for a feature layer it lacks.
     """
-    frames = pixel_values.shape[:2] if pixel_values.ndim == 5 else None
-    pixels = pixel_values.flatten(0, 1) if frames else pixel_values
+    has_frames = pixel_values.ndim == 5
+    pixels = pixel_values.flatten(0, 1) if has_frames else pixel_values
     pixels = pixels.to(next(vision.parameters()).dtype)
-    tower = getattr(vision, "vision_model", vision)
+    tower: VisionTower = getattr(vision, "vision_model", vision)
     layer = config.vision_feature
     if layer == "projected":
         hidden = tower(pixel_values=pixels).last_hidden_state
-        features = vision.visual_projection(tower.post_layernorm(hidden))  # type: ignore[operator]
+        features = vision.visual_projection(tower.post_layernorm(hidden))
     elif layer == -1:
         features = tower(pixel_values=pixels).last_hidden_state
     else:
@@ -166,18 +171,19 @@ def vision_features(vision: nn.Module, pixel_values: Tensor, config: AdapterConf
                 f"vision_feature is layer {layer}, but the tower has {len(states)} hidden states"
             )
         features = states[int(layer)]
-    return features.unflatten(0, frames) if frames else features  # type: ignore[no-any-return]
+    return features.unflatten(0, pixel_values.shape[:2]) if has_frames else features
 
 
-def vision_tower_of(model: nn.Module) -> nn.Module:
+def vision_tower_of(model: VisionTower) -> nn.Module:
     """The visual half of a vision or vision-language model, frozen and in evaluation mode.
 
     Raises UnsupportedModelError if the model takes no pixels.
     """
     if hasattr(model, "text_model") and hasattr(model, "vision_model"):
-        model = model.vision_model  # type: ignore[assignment]
+        model = model.vision_model
     if getattr(model, "main_input_name", "") != "pixel_values":
         raise UnsupportedModelError(
             f"{type(model).__name__} is no vision model: expected one that takes pixel_values"
         )
-    return model.eval().requires_grad_(False)
+    tower: nn.Module = model.eval().requires_grad_(False)
+    return tower
