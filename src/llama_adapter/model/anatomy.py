@@ -1,0 +1,60 @@
+"""Where things are in a decoder: attention modules, linears, norms; whatever the family."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import cast
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from llama_adapter.errors import UnsupportedModelError
+from llama_adapter.model.prompt_projection import Attention
+
+
+def readable_name(name: str) -> str:
+    """Name of a decoder module in adapter files: `attention` whatever the family calls it."""
+    return re.sub(r"\.self_attn(?=\.|$)", ".attention", name)
+
+
+def attention_modules(language_model: PreTrainedModel) -> list[tuple[str, Attention]]:
+    """Self-attention modules of the decoder in layer order, by name.
+
+    Raises UnsupportedModelError if there is not exactly one per layer.
+    """
+    decoder = language_model.get_decoder()
+    if not isinstance(decoder, nn.Module):
+        raise UnsupportedModelError(f"{type(language_model).__name__} has no decoder")
+    found = [
+        (cast(int, module.layer_idx), name, module)
+        for name, module in decoder.named_modules()
+        if isinstance(getattr(module, "layer_idx", None), int)
+        and re.search("attention", type(module).__name__, re.IGNORECASE)
+    ]
+    expected = list(range(int(language_model.config.get_text_config().num_hidden_layers)))
+    found.sort(key=lambda item: item[0])
+    if [index for index, _, _ in found] != expected:
+        raise UnsupportedModelError(
+            f"{type(language_model).__name__}: expected one self-attention module in each of "
+            f"{len(expected)} layers, found layers {[index for index, _, _ in found]}"
+        )
+    return [(name, module) for _, name, module in found]
+
+
+def decoder_linears(decoder: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+    """Linears inside decoder layers, by name; experts and routers of a mixture are left alone."""
+    mixtures = [name for name, module in decoder.named_modules() if hasattr(module, "experts")]
+    for name, module in decoder.named_modules():
+        is_linear = hasattr(module, "in_features") and hasattr(module, "out_features")
+        in_layer = re.search(r"(^|\.)\d+\.", name) is not None
+        in_mixture = any(name == m or name.startswith(m + ".") for m in mixtures)
+        if is_linear and in_layer and not in_mixture:
+            yield name, cast(nn.Linear, module)
+
+
+def decoder_norms(decoder: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Every norm of the decoder that has weights, the final one too."""
+    for name, module in decoder.named_modules():
+        if type(module).__name__.endswith("Norm") and any(True for _ in module.parameters()):
+            yield name, module
