@@ -12,6 +12,7 @@ from PIL import Image
 import llama_adapter
 
 RED = Image.new("RGB", (16, 12), (255, 0, 0))
+GREEDY = {"do_sample": False, "max_new_tokens": 3}
 MESSAGES = [
     {
         "role": "user",
@@ -31,7 +32,7 @@ def expected_answer(pipe: Any) -> str:
     inputs = pipe.processor.apply_chat_template(
         MESSAGES, tokenize=True, return_dict=True, add_generation_prompt=True
     )
-    tokens = pipe.model.generate(**inputs, max_new_tokens=3, do_sample=False)
+    tokens = pipe.model.generate(**inputs, **GREEDY)
     new = tokens[0, inputs["input_ids"].shape[1] :]
     return pipe.processor.decode(new, skip_special_tokens=True)
 
@@ -47,21 +48,13 @@ def test_the_auto_classes_load_ours(adapter_dir: Path, pipe: Any) -> None:
 
 def test_messages_and_a_plain_question_give_the_same_answer(pipe: Any) -> None:
     answer = expected_answer(pipe)
-    options = {
-        "generate_kwargs": {"do_sample": False},
-        "max_new_tokens": 3,
-        "return_full_text": False,
-    }
+    options = {"generate_kwargs": GREEDY, "return_full_text": False}
     assert pipe(text=MESSAGES, **options)[0]["generated_text"] == answer
     assert pipe(images=RED, text="who?", **options)[0]["generated_text"] == answer
 
 
 def test_a_batch_of_conversations(pipe: Any) -> None:
-    options = {
-        "generate_kwargs": {"do_sample": False},
-        "max_new_tokens": 3,
-        "return_full_text": False,
-    }
+    options = {"generate_kwargs": GREEDY, "return_full_text": False}
     both = pipe(text=[MESSAGES, MESSAGES], batch_size=2, **options)
     assert [row[0]["generated_text"] for row in both] == [expected_answer(pipe)] * 2
 

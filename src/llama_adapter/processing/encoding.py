@@ -57,16 +57,16 @@ def opening_ids(tokenizer: Any) -> tuple[int, ...]:
     return (tokenizer.bos_token_id,) if starts else ()
 
 
-def encode(text: Rendered, *, tokenizer: Any) -> Encoded:
-    """Tokenise once; a beginning-of-text token stands exactly once where the tokenizer uses one."""
+def encode(text: Rendered, *, tokenizer: Any, opening: tuple[int, ...]) -> Encoded:
+    """Tokenise once; `opening` stands in front unless the text itself begins with bos."""
     if not tokenizer.is_fast:
         raise ConfigError(
             f"{type(tokenizer).__name__} reports no character offsets; a fast tokenizer is needed"
         )
     tokens = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     bos = tokenizer.bos_token
-    has_bos = bos is not None and text.startswith(bos)
-    opening = () if has_bos else opening_ids(tokenizer)
+    if bos is not None and text.startswith(bos):
+        opening = ()
     unmarked = (-1,) * len(opening)
     ids: list[int] = tokens["input_ids"]
     offsets: list[Span] = tokens["offset_mapping"]

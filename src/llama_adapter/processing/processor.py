@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -14,17 +14,22 @@ from transformers import AutoImageProcessor, AutoTokenizer, BatchFeature, Proces
 
 from llama_adapter.conversation import Conversation, ImageRef
 from llama_adapter.errors import CheckpointError, ConfigError, PromptError
-from llama_adapter.processing.encoding import IGNORED, Encoded, Side, encode, pad
-from llama_adapter.processing.images import load_image
+from llama_adapter.processing.encoding import IGNORED, Encoded, Side, encode, opening_ids, pad
+from llama_adapter.processing.prompts import (
+    Prompt,
+    as_conversation,
+    as_prompts,
+    fill_in,
+    frames_of,
+    hand_out,
+    images_per_prompt,
+)
 from llama_adapter.processing.templates import PromptRenderer, Rendered
 
 PROCESSOR_FILE = "processor_config.json"
 _OPTIONS = ("template", "visual_scope", "slot_text", "channel_order")
 # Tokenizers without a limit of their own carry an astronomically large one.
 _NO_LIMIT = 10**9
-
-Prompt = Conversation | Rendered | str | Sequence[Mapping[str, Any]]
-"""A conversation, a prompt of `apply_chat_template`, a question, or Hugging Face messages."""
 
 
 class LlamaAdapterProcessor(ProcessorMixin):
@@ -73,6 +78,7 @@ class LlamaAdapterProcessor(ProcessorMixin):
         self.visual_scope = visual_scope
         self.slot_text = slot_text
         self.channel_order = channel_order
+        self._opening = opening_ids(tokenizer)
         self._renderer = PromptRenderer(template, tokenizer=tokenizer, slot_text=slot_text)
 
     @property
@@ -104,8 +110,8 @@ class LlamaAdapterProcessor(ProcessorMixin):
 
         Raises `PromptError` where it does not fit into `max_length` or the context.
         """
-        text = prompt if isinstance(prompt, Rendered) else self.render(_conversation(prompt))
-        encoded = encode(text, tokenizer=self.tokenizer)
+        text = prompt if isinstance(prompt, Rendered) else self.render(as_conversation(prompt))
+        encoded = encode(text, tokenizer=self.tokenizer, opening=self._opening)
         limit = max_length or self.context_length
         if limit is not None and len(encoded) > limit:
             raise PromptError(f"prompt has {len(encoded)} tokens; the context holds {limit}")
@@ -134,12 +140,12 @@ class LlamaAdapterProcessor(ProcessorMixin):
         single = isinstance(conversation, Conversation) or not isinstance(
             conversation[0], Sequence | Conversation
         )
-        conversations = [_conversation(c) for c in ([conversation] if single else conversation)]
+        conversations = [as_conversation(c) for c in ([conversation] if single else conversation)]
         if context is not None:
             conversations = [c.with_context(context) for c in conversations]
         images = kwargs.pop("images", None)
         if tokenize or images is not None:
-            conversations = _hand_out(conversations, images)
+            conversations = hand_out(conversations, images)
         texts = [
             self.render(
                 c,
@@ -178,16 +184,16 @@ class LlamaAdapterProcessor(ProcessorMixin):
         """
         if text is None:
             raise PromptError("a prompt is needed, got text None")
-        prompts = _prompts(text)
+        prompts = as_prompts(text)
         texts: list[Rendered] = []
         held: list[tuple[ImageRef, ...]] = []
-        given = _per_prompt(images, len(prompts))
+        given = images_per_prompt(images, len(prompts))
         for prompt, extra in zip(prompts, given, strict=True):
             if isinstance(prompt, Rendered):
                 texts.append(prompt)
                 held.append(extra)
             else:
-                conversation = _fill_in(_conversation(prompt), extra)
+                conversation = fill_in(as_conversation(prompt), extra)
                 texts.append(self.render(conversation))
                 held.append(conversation.images)
         return self._batch(texts, held, **options)
@@ -211,7 +217,10 @@ class LlamaAdapterProcessor(ProcessorMixin):
             raise ConfigError(f"return_tensors must be 'pt', got {return_tensors!r}")
         limit = max_length or self.context_length
         if truncation and limit is not None:
-            rows = [encode(text, tokenizer=self.tokenizer).truncated(limit) for text in texts]
+            rows = [
+                encode(text, tokenizer=self.tokenizer, opening=self._opening).truncated(limit)
+                for text in texts
+            ]
         else:
             rows = [self.encode(text, max_length=max_length) for text in texts]
         longest = max(map(len, rows))
@@ -255,7 +264,7 @@ class LlamaAdapterProcessor(ProcessorMixin):
         counts = torch.tensor([len(refs) for refs in images])
         if self.visual_scope == "all":
             # one set of visual prompts a row: several images count as frames of one
-            clips = [[f for ref in refs for f in _frames(ref)] for refs in images if refs]
+            clips = [[f for ref in refs for f in frames_of(ref)] for refs in images if refs]
             index = torch.where(counts > 0, (counts > 0).cumsum(0) - 1, -1)
             return {"pixel_values": self._pixels(clips), "image_index": index}
         found = slots_BT.amax(dim=1) + 1
@@ -264,7 +273,7 @@ class LlamaAdapterProcessor(ProcessorMixin):
             raise PromptError(
                 f"prompt {row + 1} has {int(found[row])} image slots, but {int(counts[row])} images"
             )
-        clips = [_frames(ref) for refs in images for ref in refs]
+        clips = [frames_of(ref) for refs in images for ref in refs]
         first_B = counts.cumsum(0) - counts
         mask_BT = slots_BT >= 0
         if int(counts.max()) > 1:
@@ -341,61 +350,3 @@ def _options(stored: Mapping[str, Any], *, where: Any) -> dict[str, Any]:
     if missing:
         raise CheckpointError(f"{where}: {PROCESSOR_FILE} lacks {', '.join(missing)}")
     return {name: stored[name] for name in _OPTIONS}
-
-
-def _conversation(prompt: Any) -> Conversation:
-    if isinstance(prompt, Conversation):
-        return prompt
-    if isinstance(prompt, str):
-        return Conversation.ask(prompt)
-    return Conversation.from_messages(prompt)
-
-
-def _prompts(text: Any) -> list[Prompt]:
-    """One prompt or several, as a list."""
-    if isinstance(text, Conversation | str):
-        return [text]
-    if not text:
-        raise PromptError("a prompt is needed, got an empty list")
-    return [text] if isinstance(text[0], Mapping) else list(text)
-
-
-def _per_prompt(images: Any, count: int) -> list[tuple[ImageRef, ...]]:
-    """Images given beside `count` prompts, as references for each."""
-    if images is None:
-        return [()] * count
-    if not isinstance(images, list | tuple):
-        images = [images]
-    if not any(isinstance(entry, list | tuple) for entry in images) and count == 1:
-        images = [images]
-    if len(images) != count:
-        raise PromptError(f"got {len(images)} images for {count} prompts")
-    return [_refs(entry) for entry in images]
-
-
-def _refs(entry: Any) -> tuple[ImageRef, ...]:
-    if entry is None:
-        return ()
-    entries: Iterable[Any] = entry if isinstance(entry, list | tuple) else (entry,)
-    return tuple(ImageRef.of(image) for image in entries)
-
-
-def _hand_out(conversations: Sequence[Conversation], images: Any) -> list[Conversation]:
-    given = _per_prompt(images, len(conversations))
-    return [_fill_in(c, refs) for c, refs in zip(conversations, given, strict=True)]
-
-
-def _fill_in(conversation: Conversation, given: tuple[ImageRef, ...]) -> Conversation:
-    """The conversation with images handed in apart in their places."""
-    wanted = sum(ref.source is None for ref in conversation.images)
-    if given and not conversation.images:
-        return conversation.looking_at(given)
-    if wanted != len(given):
-        raise PromptError(f"messages leave {wanted} images to be handed in, got {len(given)}")
-    return conversation.with_sources(given) if given else conversation
-
-
-def _frames(ref: ImageRef) -> list[Image.Image]:
-    if isinstance(ref.source, tuple):
-        return [load_image(f, name=f"{ref.name}, frame {i}") for i, f in enumerate(ref.source)]
-    return [load_image(ref)]

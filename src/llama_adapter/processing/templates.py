@@ -97,6 +97,7 @@ class PromptRenderer:
         pieces, markers = self._template.lay_out(
             conversation,
             tokenizer=self._tokenizer,
+            specials=self._specials,
             slot_text=self._slot_text,
             opens_answer=add_generation_prompt and conversation.awaits_answer,
         )
@@ -165,6 +166,7 @@ class LineTemplate:
         conversation: Conversation,
         *,
         tokenizer: Any,
+        specials: re.Pattern[str],  # noqa: ARG002  (templates share one signature)
         slot_text: str | None,
         opens_answer: bool,
     ) -> tuple[list[Piece], tuple[re.Pattern[str], ...]]:
@@ -243,6 +245,7 @@ class ChatTemplate:
         conversation: Conversation,
         *,
         tokenizer: Any,
+        specials: re.Pattern[str],
         slot_text: str | None,
         opens_answer: bool,
     ) -> tuple[list[Piece], tuple[re.Pattern[str], ...]]:
@@ -255,7 +258,6 @@ class ChatTemplate:
         literals = self._FIND.split(text)[::2]
         if [int(n) for n in self._FIND.findall(text)] != list(range(len(stand_ins))):
             raise PromptError("the tokenizer's chat template drops, repeats or reorders messages")
-        specials = special_token_pattern(tokenizer)
         pieces = [Piece(Kind.TEMPLATE, literals[0])]
         is_first = True
         for message, literal in zip(conversation.messages, literals[1:], strict=True):
