@@ -10,7 +10,10 @@ import typer
 from llama_adapter.cli.ablate import ablate
 from llama_adapter.cli.chat import chat
 from llama_adapter.cli.demo import demo
+from llama_adapter.cli.export import export
+from llama_adapter.cli.import_ import import_
 from llama_adapter.cli.info import info
+from llama_adapter.cli.score import score
 from llama_adapter.errors import LlamaAdapterError
 
 # Plain help: rich would double the time that `--help` takes, and rewrap the examples.
@@ -27,7 +30,10 @@ app = typer.Typer(
 app.command("demo")(demo)
 app.command("chat")(chat)
 app.command("ablate")(ablate)
+app.command("import")(import_)
+app.command("export")(export)
 app.command("info")(info)
+app.command("score")(score)
 
 _BAD_PATH = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError)
 

@@ -1,0 +1,151 @@
+"""Back to the authors' file format (`llama-adapter export --format released`)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from transformers import AutoConfig
+
+from llama_adapter.checkpoints.directories import staged_directory
+from llama_adapter.checkpoints.importing import EXTRAS_NAME
+from llama_adapter.checkpoints.layout import BaseShape, layout
+from llama_adapter.checkpoints.released import Kind
+from llama_adapter.config import AdapterConfig
+from llama_adapter.errors import CheckpointError
+from llama_adapter.model.configuration import read_adapter_config
+from llama_adapter.model.persistence import ADAPTER_WEIGHTS_NAME, read_tensors
+from llama_adapter.model.references import resolve_reference
+
+RELEASED_NAME = "adapter.pth"
+_FEATURES = "visual.projector.feature_proj.weight"
+
+
+def export_released(directory: Path, *, out: Path, overwrite: bool = False) -> Path:
+    """Write an adapter as a file in the authors' format; returns the file.
+
+    An imported adapter that was not trained on gives its source's tensors back bit for bit, with
+    their names, order and dtypes.
+    Raises CheckpointError for an adapter whose settings no released kind can express.
+    """
+    content = read_adapter_config(directory)
+    config = AdapterConfig.from_dict(content["adapter"])
+    origin, extras = _read_extras(directory)
+    kind = Kind(origin["kind"]) if origin else _kind_of(config, directory)
+    ours = read_tensors(directory / ADAPTER_WEIGHTS_NAME)
+    feature_size = ours[_FEATURES].shape[1] if _FEATURES in ours else None
+    entries = layout(kind, config, _base_shape(content, directory), feature_size=feature_size)
+    official = {entry.official: entry.to_official(ours) for entry in entries}
+    official = _as_in_source(official, origin, extras)
+    is_wrapped = origin["is_wrapped"] if origin else kind is not Kind.V1
+    file_config = origin["config"] if origin else _file_config(kind, config)
+    wrapped: dict[str, Any] = {"model": official} if is_wrapped else dict(official)
+    if file_config is not None:
+        wrapped["config"] = file_config
+    with staged_directory(out, overwrite=overwrite, sources=(directory,)) as stage:
+        torch.save(wrapped, stage / RELEASED_NAME)
+    return out / RELEASED_NAME
+
+
+def _read_extras(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    path = directory / EXTRAS_NAME
+    if not path.is_file():
+        return {}, {}
+    extras = read_tensors(path)
+    with safe_open(path, framework="pt") as file:
+        origin = json.loads((file.metadata() or {}).get("released", "{}"))
+    return origin, extras
+
+
+def _as_in_source(
+    official: dict[str, Tensor], origin: dict[str, Any], extras: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """The source's tensors, order and dtypes: what it lacked and nothing changed is left out."""
+    if not origin:
+        return {name: tensor.contiguous() for name, tensor in official.items()}
+    for name in origin["absent"]:
+        if torch.equal(official[name], extras[name].float()):
+            del official[name]
+    everything = {**{n: extras[n] for n in origin["dtypes"] if n in extras}, **official}
+    order = [n for n in origin["dtypes"] if n in everything]
+    order += [n for n in everything if n not in origin["dtypes"]]
+    return {
+        name: everything[name].to(_dtype(origin["dtypes"].get(name, "float32"))).contiguous()
+        for name in order
+    }
+
+
+def _dtype(name: str) -> torch.dtype:
+    dtype = getattr(torch, name, None)
+    return dtype if isinstance(dtype, torch.dtype) else torch.float32
+
+
+def _base_shape(content: dict[str, Any], directory: Path) -> BaseShape:
+    reference = (content["base"] or {}).get("name_or_path", "")
+    try:
+        path = resolve_reference(reference, directory=directory)
+        return BaseShape.of(AutoConfig.from_pretrained(path).get_text_config())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"the base {reference!r} of {directory} cannot be found: {str(error).splitlines()[0]}"
+        ) from error
+
+
+def _kind_of(config: AdapterConfig, directory: Path) -> Kind:
+    """The released kind whose settings these are; CheckpointError if there is none."""
+    plain = config.bias_targets == "none" and config.scale_targets == "none"
+    presets = {
+        Kind.V1: ("released-v1", ("prompt_length", "prompt_layers", "gate")),
+        Kind.V2_CHAT: ("released-v2-chat", ("prompt_length", "prompt_layers")),
+        Kind.V2_BIAS: ("released-v2-bias", _OPEN_IN_V2),
+        Kind.V2_LORA_BIAS: ("released-v2-lora-bias", (*_OPEN_IN_V2, "lora_rank")),
+    }
+    differences = {}
+    for kind, (name, free) in presets.items():
+        values = config.to_dict()
+        expected = AdapterConfig.preset(name).to_dict()
+        if config.fusion == "none":  # nothing visual matters then
+            free = (*free, *_VISUAL)
+        different = [k for k in values if k not in free and values[k] != expected[k]]
+        if not different and not (kind is Kind.V1 and not plain):
+            return kind
+        differences[kind] = different
+    kind, different = min(differences.items(), key=lambda item: len(item[1]))
+    raise CheckpointError(
+        f"{directory} is none of the released kinds: closest is {kind}, but "
+        f"{', '.join(f'{name} is {getattr(config, name)!r}' for name in different[:3])}"
+    )
+
+
+_OPEN_IN_V2 = (
+    "prompt_length",
+    "prompt_layers",
+    "visual_prompt_length",
+    "projector_width",
+    "projector_blocks",
+    "projector_heads",
+    "caption_instruction",
+    "frame_rule",
+)
+_VISUAL = (
+    *_OPEN_IN_V2[2:],
+    "visual_layers",
+    "visual_scope",
+    "projector",
+    "vision_feature",
+    "channel_order",
+)
+
+
+def _file_config(kind: Kind, config: AdapterConfig) -> dict[str, Any] | None:
+    if kind not in (Kind.V2_BIAS, Kind.V2_LORA_BIAS):
+        return None
+    return {
+        "w_bias": config.bias_targets != "none",
+        "w_lora": config.lora_rank > 0,
+        "lora_rank": config.lora_rank or 16,
+    }

@@ -1,0 +1,122 @@
+"""`llama-adapter import`: a checkpoint that the authors released becomes an adapter directory."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def import_(
+    checkpoint: Annotated[
+        Path, typer.Argument(help="A released .pth file.", metavar="CHECKPOINT", show_default=False)
+    ],
+    base: Annotated[
+        Path,
+        typer.Option(
+            help="LLaMA in Meta's layout (params.json, consolidated.*.pth) or a Hugging Face "
+            "directory.",
+            metavar="DIR",
+            show_default=False,
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="The adapter directory to write.", metavar="DIR")],
+    vision: Annotated[
+        Path | None,
+        typer.Option(
+            help="OpenAI's CLIP (ViT-L-14.pt, or safetensors) or a Hugging Face CLIP directory.",
+            metavar="FILE|DIR",
+        ),
+    ] = None,
+    gate: Annotated[
+        str,
+        typer.Option(
+            help="V1 only: `tanh` as in its training code, `raw` as in its inference code.",
+            metavar="tanh|raw",
+        ),
+    ] = "tanh",
+    prompt_length: Annotated[
+        int | None,
+        typer.Option(min=1, help="Prompts per layer, where the file does not say (V1)."),
+    ] = None,
+    visual_heads: Annotated[
+        int | None,
+        typer.Option(min=1, help="Heads of the visual blocks, if not the authors' 16."),
+    ] = None,
+    allow_other_base: Annotated[
+        bool,
+        typer.Option("--allow-other-base", help="Import onto a base it was not trained for."),
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the model directory at --out.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Turn a released LLaMA-Adapter checkpoint into an adapter directory.
+
+    V1, V2 (BIAS, LORA-BIAS, CAPTION), V2.1 and the 65B chat weights are recognised by content.
+    A base in Meta's layout is converted once into OUT/base; one of Hugging Face is referenced.
+
+    \b
+    Examples:
+      llama-adapter import BIAS-7B.pth --base llama/7B --vision ViT-L-14.pt --out bias-7b
+      llama-adapter import adapter_len10_layer30.pth --base llama/7B --out v1 --gate raw
+    """
+    from llama_adapter.checkpoints import import_released
+    from llama_adapter.checkpoints.settings import Hints
+    from llama_adapter.cli.output import json_only
+    from llama_adapter.errors import ConfigError
+
+    if gate not in ("tanh", "raw"):
+        raise ConfigError(f"--gate must be tanh or raw, got {gate!r}")
+    with json_only(as_json) as emit, _progress() as progress:
+        report = import_released(
+            checkpoint,
+            base=base,
+            out=out,
+            vision=vision,
+            gate=gate,
+            hints=Hints(prompt_length=prompt_length, projector_heads=visual_heads),
+            allow_other_base=allow_other_base,
+            overwrite=overwrite,
+            progress=progress,
+        )
+    for warning in report.warnings:
+        typer.echo(f"warning: {warning}", err=True)
+    if as_json:
+        values = {f.name: getattr(report, f.name) for f in dataclasses.fields(report)}
+        emit({**values, "config": report.config.to_dict()})
+        return
+    typer.echo(f"{report.out}: {report.kind}, {report.num_tensors} tensors, base {report.base}")
+    if report.unused:
+        typer.echo(f"without effect in this setting: {', '.join(report.unused)}")
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr while the base is converted; transformers' own bars are off."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TransferSpeedColumn
+    from transformers.utils import logging
+
+    had_bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    columns = ("converting the base", BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    try:
+        with Progress(*columns, console=Console(stderr=True)) as bar:
+            task = None
+
+            def advance(done: int, total: int) -> None:
+                nonlocal task
+                if task is None:
+                    task = bar.add_task("", total=total)
+                bar.update(task, completed=done)
+
+            yield advance
+    finally:
+        if had_bars:
+            logging.enable_progress_bar()
