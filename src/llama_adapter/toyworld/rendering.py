@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from typing import TypeAlias
 
@@ -17,6 +17,9 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from llama_adapter.toyworld.scenes import Scene, Thing
+
+Point: TypeAlias = tuple[float, float]
+Color: TypeAlias = tuple[int, int, int]
 
 UNITS = 64
 """Units along one side of a picture."""
@@ -41,9 +44,6 @@ PLATE_HEIGHT = 10.0
 
 _SUPERSAMPLING = 4
 
-Point: TypeAlias = tuple[float, float]
-Color: TypeAlias = tuple[int, int, int]
-
 
 def center_of(thing: Thing) -> Point:
     """Where a thing stands before jitter, in units from the top left corner."""
@@ -51,7 +51,13 @@ def center_of(thing: Thing) -> Point:
     return (thing.column + 0.5) * UNITS / 3, (thing.row + 0.5) * cell_height
 
 
-def render(scene: Scene, rng: random.Random, *, size: int = 64) -> Image.Image:
+def render(
+    scene: Scene,
+    rng: random.Random,
+    *,
+    size: int = 64,
+    palette: Mapping[str, Color] = PALETTE,
+) -> Image.Image:
     """Draw the scene as a square RGB picture of `size` pixels a side.
 
     The same scene and state of `rng` give the same picture, byte for byte; another
@@ -59,7 +65,7 @@ def render(scene: Scene, rng: random.Random, *, size: int = 64) -> Image.Image:
     """
     image = _background(rng, size)
     for thing in scene.things:
-        _draw_thing(image, thing, rng)
+        _draw_thing(image, thing, palette[thing.color], rng)
     if scene.sign is not None:
         _draw_sign(image, scene.sign, rng)
     return _with_noise(image, rng)
@@ -97,11 +103,11 @@ def _background(rng: random.Random, size: int) -> Image.Image:
     )
 
 
-def _draw_thing(image: Image.Image, thing: Thing, rng: random.Random) -> None:
+def _draw_thing(image: Image.Image, thing: Thing, middle: Color, rng: random.Random) -> None:
     x, y = center_of(thing)
     x, y = x + rng.uniform(-2.0, 2.0), y + rng.uniform(-0.8, 0.8)
     radius = RADIUS[thing.size] + rng.uniform(-0.4, 0.4)
-    color = _clip(c + rng.randint(-COLOR_JITTER, COLOR_JITTER) for c in PALETTE[thing.color])
+    color = _clip(c + rng.randint(-COLOR_JITTER, COLOR_JITTER) for c in middle)
     outline = [(x + radius * dx, y + radius * dy) for dx, dy in OUTLINES[thing.shape]]
     _fill(image, outline, color)
 
