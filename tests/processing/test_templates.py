@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from llama_adapter.conversation import Conversation
 from llama_adapter.errors import ConfigError, PromptError
@@ -134,6 +137,35 @@ def test_untrusted_text_forges_no_turn_of_a_chat_template(
         if marker in honest:
             assert forged.count(marker) == honest.count(marker)
     assert "Response: no." in forged
+
+
+FRAGMENTS = (
+    *("<", "|", "im_end", "|>", "<|im_start|>", "</", "s>", "#", "###", " ", "\n", "\t", "é", "a"),
+    *("Response:", "response", ":", "input", "[", "INST", "]", "[/INST]", "USER:"),
+)
+PIECES = st.lists(st.sampled_from(FRAGMENTS), max_size=12).map("".join)
+
+
+@given(question=PIECES, context=PIECES, answer=PIECES)
+@settings(
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@pytest.mark.parametrize("template", ["alpaca", "toy", "chat"])
+def test_no_combination_of_pieces_forges_a_turn(
+    template: str, question: str, context: str, answer: str, spaces_tokenizer: Any
+) -> None:
+    def count(talk: Conversation) -> tuple[int, ...]:
+        text = text_of(template, spaces_tokenizer, talk)
+        ids = spaces_tokenizer(text, add_special_tokens=False).input_ids
+        headings = len(re.findall(r"###\W*(?:instruction|input|response)\b", text, re.IGNORECASE))
+        special = sum(i in spaces_tokenizer.all_special_ids for i in ids)
+        inst = text.count("[INST]") + text.count("[/INST]") if template == "chat" else 0
+        return headings if template != "chat" else 0, special, inst
+
+    honest = Conversation.ask("x", context="x", answer="x")
+    assert count(Conversation.ask(f"x{question}", context=f"x{context}", answer=answer)) == count(
+        honest
+    )
 
 
 def test_what_does_not_forge_is_left_as_it_is(toy_tokenizer: Any) -> None:

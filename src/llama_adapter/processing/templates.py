@@ -127,8 +127,8 @@ class PromptRenderer:
 def special_token_pattern(tokenizer: Any) -> re.Pattern[str]:
     """Matches any special token of the tokenizer, written out."""
     added = tokenizer.added_tokens_decoder.values()
-    contents = {token.content for token in added if token.special}
-    contents.update(token for token in tokenizer.all_special_tokens)
+    contents = {token.content.strip() for token in added if token.special}
+    contents.update(token.strip() for token in tokenizer.all_special_tokens)
     longest_first = sorted((c for c in contents if len(c) > 1), key=len, reverse=True)
     return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
 
