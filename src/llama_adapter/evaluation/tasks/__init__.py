@@ -1,0 +1,41 @@
+"""The benchmarks. A task is data and a few small functions; none has a loop of its own."""
+
+from __future__ import annotations
+
+from llama_adapter.errors import EvaluationError
+from llama_adapter.evaluation.tasks.base import Task
+from llama_adapter.evaluation.tasks.coco import COCO_CAPTION
+from llama_adapter.evaluation.tasks.infimm import INFIMM_EVAL
+from llama_adapter.evaluation.tasks.mme import MME
+from llama_adapter.evaluation.tasks.scienceqa import SCIENCEQA
+from llama_adapter.evaluation.tasks.vicuna import VICUNA_80
+from llama_adapter.evaluation.tasks.video_qa import ACTIVITYNET_QA, MSRVTT_QA, MSVD_QA
+from llama_adapter.evaluation.tasks.videoinstruct import VIDEOINSTRUCT
+from llama_adapter.evaluation.tasks.vqa import VQA
+
+TASKS: dict[str, Task] = {
+    task.name: task
+    for task in (
+        MSVD_QA,
+        MSRVTT_QA,
+        ACTIVITYNET_QA,
+        VIDEOINSTRUCT,
+        INFIMM_EVAL,
+        COCO_CAPTION,
+        SCIENCEQA,
+        MME,
+        VICUNA_80,
+        VQA,
+    )
+}
+"""Every task by its name on the command line."""
+
+
+def find_task(name: str) -> Task:
+    """The task of that name."""
+    if name not in TASKS:
+        raise EvaluationError(f"task must be one of {', '.join(TASKS)}, got {name!r}")
+    return TASKS[name]
+
+
+__all__ = ["TASKS", "Task", "find_task"]

@@ -1,0 +1,82 @@
+"""What a task consists of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from llama_adapter.evaluation.predictions import Predictions
+from llama_adapter.evaluation.records import Record, Row, Tally, Verdict
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Generation:
+    """How answers are generated; every field may be changed on the command line."""
+
+    max_new_tokens: int = 64
+    temperature: float = 0.0
+    """0 takes the likeliest token each time."""
+    seed: int = 0
+    frames: int = 8
+    """Frames from a video."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Inputs:
+    """What a task reads: its own file or folder, and whatever may lie elsewhere."""
+
+    data: Path
+    baseline: Path | None = None
+    """Answers of the other side in a pairwise comparison."""
+    aspect: str | None = None
+    split: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Counting:
+    """Choices in counting that a user may make."""
+
+    tokenizer: str = "auto"
+    """For captions: `ptb` (Java), `simple`, `none`, or `auto`: ptb where Java is installed."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Judging:
+    """What a judge is asked and how its reply is read."""
+
+    questions: Callable[[Row], Mapping[str, Mapping[str, str]]]
+    """From an answered row to the fields of one prompt for each aspect."""
+    prompts: Mapping[str, str]
+    """By aspect: our own wording, with the fields in braces."""
+    parse: Callable[[str, str], Verdict | None]
+    """From an aspect and a reply to a verdict; None where the reply cannot be read."""
+    system: str = "You grade answers. Follow the requested format to the letter."
+    version: str = "1"
+    """Counts up whenever a wording changes."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Task:
+    """A benchmark."""
+
+    name: str
+    summary: str
+    read: Callable[[Inputs], Sequence[Record]]
+    """Records from the benchmark's own files."""
+    prompts: Callable[[Record], tuple[str, ...]]
+    """What the model is asked, one prompt for each question."""
+    count: Callable[[Predictions, Counting], Tally]
+    """Rows to numbers."""
+    read_public: Callable[[Path], Predictions]
+    """Answers in the formats of public result files."""
+    media: str = "none"
+    """`image`, `video` or `none`."""
+    judging: Judging | None = None
+    generation: Generation = field(default_factory=Generation)
+    prompt_note: str = ""
+    """The prompt in words, for the manifest."""
+    context: Callable[[Record], str | None] = lambda _: None
+    """Text that goes beside the question, as the prompt's context."""
+    extra: Mapping[str, Any] = field(default_factory=dict)

@@ -1,0 +1,157 @@
+"""InfiMM-Eval: open questions that need reasoning over one or several images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llama_adapter.evaluation.jsonfiles import field_of, find_file, read_json, read_objects
+from llama_adapter.evaluation.judge_prompts import REASONED_ANSWER
+from llama_adapter.evaluation.parsing import parse_score
+from llama_adapter.evaluation.predictions import Predictions, number, without_repeats
+from llama_adapter.evaluation.records import Floats, Record, Row, Tally, ratio, table
+from llama_adapter.evaluation.tasks.base import Counting, Generation, Inputs, Judging, Task
+
+ASPECT = "answer"
+CATEGORIES = ("deductive", "abductive", "analogical")
+WEIGHTS = {"moderate": 1, "high": 2}
+_GROUPS = (*CATEGORIES, *WEIGHTS, "overall")
+# The published files misspell one key and are not of one mind about the case of the others.
+_MISSPELT = {"counter-intuitve": "counter-intuitive", "catogory": "category"}
+
+
+def _tidy(item: dict[str, Any]) -> dict[str, Any]:
+    lowered = {key.strip().lower().replace("_", " "): value for key, value in item.items()}
+    return {_MISSPELT.get(key, key): value for key, value in lowered.items()}
+
+
+def _facts(item: dict[str, Any]) -> dict[str, Any]:
+    facts = {
+        "category": (item.get("category") or "").lower() or None,
+        "complexity": (item.get("complexity") or "").lower() or None,
+        "counter_intuitive": item.get("counter-intuitive"),
+        "steps": item.get("reasoning steps"),
+    }
+    return {name: value for name, value in facts.items() if value is not None}
+
+
+def read(inputs: Inputs) -> list[Record]:
+    """A list of {Image path, Question, Answer, Category, Complexity}; ids by position if none."""
+    path = find_file(inputs.data, ("records.json", "*infimm*.json", "*.json"), what="questions")
+    content = read_json(path)
+    items = list(content.values()) if isinstance(content, dict) else content
+    records = []
+    for n, raw in enumerate(items):
+        item = _tidy(raw)
+        where = f"{path}: item {n}"
+        images = field_of(item, ("image path", "image", "images"), where=where)
+        records.append(
+            Record(
+                id=str(item.get("id", n)),
+                questions=(str(field_of(item, ("question",), where=where)),),
+                gold=item.get("answer"),
+                images=tuple([images] if isinstance(images, str) else map(str, images)),
+                facts=_facts(item),
+            )
+        )
+    return records
+
+
+def read_public(path: Path) -> Predictions:
+    """Graded answers: {id, score or grade, prediction, category, complexity}."""
+    objects, is_cut = read_objects(path)
+    rows = []
+    for n, raw in enumerate(objects):
+        item = _tidy(raw)
+        answer = next((item[k] for k in ("prediction", "pred", "model answer") if k in item), None)
+        score = next((item[k] for k in ("score", "grade") if k in item), None)
+        if answer is None and score is None:
+            field_of(item, ("prediction", "score"), where=f"{path}: item {n}")
+        record = Record(
+            id=str(item.get("id", item.get("question id", n))),
+            questions=(str(item.get("question", "")),),
+            gold=item.get("answer"),
+            facts=_facts(item),
+        )
+        answers = (str(answer),) if answer is not None else ("(not kept)",)
+        verdicts = {} if score is None else {ASPECT: {"score": score}}
+        rows.append(Row(record=record, answers=answers, verdicts=verdicts))
+    kept, notes = without_repeats(rows, where=str(path))
+    cut = ("the last line was cut short and is left out",) if is_cut else ()
+    return Predictions(rows=tuple(kept), notes=(*cut, *notes))
+
+
+def count(predictions: Predictions, _: Counting) -> Tally:
+    """S = (Σ moderate + 2 Σ high) / (|moderate| + 2 |high|) × 100, by category and overall."""
+    sums, unanswered, unjudged, unweighted = [], 0, 0, 0
+    for row in predictions.rows:
+        score = number(row.verdicts.get(ASPECT, {}).get("score"))
+        complexity = row.record.facts.get("complexity")
+        weight = WEIGHTS.get(complexity or "", 0)
+        unanswered += not row.is_answered
+        unjudged += row.is_answered and score is None
+        unweighted += weight == 0
+        value = score if score is not None else 0.0
+        judged = score is not None
+        line = np.zeros((len(_GROUPS) + 1, 3))
+        for group in (row.record.facts.get("category"), complexity, "overall"):
+            if group in _GROUPS:
+                line[_GROUPS.index(group)] = weight * value, weight * judged, weight
+        line[-1] = value, judged, 1
+        sums.append(line.ravel())
+    notes: tuple[str, ...] = ()
+    if unweighted:
+        notes = (
+            f"{unweighted} records name no complexity, so they have no weight: they count only in "
+            "overall_unweighted",
+        )
+    return Tally(
+        n=len(predictions.rows),
+        sums_UC=table(sums, columns=3 * (len(_GROUPS) + 1)),
+        metrics=_metrics,
+        unanswered=unanswered,
+        unjudged=unjudged,
+        notes=notes,
+        protocol={"weights": WEIGHTS, "scale": "judge's 0 to 1, times 100"},
+    )
+
+
+def _metrics(totals: Floats) -> dict[str, Floats]:
+    parts = totals.reshape(*totals.shape[:-1], len(_GROUPS) + 1, 3)
+    judged = 100 * ratio(parts[..., 0], parts[..., 1])
+    everything = 100 * ratio(parts[..., 0], parts[..., 2])
+    metrics = {group: judged[..., i] for i, group in enumerate(_GROUPS)}
+    metrics["overall_missing_as_zero"] = everything[..., _GROUPS.index("overall")]
+    metrics["overall_unweighted"] = judged[..., -1]
+    return metrics
+
+
+def judge_questions(row: Row) -> dict[str, dict[str, str]]:
+    """The answer beside the reference answer and, where published, its reasoning steps."""
+    steps = row.record.facts.get("steps") or ()
+    fields = {
+        "question": row.record.question,
+        "gold": str(row.record.gold),
+        "steps": "\n".join(f"- {step}" for step in steps) or "- (none given)",
+        "answer": row.answer,
+    }
+    return {ASPECT: fields}
+
+
+INFIMM_EVAL = Task(
+    name="infimm-eval",
+    summary="279 questions of deductive, abductive and analogical reasoning",
+    read=read,
+    prompts=lambda record: record.questions,
+    count=count,
+    read_public=read_public,
+    media="image",
+    judging=Judging(
+        questions=judge_questions,
+        prompts={ASPECT: REASONED_ANSWER},
+        parse=lambda _, reply: parse_score(reply, low=0, high=1),
+    ),
+    generation=Generation(max_new_tokens=256),
+)

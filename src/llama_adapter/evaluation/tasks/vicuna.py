@@ -1,0 +1,166 @@
+"""The 80 Vicuna questions: two models' answers, scored side by side by a judge."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from llama_adapter.errors import EvaluationError
+from llama_adapter.evaluation.jsonfiles import field_of, find_file, read_objects, unique
+from llama_adapter.evaluation.judge_prompts import PAIRWISE
+from llama_adapter.evaluation.parsing import first_line_pair, parse_score_pair
+from llama_adapter.evaluation.predictions import Predictions, number, without_repeats
+from llama_adapter.evaluation.records import Floats, Record, Row, Tally, Verdict, ratio, table
+from llama_adapter.evaluation.tasks.base import Counting, Generation, Inputs, Judging, Task
+
+ORDERS = ("as_given", "swapped")
+_KINDS = {"coding": "coding", "math": "math"}
+
+
+def read(inputs: Inputs) -> list[Record]:
+    """`question.jsonl`, with the answers of the other side: `--baseline`, or ChatGPT's."""
+    names = ("question.jsonl", "question*.jsonl", "**/question*.jsonl")
+    path = find_file(inputs.data, names, what="the questions")
+    items, _ = read_objects(path)
+    baseline = _baseline(inputs, path)
+    ids = [str(field_of(item, ("question_id",), where=f"{path}: an item")) for item in items]
+    return [
+        Record(
+            id=id_,
+            questions=(str(field_of(item, ("text", "turns"), where=f"{path}: {id_}")),),
+            facts={"category": item.get("category", "generic"), "baseline": baseline.get(id_)},
+        )
+        for id_, item in zip(unique(ids, where=str(path)), items, strict=True)
+    ]
+
+
+def _baseline(inputs: Inputs, questions: Path) -> dict[str, str]:
+    path = inputs.baseline or questions.parent / "answers" / "answer_gpt35.jsonl"
+    if not path.exists():
+        if inputs.baseline is not None:
+            raise EvaluationError(f"{path}: no such file of answers to compare with")
+        return {}
+    return {str(item["question_id"]): str(item["text"]) for item in read_objects(path)[0]}
+
+
+def read_public(path: Path) -> Predictions:
+    """FastChat's review files, a judge's reply for each question."""
+    objects, is_cut = read_objects(path)
+    rows = []
+    for n, item in enumerate(objects, start=1):
+        where = f"{path}: line {n}"
+        id_ = str(field_of(item, ("question_id",), where=where))
+        reply = str(field_of(item, ("text", "content", "review"), where=where))
+        verdict = read_review(reply, item.get("score"))
+        rows.append(
+            Row(
+                record=Record(id=id_, questions=("",)),
+                answers=("(not kept)",),
+                verdicts={ORDERS[0]: verdict or {"reply": reply}},
+            )
+        )
+    kept, notes = without_repeats(rows, where=str(path))
+    cut = ("the last line was cut short and is left out",) if is_cut else ()
+    return Predictions(rows=tuple(kept), notes=(*cut, *notes))
+
+
+def read_review(reply: str, stored: object) -> Verdict | None:
+    """First line, else the scores that the file stores beside it, else anywhere in the text."""
+    pair = first_line_pair(reply)
+    if pair is None and isinstance(stored, list) and len(stored) == 2:
+        values = [number(value) for value in stored]
+        if all(value is not None and 0 <= value <= 10 for value in values):
+            return {"score_1": values[0], "score_2": values[1]}
+    pair = pair or parse_score_pair(reply)
+    return None if pair is None else {"score_1": pair[0], "score_2": pair[1]}
+
+
+def judge_questions(row: Row) -> Mapping[str, Mapping[str, str]]:
+    """Both orders. Assistant 1 is the baseline, assistant 2 the model, as in published files."""
+    baseline = row.record.facts.get("baseline")
+    if baseline is None:
+        raise EvaluationError(
+            f"question {row.record.id}: no answer to compare with; give --baseline FILE"
+        )
+    kind = _KINDS.get(row.record.facts.get("category", ""), "general")
+    one, two = ("answer_1", "answer_2")
+    fields = {"question": row.record.question}
+    given = {**fields, one: baseline, two: row.answer}
+    swapped = {**fields, one: row.answer, two: baseline}
+    return {f"as_given:{kind}": given, f"swapped:{kind}": swapped}
+
+
+def parse(aspect: str, reply: str) -> Verdict | None:
+    """The two scores, put back in the order of the models."""
+    pair = parse_score_pair(reply)
+    if pair is None:
+        return None
+    one, two = pair if aspect.startswith("as_given") else pair[::-1]
+    return {"score_1": one, "score_2": two}
+
+
+def count(predictions: Predictions, _: Counting) -> Tally:
+    """Totals, and wins by the mean over both orders; a flip is a winner that changes with them."""
+    sums, unanswered, unjudged, unparsed = [], 0, 0, 0
+    for row in predictions.rows:
+        pairs: dict[str, Floats] = {}
+        for aspect, verdict in row.verdicts.items():
+            pair = number(verdict.get("score_1")), number(verdict.get("score_2"))
+            if None not in pair:
+                pairs[aspect.split(":")[0]] = np.array(pair, dtype=float)
+        unanswered += not row.is_answered
+        unparsed += not pairs and any("reply" in v for v in row.verdicts.values())
+        unjudged += row.is_answered and not pairs
+        line = np.zeros(9)
+        if pairs:
+            mean = np.mean(list(pairs.values()), axis=0)
+            signs = [np.sign(pair[0] - pair[1]) for pair in pairs.values()]
+            first = sum(s[0] if o == "as_given" else s[1] for o, s in pairs.items())
+            line[:6] = *mean, mean[0] > mean[1], mean[0] == mean[1], mean[0] < mean[1], 1
+            line[6:] = len(pairs) > 1, len(set(signs)) > 1, first - len(pairs) * mean.sum() / 2
+        sums.append(line)
+    both = any(len(row.verdicts) > 1 for row in predictions.rows)
+    return Tally(
+        n=len(predictions.rows),
+        sums_UC=table(sums, columns=9),
+        metrics=_metrics,
+        unanswered=unanswered,
+        unparsed=unparsed,
+        unjudged=unjudged,
+        notes=() if both else ("judged in one order only: position bias is not removed",),
+        protocol={"side 1": "baseline (answer1 of a review file)", "side 2": "the model"},
+    )
+
+
+def _metrics(totals: Floats) -> dict[str, Floats]:
+    one, two, win_1, tie, win_2, n, both, flips, lead = np.moveaxis(totals, -1, 0)
+    return {
+        "total_1": one,
+        "total_2": two,
+        "win_1": win_1,
+        "tie": tie,
+        "win_2": win_2,
+        "relative": 100 * ratio(two, one),
+        "mean_1": ratio(one, n),
+        "mean_2": ratio(two, n),
+        "flips": 100 * ratio(flips, both),
+        "first_place_bonus": ratio(lead, both),
+    }
+
+
+VICUNA_80 = Task(
+    name="vicuna-80",
+    summary="80 open questions, compared with another model's answers",
+    read=read,
+    prompts=lambda record: record.questions,
+    count=count,
+    read_public=read_public,
+    judging=Judging(
+        questions=judge_questions,
+        prompts={f"{order}:{kind}": PAIRWISE[kind] for order in ORDERS for kind in PAIRWISE},
+        parse=parse,
+    ),
+    generation=Generation(max_new_tokens=1024),
+)
