@@ -166,7 +166,7 @@ class _Worker(threading.Thread):
     def run(self) -> None:
         try:
             self._tokens = self._model.generate(**self._keywords, streamer=self._streamer)
-        except BaseException as error:  # noqa: BLE001  (raised again by `result`)
+        except BaseException as error:
             self._error = error
             self._streamer.end()
 

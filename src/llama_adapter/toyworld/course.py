@@ -17,7 +17,7 @@ from llama_adapter.processing.processor import LlamaAdapterProcessor
 from llama_adapter.toyworld.lessons import LessonPlan, Lessons
 from llama_adapter.toyworld.pictures import PicturePool
 from llama_adapter.toyworld.shipped import toy_processor
-from llama_adapter.training.joint import JointSettings, JointTrainer
+from llama_adapter.training.joint import JointSettings, JointTrainer, fast_dtype
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,7 +82,11 @@ class Class:
         )
         self.processor: LlamaAdapterProcessor = toy_processor(course.adapter)
         self.lessons = Lessons(self.processor, pool, plan=course.plan, seed=seed)
-        self.trainer = JointTrainer(self.model, course.settings(course.steps))
+        self.trainer = JointTrainer(
+            self.model,
+            course.settings(course.steps),
+            autocast_dtype=fast_dtype(self.model.device),
+        )
         self.history = History()
         self._limit = seconds
         self._pace: dict[str, list[float]] = {}
