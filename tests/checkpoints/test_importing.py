@@ -1,0 +1,277 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText, LlamaForCausalLM
+
+from llama_adapter import LlamaAdapterForConditionalGeneration
+from llama_adapter.checkpoints import import_released
+from llama_adapter.checkpoints.released_export import export_released
+from llama_adapter.checkpoints.settings import Hints
+
+KINDS = ("v1-text", "v2-multimodal-bias", "v2-multimodal-lora-bias", "v2-chat", "v2-chat-adapter")
+HINTS = Hints(prompt_length=3, projector_heads=4)
+
+
+def bring_in(world: Any, kind: str, out: Path, **options: Any) -> Any:
+    options.setdefault("base", world.root / "base")
+    if not options["base"].exists():
+        world.base()
+    is_visual = kind.startswith("v2-multimodal")
+    return import_released(
+        world.save_released(kind),
+        vision=world.save_clip() if is_visual else None,
+        out=out,
+        hints=HINTS,
+        **options,
+    )
+
+
+def inputs(world: Any, kind: str) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(1)
+    given = {"input_ids": torch.randint(3, world.vocab, (2, 7), generator=generator)}
+    if kind.startswith("v2-multimodal"):
+        given["pixel_values"] = torch.randn(2, 3, 16, 16, generator=generator)
+    return given
+
+
+def logits(directory: Path, given: dict[str, Any]) -> torch.Tensor:
+    with torch.no_grad():
+        return LlamaAdapterForConditionalGeneration.from_pretrained(directory)(**given).logits
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_becomes_an_adapter_directory(kind: str, world: Any, tmp_path: Path) -> None:
+    report = bring_in(world, kind, tmp_path / "out")
+    assert report.kind == kind.removesuffix("-adapter")
+    content = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert content["base"]["name_or_path"] == "base"
+    assert content["adapter"] == report.config.to_dict()
+    model = AutoModelForImageTextToText.from_pretrained(str(tmp_path / "out"))
+    assert model(**inputs(world, kind)).logits.isfinite().all()
+    if kind.startswith("v2-multimodal"):
+        assert content["vision"]["name_or_path"] == "vision"
+        assert content["adapter"]["channel_order"] == "bgr"
+        assert content["adapter"]["caption_instruction"] == "Generate caption of this image"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_import_export_import_is_bit_identical(kind: str, world: Any, tmp_path: Path) -> None:
+    bring_in(world, kind, tmp_path / "first")
+    source = torch.load(world.root / f"{kind}.pth", weights_only=True)
+    path = export_released(tmp_path / "first", out=tmp_path / "back")
+    back = torch.load(path, weights_only=True)
+    assert back.keys() == source.keys()
+    assert back.get("config") == source.get("config")
+    before, after = source.get("model", source), back.get("model", back)
+    assert list(before) == list(after)
+    for name, tensor in before.items():
+        assert after[name].dtype == tensor.dtype
+        assert torch.equal(after[name], tensor), name
+    vision = tmp_path / "first" / "vision"
+    import_released(
+        path,
+        base=world.root / "base",
+        vision=vision if vision.exists() else None,
+        out=tmp_path / "second",
+        hints=HINTS,
+    )
+    for name in ("adapter_model.safetensors", "released_extras.safetensors"):
+        first, second = (load_file(tmp_path / d / name) for d in ("first", "second"))
+        assert first.keys() == second.keys()
+        assert all(torch.equal(first[k], second[k]) for k in first)
+
+
+def test_half_precision_files_go_back_as_they_were(make_world: Any, tmp_path: Path) -> None:
+    world = make_world(dtype=torch.float16)
+    bring_in(world, "v2-chat", tmp_path / "out")
+    assert load_file(tmp_path / "out" / "adapter_model.safetensors")["norm.weight"].dtype == (
+        torch.float32
+    )
+    path = export_released(tmp_path / "out", out=tmp_path / "back")
+    source = torch.load(world.root / "v2-chat.pth", weights_only=True)["model"]
+    back = torch.load(path, weights_only=True)["model"]
+    assert all(torch.equal(back[n], t) and back[n].dtype == t.dtype for n, t in source.items())
+
+
+def test_an_adapter_that_was_trained_on_goes_back_too(world: Any, tmp_path: Path) -> None:
+    """No note of the source is left then; the final norm, which learned, is in the file."""
+    bring_in(world, "v2-multimodal-lora-bias", tmp_path / "out")
+    model = LlamaAdapterForConditionalGeneration.from_pretrained(tmp_path / "out")
+    with torch.no_grad():
+        for parameter in model.group_parameters("language"):
+            parameter.add_(0.01)
+    model.save_pretrained(tmp_path / "trained")
+    path = export_released(tmp_path / "trained", out=tmp_path / "back")
+    content = torch.load(path, weights_only=True)
+    assert content["config"] == {"w_bias": True, "w_lora": True, "lora_rank": 4}
+    import_released(
+        path,
+        base=world.root / "base",
+        vision=world.root / "clip.pt",
+        out=tmp_path / "again",
+        hints=HINTS,
+    )
+    given = inputs(world, "v2-multimodal-lora-bias")
+    torch.testing.assert_close(
+        logits(tmp_path / "again", given), logits(tmp_path / "trained", given), rtol=0, atol=0
+    )
+
+
+def test_saved_elsewhere_it_still_finds_its_base(world: Any, tmp_path: Path) -> None:
+    bring_in(world, "v2-multimodal-bias", tmp_path / "out")
+    given = inputs(world, "v2-multimodal-bias")
+    model = LlamaAdapterForConditionalGeneration.from_pretrained(tmp_path / "out")
+    model.save_pretrained(tmp_path / "run" / "final")
+    assert torch.equal(logits(tmp_path / "run" / "final", given), logits(tmp_path / "out", given))
+    model.save_pretrained(tmp_path / "out")
+    content = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert content["base"]["name_or_path"] == "base"
+    moved = (tmp_path / "out").rename(tmp_path / "moved")
+    assert logits(moved, given).isfinite().all()
+
+
+def test_a_hugging_face_base_is_referenced(world: Any, tmp_path: Path) -> None:
+    bring_in(world, "v2-chat-adapter", tmp_path / "converted")
+    base = tmp_path / "hugging-face"
+    LlamaForCausalLM.from_pretrained(tmp_path / "converted" / "base").save_pretrained(base)
+    report = bring_in(world, "v2-chat-adapter", tmp_path / "out", base=base)
+    assert report.base == "referenced"
+    assert not (tmp_path / "out" / "base").exists()
+    content = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert content["base"]["name_or_path"] == str(base)
+    given = inputs(world, "v2-chat-adapter")
+    assert logits(tmp_path / "out", given).isfinite().all()
+
+
+def test_a_hugging_face_vision_tower_is_referenced(world: Any, tmp_path: Path) -> None:
+    bring_in(world, "v2-multimodal-bias", tmp_path / "first")
+    tower = (tmp_path / "first" / "vision").rename(tmp_path / "clip")
+    import_released(
+        world.root / "v2-multimodal-bias.pth",
+        base=world.root / "base",
+        vision=tower,
+        out=tmp_path / "out",
+        hints=HINTS,
+    )
+    content = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert content["vision"]["name_or_path"] == str(tower)
+    assert logits(tmp_path / "out", inputs(world, "v2-multimodal-bias")).isfinite().all()
+
+
+def test_caption_and_v2_share_one_base(world: Any, tmp_path: Path) -> None:
+    """Each computes with both loaded what it computes alone."""
+    bring_in(world, "v2-multimodal-bias", tmp_path / "caption")
+    bring_in(world, "v2-multimodal-lora-bias", tmp_path / "v2", base=tmp_path / "caption" / "base")
+    given = inputs(world, "v2-multimodal-bias")
+    model = LlamaAdapterForConditionalGeneration.from_pretrained(tmp_path / "v2")
+    before = {n: p.data_ptr() for n, p in model.language_model.named_parameters() if "base" in n}
+    # the two were given different random towers; the stored tower has to be shared, too
+    config = tmp_path / "caption" / "adapter_config.json"
+    content = json.loads(config.read_text())
+    content["vision"] = json.loads((tmp_path / "v2" / "adapter_config.json").read_text())["vision"]
+    content["vision"]["name_or_path"] = str(tmp_path / "v2" / "vision")
+    config.write_text(json.dumps(content))
+    model.load_adapter(tmp_path / "caption", "caption")
+    assert model.adapters == ("default", "caption")
+    with torch.no_grad():
+        alone = logits(tmp_path / "caption", given)
+        v2 = model(**given).logits
+        model.set_adapter("caption")
+        assert torch.equal(model(**given).logits, alone)
+        assert not torch.equal(alone, v2)
+        assert model.adapter_config.caption_instruction == "Generate caption of this image"
+        model.set_adapter("default")
+        assert torch.equal(model(**given).logits, v2)
+    after = {n: p.data_ptr() for n, p in model.language_model.named_parameters() if "base" in n}
+    assert before == after
+
+
+def test_training_goes_on(world: Any, tmp_path: Path) -> None:
+    """Both groups of an imported V2 learn, each from its own loss."""
+    bring_in(world, "v2-multimodal-bias", tmp_path / "out")
+    model = LlamaAdapterForConditionalGeneration.from_pretrained(tmp_path / "out")
+    model.train()
+    given = inputs(world, "v2-multimodal-bias")
+    given["labels"] = given["input_ids"].clone()
+    model(**given).loss.backward()
+    for group in ("vision", "language"):
+        parameters = model.group_parameters(group)
+        assert parameters
+        assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in parameters)
+
+
+def test_what_the_file_leaves_open_is_assumed_aloud(world: Any, tmp_path: Path) -> None:
+    world.base()
+    report = import_released(
+        world.save_released("v2-multimodal-bias"),
+        base=world.root / "base",
+        vision=world.save_clip(),
+        out=tmp_path / "out",
+    )
+    assert report.config.projector_heads == 16
+    assert any("--visual-heads" in warning for warning in report.warnings)
+    report = import_released(
+        world.save_released("v1-text"), base=world.root / "base", out=tmp_path / "v1"
+    )
+    assert (report.config.prompt_length, report.config.prompt_layers) == (3, 4)
+    assert any("--prompt-length" in warning for warning in report.warnings)
+
+
+def test_a_description_beside_the_file_is_read(world: Any, tmp_path: Path) -> None:
+    world.base()
+    (world.root / "meta.json").write_text(json.dumps({"visual": {"v_num_heads": 2}}))
+    report = import_released(
+        world.save_released("v2-multimodal-bias"),
+        base=world.root / "base",
+        vision=world.save_clip(),
+        out=tmp_path / "out",
+    )
+    assert report.config.projector_heads == 2
+
+
+def test_progress_reaches_the_end(world: Any, tmp_path: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    bring_in(world, "v2-chat", tmp_path / "out", progress=lambda *at: seen.append(at))
+    assert seen == sorted(seen)
+    assert seen[-1][0] == seen[-1][1] > 0
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, RuntimeError])
+def test_an_import_that_dies_leaves_nothing(
+    error: type[BaseException], world: Any, tmp_path: Path
+) -> None:
+    def die(done: int, total: int) -> None:
+        raise error
+
+    with pytest.raises(error):
+        bring_in(world, "v2-chat", tmp_path / "new" / "out", progress=die)
+    assert not (tmp_path / "new").exists()
+
+
+def test_what_a_killed_run_left_is_removed(world: Any, tmp_path: Path) -> None:
+    left = tmp_path / ".out.partial-99999999"
+    left.mkdir()
+    (left / "half").write_text("x")
+    bring_in(world, "v2-chat", tmp_path / "out")
+    assert not left.exists()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "world"]
+
+
+def test_the_command_speaks_json(world: Any, cli: Callable[..., Any], tmp_path: Path) -> None:
+    done = cli(
+        "import", world.save_released("v2-chat"), "--base", world.base(),
+        "--out", tmp_path / "out", "--json",
+    )  # fmt: skip
+    assert done.status == 0, done.stderr
+    described = json.loads(done.stdout)
+    assert described["kind"] == "v2-chat"
+    assert described["config"]["scale_side"] == "input"
+    assert "has no tokenizer" in done.stderr
+    assert any("has no tokenizer" in warning for warning in described["warnings"])
