@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,18 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "channel_order": ("rgb", "bgr"),
     "frame_rule": ("mean", "concat", "late-mean"),
 }
+
+LEAST = {
+    "prompt_length": 0,
+    "prompt_layers": 0,
+    "visual_prompt_length": 1,
+    "visual_layers": 1,
+    "projector_width": 1,
+    "projector_blocks": 1,
+    "projector_heads": 1,
+    "lora_rank": 0,
+}
+"""The smallest value of every setting that counts something."""
 
 Targets = str | tuple[str, ...]
 """`"all"`, `"none"`, or names of linears inside a decoder layer (`q_proj`, `down_proj`, …)."""
@@ -62,8 +74,8 @@ class AdapterConfig:
     projector_heads: int = 8
     """Attention heads of the `query_transformer` projector."""
     vision_feature: int | str = -1
-    """Which tokens of the vision tower are read: an index into its hidden states (-1: the last,
-    after the final norm), or `projected` (CLIP: final norm and projection on every token)."""
+    """Which tokens of the vision tower are read: an index into its hidden states (-1: its own
+    output), or `projected` (CLIP: final norm and projection on every token)."""
     frame_rule: str = "late-mean"
     """How several frames or pictures become one set of visual prompts: `mean` of features,
     `concat` of per-frame prompts, `late-mean` of per-frame prompts."""
@@ -90,27 +102,41 @@ class AdapterConfig:
     """The instruction that asks for a caption, for adapters trained with a fixed one."""
 
     def __post_init__(self) -> None:
+        self._check_values()
+        self._check_fusion()
+
+    def _check_values(self) -> None:
         for name, allowed in CHOICES.items():
-            if getattr(self, name) not in allowed:
-                raise ConfigError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
-        for name, least in (
-            ("prompt_length", 0),
-            ("visual_prompt_length", 1),
-            ("visual_layers", 1),
-            ("projector_width", 1),
-            ("projector_blocks", 1),
-            ("projector_heads", 1),
-            ("lora_rank", 0),
-        ):
             value = getattr(self, name)
+            if value not in allowed:
+                raise ConfigError(
+                    f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}"
+                    f"{did_you_mean(value, allowed)}"
+                )
+        for name, least in LEAST.items():
+            value = getattr(self, name)
+            if name == "prompt_layers" and value is None:
+                continue
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ConfigError(f"{name} must be an integer of at least {least}, got {value!r}")
-        if self.prompt_layers is not None and self.prompt_layers < 0:
-            raise ConfigError(f"prompt_layers must be at least 0, got {self.prompt_layers}")
-        if isinstance(self.vision_feature, str) and self.vision_feature != "projected":
-            raise ConfigError(
-                f"vision_feature must be a layer index or 'projected', got {self.vision_feature!r}"
-            )
+        for name in ("train_norms", "gate_scale"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} must be true or false, got {getattr(self, name)!r}")
+        for name in ("bias_targets", "scale_targets"):
+            value = getattr(self, name)
+            names = (value,) if isinstance(value, str) else value
+            if not (
+                isinstance(names, tuple) and names and all(isinstance(n, str) and n for n in names)
+            ):
+                raise ConfigError(
+                    f"{name} must be 'all', 'none' or names of linears, got {value!r}"
+                )
+        layer = self.vision_feature
+        is_layer = isinstance(layer, int) and not isinstance(layer, bool)
+        if not is_layer and layer != "projected":
+            raise ConfigError(f"vision_feature must be a layer index or 'projected', got {layer!r}")
+
+    def _check_fusion(self) -> None:
         if self.fusion == "late":
             if self.prompt_length == 0:
                 raise ConfigError("fusion 'late' adds to static prompts, but prompt_length is 0")
@@ -146,6 +172,8 @@ class AdapterConfig:
         if self.prompt_length == 0:
             return range(0)
         count = num_layers - visual if self.prompt_layers is None else self.prompt_layers
+        if count > num_layers:
+            raise ConfigError(f"prompt_layers is {count}, but the base has {num_layers} layers")
         if count + visual > num_layers:
             raise ConfigError(
                 f"visual_layers {visual} + prompt_layers {count} exceed the base's "
@@ -161,7 +189,7 @@ class AdapterConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> AdapterConfig:
         """Build from a dictionary; an unknown key is an error with a suggestion."""
-        known = {field.name for field in dataclasses.fields(cls)}
+        known = [field.name for field in dataclasses.fields(cls)]
         for key in values:
             if key not in known:
                 raise ConfigError(f"unknown adapter setting {key!r}{did_you_mean(key, known)}")
@@ -237,8 +265,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def did_you_mean(name: str, known: object) -> str:
+def did_you_mean(name: object, known: Iterable[str]) -> str:
     """`"; did you mean 'x'?"` for a near miss, else nothing."""
-    names = [str(k) for k in known] if isinstance(known, (set, dict, list, tuple)) else []
-    close = difflib.get_close_matches(name, names, n=1)
+    close = difflib.get_close_matches(str(name), list(known), n=1)
     return f"; did you mean {close[0]!r}?" if close else ""

@@ -346,12 +346,17 @@ class LlamaAdapterForConditionalGeneration(
 
     def gradient_checkpointing_enable(self, **_kwargs: Any) -> None:
         """Recompute activations in the backward pass, always non-reentrant."""
-        self.language_model.gradient_checkpointing_enable(
-            gradient_checkpointing_kwargs={"use_reentrant": False}
-        )
+        self._checkpointing("enable")({"use_reentrant": False})
 
     def gradient_checkpointing_disable(self) -> None:
-        self.language_model.gradient_checkpointing_disable()
+        self._checkpointing("disable")()
+
+    def _checkpointing(self, action: str) -> Callable[..., None]:
+        """The base's method, by its newer name where transformers has it."""
+        old = getattr(self.language_model, f"gradient_checkpointing_{action}")
+        method: Callable[..., None]
+        method = getattr(self.language_model, f"activation_checkpointing_{action}", old)
+        return method
 
     @property
     def device(self) -> torch.device:

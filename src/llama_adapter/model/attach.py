@@ -57,6 +57,8 @@ class Adapter:
         self.config = config
         self.language_model = language_model
         self.is_attached = False
+        self.is_prepared = False
+        """Whether plain modules stand in for the learned ones, for inference."""
         refuse_unroutable(language_model)
         if any(isinstance(module, AdapterModule) for module in language_model.modules()):
             raise ConfigError(
@@ -172,11 +174,6 @@ class Adapter:
                 setattr(site.parent, site.attribute, site.original)
         self.is_attached = False
 
-    @property
-    def is_prepared(self) -> bool:
-        """Whether plain modules stand in for the learned ones, for inference."""
-        return bool(self._folded) or any(p.static_keys is not None for _, p in self.prompts())
-
     def prepare(self) -> None:
         """Let plain modules of the base's kind stand in, and keep keys of static prompts."""
         self.unprepare()
@@ -190,12 +187,14 @@ class Adapter:
             plain = site.module.folded()
             if plain is not None:
                 self._folded[site.name] = plain.train(site.module.training)
+        self.is_prepared = True
         if was_attached:
             self.attach()
 
     def unprepare(self) -> None:
         """Undo `prepare`: every trainable computes and learns again."""
         self._folded.clear()
+        self.is_prepared = False
         for _, adaption in self.prompts():
             adaption.drop_cache()
         if self.is_attached:
@@ -246,6 +245,8 @@ class Adapter:
                     f"{source}: tensor {name} has shape {list(state[name].shape)}, "
                     f"this base expects {list(parameter.shape)}"
                 )
+            if not state[name].isfinite().all():
+                raise CheckpointError(f"{source}: tensor {name} holds numbers that are not finite")
         for name, parameter in own.items():
             parameter.copy_(state[name])
 

@@ -95,7 +95,10 @@ class LlamaAdapterConfig(PreTrainedConfig):
         cls, config_dict: dict[str, Any], **kwargs: Any
     ) -> LlamaAdapterConfig | tuple[LlamaAdapterConfig, dict[str, Any]]:
         return_unused = kwargs.pop("return_unused_kwargs", False)
-        kwargs.pop("name_or_path", None)  # AutoConfig's own note of where it looked
+        where = kwargs.pop("name_or_path", None)
+        if where is not None and "adapter" not in config_dict:
+            # AutoConfig read the stub beside it
+            config_dict = read_adapter_config(Path(where))
         config = cls(**{name: config_dict.get(name) for name in _FIELDS})
         return (config, kwargs) if return_unused else config
 
@@ -124,8 +127,12 @@ def read_adapter_config(directory: Path) -> dict[str, Any]:
     unknown = sorted(set(content) - {*_FIELDS, "model_type", "format_version"})
     if unknown:
         raise CheckpointError(f"{path} has unknown keys {unknown}")
+    for name in _FIELDS:
+        found = content.get(name)
+        if not isinstance(found, dict) and (found is not None or name == "adapter"):
+            raise CheckpointError(f"{path}: {name} must be an object, got {found!r}")
     try:
         AdapterConfig.from_dict(content["adapter"])
-    except (ConfigError, KeyError, TypeError) as error:
+    except ConfigError as error:
         raise CheckpointError(f"{path}: {error}") from error
     return content

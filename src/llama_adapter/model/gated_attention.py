@@ -134,7 +134,7 @@ class AdaptionPrompt(AdapterModule):
     @torch.no_grad()
     def cache_static(self, attention: Attention, *, dtype: torch.dtype) -> None:
         """Keep keys and values of static prompts, for inference; `drop_cache` undoes it."""
-        if self.prompt is not None and not self.visual:
+        if self.prompt is not None:
             entry_1Md = self.prompt.unsqueeze(0).to(dtype)
             self.static_keys, self.static_values = self.keys_values(attention, entry_1Md)
 
@@ -154,7 +154,7 @@ class AdaptionPrompt(AdapterModule):
         """What prompt attention adds, [B, T, H, D]; None if this pass has nothing to read."""
         if not self.visual:
             visual = None
-        if self.static_keys is not None and self.static_values is not None:
+        if visual is None and self.static_keys is not None and self.static_values is not None:
             keys, values = self.static_keys, self.static_values
         elif visual is not None and visual.keys_values and self.layer_index in visual.keys_values:
             keys, values = visual.keys_values[self.layer_index]

@@ -1,0 +1,119 @@
+"""Gradients reach every trainable and nothing else, whatever happened before."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from llama_adapter import model as adapter_model
+
+PRESETS = ["v1", "v1-multimodal", "v2", "v2-chat"]
+
+
+def _loss(model, ids, pictures):
+    inputs = {"pixel_values": pictures} if model.adapter_config.sees else {}
+    return model(ids, labels=ids, **inputs).loss
+
+
+@pytest.mark.parametrize("preset", [*PRESETS, "everything"])
+def test_gradients_reach_every_trainable_and_nothing_else(build, ids, pictures, preset):
+    if preset == "everything":
+        model = build("v2", lora_rank=2, gate_scale=True, scale_side="input", projector="mlp")
+    else:
+        model = build(preset)
+    _loss(model.train(), ids, pictures).backward()
+
+    trainable = dict(model.adapter.named_parameters())
+    for name, parameter in trainable.items():
+        assert parameter.grad is not None, name
+        assert parameter.grad.abs().sum() > 0, name
+    mine = {id(parameter) for parameter in trainable.values()}
+    for name, parameter in model.named_parameters():
+        if id(parameter) not in mine:
+            assert parameter.grad is None, name
+            assert not parameter.requires_grad, name
+    groups = [model.group_parameters("vision"), model.group_parameters("language")]
+    assert {id(p) for group in groups for p in group} == mine
+    assert len(groups[0]) + len(groups[1]) == len(mine)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_everything_still_learns_after_evaluation_and_inference(build, ids, pictures, preset):
+    model = build(preset)
+    _loss(model.train(), ids, pictures).backward()
+    expected = {name: p.grad.clone() for name, p in model.adapter.named_parameters()}
+
+    model.zero_grad()
+    model.eval()
+    with torch.no_grad():
+        _loss(model, ids, pictures)
+    inputs = {"pixel_values": pictures} if model.adapter_config.sees else {}
+    model.generate(input_ids=ids, max_new_tokens=3, **inputs)
+    model.prepare_for_inference()
+    model.generate(input_ids=ids, max_new_tokens=3, **inputs)
+    model.prepare_for_training()
+
+    _loss(model.train(), ids, pictures).backward()
+    for name, parameter in model.adapter.named_parameters():
+        assert_close(parameter.grad, expected[name], rtol=0, atol=0, msg=name)
+
+
+@pytest.mark.parametrize("preset", ["v2", "v1-multimodal"])
+def test_checkpointing_gives_the_same_gradients(build, ids, pictures, preset):
+    model = build(preset).train()
+    _loss(model, ids, pictures).backward()
+    expected = {name: p.grad.clone() for name, p in model.adapter.named_parameters()}
+    model.zero_grad()
+    model.gradient_checkpointing_enable()
+    _loss(model, ids, pictures).backward()
+    model.gradient_checkpointing_disable()
+    for name, parameter in model.adapter.named_parameters():
+        assert_close(parameter.grad, expected[name], rtol=1e-5, atol=1e-7, msg=name)
+
+
+def test_a_fresh_v2_learns_from_its_first_step(build, ids, pictures):
+    model = build(stirred=False).train()
+    _loss(model, ids, pictures).backward()
+    moved = {n for n, p in model.adapter.named_parameters() if p.grad.abs().sum() > 0}
+    assert "layers.0.attention.visual_gate" in moved
+    assert "layers.1.attention.gate" in moved
+    assert "layers.3.mlp.up_proj.scale" in moved
+
+
+def test_the_groups_are_those_of_the_paper(build):
+    model = build(lora_rank=1)
+    vision = [name for name, _ in model.adapter.named_parameters("vision")]
+    language = [name for name, _ in model.adapter.named_parameters("language")]
+    assert all(name.startswith("visual.") or name.endswith("visual_gate") for name in vision)
+    kinds = {name.rsplit(".", 1)[1] for name in language}
+    assert kinds == {"prompt", "gate", "weight", "bias", "scale", "lora_up", "lora_down"}
+    assert "norm.weight" in language
+
+
+def test_loss_counts_answer_tokens_only(build, ids):
+    model = build("v2-chat")
+    labels = ids.clone()
+    labels[:, :4] = -100
+    labels[2] = -100
+    logits = model(ids).logits
+    expected = torch.nn.functional.cross_entropy(
+        logits[:2, 3:-1].reshape(-1, logits.shape[-1]), ids[:2, 4:].reshape(-1), reduction="sum"
+    )
+    assert_close(model(ids, labels=labels).loss, expected / 6)
+    assert_close(model(ids, labels=labels, num_answer_tokens=60).loss, expected / 60)
+
+    kept = adapter_model.scored_positions(labels)
+    assert kept.tolist() == [3, 4, 5]
+    fewer = model(ids, labels=labels, logits_to_keep=kept)
+    assert fewer.logits.shape[1] == 3
+    assert_close(fewer.loss, expected / 6)
+    assert_close(model(ids, labels=labels, logits_to_keep=4).loss, expected / 6)
+
+
+def test_a_batch_without_answers_has_loss_zero_with_a_gradient(build, ids):
+    model = build("v2-chat").train()
+    loss = model(ids, labels=torch.full_like(ids, -100)).loss
+    loss.backward()
+    assert loss == 0
+    assert all((p.grad == 0).all() for p in model.group_parameters("language"))
