@@ -158,8 +158,8 @@ class MetaBase:
         if found != layers:
             raise CheckpointError(f"{self.shards[0]} has {found} layers, {path.name} says {layers}")
         embedding = shards[0][EMBEDDINGS]
-        split = len(shards) if embedding.shape[1] == dim else 1
-        vocab = embedding.shape[0] * split
+        is_by_rows = embedding.shape[1] == dim
+        vocab = sum(s[EMBEDDINGS].shape[0] for s in shards) if is_by_rows else embedding.shape[0]
         stated = int(params.get("vocab_size", -1))
         if stated not in (-1, vocab):
             raise CheckpointError(
@@ -225,14 +225,14 @@ class MetaBase:
         for path, shard in zip(self.shards, shards, strict=True):
             if name not in shard:
                 raise CheckpointError(f"{path} lacks tensor {name}")
-            expected = list(shape)
-            if axis is not None:
-                expected[axis] //= len(shards)
-            if list(shard[name].shape) != expected:
-                raise CheckpointError(
-                    f"{path}: tensor {name} has shape {list(shard[name].shape)}, expected "
-                    f"{expected} (params.json, {len(shards)} shards)"
-                )
+        # slices need not be equal: an odd vocabulary leaves one shard with a row less
+        found = _joined_shape([shard[name] for shard in shards], axis)
+        if found != list(shape):
+            raise CheckpointError(
+                f"{self.shards[0]}: tensor {name} has shape {found}"
+                f"{f' over {len(shards)} shards' if axis is not None and len(shards) > 1 else ''}, "
+                f"expected {list(shape)} by params.json"
+            )
         dtype = shards[0][name].dtype
         if not supports(dtype) or any(shard[name].dtype != dtype for shard in shards):
             raise CheckpointError(
@@ -275,6 +275,18 @@ def _shards(directory: Path) -> list[Path]:
             f"{directory} lacks {missing[0]}; found {len(shards)} shards up to {shards[-1].name}"
         )
     return shards
+
+
+def _joined_shape(slices: list[Tensor], axis: int | None) -> list[int]:
+    """Shape of slices once they are joined along an axis; of the odd one out if they do not fit."""
+    shape = list(slices[0].shape)
+    for piece in slices[1:]:
+        other = list(piece.shape)
+        if axis is not None and len(other) == len(shape):
+            shape[axis], other[axis] = shape[axis] + other[axis], shape[axis] + other[axis]
+        if other != shape:
+            return list(piece.shape)
+    return shape
 
 
 def _layer_index(name: str) -> int:

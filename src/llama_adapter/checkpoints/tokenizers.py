@@ -8,6 +8,7 @@ import string
 from pathlib import Path
 from typing import Any
 
+from tokenizers import normalizers, processors
 from transformers import LlamaTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import TikTokenConverter, generate_merges
 
@@ -63,13 +64,27 @@ def _from_sentencepiece(path: Path, context_length: int) -> PreTrainedTokenizerB
     # control and byte pieces never result from a merge
     atomic = {model.IdToPiece(i) for i in ids if model.IsControl(i) or model.IsByte(i)}
     scores = {piece: model.GetScore(i) for piece, i in vocab.items() if piece not in atomic}
-    return LlamaTokenizer(
+    specials = {
+        "unk_token": model.IdToPiece(model.unk_id()),
+        "bos_token": model.IdToPiece(model.bos_id()),
+        "eos_token": model.IdToPiece(model.eos_id()),
+    }
+    backend: Any = LlamaTokenizer(
         vocab=vocab,
         merges=generate_merges(vocab, scores, skip_tokens=atomic),
-        unk_token=model.IdToPiece(model.unk_id()),
-        bos_token=model.IdToPiece(model.bos_id()),
-        eos_token=model.IdToPiece(model.eos_id()),
+        add_bos_token=True,
+        **specials,
+    ).backend_tokenizer
+    # sentencepiece puts a space before every text; transformers' class not where one is already
+    backend.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    backend.pre_tokenizer = None
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
         model_max_length=context_length,
+        model_input_names=["input_ids", "attention_mask"],
+        **specials,
     )
 
 
@@ -104,8 +119,6 @@ class _RankedConverter(TikTokenConverter):
 def _from_tiktoken(
     path: Path, ranks: dict[bytes, int], specials: list[str], context_length: int
 ) -> PreTrainedTokenizerBase:
-    from tokenizers import processors
-
     backend: Any = _RankedConverter(ranks).converted()
     backend.add_special_tokens(specials)
     bos = specials[0]
