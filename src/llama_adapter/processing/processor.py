@@ -10,11 +10,12 @@ from typing import Any, Self
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import AutoImageProcessor, AutoTokenizer, BatchFeature, ProcessorMixin
+from transformers import AutoTokenizer, BatchFeature, ProcessorMixin
 
 from llama_adapter.conversation import Conversation, ImageRef
 from llama_adapter.errors import CheckpointError, ConfigError, PromptError
 from llama_adapter.processing.encoding import IGNORED, Encoded, Side, encode, opening_ids, pad
+from llama_adapter.processing.image_processors import image_processor_from
 from llama_adapter.processing.prompts import (
     Prompt,
     as_conversation,
@@ -328,10 +329,8 @@ class LlamaAdapterProcessor(ProcessorMixin):
             raise CheckpointError(f"{where} has no readable {PROCESSOR_FILE}: {error}") from error
         options = _options(stored, where=where)
         tokenizer = AutoTokenizer.from_pretrained(where, **kwargs)
-        images = None
-        if stored.get("image_processor") is not None:
-            # the same pixels on every machine, whether or not torchvision is there
-            images = AutoImageProcessor.from_pretrained(where, backend="pil", **kwargs)
+        settings = stored.get("image_processor")
+        images = None if settings is None else image_processor_from(settings, where=where)
         return cls(images, tokenizer, **options)
 
 
