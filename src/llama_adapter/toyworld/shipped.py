@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 
 from llama_adapter.config import AdapterConfig
 from llama_adapter.model import LlamaAdapterForConditionalGeneration
@@ -16,6 +16,7 @@ from llama_adapter.model.references import (
     load_vision,
     resolve_reference,
 )
+from llama_adapter.processing.image_processors import load_image_processor
 from llama_adapter.processing.processor import LlamaAdapterProcessor
 from llama_adapter.toyworld.tokenizer import SLOTS
 
@@ -39,7 +40,7 @@ def load_tower() -> nn.Module:
 def toy_processor(config: AdapterConfig) -> LlamaAdapterProcessor:
     """The processor of a toy adapter: the toy template, slots where the config asks for them."""
     return LlamaAdapterProcessor(
-        AutoImageProcessor.from_pretrained(resolve_reference(VISION), backend="pil"),
+        load_image_processor(resolve_reference(VISION)),
         AutoTokenizer.from_pretrained(resolve_reference(DECODER)),
         template="toy",
         visual_scope=config.visual_scope,
