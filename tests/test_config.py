@@ -43,7 +43,7 @@ def test_the_papers_setting_on_thirty_two_layers():
         ({"prompt_length": 2.0}, "prompt_length must be an integer of at least 0, got 2.0"),
         ({"prompt_layers": -2}, "prompt_layers must be an integer of at least 0, got -2"),
         ({"visual_layers": 0}, "visual_layers must be an integer of at least 1, got 0"),
-        ({"fusion": "erly"}, "fusion must be one of 'early', .* 'erly'; did you mean 'early'?"),
+        ({"fusion": "erly"}, "fusion must be one of 'early', .* 'erly'; did you mean .early.
         ({"gate": 3}, "gate must be one of 'tanh', 'raw', got 3"),
         ({"train_norms": "yes"}, "train_norms must be true or false, got 'yes'"),
         ({"bias_targets": 3}, "bias_targets must be 'all', 'none' or names of linears, got 3"),
