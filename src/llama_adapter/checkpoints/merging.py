@@ -70,15 +70,23 @@ def export_merged(
         )
     with staged_directory(out, overwrite=overwrite, sources=(directory,)) as stage:
         model = LlamaAdapterForConditionalGeneration.from_pretrained(str(directory))
-        target = stage / REFERENCE if kept else stage
         rest = _remaining_state(model)
-        folded = _fold_into_base(model)
-        base = model.language_model
-        base.save_pretrained(target)
+        folded, biases = _fold_into_base(model)
+        if biases and not partial:
+            family = model.language_model.config.model_type
+            raise CheckpointError(
+                f"{directory} cannot become a stock checkpoint: a {family} "
+                f"configuration has no flag for {len(biases)} learned biases, first "
+                f"{next(iter(biases))} (--partial keeps them as a smaller adapter)"
+            )
+        if biases:
+            kept.append("the biases, for which the base's configuration has no flag")
+        target = stage / REFERENCE if kept else stage
+        model.language_model.save_pretrained(target)
         source = Path(resolve_reference(content.base["name_or_path"], directory=directory))
         _copy_tokenizer(source, target)
         if kept:
-            _write_rest(stage, directory, content, model.adapter_config, rest)
+            _write_rest(stage, directory, content, model.adapter_config, {**rest, **biases})
     return MergeReport(out=out, folded=folded, kept=tuple(kept))
 
 
@@ -96,62 +104,74 @@ def unfoldable(config: AdapterConfig) -> list[str]:
 
 
 @torch.no_grad()
-def _fold_into_base(model: LlamaAdapterForConditionalGeneration) -> int:
-    """Fold in place and take the adapter off; returns how many modules were folded."""
-    has_prompts = any(True for _ in model.adapter.prompts()) or model.visual is not None
+def _fold_into_base(
+    model: LlamaAdapterForConditionalGeneration,
+) -> tuple[int, dict[str, Tensor]]:
+    """Fold in place and take the adapter off.
+
+    Returns how many modules were folded, and by their names in adapter files the biases that the
+    family's configuration has no place for.
+    """
+    base = model.language_model
+    config, holders = _bias_holders(base, model.adapter_config)
+    names = {id(module): name for name, module in base.named_modules()}
+    has_prompts = any(True for _ in model.adapter.prompts())
+    homeless: dict[str, Tensor] = {}
     folded = 0
     for site in model.adapter.sites:
         module = site.module
         if isinstance(module, ScaledLinear):
-            keeps_lora = has_prompts and site.attribute in _PROMPT_LINEARS
-            if keeps_lora:
-                module.lora_down = module.lora_up = None
-            _fold_linear(module, site.name)
+            if has_prompts and site.attribute in _PROMPT_LINEARS:
+                module.lora_down = module.lora_up = None  # stays in the adapter
+            bias = _fold_linear(module, site.name)
+            if bias is not None and names[id(module)] in holders:
+                dtype = module.base_layer.weight.dtype
+                module.base_layer.bias = nn.Parameter(bias.to(dtype), requires_grad=False)
+            elif bias is not None:
+                homeless[f"{site.name}.bias"] = bias
             folded += 1
         elif isinstance(module, LearnedNorm):
-            for own, learned in zip(
-                module.base_layer.parameters(), module.norm.parameters(), strict=True
-            ):
-                own.copy_(learned)
+            learned = module.norm.parameters()
+            for own, new in zip(module.base_layer.parameters(), learned, strict=True):
+                own.copy_(new)
             folded += 1
     model.disable_adapters()
-    _set_bias_flags(model.language_model)
-    return folded
+    for name in holders:  # linears for which the flags announce a bias that nobody learned
+        linear = base.get_submodule(name)
+        if linear.bias is None:
+            linear.bias = nn.Parameter(linear.weight.new_zeros(linear.weight.shape[0]))
+    base.config = config
+    return folded, homeless
 
 
-def _fold_linear(module: ScaledLinear, name: str) -> None:
+def _fold_linear(module: ScaledLinear, name: str) -> Tensor | None:
+    """Fold into the frozen weight; returns the bias that goes with it."""
     if type(module.base_layer) is not nn.Linear:
         raise UnsupportedModelError(
             f"{name} is a {type(module.base_layer).__name__}: a quantised base cannot be merged"
         )
     weight, bias = module.folded_weights()
-    base = module.base_layer
-    base.weight.copy_(weight)
-    if bias is not None:
-        base.bias = nn.Parameter(bias.to(base.weight.dtype), requires_grad=False)
+    module.base_layer.weight.copy_(weight)
+    return bias
 
 
-def _set_bias_flags(model: PreTrainedModel) -> None:
-    """Announce the new biases in the config; linears that it announces and have none get zeros."""
-    own = {name for name, _ in model.named_parameters()}
-    config = copy.deepcopy(model.config)
+def _bias_holders(base: PreTrainedModel, adapter: AdapterConfig) -> tuple[Any, set[str]]:
+    """A configuration that announces biases where it can, and the linears that have one then."""
+    config = copy.deepcopy(base.config)
     text = config.get_text_config()
-    for flag, part in (("attention_bias", "attn"), ("mlp_bias", "mlp")):
-        if hasattr(text, flag):
-            has_bias = any(part in name and name.endswith("_proj.bias") for name in own)
-            setattr(text, flag, bool(getattr(text, flag)) or has_bias)
+    targets = adapter.bias_targets
+    for flag, ending in (("attention_bias", ("q_proj", "k_proj", "v_proj", "o_proj")),
+                         ("mlp_bias", ("gate_proj", "up_proj", "down_proj"))):  # fmt: skip
+        is_wanted = targets == "all" or any(name in ending for name in targets)
+        if hasattr(text, flag) and is_wanted:
+            setattr(text, flag, True)
     with torch.device("meta"):
-        expected = {name for name, _ in AutoModelForCausalLM.from_config(config).named_parameters()}
-    strange = sorted(own - expected)
-    if strange:
-        raise CheckpointError(
-            f"a {config.model_type} configuration has no flag for the learned biases "
-            f"({len(strange)} in all, first {strange[0]}): no stock checkpoint can hold them"
-        )
-    for name in sorted(expected - own):
-        linear = model.get_submodule(name.rpartition(".")[0])
-        linear.bias = nn.Parameter(linear.weight.new_zeros(linear.weight.shape[0]))
-    model.config = config
+        model = AutoModelForCausalLM.from_config(config)
+    return config, {
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module.bias is not None
+    }
 
 
 def _remaining_state(model: LlamaAdapterForConditionalGeneration) -> dict[str, Tensor]:
@@ -180,15 +200,17 @@ def _write_rest(
     rest: dict[str, Tensor],
 ) -> None:
     """The smaller adapter on the merged base."""
-    targets = sorted({n.split(".")[-2] for n in rest if n.endswith(".lora_up")})
+    low_rank = sorted({n.split(".")[-2] for n in rest if n.endswith(".lora_up")})
+    biases = [n for n in rest if n.startswith("layers.") and n.endswith(".bias")]
+    biased = sorted({n.split(".")[-2] for n in biases})
     smaller = AdapterConfig.from_dict(
         {
             **config.to_dict(),
-            "bias_targets": "none",
+            "bias_targets": biased or "none",
             "scale_targets": "none",
             "train_norms": False,
-            "lora_rank": config.lora_rank if targets else 0,
-            "lora_targets": targets or "all",
+            "lora_rank": config.lora_rank if low_rank else 0,
+            "lora_targets": low_rank or "all",
         }
     )
     _copy_rest(directory, stage)
