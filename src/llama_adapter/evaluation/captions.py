@@ -87,9 +87,11 @@ def caption_sums(
     cider = np.array(_cider(hypotheses, tokenized))
     ones = np.ones(len(pairs))
     columns = [bleu.reshape(-1, _BLEU_SUMS), np.stack([ones, rouge, cider], axis=1)]
-    if has_java():
+    # the plain tokenizer is there for machines without Java: it never starts any
+    has_meteor = tokenizer != "simple" and has_java()
+    if has_meteor:
         columns.append(meteor_statistics(hypotheses, tokenized))
-    return CaptionSums(np.concatenate(columns, axis=1), tokenizer, has_java())
+    return CaptionSums(np.concatenate(columns, axis=1), tokenizer, has_meteor)
 
 
 def caption_metrics(totals: Floats) -> dict[str, Floats]:

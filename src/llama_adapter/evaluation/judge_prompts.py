@@ -17,7 +17,7 @@ Given answer: {{answer}}
 
 Synonyms, paraphrases and more specific answers count as the same. Score how well the given \
 answer agrees, from 0 (not at all) to 5 (completely).
-{_FORMAT}, in this form: {{{{"pred": "yes", "score": 4}}}} (pred is "yes" or "no")."""
+{_FORMAT}, in this form: {{"pred": "yes", "score": 4}} (pred is "yes" or "no")."""
 
 _ANSWER = """Question about a video: {question}
 Known answer: {gold}
@@ -26,7 +26,7 @@ Given answer: {answer}
 """
 _SCALE = f"""
 
-Score from 0 (worst) to 5 (best). {_FORMAT}, in this form: {{{{"score": 3}}}}"""
+Score from 0 (worst) to 5 (best). {_FORMAT}, in this form: {{"score": 3}}"""
 
 VIDEO_ASPECTS = {
     "correctness": _ANSWER
@@ -67,7 +67,7 @@ Given answer: {{answer}}
 Grade the given answer from 0 to 1. An answer with the right conclusion gets 1. A wrong or missing \
 conclusion gets credit for each of the steps that the given answer contains, in proportion to \
 their number.
-{_FORMAT}, in this form: {{{{"score": 0.5}}}}"""
+{_FORMAT}, in this form: {{"score": 0.5}}"""
 
 _PAIR = """Question:
 {question}

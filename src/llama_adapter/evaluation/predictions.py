@@ -8,7 +8,7 @@ each: `{"task", "id", "aspect", "verdict", "reply", "prompt_hash", ...}`; the la
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ from llama_adapter.evaluation.records import Record, Row, Verdict
 
 PREDICTIONS = "predictions.jsonl"
 JUDGEMENTS = "judgements.jsonl"
+Parse = Callable[[str, str], Verdict | None]
+"""From an aspect and a judge's reply to the verdict."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,6 +29,8 @@ class Predictions:
 
     rows: tuple[Row, ...]
     notes: tuple[str, ...] = ()
+    judge: str | None = None
+    """Who gave the verdicts, where that is stored."""
     stated: Mapping[str, Any] | None = None
     """What a public result file says about itself beside its answers, such as its own count."""
 
@@ -64,11 +68,14 @@ def is_ours(path: Path) -> bool:
     return '"task"' in first and '"answers"' in first
 
 
-def read_ours(path: Path, *, task: str) -> Predictions:
-    """Read a `predictions.jsonl`, with the verdicts that lie beside it."""
+def read_ours(path: Path, *, task: str, parse: Parse | None = None) -> Predictions:
+    """Read a `predictions.jsonl`, with the verdicts that lie beside it.
+
+    `parse` reads the judge's stored replies anew.
+    """
     lines, is_cut = read_jsonl(path)
     notes = ["the last line was cut short and is left out"] if is_cut else []
-    verdicts = read_verdicts(path.with_name(JUDGEMENTS), task=task)
+    verdicts, judge = read_verdicts(path.with_name(JUDGEMENTS), task=task, parse=parse)
     rows = []
     for number, line in enumerate(lines, start=1):
         where = f"{path}: line {number}"
@@ -85,18 +92,30 @@ def read_ours(path: Path, *, task: str) -> Predictions:
             )
         )
     rows, repeated = without_repeats(rows, where=str(path))
-    return Predictions(rows=tuple(rows), notes=(*notes, *repeated))
+    return Predictions(rows=tuple(rows), notes=(*notes, *repeated), judge=judge)
 
 
-def read_verdicts(path: Path, *, task: str) -> dict[str, dict[str, Verdict]]:
-    """The last readable verdict on each aspect of each record, by id."""
+def read_verdicts(
+    path: Path, *, task: str, parse: Parse | None = None
+) -> tuple[dict[str, dict[str, Verdict]], str | None]:
+    """The last readable verdict on each aspect of each record, by id; and who judged.
+
+    Where several judges were asked, the one asked last counts and the others do not.
+    """
     verdicts: dict[str, dict[str, Verdict]] = {}
     if not path.exists():
-        return verdicts
-    for line in read_jsonl(path)[0]:
-        if line.get("task") == task and line.get("verdict") is not None:
-            verdicts.setdefault(str(line["id"]), {})[line["aspect"]] = line["verdict"]
-    return verdicts
+        return verdicts, None
+    lines = [line for line in read_jsonl(path)[0] if line.get("task") == task]
+    judge = lines[-1].get("judge") if lines else None
+    for line in lines:
+        if line.get("judge") != judge:
+            continue
+        verdict = line.get("verdict")
+        if parse is not None and line.get("reply"):
+            verdict = parse(line["aspect"], line["reply"])
+        if verdict is not None:
+            verdicts.setdefault(str(line["id"]), {})[line["aspect"]] = verdict
+    return verdicts, judge
 
 
 def without_repeats(rows: Iterable[Row], *, where: str) -> tuple[list[Row], tuple[str, ...]]:

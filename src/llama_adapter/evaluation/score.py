@@ -10,6 +10,7 @@ import numpy as np
 
 from llama_adapter.errors import EvaluationError
 from llama_adapter.evaluation.bootstrap import RESAMPLES, bootstrap_intervals
+from llama_adapter.evaluation.judges import WORD_JUDGES
 from llama_adapter.evaluation.predictions import PREDICTIONS, Predictions, is_ours, join, read_ours
 from llama_adapter.evaluation.records import Tally
 from llama_adapter.evaluation.tasks import find_task
@@ -75,14 +76,14 @@ def read_predictions(task: Task, path: Path) -> Predictions:
         path = path / PREDICTIONS
     if path.is_file() and path.stat().st_size == 0:
         raise EvaluationError(f"{path}: is empty, expected predictions of {task.name}")
-    found = read_ours(path, task=task.name) if _is_ours(path) else task.read_public(path)
+    if path.is_file() and is_ours(path):
+        parse = task.judging.parse if task.judging else None
+        found = read_ours(path, task=task.name, parse=parse)
+    else:
+        found = task.read_public(path)
     if not found.rows:
         raise EvaluationError(f"{path}: holds no predictions of {task.name}")
     return found
-
-
-def _is_ours(path: Path) -> bool:
-    return path.is_file() and is_ours(path)
 
 
 def report(
@@ -92,6 +93,13 @@ def report(
     values = tally.metrics(tally.sums_UC.sum(axis=0))
     metrics = {name: float(value) for name, value in values.items() if not np.isnan(value)}
     intervals = bootstrap_intervals(tally, resamples=resamples, seed=seed)
+    protocol = dict(tally.protocol)
+    if found.judge is not None:
+        protocol["judge"] = found.judge
+    if found.judge in WORD_JUDGES:
+        # another measure must not bear the published one's name
+        metrics = {f"{found.judge}:{k}": v for k, v in metrics.items() if "accuracy" in k}
+        intervals = {f"{found.judge}:{k}": v for k, v in intervals.items()}
     return ScoreReport(
         task=task.name,
         n=tally.n,
@@ -101,5 +109,5 @@ def report(
         metrics={**dict(tally.fixed), **metrics},
         intervals={name: pair for name, pair in intervals.items() if name in metrics},
         notes=(*found.notes, *tally.notes),
-        protocol=dict(tally.protocol),
+        protocol=protocol,
     )

@@ -1,0 +1,235 @@
+"""Who may judge: any OpenAI-compatible endpoint, a local model, or a comparison of words."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from llama_adapter.errors import EvaluationError, MissingDependencyError
+from llama_adapter.evaluation.records import Row, Verdict
+
+KEY_VARIABLES = ("LLAMA_ADAPTER_JUDGE_KEY", "OPENAI_API_KEY")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reply:
+    """What came back for one prompt."""
+
+    text: str
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    seconds: float = 0.0
+
+
+class JudgeUnavailableError(EvaluationError):
+    """This one prompt got no reply, after all retries; others may."""
+
+
+class Judge(Protocol):
+    """Replies to a prompt; may be called from several threads if `concurrency` says so."""
+
+    name: str
+    """Stands in every result."""
+    concurrency: int
+    """How many prompts may wait for a reply at once."""
+
+    def ask(self, prompt: str, *, system: str, attempt: int) -> Reply:
+        """The reply; a later `attempt` at the same prompt may draw another one."""
+        ...
+
+
+class EndpointJudge:
+    """A model behind an OpenAI-compatible endpoint."""
+
+    def __init__(
+        self,
+        *,
+        url: str,
+        model: str,
+        concurrency: int = 8,
+        retries: int = 4,
+        timeout: float = 60.0,
+        max_tokens: int = 512,
+    ) -> None:
+        """The key comes from the environment; retries back off, and heed `Retry-After`."""
+        openai = import_openai()
+        key = next((os.environ[name] for name in KEY_VARIABLES if os.environ.get(name)), "none")
+        self.name = f"{model} at {url}"
+        self.model = model
+        self.concurrency = concurrency
+        self._max_tokens = max_tokens
+        self._openai = openai
+        self._client = openai.OpenAI(
+            base_url=url, api_key=key, timeout=timeout, max_retries=retries
+        )
+
+    def ask(self, prompt: str, *, system: str, attempt: int) -> Reply:
+        """Ask at temperature 0, and a little above it when the same question comes again."""
+        openai = self._openai
+        started = time.perf_counter()
+        try:
+            answer = self._client.chat.completions.create(
+                model=self.model,
+                messages=[
+                    {"role": "system", "content": system},
+                    {"role": "user", "content": prompt},
+                ],
+                temperature=0.0 if attempt == 0 else 0.3,
+                seed=attempt,
+                max_tokens=self._max_tokens,
+            )
+            text = answer.choices[0].message.content or ""
+        except (openai.RateLimitError, openai.APIConnectionError) as error:
+            raise JudgeUnavailableError(f"{self.name}: {_short(error)}") from error
+        except openai.APIStatusError as error:
+            if error.status_code >= 500:
+                raise JudgeUnavailableError(f"{self.name}: {_short(error)}") from error
+            raise EvaluationError(f"judge {self.name} refuses: {_short(error)}") from error
+        except (openai.APIError, ValueError, IndexError, TypeError, AttributeError) as error:
+            # not JSON, or JSON that is no chat completion
+            raise JudgeUnavailableError(f"{self.name}: no completion: {_short(error)}") from error
+        usage = answer.usage
+        return Reply(
+            text=text,
+            prompt_tokens=usage.prompt_tokens if usage else 0,
+            completion_tokens=usage.completion_tokens if usage else 0,
+            seconds=time.perf_counter() - started,
+        )
+
+    def close(self) -> None:
+        """Close connections."""
+        self._client.close()
+
+
+class LocalJudge:
+    """Any causal language model of Hugging Face, on this machine."""
+
+    concurrency = 1
+
+    def __init__(self, path: str, *, device: str = "cpu", max_tokens: int = 128) -> None:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        try:
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(path)
+            self._model: Any = AutoModelForCausalLM.from_pretrained(path, device_map=device)
+        except (OSError, ValueError) as error:
+            raise EvaluationError(f"judge {path!r} cannot be loaded: {_short(error)}") from error
+        self.name = f"local:{path}"
+        self._max_tokens = max_tokens
+
+    def ask(self, prompt: str, *, system: str, attempt: int) -> Reply:
+        """The likeliest reply; a second attempt samples."""
+        import torch
+
+        started = time.perf_counter()
+        tokenizer = self._tokenizer
+        if tokenizer.chat_template:
+            messages = [
+                {"role": "system", "content": system},
+                {"role": "user", "content": prompt},
+            ]
+            text = tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True
+            )
+        else:
+            text = f"{system}\n\n{prompt}\n\n"
+        inputs = tokenizer(text, return_tensors="pt").to(self._model.device)
+        inputs.pop("token_type_ids", None)
+        torch.manual_seed(attempt)
+        out = self._model.generate(
+            **inputs,
+            max_new_tokens=self._max_tokens,
+            do_sample=attempt > 0,
+            pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
+        )
+        new = out[0, inputs["input_ids"].shape[1] :]
+        return Reply(
+            text=tokenizer.decode(new, skip_special_tokens=True),
+            prompt_tokens=int(inputs["input_ids"].shape[1]),
+            completion_tokens=len(new),
+            seconds=time.perf_counter() - started,
+        )
+
+
+_NUMBERS = "zero one two three four five six seven eight nine ten eleven twelve".split()  # noqa: SIM905
+_SAME = (
+    ("man", "guy", "male", "gentleman", "men"),
+    ("woman", "lady", "female", "women"),
+    ("child", "kid", "children", "toddler"),
+    ("bicycle", "bike", "cycle"),
+    ("television", "tv"),
+    ("picture", "photo", "photograph", "image"),
+    ("car", "automobile"),
+    ("motorcycle", "motorbike"),
+    ("cellphone", "phone", "smartphone", "telephone"),
+    ("couch", "sofa"),
+    ("speak", "talk"),
+    ("grey", "gray"),
+    ("puppy", "dog"),
+    ("kitten", "cat"),
+)
+_CANONICAL = {word: group[0] for group in _SAME for word in group} | {
+    word: str(value) for value, word in enumerate(_NUMBERS)
+}
+_STOP = frozenset(("a", "an", "the"))
+
+
+def plain_words(text: str) -> list[str]:
+    """Lower-case words without punctuation and articles."""
+    return [word for word in re.findall(r"[\w']+", text.lower()) if word not in _STOP]
+
+
+def canonical_words(text: str) -> list[str]:
+    """Plain words with endings cut and each replaced by the first of its synonyms."""
+    return [_canonical(word) for word in plain_words(text)]
+
+
+def _canonical(word: str) -> str:
+    if word in _CANONICAL:
+        return _CANONICAL[word]
+    for ending in ("'s", "ing", "es", "ed", "s", "e"):
+        if word.endswith(ending) and len(word) - len(ending) >= 3:
+            stem = word.removesuffix(ending)
+            # "running" and "run": a doubled last letter belongs to the ending
+            if ending in {"ing", "ed"} and stem[-1] == stem[-2] and stem[-1] not in "ls":
+                stem = stem[:-1]
+            return _CANONICAL.get(stem, stem)
+    return word
+
+
+def exact_verdict(row: Row) -> Verdict:
+    """Whether the answer is word for word one of the right ones, articles and case apart."""
+    right = any(plain_words(row.answer) == plain_words(gold) for gold in _golds(row))
+    return {"pred": "yes" if right else "no", "score": 5 if right else 0}
+
+
+def synonym_verdict(row: Row) -> Verdict:
+    """Whether the answer holds a right answer's words, counting synonyms and inflections."""
+    said = set(canonical_words(row.answer))
+    right = any(gold and said.issuperset(gold) for gold in map(canonical_words, _golds(row)))
+    return {"pred": "yes" if right else "no", "score": 5 if right else 0}
+
+
+def _golds(row: Row) -> list[str]:
+    gold = row.record.gold
+    return [str(g) for g in gold] if isinstance(gold, list) else [str(gold)]
+
+
+WORD_JUDGES = {"exact-match": exact_verdict, "synonym-match": synonym_verdict}
+"""Measures that need no model. They are not the published one, and are named apart from it."""
+
+
+def import_openai() -> Any:
+    """The `openai` package, or a message that says how to get it."""
+    try:
+        import openai
+    except ImportError as error:
+        raise MissingDependencyError("openai", extra="eval", purpose="an endpoint") from error
+    return openai
+
+
+def _short(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -1,0 +1,247 @@
+"""Having answers judged: each prompt once, every raw reply kept, verdicts read by pattern."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from llama_adapter.errors import EvaluationError
+from llama_adapter.evaluation.jsonfiles import read_json, read_jsonl
+from llama_adapter.evaluation.judges import WORD_JUDGES, Judge, JudgeUnavailableError
+from llama_adapter.evaluation.predictions import JUDGEMENTS
+from llama_adapter.evaluation.records import Row
+from llama_adapter.evaluation.tasks.base import Judging, Task
+
+ATTEMPTS = 3
+"""A reply that cannot be read is asked for again twice."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JudgeReport:
+    """What judging cost and what it could not do."""
+
+    asked: int
+    kept: int
+    """Verdicts that an earlier run had stored."""
+    prompt_tokens: int
+    completion_tokens: int
+    unreadable: tuple[str, ...]
+    """`id/aspect` whose replies could not be read, three times over."""
+    unavailable: tuple[str, ...]
+    """`id/aspect` that got no reply: timeouts, refusals for load, broken replies."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Question:
+    id: str
+    aspect: str
+    prompt: str
+    system: str
+
+    @property
+    def hash(self) -> str:
+        """Names the prompt, system text included."""
+        return hashlib.sha256(f"{self.system}\n{self.prompt}".encode()).hexdigest()[:16]
+
+    @property
+    def label(self) -> str:
+        return f"{self.id}/{self.aspect}"
+
+
+def judge_rows(
+    task: Task,
+    rows: Sequence[Row],
+    judge: Judge,
+    folder: Path,
+    *,
+    judging: Judging | None = None,
+    progress: Callable[[int], None] = lambda _: None,
+) -> JudgeReport:
+    """Judge every answered row whose verdict is not stored yet; append replies as they come."""
+    judging = judging or _judging_of(task)
+    path = folder / JUDGEMENTS
+    mend_tail(path)
+    known = _stored(path, task=task.name, judge=judge.name, judging=judging)
+    questions = list(_questions(rows, judging))
+    pending = [q for q in questions if (q.id, q.aspect, q.hash) not in known]
+    progress(len(questions) - len(pending))
+    tally = _Tally()
+    with path.open("a", encoding="utf-8") as file:
+        writer = _Writer(file, task=task.name, judge=judge.name, version=judging.version)
+
+        def work(question: _Question) -> None:
+            _judge_one(question, judge, judging, writer, tally)
+            progress(1)
+
+        with ThreadPoolExecutor(max_workers=judge.concurrency) as pool:
+            futures = [pool.submit(work, question) for question in pending]
+            done, waiting = wait(futures, return_when=FIRST_EXCEPTION)
+            for future in waiting:
+                future.cancel()
+            for future in done:
+                future.result()
+    return JudgeReport(
+        asked=len(pending),
+        kept=len(questions) - len(pending),
+        prompt_tokens=tally.prompt_tokens,
+        completion_tokens=tally.completion_tokens,
+        unreadable=tuple(sorted(tally.unreadable)),
+        unavailable=tuple(sorted(tally.unavailable)),
+    )
+
+
+def compare_words(task: Task, rows: Sequence[Row], name: str, folder: Path) -> JudgeReport:
+    """Verdicts of a judge that needs no model, for tasks of short answers."""
+    judging = _judging_of(task)
+    if set(judging.prompts) != {"answer"} or task.name == "infimm-eval":
+        raise EvaluationError(f"{name} is for one-word answers; {task.name} needs a judge")
+    path = folder / JUDGEMENTS
+    mend_tail(path)
+    answered = [row for row in rows if row.is_answered]
+    with path.open("a", encoding="utf-8") as file:
+        writer = _Writer(file, task=task.name, judge=name, version="1")
+        for row in answered:
+            writer.write(id=row.record.id, aspect="answer", verdict=WORD_JUDGES[name](row))
+    return JudgeReport(
+        asked=len(answered),
+        kept=0,
+        prompt_tokens=0,
+        completion_tokens=0,
+        unreadable=(),
+        unavailable=(),
+    )
+
+
+def read_judge_prompts(task: Task, path: Path) -> Judging:
+    """The task's judging in the words of a JSON file: `{aspect: prompt, "system": ...}`.
+
+    Prompts hold fields such as {question}; an aspect that the file lacks is an error.
+    """
+    judging = _judging_of(task)
+    content = read_json(path)
+    missing = [aspect for aspect in judging.prompts if aspect not in content]
+    if missing:
+        raise EvaluationError(f"{path}: lacks the prompt for {', '.join(missing)}")
+    return replace(
+        judging,
+        prompts={aspect: str(content[aspect]) for aspect in judging.prompts},
+        system=str(content.get("system", judging.system)),
+        version=f"file:{hashlib.sha256(path.read_bytes()).hexdigest()[:12]}",
+    )
+
+
+def fill(template: str, fields: Mapping[str, str]) -> str:
+    """The template with its fields put in, once: braces in what is put in mean nothing.
+
+    >>> fill('{question} {"score": 4}', {"question": "is {answer} right?"})
+    'is {answer} right? {"score": 4}'
+    """
+    names = "|".join(map(re.escape, fields))
+    return re.sub(rf"\{{({names})\}}", lambda found: fields[found[1]], template)
+
+
+def mend_tail(path: Path) -> None:
+    """Cut off half a line that a killed run left at the end, so that lines can be appended."""
+    if not path.exists():
+        return
+    content = path.read_bytes()
+    if content and not content.endswith(b"\n"):
+        path.write_bytes(content[: content.rfind(b"\n") + 1])
+
+
+def _judging_of(task: Task) -> Judging:
+    if task.judging is None:
+        raise EvaluationError(f"{task.name} is scored by rule and takes no judge")
+    return task.judging
+
+
+def _questions(rows: Iterable[Row], judging: Judging) -> Iterable[_Question]:
+    for row in rows:
+        if not row.is_answered:
+            continue
+        for aspect, fields in judging.questions(row).items():
+            yield _Question(
+                id=row.record.id,
+                aspect=aspect,
+                prompt=fill(judging.prompts[aspect], fields),
+                system=judging.system,
+            )
+
+
+def _stored(path: Path, *, task: str, judge: str, judging: Judging) -> set[tuple[str, str, str]]:
+    """Prompts that this judge has answered readably before."""
+    if not path.exists():
+        return set()
+    lines, _ = read_jsonl(path)
+    return {
+        (str(line["id"]), line["aspect"], line["prompt_hash"])
+        for line in lines
+        if line.get("task") == task
+        and line.get("judge") == judge
+        and line.get("reply") is not None
+        and judging.parse(line["aspect"], line["reply"]) is not None
+    }
+
+
+class _Tally:
+    """Sums over threads."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.prompt_tokens = 0
+        self.completion_tokens = 0
+        self.unreadable: list[str] = []
+        self.unavailable: list[str] = []
+
+
+class _Writer:
+    """Appends lines as they come, each whole."""
+
+    def __init__(self, file: Any, **common: str) -> None:
+        self._file = file
+        self._common = common
+        self._lock = threading.Lock()
+
+    def write(self, **fields: Any) -> None:
+        line = json.dumps({**self._common, **fields}, ensure_ascii=False)
+        with self._lock:
+            self._file.write(line + "\n")
+            self._file.flush()
+
+
+def _judge_one(
+    question: _Question, judge: Judge, judging: Judging, writer: _Writer, tally: _Tally
+) -> None:
+    asked = {"id": question.id, "aspect": question.aspect, "prompt_hash": question.hash}
+    for attempt in range(ATTEMPTS):
+        try:
+            reply = judge.ask(question.prompt, system=question.system, attempt=attempt)
+        except JudgeUnavailableError as error:
+            writer.write(**asked, attempt=attempt, reply=None, verdict=None, error=str(error))
+            with tally.lock:
+                tally.unavailable.append(question.label)
+            return
+        verdict = judging.parse(question.aspect, reply.text)
+        writer.write(
+            **asked,
+            attempt=attempt,
+            reply=reply.text,
+            verdict=verdict,
+            prompt_tokens=reply.prompt_tokens,
+            completion_tokens=reply.completion_tokens,
+            seconds=round(reply.seconds, 3),
+        )
+        with tally.lock:
+            tally.prompt_tokens += reply.prompt_tokens
+            tally.completion_tokens += reply.completion_tokens
+        if verdict is not None:
+            return
+    with tally.lock:
+        tally.unreadable.append(question.label)

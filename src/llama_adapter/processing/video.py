@@ -1,0 +1,275 @@
+"""Reading videos: N frames from the middle of N equal segments, found by seeking.
+
+At most one undecoded stretch of the file and the N frames are held at a time. Limits are checked
+on the header. What is damaged is read as far as it can be, and the result says so.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image
+
+from llama_adapter.conversation import ImageRef
+from llama_adapter.errors import MissingDependencyError, VideoError
+from llama_adapter.processing.images import MAX_PIXELS
+
+if TYPE_CHECKING:
+    from av.container import InputContainer
+    from av.video.frame import VideoFrame
+    from av.video.stream import VideoStream
+
+DEFAULT_FRAMES = 8
+"""Frames that a model sees of a video; the published evaluations took up to 100."""
+MAX_FRAMES = 512
+MAX_SECONDS = 4 * 3600.0
+"""Longer videos are refused."""
+VIDEO_SUFFIXES = frozenset(
+    ".3gp .avi .flv .gif .m4v .mkv .mov .mp4 .mpeg .mpg .mts .ogv .ts .webm .wmv".split()  # noqa: SIM905
+)
+"""What to look for on disk; reading goes by content."""
+
+_SLACK = 0.5  # seconds by which a last frame may be shown longer than it says
+# Not videos but lists of other files, or text drawn as pictures.
+_REFUSED_FORMATS = frozenset(("hls", "dash", "concat", "concatf", "imf", "tty", "webvtt"))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Video:
+    """Frames of a video, and where they come from."""
+
+    frames: tuple[Image.Image, ...]
+    """RGB, upright, as many as were asked for."""
+    times: tuple[float, ...]
+    """Seconds from the start at which each frame is shown."""
+    seconds: float
+    """Length of the video."""
+    name: str
+    repeated: int = 0
+    """Frames that stand in for a moment that could not be decoded."""
+
+    @property
+    def is_damaged(self) -> bool:
+        """Whether some moment could not be decoded."""
+        return self.repeated > 0
+
+    def as_image_ref(self) -> ImageRef:
+        """All frames as one set of visual prompts, for a conversation."""
+        return ImageRef(source=self.frames, name=self.name)
+
+
+def load_video(
+    source: Path | str | bytes,
+    *,
+    frames: int = DEFAULT_FRAMES,
+    name: str | None = None,
+    max_seconds: float = MAX_SECONDS,
+    max_pixels: int = MAX_PIXELS,
+) -> Video:
+    """`frames` pictures from a file or encoded bytes, in whatever container FFmpeg reads.
+
+    Each is the picture on show in the middle of one of as many equal segments, so variable frame
+    rates are sampled by time; rotation metadata is applied. A video with fewer pictures repeats
+    them. Raises `VideoError` naming the file for what cannot be read or is over a limit.
+    """
+    if not 1 <= frames <= MAX_FRAMES:
+        raise VideoError(f"frames must be from 1 to {MAX_FRAMES}, got {frames}")
+    av = import_av()
+    label = name or (f"{len(source)} bytes of video" if isinstance(source, bytes) else str(source))
+    try:
+        with _open_file(source, label) as file, _open_container(av, file, label) as container:
+            stream = _video_stream(container, label, max_pixels=max_pixels)
+            seconds = _length(av, container, stream)
+            if seconds > max_seconds:
+                raise VideoError(
+                    f"{label}: lasts {seconds:.0f} s, the limit is {max_seconds:.0f} s"
+                )
+            targets = [seconds * (i + 0.5) / frames for i in range(frames)]
+            return _sample(_Reader(av, container, stream), targets, seconds=seconds, name=label)
+    except av.error.FFmpegError as error:
+        raise VideoError(f"{label}: cannot be read as a video ({error.strerror})") from error
+    except (MemoryError, OverflowError, ValueError) as error:
+        raise VideoError(f"{label}: cannot be read as a video ({error})") from error
+
+
+def import_av() -> Any:
+    """PyAV, or a message that says how to get it."""
+    try:
+        import av
+    except ImportError as error:
+        raise MissingDependencyError("av", extra="video", purpose="reading videos") from error
+    # FFmpeg's own complaints about a damaged file would go to stderr one by one
+    av.logging.set_level(av.logging.PANIC)
+    return av
+
+
+def _open_file(source: Path | str | bytes, label: str) -> Any:
+    if isinstance(source, bytes):
+        if not source:
+            raise VideoError(f"{label}: is empty")
+        return io.BytesIO(source)
+    path = Path(source)
+    try:
+        file = path.open("rb")
+    except OSError as error:
+        raise VideoError(f"{label}: cannot be opened ({error.strerror})") from error
+    if path.stat().st_size == 0:
+        file.close()
+        raise VideoError(f"{label}: is empty")
+    return file
+
+
+def _open_container(av: Any, file: Any, label: str) -> InputContainer:
+    # A playlist in disguise must reach neither the network nor other files.
+    container: InputContainer = av.open(file, options={"protocol_whitelist": "none"})
+    kinds = set(container.format.name.split(","))
+    if kinds & _REFUSED_FORMATS:
+        container.close()
+        raise VideoError(f"{label}: is of format {container.format.name}, not a video")
+    return container
+
+
+def _video_stream(container: InputContainer, label: str, *, max_pixels: int) -> VideoStream:
+    # a cover picture in a music file is a video stream to FFmpeg
+    streams = [s for s in container.streams.video if not _is_cover(s)]
+    if not streams:
+        found = ", ".join(sorted({s.type for s in container.streams})) or "nothing"
+        raise VideoError(f"{label}: has no video stream, only {found}")
+    stream = streams[0]
+    width, height = stream.codec_context.width, stream.codec_context.height
+    if not width or not height:
+        raise VideoError(f"{label}: does not say how large its pictures are")
+    if width * height > max_pixels:
+        raise VideoError(f"{label}: pictures have {width}x{height} pixels, limit {max_pixels}")
+    stream.thread_type = "AUTO"
+    return stream
+
+
+def _is_cover(stream: VideoStream) -> bool:
+    return "attached_pic" in str(stream.disposition)
+
+
+def _length(av: Any, container: InputContainer, stream: VideoStream) -> float:
+    """Seconds, from the stream, the container or, where neither says, the packets."""
+    if stream.duration and stream.time_base:
+        return float(stream.duration * stream.time_base)
+    if container.duration:
+        return float(container.duration / av.time_base)
+    if not stream.time_base:
+        return 0.0
+    last = first = None
+    try:
+        for packet in container.demux(stream):
+            if packet.pts is not None:
+                first = packet.pts if first is None else min(first, packet.pts)
+                end = packet.pts + (packet.duration or 0)
+                last = end if last is None else max(last, end)
+    except av.error.FFmpegError:
+        pass  # as far as it can be read
+    if first is None or last is None:
+        return 0.0
+    return float((last - first) * stream.time_base)
+
+
+class _Reader:
+    """Frames at given times, decoding on where the next one is near and seeking where it is far."""
+
+    def __init__(self, av: Any, container: InputContainer, stream: VideoStream) -> None:
+        self._av = av
+        self._container = container
+        self._stream = stream
+        self._start = float((stream.start_time or 0) * (stream.time_base or 0))
+        self._frames: Iterator[VideoFrame] = iter(())
+        self._shown: VideoFrame | None = None
+        self._next: VideoFrame | None = None
+        self._reach = 0.0  # farthest that decoding from a key frame had to go
+
+    def at(self, seconds: float) -> tuple[VideoFrame | None, bool]:
+        """The frame on show at that time, and whether it stands in for one that is missing."""
+        if self._next is None or seconds - self.time(self._next) > max(self._reach, 1.0):
+            self._seek(seconds)
+        while self._next is not None and self.time(self._next) <= seconds:
+            self._shown, self._next = self._next, self._decode()
+        shown = self._shown or self._next
+        if shown is None:
+            return None, True
+        return shown, self._next is None and seconds > self._end(shown) + _SLACK
+
+    def _seek(self, seconds: float) -> None:
+        stream = self._stream
+        self._shown = None
+        base = float(stream.time_base or 0)
+        try:
+            if base:
+                offset = math.floor((seconds + self._start) / base)
+                self._container.seek(offset, stream=stream, backward=True)
+        except self._av.error.FFmpegError:
+            pass  # some formats cannot seek: decoding goes on from where it is
+        self._frames = iter(self._container.decode(stream))
+        self._next = self._decode()
+        if self._next is not None:
+            self._reach = max(self._reach, seconds - self.time(self._next))
+
+    def _decode(self) -> VideoFrame | None:
+        while True:
+            try:
+                return next(self._frames, None)
+            except self._av.error.InvalidDataError:
+                continue  # a damaged packet; the decoder picks up at a later one
+            except self._av.error.FFmpegError:
+                return None
+
+    def _end(self, frame: VideoFrame) -> float:
+        base = float(self._stream.time_base or 0)
+        rate = float(self._stream.average_rate or 0)
+        return self.time(frame) + ((frame.duration or 0) * base or (1 / rate if rate else 0.0))
+
+    def time(self, frame: VideoFrame) -> float:
+        """Seconds from the start of the video."""
+        if frame.time is None:
+            return 0.0
+        return float(frame.time) - self._start
+
+
+def _sample(reader: _Reader, targets: list[float], *, seconds: float, name: str) -> Video:
+    pictures: list[Image.Image | None] = []
+    times: list[float] = []
+    last: VideoFrame | None = None
+    repeated = 0
+    for target in targets:
+        frame, is_stand_in = reader.at(target)
+        repeated += is_stand_in
+        if frame is None:
+            pictures.append(None)
+            times.append(target)
+            continue
+        pictures.append(pictures[-1] if frame is last else _upright(frame))
+        times.append(max(0.0, reader.time(frame)))
+        last = frame
+    found = [i for i, picture in enumerate(pictures) if picture is not None]
+    if not found:
+        raise VideoError(f"{name}: no picture of it can be decoded")
+    nearest = [_nearest(found, i) for i in range(len(pictures))]
+    return Video(
+        frames=tuple(p for p in (pictures[j] for j in nearest) if p is not None),
+        times=tuple(times[j] for j in nearest),
+        seconds=seconds,
+        name=name,
+        repeated=repeated,
+    )
+
+
+def _nearest(places: list[int], place: int) -> int:
+    return min(places, key=lambda other: abs(other - place))
+
+
+def _upright(frame: VideoFrame) -> Image.Image:
+    picture = frame.to_image()
+    # counter-clockwise in both FFmpeg's matrix and Pillow
+    turn = frame.rotation % 360
+    return picture.rotate(turn, expand=True) if turn else picture
