@@ -174,6 +174,7 @@ _SAME = (
 _CANONICAL = {word: group[0] for group in _SAME for word in group} | {
     word: str(value) for value, word in enumerate(_NUMBERS)
 }
+_ENDINGS = ("'s", "ing", "es", "ed", "s", "e")
 _STOP = frozenset(("a", "an", "the"))
 
 
@@ -188,16 +189,18 @@ def canonical_words(text: str) -> list[str]:
 
 
 def _canonical(word: str) -> str:
-    if word in _CANONICAL:
-        return _CANONICAL[word]
-    for ending in ("'s", "ing", "es", "ed", "s", "e"):
-        if word.endswith(ending) and len(word) - len(ending) >= 3:
-            stem = word.removesuffix(ending)
-            # "running" and "run": a doubled last letter belongs to the ending
-            if ending in {"ing", "ed"} and stem[-1] == stem[-2] and stem[-1] not in "ls":
-                stem = stem[:-1]
-            return _CANONICAL.get(stem, stem)
-    return word
+    stems = [stem for ending in _ENDINGS if (stem := _without(word, ending))]
+    known = next((stem for stem in [word, *stems] if stem in _CANONICAL), None)
+    return _CANONICAL[known] if known else next(iter(stems), word)
+
+
+def _without(word: str, ending: str) -> str:
+    if not word.endswith(ending) or len(word) - len(ending) < 3:
+        return ""
+    stem = word.removesuffix(ending)
+    # "running" and "run": a doubled last letter belongs to the ending
+    doubled = ending in {"ing", "ed"} and stem[-1] == stem[-2] and stem[-1] not in "ls"
+    return stem[:-1] if doubled else stem
 
 
 def exact_verdict(row: Row) -> Verdict:
