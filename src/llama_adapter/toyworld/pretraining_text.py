@@ -1,0 +1,143 @@
+"""Documents for pretraining the decoder: text only, scenes of the training split only.
+
+A document is a passage followed by restatements and by questions with answers. It is cut
+into segments (the passage, each question with its answer) and every piece has a weight
+in the loss: what follows from the text before counts, what is drawn at random hardly.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+from llama_adapter.toyworld.captions import (
+    count_sentence,
+    describe_tasks,
+    passage,
+    relation_sentences,
+    with_article,
+)
+from llama_adapter.toyworld.instructions import KNOWLEDGE, sample_question
+from llama_adapter.toyworld.questions import QUESTION_TYPES
+from llama_adapter.toyworld.scenes import Scene, sample_scene
+
+CHANCE_WEIGHT = 0.03
+"""Weight of text that cannot be foreseen: passages and questions."""
+
+ANSWER_WEIGHT = 1.0
+
+
+DOCUMENT_LENGTH = 750
+"""Documents grow until they have this many characters, so that batches need little padding."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Piece:
+    """A stretch of a document."""
+
+    text: str
+    weight: float
+    segment: int
+    """Passage and each question with its answer are segments of their own."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Curriculum:
+    """How hard the documents are."""
+
+    repeats: float = 0.5
+    """Probability that a passage says its facts twice, in opposite orders."""
+    restated: float = 0.15
+    """Share of documents that restate the passage in single facts instead of questions."""
+    describing: float = 0.2
+    """Share of questions that ask for a description."""
+    kinds: tuple[str, ...] = QUESTION_TYPES
+    """Types of the other questions; one named twice is asked twice as often."""
+    styles: int | None = None
+    """How many of the styles of passages occur, the commonest first."""
+    one_word: float = 0.1
+    """Share of questions that want one word."""
+    signs: float = 0.4
+    """Share of scenes with a sign."""
+
+
+EASY = Curriculum(
+    repeats=0.95,
+    restated=0.05,
+    describing=0.1,
+    kinds=("color", "shape", "size", "where", "where_color", "at"),
+    styles=2,
+    one_word=0.0,
+)
+"""Nothing but looking up one thing."""
+
+
+STANDARD = Curriculum()
+
+LATE = Curriculum(kinds=(*QUESTION_TYPES, "sign", "exist", "compare"), signs=0.6)
+"""More of what is learnt last."""
+
+
+def _fact(scene: Scene, rng: random.Random) -> str:
+    t = rng.choice(scene.things)
+    facts = [
+        f"the {t.shape} is {t.color}.",
+        f"the {t.shape} is {t.size}.",
+        f"the {t.shape} is in the {t.place}.",
+        f"the {t.color} thing is a {t.shape}.",
+        f"the {t.color} thing is in the {t.place}.",
+        f"a {t.size} {t.color} {t.shape} is in the {t.place}.",
+        f"there is {with_article(t.color)} {t.shape}.",
+        count_sentence(scene),
+    ]
+    for other in scene.things:
+        facts += relation_sentences(t, other)
+    return rng.choice(facts)
+
+
+def _question_pieces(question: str, answer: str, segment: int) -> list[Piece]:
+    return [
+        Piece(text=f"question: {question} answer:", weight=CHANCE_WEIGHT, segment=segment),
+        Piece(text=answer, weight=ANSWER_WEIGHT, segment=segment),
+    ]
+
+
+def _length(pieces: list[Piece]) -> int:
+    return sum(len(p.text) for p in pieces)
+
+
+def _knowledge_document(rng: random.Random) -> list[Piece]:
+    pieces: list[Piece] = []
+    for segment, (question, answer) in enumerate(rng.sample(KNOWLEDGE, 14)):
+        if rng.random() < 0.5:
+            pieces.append(Piece(text=answer, weight=CHANCE_WEIGHT, segment=segment))
+        else:
+            pieces += _question_pieces(question, answer, segment)
+    return pieces
+
+
+def sample_document(rng: random.Random, curriculum: Curriculum = STANDARD) -> list[Piece]:
+    """One document, as pieces in order."""
+    if rng.random() < 0.03:
+        return _knowledge_document(rng)
+    scene = sample_scene(rng, sign_probability=curriculum.signs)
+    text = passage(scene, rng, repeats=curriculum.repeats, styles=curriculum.styles)
+    pieces = [Piece(text=text, weight=CHANCE_WEIGHT, segment=0)]
+    if rng.random() < curriculum.restated:
+        pieces.append(Piece(text="in other words:", weight=CHANCE_WEIGHT, segment=1))
+        while _length(pieces) < DOCUMENT_LENGTH:
+            pieces.append(Piece(text=_fact(scene, rng), weight=0.5, segment=1))
+        return pieces
+    segment = 0
+    while _length(pieces) < DOCUMENT_LENGTH:
+        segment += 1
+        if rng.random() < curriculum.describing:
+            task = rng.choice(describe_tasks())
+            question, answer = rng.choice(task.instructions), task.write(scene, rng)
+        else:
+            asked = sample_question(
+                scene, rng, one_word=curriculum.one_word, kinds=curriculum.kinds
+            )
+            question, answer = asked.question, asked.answer
+        pieces += _question_pieces(question, answer, segment)
+    return pieces
