@@ -1,0 +1,103 @@
+"""Chat sessions: streamed or whole, turn after turn, and whole again after a refusal."""
+
+from __future__ import annotations
+
+import pytest
+from PIL import Image
+
+from llama_adapter import LlamaAdapterForConditionalGeneration, LlamaAdapterProcessor
+from llama_adapter.errors import ConfigError, ImageError, PromptError
+from llama_adapter.experts import CaptionExpert, Finding, Report
+from llama_adapter.generation.chat import ChatSession, GenerationSettings
+
+
+@pytest.fixture(scope="module")
+def loaded(adapter_dir):
+    model = LlamaAdapterForConditionalGeneration.from_pretrained(adapter_dir)
+    return model, LlamaAdapterProcessor.from_pretrained(adapter_dir)
+
+
+@pytest.fixture
+def picture():
+    return Image.new("RGB", (12, 12), (200, 30, 30))
+
+
+def session(loaded, **options):
+    return ChatSession(*loaded, settings=GenerationSettings(max_new_tokens=6), **options)
+
+
+def test_a_stream_joins_to_the_whole_answer(loaded, picture):
+    streamed = session(loaded)
+    pieces = list(streamed.stream("what do you see?", images=[picture]))
+    whole = session(loaded).ask("what do you see?", images=[picture])
+    assert "".join(pieces).strip() == whole.text == streamed.last_answer.text
+    assert 1 <= whole.tokens <= 6
+    assert whole.seconds > 0
+
+
+def test_turns_accumulate_and_reset_forgets(loaded, picture):
+    chat = session(loaded)
+    chat.ask("what do you see?", images=[picture])
+    chat.ask("where is it?")
+    assert [m.role for m in chat.conversation.messages] == ["user", "assistant"] * 2
+    assert len(chat.conversation.images) == 1
+    chat.reset()
+    assert chat.conversation is None
+
+
+def test_a_refused_question_leaves_the_session_as_it_was(loaded, picture):
+    chat = session(loaded)
+    chat.ask("what do you see?", images=[picture])
+    before = chat.conversation
+    with pytest.raises(PromptError):
+        chat.ask("   ")
+    with pytest.raises(ImageError):
+        chat.ask("and this?", images=[b"no picture"])
+    assert chat.conversation == before
+
+
+class Loud:
+    """An expert that says what it was shown."""
+
+    name = "loud"
+
+    def consult(self, images, question):
+        finding = Finding(text=f"{len(images)} pictures: {question}", kind="note")
+        return Report(expert=self.name, findings=(finding,))
+
+
+def test_expert_reports_become_context_and_stay(loaded, picture):
+    chat = session(loaded, experts=[Loud()], context="a hint")
+    answer = chat.ask("what now?", images=[picture])
+    assert [report.text for report in answer.contexts] == ["1 pictures: what now?"]
+    assert chat.conversation.context == "1 pictures: what now?\na hint"
+    chat.ask("and then?")
+    assert chat.conversation.context == "1 pictures: what now?\na hint"
+    assert [r.expert for r in chat.last_answer.contexts] == ["loud"]
+
+
+def test_the_caption_expert_gives_the_active_adapter_back(loaded, adapter_dir, picture):
+    model, processor = loaded
+    if "caption" not in model.adapters:
+        model.load_adapter(adapter_dir, "caption")
+    before = session(loaded).ask("what do you see?", images=[picture]).text
+    expert = CaptionExpert(model, processor, max_new_tokens=4)
+    report = expert.consult([picture, picture], "anything")
+    assert [finding.picture for finding in report.findings] == [0, 1]
+    assert report.findings[0].text == report.findings[1].text
+    assert model.active_adapter == "default"
+    assert session(loaded).ask("what do you see?", images=[picture]).text == before
+    assert expert.consult([], "nothing to see").findings == ()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
+        ({"temperature": -1.0}, "temperature must be at least 0"),
+        ({"top_p": 0.0}, "top_p must be in"),
+    ],
+)
+def test_bad_settings_are_refused(options, words):
+    with pytest.raises(ConfigError, match=words):
+        GenerationSettings(**options)
