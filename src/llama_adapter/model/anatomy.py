@@ -13,6 +13,11 @@ from llama_adapter.errors import UnsupportedModelError
 from llama_adapter.model.prompt_projection import Attention
 
 
+def family_of(language_model: PreTrainedModel) -> str:
+    """The family by the names that a user may know it by."""
+    return f"{language_model.config.model_type} ({type(language_model).__name__})"
+
+
 def readable_name(name: str) -> str:
     """Name of a decoder module in adapter files: `attention` whatever the family calls it."""
     return re.sub(r"\.self_attn(?=\.|$)", ".attention", name)
@@ -25,7 +30,9 @@ def attention_modules(language_model: PreTrainedModel) -> list[tuple[str, Attent
     """
     decoder = language_model.get_decoder()
     if not isinstance(decoder, nn.Module):
-        raise UnsupportedModelError(f"{type(language_model).__name__} has no decoder")
+        raise UnsupportedModelError(
+            f"{family_of(language_model)} cannot be adapted: it has no decoder"
+        )
     found = [
         (cast(int, module.layer_idx), name, module)
         for name, module in decoder.named_modules()
@@ -36,8 +43,8 @@ def attention_modules(language_model: PreTrainedModel) -> list[tuple[str, Attent
     found.sort(key=lambda item: item[0])
     if [index for index, _, _ in found] != expected:
         raise UnsupportedModelError(
-            f"{type(language_model).__name__}: expected one self-attention module in each of "
-            f"{len(expected)} layers, found layers {[index for index, _, _ in found]}"
+            f"{family_of(language_model)} cannot be adapted: expected one self-attention module "
+            f"in each of {len(expected)} layers, found layers {[index for index, _, _ in found]}"
         )
     return [(name, module) for _, name, module in found]
 

@@ -16,6 +16,7 @@ from llama_adapter.model.anatomy import (
     attention_modules,
     decoder_linears,
     decoder_norms,
+    family_of,
     readable_name,
 )
 from llama_adapter.model.attention_registry import IMPLEMENTATIONS, PREFIX, register_attention
@@ -23,7 +24,7 @@ from llama_adapter.model.gated_attention import AdaptionPrompt
 from llama_adapter.model.groups import AdapterModule, Group
 from llama_adapter.model.prompt_projection import Attention
 from llama_adapter.model.scaled_linear import LearnedNorm, ScaledLinear, home_of
-from llama_adapter.model.self_check import check_projections
+from llama_adapter.model.self_check import check_projections, check_visual_route
 from llama_adapter.model.visual_prompts import VisualProjection
 
 
@@ -83,7 +84,9 @@ class Adapter:
             self.projection = VisualProjection(feature_size, hidden_size, config=config).to(home)
         self.attach()
         try:
-            check_projections(language_model, [(a.name, a.parent) for a in self._prompt_sites()])
+            check_projections(language_model, [(s.name, s.parent) for s in self._prompt_sites()])
+            if config.sees:
+                check_visual_route(language_model)
         except UnsupportedModelError:
             self.detach()
             raise
@@ -283,8 +286,8 @@ def refuse_unroutable(language_model: PreTrainedModel) -> None:
     """
     if not language_model._can_set_attn_implementation():
         raise UnsupportedModelError(
-            f"{language_model.config.model_type} ({type(language_model).__name__}) cannot be "
-            "adapted: its attention does not use transformers' attention registry"
+            f"{family_of(language_model)} cannot be adapted: its attention does not use "
+            "transformers' attention registry"
         )
 
 

@@ -26,6 +26,33 @@ PREFIX = "llama_adapter_"
 
 IMPLEMENTATIONS = ("eager", "sdpa", "flex_attention", "flash_attention_2")
 
+
+class VisualRoute(BaseException):
+    """Ends a probing pass at the first attention that carries prompts.
+
+    Not an Exception, so that nothing on its way swallows it.
+    """
+
+    def __init__(self, arrived: bool) -> None:
+        super().__init__()
+        self.arrived = arrived
+
+
+_probing: ContextVar[bool] = ContextVar("probing", default=False)
+
+
+def visual_prompts_arrive(run: Callable[[], Any]) -> bool:
+    """Whether what `run` gives the model as visual prompts reaches attention."""
+    token = _probing.set(True)
+    try:
+        run()
+    except VisualRoute as route:
+        return route.arrived
+    finally:
+        _probing.reset(token)
+    return False
+
+
 _captured: ContextVar[list[KeysValues] | None] = ContextVar("captured", default=None)
 
 
@@ -64,6 +91,8 @@ def _adapted_attention(implementation: str) -> Callable[..., Any]:
             captured = _captured.get()
             if captured is not None:
                 captured.append((key, value))
+            if _probing.get() and hasattr(module, "adaption"):
+                raise VisualRoute(visual_prompts is not None)
         if implementation == "eager":
             base = _eager_of(module)
         else:

@@ -30,7 +30,8 @@ def project_prompt(attention: Attention, x_EMd: Tensor) -> KeysValues:
         values = _project(attention.v_proj, x_EMd)
         head_size = int(attention.head_dim)
         norm = getattr(attention, "k_norm", None)
-        if norm is not None and norm.weight.shape[0] != head_size:
+        weight = getattr(norm, "weight", None)
+        if norm is not None and weight is not None and weight.shape[0] != head_size:
             keys, norm = norm(keys), None  # olmo2 normalises all heads together
         keys = keys.view(entries, length, -1, head_size)
         if norm is not None:

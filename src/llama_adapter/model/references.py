@@ -119,7 +119,7 @@ def load_language_model(reference: str, **options: Any) -> PreTrainedModel:
     path = resolve_reference(reference)
     try:
         model = AutoModelForCausalLM.from_pretrained(path, **options)
-    except (OSError, ValueError) as error:
+    except (ImportError, OSError, ValueError) as error:
         raise CheckpointError(f"cannot load the base {reference!r}: {error}") from error
     return model.eval()
 
@@ -130,7 +130,7 @@ def load_vision(reference: str, *, device: torch.device | None = None) -> nn.Mod
     try:
         config = AutoConfig.from_pretrained(path)
         model = _vision_class(config).from_pretrained(path)
-    except (OSError, ValueError) as error:
+    except (ImportError, OSError, ValueError) as error:
         raise CheckpointError(f"cannot load the vision tower {reference!r}: {error}") from error
     tower = vision_tower_of(model)
     return tower if device is None else tower.to(device)

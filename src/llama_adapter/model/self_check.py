@@ -1,4 +1,8 @@
-"""A family is adapted only if we compute a prompt's keys and values as it would itself."""
+"""A family is adapted only if everything of ours does there what it should.
+
+Keys and values of a prompt must be those that the family's own attention would make, and visual
+prompts given to the model must arrive at its attention.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from llama_adapter.errors import UnsupportedModelError
-from llama_adapter.model.attention_registry import capture_keys_values
+from llama_adapter.model.anatomy import family_of
+from llama_adapter.model.attention_registry import capture_keys_values, visual_prompts_arrive
+from llama_adapter.model.gated_attention import VisualPrompts
 from llama_adapter.model.prompt_projection import Attention, KeysValues, project_prompt
 
 RELATIVE_TOLERANCE = 1e-3
@@ -27,7 +33,7 @@ def check_projections(
         difference = oracle_difference(language_model, attention, name=name)
         if not difference <= RELATIVE_TOLERANCE:
             raise UnsupportedModelError(
-                f"{_family(language_model)} cannot be adapted: keys and values of a prompt in "
+                f"{family_of(language_model)} cannot be adapted: keys and values of a prompt in "
                 f"{name} would differ from the module's own by {difference:.2g} of their size"
             )
 
@@ -44,7 +50,12 @@ def oracle_difference(
     hidden_size = int(language_model.config.get_text_config().hidden_size)
     x_1Md = torch.linspace(-1, 1, 2 * hidden_size).view(1, 2, hidden_size)
     x_1Md = x_1Md.to(attention.adaption.gate.device, language_model.dtype)
-    ours = project_prompt(attention, x_1Md)
+    try:
+        ours = project_prompt(attention, x_1Md)
+    except (AttributeError, RuntimeError, TypeError, UnsupportedModelError) as error:
+        raise UnsupportedModelError(
+            f"{family_of(language_model)} cannot be adapted: {error}"
+        ) from error
     own = _own_keys_values(language_model, attention, x_1Md, ours[0].shape[-1], name)
     return max(_difference(a, b) for a, b in zip(ours, own, strict=True))
 
@@ -62,14 +73,41 @@ def _own_keys_values(
             )
     except (TypeError, AttributeError, RuntimeError, ValueError) as error:
         raise UnsupportedModelError(
-            f"{_family(language_model)} cannot be adapted: {name} does not run on its own ({error})"
+            f"{family_of(language_model)} cannot be adapted: {name} does not run alone ({error})"
         ) from error
     if not captured:
         raise UnsupportedModelError(
-            f"{_family(language_model)} cannot be adapted: {name} does not use transformers' "
+            f"{family_of(language_model)} cannot be adapted: {name} does not use transformers' "
             "attention registry"
         )
     return captured[0]
+
+
+@torch.no_grad()
+def check_visual_route(language_model: PreTrainedModel) -> None:
+    """Refuse a family that drops keywords on the way to attention: pictures would do nothing.
+
+    Raises UnsupportedModelError that names the family. Costs the layers before the first prompts.
+    """
+    embedding = language_model.get_input_embeddings().weight
+    if embedding.is_meta:
+        return
+    hidden_size = int(language_model.config.get_text_config().hidden_size)
+    nothing = VisualPrompts(prompts_IMd=torch.zeros(1, 1, hidden_size, device=embedding.device))
+    tokens = torch.zeros(1, 1, dtype=torch.long, device=embedding.device)
+
+    def run() -> None:
+        language_model(tokens, visual_prompts=nothing, use_cache=False)
+
+    try:
+        arrived = visual_prompts_arrive(run)
+    except TypeError:
+        arrived = False
+    if not arrived:
+        raise UnsupportedModelError(
+            f"{family_of(language_model)} cannot be adapted to see: visual prompts do not reach "
+            "its attention (fusion 'none' is text only)"
+        )
 
 
 def _difference(ours: Tensor, own: Tensor) -> float:
@@ -88,7 +126,3 @@ def _rotary_size(attention: Attention, head_size: int) -> int:
         nested = [v for v in parameters.values() if isinstance(v, dict)]
         parameters = nested[0] if nested else parameters
     return int(head_size * parameters.get("partial_rotary_factor", 1.0))
-
-
-def _family(language_model: PreTrainedModel) -> str:
-    return f"{language_model.config.model_type} ({type(language_model).__name__})"
