@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -61,7 +61,7 @@ def export(
     with json_only(as_json) as emit:
         if format_ == "released":
             path = export_released(directory, out=out, overwrite=overwrite)
-            result = {"out": str(out), "format": format_, "file": str(path)}
+            result: dict[str, Any] = {"out": str(out), "format": format_, "file": str(path)}
             shown = str(path)
         else:
             report = export_merged(directory, out=out, partial=partial, overwrite=overwrite)

@@ -1,0 +1,227 @@
+"""What an adapter is and how large, from file headers and shapes alone (`llama-adapter info`)."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
+
+from llama_adapter.checkpoints.importing import EXTRAS_NAME
+from llama_adapter.config import PRESETS, AdapterConfig, did_you_mean
+from llama_adapter.errors import CheckpointError, ConfigError
+from llama_adapter.model.attach import Adapter
+from llama_adapter.model.configuration import read_adapter_config
+from llama_adapter.model.persistence import ADAPTER_WEIGHTS_NAME
+from llama_adapter.model.references import resolve_reference
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "llama-7b": {
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "vocab_size": 32000,
+    },
+    "llama-13b": {
+        "hidden_size": 5120,
+        "intermediate_size": 13824,
+        "num_hidden_layers": 40,
+        "num_attention_heads": 40,
+        "vocab_size": 32000,
+    },
+    "llama-65b": {
+        "hidden_size": 8192,
+        "intermediate_size": 22016,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+        "vocab_size": 32000,
+    },
+    "llama-3-8b": {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+    },
+}
+"""Bases of published adapters, for sizes without weights."""
+
+VIT_L_14 = (1024, 768)
+"""Width of CLIP ViT-L/14's tokens, before and after its projection."""
+
+BYTES = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.0, "nf4": 0.5}
+"""Bytes per number of a base, by how it is loaded."""
+
+PARTS = {
+    "prompt": "static prompts",
+    "gate": "gates",
+    "gate_scale": "gates",
+    "visual_gate": "gates",
+    "visual_gate_scale": "gates",
+    "bias": "biases",
+    "scale": "scales",
+    "lora_down": "LoRA",
+    "lora_up": "LoRA",
+    "weight": "norms",
+}
+
+
+def describe_directory(directory: Path) -> dict[str, Any]:
+    """An adapter directory: kind, base, vision, fusion, layers, sizes; reads no base weights.
+
+    Raises CheckpointError for a directory that is damaged.
+    """
+    stored = read_adapter_config(directory)
+    config = AdapterConfig.from_dict(stored["adapter"])
+    path = directory / ADAPTER_WEIGHTS_NAME
+    sizes = tensor_sizes(path)
+    base_config = _base_config(stored["base"], directory)
+    return {
+        "kind": _kind(directory, config),
+        "format_version": stored["format_version"],
+        "fusion": config.fusion,
+        **_sizes(sizes, None if base_config is None else _count(base_config)),
+        "file": {"name": path.name, "bytes": path.stat().st_size, "tensors": len(sizes)},
+        "layers": {
+            "base": int((stored["base"] or {}).get("num_hidden_layers", 0)),
+            "static": _layers_with(sizes, "prompt"),
+            "visual": list(config.visual_layer_indices()),
+        },
+        "base": stored["base"],
+        "vision": stored["vision"],
+        "adapter": config.to_dict(),
+        "notes": _notes(stored["base"], base_config),
+    }
+
+
+def describe_shape(name: str, *, preset: str = "v2") -> dict[str, Any]:
+    """What a preset would train on a base of a known shape; no weights are made or read.
+
+    Pictures come from CLIP ViT-L/14, as in the paper. Raises ConfigError for an unknown name.
+    """
+    key = name if name in SHAPES else f"llama-{name}"
+    if key not in SHAPES:
+        raise ConfigError(
+            f"unknown shape {name!r}{did_you_mean(name, SHAPES)}; known: {', '.join(SHAPES)}"
+        )
+    config = AdapterConfig.preset(preset)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(LlamaConfig(**SHAPES[key]))
+        base_parameters = sum(p.numel() for p in model.parameters())
+        adapter = Adapter(
+            model, config, feature_size=VIT_L_14[config.vision_feature == "projected"]
+        )
+    sizes = {n: p.numel() for n, p in adapter.named_parameters()}
+    return {
+        "shape": key,
+        "preset": preset,
+        "fusion": config.fusion,
+        **_sizes(sizes, base_parameters),
+        "layers": {
+            "base": adapter.num_layers,
+            "static": list(config.prompt_layer_indices(adapter.num_layers)),
+            "visual": list(config.visual_layer_indices()),
+        },
+    }
+
+
+def tensor_sizes(path: Path) -> dict[str, int]:
+    """How many numbers each tensor of a safetensors file holds; reads its header alone."""
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {n: math.prod(file.get_slice(n).get_shape()) for n in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from error
+
+
+def _sizes(sizes: Mapping[str, int], base_parameters: int | None) -> dict[str, Any]:
+    total = sum(sizes.values())
+    vision = sum(size for name, size in sizes.items() if is_vision(name))
+    parts = dict.fromkeys(("visual projection", *dict.fromkeys(PARTS.values())), 0)
+    for name, size in sizes.items():
+        last = name.rpartition(".")[2]
+        is_projection = name.startswith("visual.")
+        is_norm_bias = last == "bias" and "norm" in name and not is_projection
+        part = "visual projection" if is_projection else PARTS.get(last, "norms")
+        parts["norms" if is_norm_bias else part] += size
+    memory = {"adapter (float32)": 4 * total}
+    percent = None
+    if base_parameters is not None:
+        percent = round(100 * total / base_parameters, 4)
+        memory |= {f"base ({d})": int(base_parameters * size) for d, size in BYTES.items()}
+    return {
+        "trainable": {
+            "vision": vision,
+            "language": total - vision,
+            "total": total,
+            "percent_of_base": percent,
+        },
+        "parts": {part: size for part, size in parts.items() if size},
+        "base_parameters": base_parameters,
+        "memory_bytes": memory,
+    }
+
+
+def is_vision(name: str) -> bool:
+    """Whether a tensor belongs to the VISION group, by the names that adapter files use."""
+    return name.startswith("visual.") or name.rpartition(".")[2].startswith("visual_")
+
+
+def _layers_with(names: Mapping[str, int], what: str) -> list[int]:
+    parts = [name.split(".") for name in names if name.endswith(f".{what}")]
+    return sorted(int(part) for found in parts for part in found if part.isdecimal())
+
+
+def _kind(directory: Path, config: AdapterConfig) -> str:
+    """The released kind it was imported from, the preset it equals, or `custom`."""
+    extras = directory / EXTRAS_NAME
+    if extras.is_file():
+        with safe_open(extras, framework="pt") as file:
+            origin = json.loads((file.metadata() or {}).get("released", "{}"))
+        return f"released {origin.get('kind', 'checkpoint')}"
+    for name in PRESETS:
+        if AdapterConfig.preset(name) == config:
+            return name
+    return "custom"
+
+
+def _base_config(base: Mapping[str, Any] | None, directory: Path) -> Any:
+    """The base's configuration if it is on this machine."""
+    name = (base or {}).get("name_or_path", "")
+    if not name:
+        return None
+    try:
+        path = resolve_reference(name, directory=directory)
+        return AutoConfig.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError, CheckpointError):
+        return None
+
+
+def _count(config: Any) -> int:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _notes(base: Mapping[str, Any] | None, config: Any) -> list[str]:
+    if not (base or {}).get("name_or_path"):
+        return ["the base is not named: pass it already loaded"]
+    if config is None:
+        return ["the base is not on this machine"]
+    text = config.get_text_config()
+    experts = getattr(text, "num_experts", None) or getattr(text, "num_local_experts", None)
+    if experts and experts > 1:
+        return [
+            f"mixture of {experts} experts: attention linears and norms are adapted, "
+            "the experts are left alone"
+        ]
+    return []
