@@ -10,6 +10,7 @@ import typer
 from llama_adapter.cli.ablate import ablate
 from llama_adapter.cli.chat import chat
 from llama_adapter.cli.demo import demo
+from llama_adapter.cli.eval import eval_
 from llama_adapter.cli.export import export
 from llama_adapter.cli.import_ import import_
 from llama_adapter.cli.info import info
@@ -34,6 +35,7 @@ app.command("import")(import_)
 app.command("export")(export)
 app.command("info")(info)
 app.command("score")(score)
+app.command("eval")(eval_)
 
 _BAD_PATH = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError)
 

@@ -62,7 +62,7 @@ def judge_rows(
     folder: Path,
     *,
     judging: Judging | None = None,
-    progress: Callable[[int], None] = lambda _: None,
+    progress: Callable[[int], object] = lambda _: None,
 ) -> JudgeReport:
     """Judge every answered row whose verdict is not stored yet; append replies as they come."""
     judging = judging or _judging_of(task)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from llama_adapter.evaluation.predictions import Predictions
 from llama_adapter.evaluation.records import Record, Row, Tally, Verdict
@@ -21,6 +20,9 @@ class Generation:
     seed: int = 0
     frames: int = 8
     """Frames from a video."""
+    prompt: str = "{question}"
+    """What is asked, around the task's own question."""
+    batch_size: int = 8
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,7 +32,6 @@ class Inputs:
     data: Path
     baseline: Path | None = None
     """Answers of the other side in a pairwise comparison."""
-    aspect: str | None = None
     split: str | None = None
 
 
@@ -72,11 +73,6 @@ class Task:
     read_public: Callable[[Path], Predictions]
     """Answers in the formats of public result files."""
     media: str = "none"
-    """`image`, `video` or `none`."""
+    """`image`, `video`, `any` or `none`."""
     judging: Judging | None = None
     generation: Generation = field(default_factory=Generation)
-    prompt_note: str = ""
-    """The prompt in words, for the manifest."""
-    context: Callable[[Record], str | None] = lambda _: None
-    """Text that goes beside the question, as the prompt's context."""
-    extra: Mapping[str, Any] = field(default_factory=dict)

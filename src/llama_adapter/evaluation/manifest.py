@@ -1,0 +1,97 @@
+"""What a run was: enough to tell whether two runs are the same, and to run it again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from llama_adapter.errors import EvaluationError
+from llama_adapter.evaluation.predictions import record_to_json
+from llama_adapter.evaluation.records import Record
+from llama_adapter.evaluation.tasks.base import Generation
+
+MANIFEST = "manifest.json"
+_SAME = ("task", "model", "data_sha256", "records", "generation", "shard")
+"""What must agree where a run is taken up again."""
+
+
+def file_checksum(path: Path) -> str:
+    """SHA-256 of a file, read piece by piece."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def records_checksum(records: Sequence[Record]) -> str:
+    """SHA-256 of what is asked and what is right."""
+    digest = hashlib.sha256()
+    for record in records:
+        line = json.dumps(record_to_json(record), sort_keys=True, ensure_ascii=False)
+        digest.update(line.encode() + b"\n")
+    return digest.hexdigest()
+
+
+def make_manifest(
+    *,
+    task: str,
+    model: Mapping[str, Any],
+    data: Path,
+    records: Sequence[Record],
+    generation: Generation,
+    shard: str | None,
+    example: str,
+) -> dict[str, Any]:
+    """The manifest of a run that starts now."""
+    return {
+        "task": task,
+        "model": dict(model),
+        "data": str(data),
+        "data_sha256": records_checksum(records),
+        "records": len(records),
+        "generation": asdict(generation),
+        "shard": shard,
+        "example_prompt": example,
+        "frames": {
+            "count": generation.frames,
+            "sampling": "middle of equal segments",
+            "rule": model.get("frame_rule"),
+        },
+        "versions": {
+            "python": platform.python_version(),
+            **{name: _version(name) for name in ("llama-adapter", "torch", "transformers", "av")},
+        },
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def start_or_resume(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Write the manifest, or check that the run in the folder is the same one."""
+    path = folder / MANIFEST
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
+        return
+    stored = json.loads(path.read_text())
+    for key in _SAME:
+        if stored.get(key) != json.loads(json.dumps(manifest[key])):
+            raise EvaluationError(
+                f"{folder}: holds another run; {key} was {_brief(stored.get(key))}, "
+                f"now {_brief(manifest[key])}. Choose another --out"
+            )
+
+
+def _brief(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)[:160]
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,257 @@
+"""Getting a benchmark's answers: append as they come, take up where a killed run stopped."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from llama_adapter.conversation import Conversation, ImageRef
+from llama_adapter.errors import EvaluationError, ImageError, PromptError, VideoError
+from llama_adapter.evaluation.answering import Answered, Answerer
+from llama_adapter.evaluation.judging import fill, mend_tail
+from llama_adapter.evaluation.manifest import make_manifest, start_or_resume
+from llama_adapter.evaluation.media import MediaFolders, media_of
+from llama_adapter.evaluation.predictions import (
+    JUDGEMENTS,
+    PREDICTIONS,
+    read_ours,
+    record_to_json,
+)
+from llama_adapter.evaluation.records import Record
+from llama_adapter.evaluation.tasks.base import Generation, Inputs, Task
+from llama_adapter.processing.video import load_video
+
+_VIDEOS_KEPT = 4
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunReport:
+    """What a run did."""
+
+    folder: Path
+    records: int
+    answered_before: int
+    """Records that an earlier run had done."""
+    problems: tuple[str, ...]
+    """`id: why` for records without an answer."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Selection:
+    """Which records of a benchmark to do."""
+
+    limit: int | None = None
+    """The first so many."""
+    shard: tuple[int, int] | None = None
+    """(i, n): every n-th record from the i-th on, counting from 1."""
+
+    @property
+    def shard_name(self) -> str | None:
+        """`2/5`, or None."""
+        return None if self.shard is None else f"{self.shard[0]}/{self.shard[1]}"
+
+    def of(self, records: Sequence[Record]) -> list[Record]:
+        """The records to do."""
+        chosen = list(records[: self.limit])
+        return chosen if self.shard is None else chosen[self.shard[0] - 1 :: self.shard[1]]
+
+
+def parse_shard(text: str) -> tuple[int, int]:
+    """Read `i/n`.
+
+    >>> parse_shard("2/5")
+    (2, 5)
+    """
+    found = re.fullmatch(r"(\d+)/(\d+)", text)
+    if found is None or not 1 <= int(found[1]) <= int(found[2]):
+        raise EvaluationError(f"shard must be i/n with 1 <= i <= n, got {text!r}")
+    return int(found[1]), int(found[2])
+
+
+def run(
+    task: Task,
+    answerer: Answerer,
+    inputs: Inputs,
+    out: Path,
+    *,
+    generation: Generation | None = None,
+    selection: Selection | None = None,
+    media: Path | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> RunReport:
+    """Answer every record that `out` has no answer to yet.
+
+    Batches are a function of the selection alone, never of what is done already, so a run that
+    was killed and taken up again gives the same answers as one that was not.
+    """
+    generation = generation or task.generation
+    selection = selection or Selection()
+    records = selection.of(task.read(inputs))
+    if not records:
+        raise EvaluationError(f"{inputs.data}: selection holds no records")
+    folders = MediaFolders.beside(inputs.data, media)
+    folder = out if selection.shard is None else out / _shard_folder(selection.shard)
+    paths, missing = _find_media(records, folders)
+    asker = _Asker(task, generation, paths)
+    manifest = make_manifest(
+        task=task.name,
+        model=answerer.describe(),
+        data=inputs.data,
+        records=records,
+        generation=generation,
+        shard=selection.shard_name,
+        example=asker.prompts(records[0])[0],
+    )
+    start_or_resume(folder, manifest)
+    done = _done(folder, task)
+    report = progress or (lambda *_: None)
+    report(len(done), len(records))
+    with (folder / PREDICTIONS).open("a", encoding="utf-8") as file:
+        for index, batch in enumerate(asker.batches(records)):
+            pending = [record for record in batch if record.id not in done]
+            if not pending:
+                continue
+            lines = asker.ask(batch, answerer, missing, seed=generation.seed * 1_000_003 + index)
+            for record in pending:
+                line = {"task": task.name, **record_to_json(record), **lines[record.id]}
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            file.flush()
+            report(len(pending), len(records))
+    rows = read_ours(folder / PREDICTIONS, task=task.name).rows
+    problems = tuple(f"{row.record.id}: {row.problem}" for row in rows if row.problem)
+    return RunReport(
+        folder=folder, records=len(records), answered_before=len(done), problems=problems
+    )
+
+
+def merge_shards(task: Task, out: Path) -> Path:
+    """Put the predictions and judgements of all shards into `out`, in one file each."""
+    folders = sorted(out.glob("shard-*-of-*"))
+    if not folders:
+        raise EvaluationError(f"{out}: holds no shards, such as shard-1-of-2")
+    total = int(folders[0].name.rpartition("-")[2])
+    expected = [_shard_folder((i, total)) for i in range(1, total + 1)]
+    lacking = [name for name in expected if not (out / name / PREDICTIONS).exists()]
+    if lacking or len(folders) != total:
+        names = ", ".join(folder.name for folder in folders)
+        raise EvaluationError(f"{out}: expected {', '.join(expected)}, found {names}")
+    for folder in folders:
+        stored = json.loads((folder / "manifest.json").read_text())
+        found = read_ours(folder / PREDICTIONS, task=task.name)
+        if len(found.rows) != stored["records"]:
+            raise EvaluationError(
+                f"{folder}: is not done, {len(found.rows)} of {stored['records']} records"
+            )
+    for name in (PREDICTIONS, JUDGEMENTS):
+        files = [out / part / name for part in expected if (out / part / name).exists()]
+        if files:
+            text = "".join(path.read_text(encoding="utf-8") for path in files)
+            (out / name).write_text(text, encoding="utf-8")
+    return out / PREDICTIONS
+
+
+def _shard_folder(shard: tuple[int, int]) -> str:
+    return f"shard-{shard[0]}-of-{shard[1]}"
+
+
+def _done(folder: Path, task: Task) -> set[str]:
+    path = folder / PREDICTIONS
+    mend_tail(path)
+    if not path.exists() or not path.stat().st_size:
+        return set()
+    # what had a problem is tried again: the missing video may be there by now
+    rows = read_ours(path, task=task.name).rows
+    return {row.record.id for row in rows if row.problem is None}
+
+
+def _find_media(
+    records: Sequence[Record], folders: MediaFolders
+) -> tuple[dict[str, list[Path]], dict[str, str]]:
+    """Files by record id, and what is missing by record id; an error where all of it is."""
+    paths: dict[str, list[Path]] = {}
+    missing: dict[str, str] = {}
+    wanted = 0
+    for record in records:
+        wanted += bool(record.images or record.video)
+        paths[record.id], names = media_of(record, folders)
+        if names:
+            missing[record.id] = f"missing {', '.join(names)}"
+    if missing and len(missing) == wanted:
+        where = ", ".join(map(str, folders.roots))
+        raise EvaluationError(
+            f"none of the pictures and videos of {wanted} records is below {where}; the first is "
+            f"{next(iter(missing.values())).removeprefix('missing ')!r}. Name their folder: --media"
+        )
+    return paths, missing
+
+
+class _Asker:
+    """Turns records into batches of conversations, and answers into lines."""
+
+    def __init__(self, task: Task, generation: Generation, paths: dict[str, list[Path]]) -> None:
+        self._task = task
+        self._generation = generation
+        self._paths = paths
+        self._video = lru_cache(maxsize=_VIDEOS_KEPT)(self._load)
+
+    def prompts(self, record: Record) -> list[str]:
+        """What is asked, in full."""
+        asked = self._task.prompts(record)
+        return [fill(self._generation.prompt, {"question": text}) for text in asked]
+
+    def batches(self, records: Sequence[Record]) -> Iterator[list[Record]]:
+        """Records of like length together, and the questions about one video in a row."""
+        size = self._generation.batch_size
+
+        def key(record: Record) -> tuple[int, str, int]:
+            return len(record.images), record.video or "", sum(map(len, self.prompts(record)))
+
+        groups: dict[int, list[Record]] = {}
+        for record in sorted(records, key=key):
+            groups.setdefault(len(record.images), []).append(record)
+        for group in groups.values():
+            for start in range(0, len(group), size):
+                yield group[start : start + size]
+
+    def ask(
+        self, batch: Sequence[Record], answerer: Answerer, missing: dict[str, str], *, seed: int
+    ) -> dict[str, dict[str, Any]]:
+        """The answer's part of each record's line."""
+        started = time.perf_counter()
+        lines: dict[str, dict[str, Any]] = {}
+        asked: list[tuple[Record, list[Conversation]]] = []
+        for record in batch:
+            try:
+                if record.id in missing:
+                    raise EvaluationError(missing[record.id])
+                asked.append((record, self._conversations(record)))
+            except (EvaluationError, ImageError, VideoError, PromptError) as error:
+                lines[record.id] = {"answers": [], "problem": str(error)}
+        flat = [conversation for _, several in asked for conversation in several]
+        answers = iter(answerer.answer(flat, self._generation, seed=seed) if flat else ())
+        for record, several in asked:
+            lines[record.id] = _line([next(answers) for _ in several])
+        seconds = round((time.perf_counter() - started) / len(batch), 4)
+        return {id_: {**line, "seconds": seconds} for id_, line in lines.items()}
+
+    def _conversations(self, record: Record) -> list[Conversation]:
+        paths = self._paths[record.id]
+        images = [ImageRef.of(path) for path in paths[: len(record.images)]]
+        images += [self._video(path) for path in paths[len(record.images) :]]
+        return [Conversation.ask(text, images=images) for text in self.prompts(record)]
+
+    def _load(self, path: Path) -> ImageRef:
+        return load_video(path, frames=self._generation.frames).as_image_ref()
+
+
+def _line(answers: Sequence[Answered]) -> dict[str, Any]:
+    problem = next((answer.problem for answer in answers if answer.problem), None)
+    if problem is not None:
+        return {"answers": [], "problem": problem}
+    return {"answers": [answer.text or "" for answer in answers]}
