@@ -14,6 +14,7 @@ from llama_adapter.cli.eval import eval_
 from llama_adapter.cli.export import export
 from llama_adapter.cli.import_ import import_
 from llama_adapter.cli.info import info
+from llama_adapter.cli.report import report
 from llama_adapter.cli.score import score
 from llama_adapter.errors import LlamaAdapterError
 
@@ -36,6 +37,7 @@ app.command("export")(export)
 app.command("info")(info)
 app.command("score")(score)
 app.command("eval")(eval_)
+app.command("report")(report)
 
 _BAD_PATH = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError)
 

@@ -1,0 +1,176 @@
+"""One table of all runs found, beside published numbers; and a gallery of answers."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llama_adapter.errors import EvaluationError
+from llama_adapter.evaluation.manifest import MANIFEST
+from llama_adapter.evaluation.predictions import PREDICTIONS
+from llama_adapter.evaluation.published import published_for
+from llama_adapter.evaluation.score import ScoreReport, score
+
+COLUMNS = ("task", "system", "metric", "value", "low", "high", "n", "missing", "source")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Run:
+    """A finished or unfinished run on disk."""
+
+    folder: Path
+    manifest: dict[str, Any]
+    report: ScoreReport
+
+    @property
+    def name(self) -> str:
+        """The folder, and what answered."""
+        model = self.manifest.get("model", {})
+        who = model.get("directory") or model.get("model") or "unknown model"
+        return f"{self.folder.name} ({Path(who).name})"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Line:
+    """One number of the table."""
+
+    task: str
+    system: str
+    metric: str
+    value: float
+    interval: tuple[float, float] | None = None
+    n: int | None = None
+    missing: str = ""
+    source: str = ""
+    is_published: bool = False
+
+
+def find_runs(folders: Iterable[Path], *, resamples: int = 1000) -> list[Run]:
+    """Every run in or below the folders, scored from its stored answers."""
+    runs = []
+    for folder in folders:
+        if not folder.is_dir():
+            raise EvaluationError(f"{folder}: no such folder of runs")
+        for path in sorted(folder.glob(f"**/{PREDICTIONS}")):
+            if path.stat().st_size:
+                runs.append(_read_run(path.parent, resamples))
+    if not runs:
+        names = ", ".join(str(folder) for folder in folders)
+        raise EvaluationError(f"{names}: holds no run, that is no {PREDICTIONS}")
+    return sorted(runs, key=lambda run: (run.report.task, run.folder.name))
+
+
+def _read_run(folder: Path, resamples: int) -> Run:
+    with (folder / PREDICTIONS).open(encoding="utf-8") as lines:
+        task = json.loads(next(lines))["task"]
+    path = folder / MANIFEST
+    manifest = json.loads(path.read_text()) if path.exists() else {}
+    return Run(folder=folder, manifest=manifest, report=score(task, folder, resamples=resamples))
+
+
+def table(runs: Sequence[Run]) -> list[Line]:
+    """A line for each number, published ones first within a task."""
+    lines = []
+    for task in dict.fromkeys(run.report.task for run in runs):
+        for row in published_for(task):
+            lines += [
+                Line(
+                    task=task,
+                    system=row.system,
+                    metric=metric,
+                    value=value,
+                    source=row.source,
+                    is_published=True,
+                )
+                for metric, value in row.metrics.items()
+            ]
+        for run in runs:
+            if run.report.task == task:
+                lines += _lines_of(run)
+    return lines
+
+
+def _lines_of(run: Run) -> list[Line]:
+    found = run.report
+    counts = {
+        "unanswered": found.unanswered,
+        "unparsed": found.unparsed,
+        "unjudged": found.unjudged,
+    }
+    missing = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
+    return [
+        Line(
+            task=found.task,
+            system=run.name,
+            metric=metric,
+            value=value,
+            interval=found.intervals.get(metric),
+            n=found.n,
+            missing=missing,
+            source=str(run.folder),
+        )
+        for metric, value in found.metrics.items()
+    ]
+
+
+def as_markdown(lines: Sequence[Line]) -> str:
+    """A table a task: systems down, metrics across, intervals in brackets."""
+    parts = ["# Results", ""]
+    for task in dict.fromkeys(line.task for line in lines):
+        own = [line for line in lines if line.task == task]
+        metrics = list(dict.fromkeys(line.metric for line in own))
+        parts += [f"## {task}", "", "| system | n | " + " | ".join(metrics) + " | missing |"]
+        parts.append("|---|---|" + "---|" * (len(metrics) + 1))
+        for system in dict.fromkeys(line.system for line in own):
+            mine = {line.metric: line for line in own if line.system == system}
+            first = next(iter(mine.values()))
+            cells = [_cell(mine.get(metric)) for metric in metrics]
+            shown = f"{system} (published)" if first.is_published else system
+            count = "" if first.n is None else str(first.n)
+            row = [shown, count, *cells, first.missing]
+            parts.append("| " + " | ".join(value.replace("|", "\\|") for value in row) + " |")
+        sources = {line.system: line.source for line in own if line.is_published}
+        parts += ["", *(f"{system}: {source}." for system, source in sources.items()), ""]
+    return "\n".join(parts)
+
+
+def _cell(line: Line | None) -> str:
+    if line is None:
+        return ""
+    if line.interval is None:
+        return f"{line.value:.2f}"
+    return f"{line.value:.2f} [{line.interval[0]:.2f}, {line.interval[1]:.2f}]"
+
+
+def as_csv(lines: Sequence[Line]) -> str:
+    """A row a number."""
+    buffer = io.StringIO()
+    writer = csv.writer(buffer)
+    writer.writerow(COLUMNS)
+    for line in lines:
+        low, high = line.interval or ("", "")
+        count = "" if line.n is None else line.n
+        named = (line.task, line.system, line.metric)
+        writer.writerow([*named, line.value, low, high, count, line.missing, line.source])
+    return buffer.getvalue()
+
+
+def write_report(runs: Sequence[Run], out: Path) -> list[Path]:
+    """`report.md`, `report.csv` and a self-contained `report.html`."""
+    from llama_adapter.evaluation.report_page import as_html
+
+    out.mkdir(parents=True, exist_ok=True)
+    lines = table(runs)
+    contents = {
+        "report.md": as_markdown(lines),
+        "report.csv": as_csv(lines),
+        "report.html": as_html(lines, runs),
+    }
+    for name, content in contents.items():
+        (out / name).write_text(content, encoding="utf-8")
+    return [out / name for name in contents]
