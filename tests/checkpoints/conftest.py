@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import random
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -261,3 +262,38 @@ def cli(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Finished]:
         return Finished(status, out.getvalue(), err.getvalue())
 
     return run
+
+
+SENTENCES = (
+    "the quick brown fox jumps over lazy dogs Below is an instruction that describes task "
+    "Write response completes request Generate caption of this image"
+)
+WORDS = SENTENCES.split()
+
+
+@pytest.fixture(scope="session")
+def sentencepiece_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A BPE model with byte fallback and Meta's special pieces."""
+    import sentencepiece
+
+    root = tmp_path_factory.mktemp("spm")
+    chooser = random.Random(0)
+    lines = [" ".join(chooser.choices(WORDS, k=12)) for _ in range(300)]
+    (root / "corpus.txt").write_text("\n".join(lines))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(root / "corpus.txt"),
+        model_prefix=str(root / "tokenizer"),
+        vocab_size=400,
+        model_type="bpe",
+        byte_fallback=True,
+        unk_id=0,
+        bos_id=1,
+        eos_id=2,
+        pad_id=-1,
+        normalization_rule_name="identity",
+        split_digits=True,
+        remove_extra_whitespaces=False,
+        allow_whitespace_only_pieces=True,
+        minloglevel=2,
+    )
+    return root / "tokenizer.model"

@@ -165,48 +165,6 @@ def test_a_hugging_face_vision_tower_is_referenced(world: Any, tmp_path: Path) -
     assert logits(tmp_path / "out", inputs(world, "v2-multimodal-bias")).isfinite().all()
 
 
-def test_caption_and_v2_share_one_base(world: Any, tmp_path: Path) -> None:
-    """Each computes with both loaded what it computes alone."""
-    bring_in(world, "v2-multimodal-bias", tmp_path / "caption")
-    bring_in(world, "v2-multimodal-lora-bias", tmp_path / "v2", base=tmp_path / "caption" / "base")
-    given = inputs(world, "v2-multimodal-bias")
-    model = LlamaAdapterForConditionalGeneration.from_pretrained(tmp_path / "v2")
-    before = {n: p.data_ptr() for n, p in model.language_model.named_parameters() if "base" in n}
-    # the two were given different random towers; the stored tower has to be shared, too
-    config = tmp_path / "caption" / "adapter_config.json"
-    content = json.loads(config.read_text())
-    content["vision"] = json.loads((tmp_path / "v2" / "adapter_config.json").read_text())["vision"]
-    content["vision"]["name_or_path"] = str(tmp_path / "v2" / "vision")
-    config.write_text(json.dumps(content))
-    model.load_adapter(tmp_path / "caption", "caption")
-    assert model.adapters == ("default", "caption")
-    with torch.no_grad():
-        alone = logits(tmp_path / "caption", given)
-        v2 = model(**given).logits
-        model.set_adapter("caption")
-        assert torch.equal(model(**given).logits, alone)
-        assert not torch.equal(alone, v2)
-        assert model.adapter_config.caption_instruction == "Generate caption of this image"
-        model.set_adapter("default")
-        assert torch.equal(model(**given).logits, v2)
-    after = {n: p.data_ptr() for n, p in model.language_model.named_parameters() if "base" in n}
-    assert before == after
-
-
-def test_training_goes_on(world: Any, tmp_path: Path) -> None:
-    """Both groups of an imported V2 learn, each from its own loss."""
-    bring_in(world, "v2-multimodal-bias", tmp_path / "out")
-    model = LlamaAdapterForConditionalGeneration.from_pretrained(tmp_path / "out")
-    model.train()
-    given = inputs(world, "v2-multimodal-bias")
-    given["labels"] = given["input_ids"].clone()
-    model(**given).loss.backward()
-    for group in ("vision", "language"):
-        parameters = model.group_parameters(group)
-        assert parameters
-        assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in parameters)
-
-
 def test_what_the_file_leaves_open_is_assumed_aloud(world: Any, tmp_path: Path) -> None:
     world.base()
     report = import_released(

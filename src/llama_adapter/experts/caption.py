@@ -16,6 +16,9 @@ from llama_adapter.experts.base import Finding, Report
 from llama_adapter.model import LlamaAdapterForConditionalGeneration
 from llama_adapter.processing.processor import LlamaAdapterProcessor
 
+INSTRUCTION = "describe the picture."
+"""What adapters are asked that name no instruction of their own."""
+
 
 class CaptionExpert:
     """Captions pictures with one of the model's loaded adapters."""
@@ -28,7 +31,7 @@ class CaptionExpert:
         processor: LlamaAdapterProcessor,
         *,
         adapter_name: str = "caption",
-        instruction: str = "describe the picture.",
+        instruction: str | None = None,
         max_new_tokens: int = 96,
     ) -> None:
         self.model = model
@@ -42,12 +45,14 @@ class CaptionExpert:
         """One caption per picture."""
         if not images:
             return Report(expert=self.name, findings=())
-        prompts = [Conversation.ask(self.instruction, images=[image]) for image in images]
-        inputs = self.processor(prompts, padding_side="left")
-        inputs = inputs.to(self.model.device)
         active = self.model.active_adapter
         self.model.set_adapter(self.adapter_name)
         try:
+            # an adapter that learned captions from one instruction is asked with that one
+            learned = self.model.adapter_config.caption_instruction
+            instruction = self.instruction or learned or INSTRUCTION
+            prompts = [Conversation.ask(instruction, images=[image]) for image in images]
+            inputs = self.processor(prompts, padding_side="left").to(self.model.device)
             tokens = self.model.generate(
                 **inputs, max_new_tokens=self.max_new_tokens, do_sample=False
             )
