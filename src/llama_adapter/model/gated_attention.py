@@ -17,9 +17,9 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from llama_adapter.model.groups import AdapterModule, Group
+from llama_adapter.model.half_precision import scaled_dot_product_attention
 from llama_adapter.model.prompt_projection import Attention, KeysValues, project_prompt
 
 
@@ -186,9 +186,7 @@ def _attend(
     keys = keys_EHMD.expand(query_BHTD.shape[0], -1, -1, -1)
     values = values_EHMD.expand(query_BHTD.shape[0], -1, -1, -1)
     if softcap is None:
-        return F.scaled_dot_product_attention(
-            query_BHTD, keys, values, attn_mask=mask, scale=scaling
-        )
+        return scaled_dot_product_attention(query_BHTD, keys, values, mask=mask, scale=scaling)
     scores = query_BHTD @ keys.transpose(-1, -2) * scaling
     scores = torch.tanh(scores / softcap) * softcap
     if mask is not None:

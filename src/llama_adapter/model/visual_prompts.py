@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from llama_adapter.config import AdapterConfig
 from llama_adapter.errors import ConfigError, UnsupportedModelError
 from llama_adapter.model.groups import AdapterModule, Group
+from llama_adapter.model.half_precision import scaled_dot_product_attention
 
 VisionTower = Any
 """A frozen CLIP or SigLIP vision model of transformers."""
@@ -71,7 +72,7 @@ class TransformerBlock(nn.Module):
         batch, length, width = x_BTW.shape
         qkv = self.qkv(self.norm1(x_BTW)).view(batch, length, 3, self.num_heads, -1)
         query, key, value = qkv.permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(query, key, value)
+        mixed = scaled_dot_product_attention(query, key, value)
         x_BTW = x_BTW + self.proj(mixed.transpose(1, 2).reshape(batch, length, width))
         return x_BTW + self.fc2(F.gelu(self.fc1(self.norm2(x_BTW))))
 

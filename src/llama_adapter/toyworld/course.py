@@ -77,6 +77,10 @@ class Class:
         seconds: float | None = None,
     ) -> None:
         self.course = course
+        dtype = fast_dtype(decoder.device)
+        if dtype is not None and decoder.device.type == "cpu":
+            # the CPU's fused attention is several times slower in half types, backwards
+            decoder.set_attn_implementation("eager")
         self.model = LlamaAdapterForConditionalGeneration.from_base(
             decoder, tower, LlamaAdapterConfig(adapter=course.adapter), seed=seed
         )
@@ -85,7 +89,7 @@ class Class:
         self.trainer = JointTrainer(
             self.model,
             course.settings(course.steps),
-            autocast_dtype=fast_dtype(self.model.device),
+            autocast_dtype=dtype,
         )
         self.history = History()
         self._limit = seconds
