@@ -15,15 +15,16 @@ def scaled_dot_product_attention(
     mask: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """Torch's function of that name; on a CPU half types are computed in float32.
+    """Torch's function of that name; on a CPU half types go through plain matrix products.
 
-    The backward pass of torch's CPU kernel takes four to ten times as long in bfloat16 as in
-    float32 (measured with torch 2.13). The result has the query's dtype.
+    The backward pass of torch's CPU kernel takes four to ten times as long in bfloat16 as plain
+    products do (measured with torch 2.13, 67 queries on 16 to 80 keys).
     """
-    if query.device.type != "cpu" or query.dtype == torch.float32:
+    # under autocast the kernel would turn float32 into a half type by itself
+    is_half = query.dtype != torch.float32 or torch.is_autocast_enabled("cpu")
+    if query.device.type != "cpu" or not is_half:
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
-    with torch.autocast("cpu", enabled=False):
-        mixed = F.scaled_dot_product_attention(
-            query.float(), key.float(), value.float(), attn_mask=mask, scale=scale
-        )
-    return mixed.to(query.dtype)
+    scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    return scores.float().softmax(-1).to(query.dtype) @ value
