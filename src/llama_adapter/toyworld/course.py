@@ -30,9 +30,9 @@ class Course:
     joint: str = "disjoint"
     captions: bool = True
     instructions: bool = True
-    language_first: float = 0.15
+    language_first: float = 0.12
     """First share of the steps with instructions alone: captions then have something to talk to."""
-    vision_lr: float = 2e-3
+    vision_lr: float = 3e-3
     language_lr: float = 5e-3
     gate_lr: float = 2e-2
 

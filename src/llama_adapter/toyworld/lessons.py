@@ -46,7 +46,10 @@ def collate(
 class LessonPlan:
     """What the two kinds of lessons are made of."""
 
-    batch_size: int = 24
+    batch_size: int = 32
+    """Pictures with captions a step."""
+    instruction_batch_size: int = 16
+    """Instructions a step."""
     caption_weight: float = 4.0
     """How often the full caption is asked for, against 1 for every other way to describe."""
     distractor_share: float = 0.15
@@ -89,7 +92,7 @@ class Lessons:
     def instructions(self, step: int) -> dict[str, Tensor]:
         """Instructions with and without a passage, and talks; of similar length in a batch."""
         rng = random.Random(f"instructions/{self.seed}/{step}")
-        size, bands = self.plan.batch_size, 4
+        size, bands = self.plan.instruction_batch_size, 4
         drawn = [self._instruction(rng) for _ in range(size * bands)]
         drawn.sort(key=lambda c: len(c.context or "") + sum(len(m.text) for m in c.messages))
         band = rng.randrange(bands)
