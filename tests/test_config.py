@@ -43,7 +43,7 @@ def test_the_papers_setting_on_thirty_two_layers():
         ({"prompt_length": 2.0}, "prompt_length must be an integer of at least 0, got 2.0"),
         ({"prompt_layers": -2}, "prompt_layers must be an integer of at least 0, got -2"),
         ({"visual_layers": 0}, "visual_layers must be an integer of at least 1, got 0"),
-        ({"fusion": "erly"}, "fusion must be one of 'early', .* 'erly'; did you mean .early.
+        ({"fusion": "erly"}, "fusion must be one of 'early', .* 'erly'; did you mean 'early'"),
         ({"gate": 3}, "gate must be one of 'tanh', 'raw', got 3"),
         ({"train_norms": "yes"}, "train_norms must be true or false, got 'yes'"),
         ({"bias_targets": 3}, "bias_targets must be 'all', 'none' or names of linears, got 3"),
@@ -61,7 +61,9 @@ def test_impossible_values(settings, message):
 
 
 def test_unknown_names_come_with_a_suggestion():
-    with pytest.raises(ConfigError, match=r"unknown preset 'v2chat'; did you mean 'v2-chat'.*known"):
+    with pytest.raises(
+        ConfigError, match=r"unknown preset 'v2chat'; did you mean 'v2-chat'.*known"
+    ):
         AdapterConfig.preset("v2chat")
     with pytest.raises(ConfigError, match="'prompt_lenght'; did you mean 'prompt_length'"):
         AdapterConfig.preset("v1", prompt_lenght=3)

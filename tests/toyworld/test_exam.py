@@ -90,7 +90,9 @@ def test_lessons_depend_on_seed_and_step_alone(train_pool):
 def test_no_lesson_asks_about_a_picture(train_pool):
     """Caption lessons hold describe instructions only; instruction lessons hold no picture."""
     processor = toy_processor(V2)
-    lessons = Lessons(processor, train_pool, plan=LessonPlan(batch_size=16, instruction_batch_size=16), seed=0)
+    lessons = Lessons(
+        processor, train_pool, plan=LessonPlan(batch_size=16, instruction_batch_size=16), seed=0
+    )
     asked = {i for task in describe_tasks() for i in task.instructions}
     for step in range(5):
         batch = lessons.captions(step)
