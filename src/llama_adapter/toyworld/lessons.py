@@ -52,7 +52,7 @@ class LessonPlan:
     """Instructions a step."""
     caption_weight: float = 4.0
     """How often the full caption is asked for, against 1 for every other way to describe."""
-    distractor_share: float = 0.15
+    distractor_share: float = 0.25
     """Share of passages that follow another scene's passage: the last one counts."""
     talk_share: float = 0.1
     """Share of multi-turn talks among instructions."""
