@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -104,12 +105,13 @@ class MetaBase:
         """Write sharded safetensors into `out`, tensor by tensor, and the configuration."""
         by_name = {source.spec.name: source for source in self._sources}
         files = split_into_files([s.spec for s in self._sources], max_bytes=FILE_BYTES)
+        buffers = _Buffers()
         done = mapped = 0
         shards = self._open()
         for name, specs in zip(file_names(len(files)), files, strict=True):
             with SafetensorsWriter(out / name, specs) as writer:
                 for spec in specs:
-                    writer.write(self._convert_one(by_name[spec.name], shards))
+                    writer.write(*_pieces(by_name[spec.name], shards, buffers))
                     done += spec.num_bytes
                     mapped += spec.num_bytes
                     if mapped > MAPPED_BYTES:
@@ -122,18 +124,8 @@ class MetaBase:
     def read(self, name: str) -> Tensor:
         """One converted tensor by its name in the converted base."""
         source = next(s for s in self._sources if s.spec.name == name)
-        return self._convert_one(source, self._open()).clone()
-
-    def _convert_one(self, source: _Source, shards: list[dict[str, Tensor]]) -> Tensor:
-        pieces = [shard[source.name] for shard in shards]
-        if source.axis is None or len(pieces) == 1:
-            tensor = pieces[0]
-        else:
-            tensor = torch.cat(pieces, dim=source.axis)
-        if source.head_size:
-            heads = tensor.view(-1, source.head_size // 2, 2, tensor.shape[-1])
-            tensor = heads.transpose(1, 2).reshape(tensor.shape)
-        return tensor
+        pieces = _pieces(source, self._open(), _Buffers())
+        return torch.cat(pieces).view(source.spec.shape)
 
     def _open(self) -> list[dict[str, Tensor]]:
         contents = [read_torch_file(path, mmap=True) for path in self.shards]
@@ -241,6 +233,40 @@ class MetaBase:
             )
         spec = TensorSpec(name=hf_name, shape=shape, dtype=dtype)
         return _Source(spec=spec, name=name, axis=axis, head_size=head_size)
+
+
+class _Buffers:
+    """Memory that is used again and again: fresh memory costs more than the copy into it."""
+
+    def __init__(self) -> None:
+        self._memory: dict[tuple[str, torch.dtype], Tensor] = {}
+
+    def get(self, name: str, spec: TensorSpec) -> Tensor:
+        """A tensor of the announced shape, its numbers undefined."""
+        size = prod(spec.shape)
+        memory = self._memory.get((name, spec.dtype))
+        if memory is None or memory.numel() < size:
+            memory = self._memory[name, spec.dtype] = torch.empty(size, dtype=spec.dtype)
+        return memory[:size].view(spec.shape)
+
+
+def _pieces(source: _Source, shards: list[dict[str, Tensor]], buffers: _Buffers) -> list[Tensor]:
+    """The rows of one converted tensor, in one or more pieces."""
+    pieces = [shard[source.name] for shard in shards]
+    if source.axis is None:
+        return pieces[:1]
+    if source.axis == _ROWS and not source.head_size:
+        return pieces
+    joined = pieces[0]
+    if len(pieces) > 1:
+        joined = buffers.get("joined", source.spec)
+        torch.cat(pieces, dim=source.axis, out=joined)
+    if not source.head_size:
+        return [joined]
+    ordered = buffers.get("ordered", source.spec)
+    heads = joined.view(-1, source.head_size // 2, 2, joined.shape[-1]).transpose(1, 2)
+    ordered.view(heads.shape).copy_(heads)
+    return [ordered]
 
 
 def _read_params(path: Path) -> dict[str, Any]:
