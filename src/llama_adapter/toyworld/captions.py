@@ -94,9 +94,6 @@ _PASSAGE_STYLES: tuple[tuple[float, Callable[[Sequence[Thing]], str]], ...] = (
     (1, _places),
     (1, _each(lambda t: f"there is {noun_phrase(t)} in the {t.place}.")),
     (2, _each(lambda t: f"in the {t.place} is {noun_phrase(t)}.")),
-    (1, _each(lambda t: f"the {t.place} {t.shape} is {t.size} and {t.color}.")),
-    (1, _each(lambda t: f"the {t.color} {t.shape} in the {t.place} is {t.size}.")),
-    (1, _facts),
 )
 
 

@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from llama_adapter.toyworld.captions import passage
+from llama_adapter.toyworld.captions import describe_tasks, passage
 from llama_adapter.toyworld.pretraining_text import (
     EASY,
     LATE,
@@ -41,7 +41,7 @@ from llama_adapter.toyworld.pretraining_text import (
     Piece,
     sample_document,
 )
-from llama_adapter.toyworld.questions import QUESTION_TYPES, ask
+from llama_adapter.toyworld.questions import ONE_WORD_TYPES, QUESTION_TYPES, ask
 from llama_adapter.toyworld.scenes import Split, sample_scene
 from llama_adapter.toyworld.tokenizer import build_tokenizer
 from llama_adapter.toyworld.wiring import PretrainSettings, build_decoder
@@ -149,13 +149,15 @@ class DecoderPretraining:
         done = self.step_count / self.settings.steps
         if done < self.settings.easy_share:
             return EASY
-        repeats = max(0.4, 0.95 - (done - self.settings.easy_share) * 1.4)
-        return replace(LATE if done >= 0.25 else STANDARD, repeats=repeats)
+        repeats = max(0.4, 0.95 - (done - self.settings.easy_share) * 2.0)
+        return replace(LATE if done >= 0.175 else STANDARD, repeats=repeats)
 
     def _learning_rate_factor(self) -> float:
         s = self.settings
-        left = (s.steps - self.step_count) / s.steps
-        return min(1.0, (self.step_count + 1) / s.warmup_steps, left / s.decay_share)
+        done, (turn, low) = self.step_count / s.steps, s.turn
+        fall = 1 - (1 - low) * (done - s.easy_share) / (turn - s.easy_share)
+        fade = low * (1 - done) / (1 - turn)
+        return min(1.0, (self.step_count + 1) / s.warmup_steps, max(fall, fade))
 
     def step(self) -> float:
         """One optimizer step; the loss."""
@@ -219,6 +221,32 @@ class DecoderPretraining:
         self.model.set_attn_implementation(_ATTENTION)
 
 
+READING_TASKS = (*QUESTION_TYPES, "one_word", "describe")
+"""What reading is measured on: the question types, short answers and descriptions."""
+
+
+def _reading_document(
+    rng: random.Random, task: str, *, split: Split, repeats: float
+) -> list[Piece]:
+    """A passage, a question and its answer; the answer alone has weight."""
+    while True:
+        scene = sample_scene(rng, split=split)
+        if task == "describe":
+            describe = rng.choice(describe_tasks())
+            question, answer = rng.choice(describe.instructions), describe.write(scene, rng)
+            break
+        short = task == "one_word"
+        asked = ask(scene, rng, rng.choice(ONE_WORD_TYPES) if short else task, one_word=short)
+        if asked is not None:
+            question, answer = asked.question, asked.answer
+            break
+    text = f"{passage(scene, rng, repeats=repeats)} question: {question} answer:"
+    return [
+        Piece(text=text, weight=0.0, segment=0),
+        Piece(text=answer, weight=1.0, segment=0),
+    ]
+
+
 @torch.no_grad()
 def reading_accuracy(
     model: LlamaForCausalLM,
@@ -229,28 +257,18 @@ def reading_accuracy(
     split: Split = Split.TEST,
     repeats: float = 0.5,
 ) -> dict[str, float]:
-    """Share of questions about passages answered exactly (greedily), by question type."""
+    """Share of questions about passages answered exactly (greedily), by task."""
     rng = random.Random(f"reading/{seed}")
     accuracy = {}
-    for kind in QUESTION_TYPES:
-        documents: list[list[Piece]] = []
-        while len(documents) < count:
-            scene = sample_scene(rng, split=split)
-            asked = ask(scene, rng, kind)
-            if asked is None:
-                continue
-            text = f"{passage(scene, rng, repeats=repeats)} question: {asked.question} answer:"
-            documents.append(
-                [
-                    Piece(text=text, weight=0.0, segment=0),
-                    Piece(text=asked.answer, weight=1.0, segment=0),
-                ]
-            )
+    for task in READING_TASKS:
+        documents = [
+            _reading_document(rng, task, split=split, repeats=repeats) for _ in range(count)
+        ]
         batch = collate(documents, tokenizer)
         answers = batch.weights[:, 1:] == 1.0
         predicted = model(input_ids=batch.tokens[:, :-1], use_cache=False).logits.argmax(-1)
         right = ((predicted == batch.tokens[:, 1:]) | ~answers).all(1)
-        accuracy[kind] = right.float().mean().item()
+        accuracy[task] = right.float().mean().item()
     return accuracy
 
 

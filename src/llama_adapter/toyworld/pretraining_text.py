@@ -17,9 +17,13 @@ from llama_adapter.toyworld.captions import (
     relation_sentences,
     with_article,
 )
-from llama_adapter.toyworld.instructions import KNOWLEDGE, sample_question
+from llama_adapter.toyworld.instructions import (
+    KNOWLEDGE,
+    sample_question,
+    sample_training_scene,
+)
 from llama_adapter.toyworld.questions import QUESTION_TYPES
-from llama_adapter.toyworld.scenes import Scene, sample_scene
+from llama_adapter.toyworld.scenes import Scene
 
 CHANCE_WEIGHT = 0.03
 """Weight of text that cannot be foreseen: passages and questions."""
@@ -120,7 +124,7 @@ def sample_document(rng: random.Random, curriculum: Curriculum = STANDARD) -> li
     """One document, as pieces in order."""
     if rng.random() < 0.03:
         return _knowledge_document(rng)
-    scene = sample_scene(rng, sign_probability=curriculum.signs)
+    scene = sample_training_scene(rng, sign_probability=curriculum.signs)
     text = passage(scene, rng, repeats=curriculum.repeats, styles=curriculum.styles)
     pieces = [Piece(text=text, weight=CHANCE_WEIGHT, segment=0)]
     if rng.random() < curriculum.restated:

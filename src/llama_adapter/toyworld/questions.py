@@ -249,9 +249,11 @@ _QUESTIONS: dict[str, Callable[[Scene, random.Random], _Asked]] = {
 
 QUESTION_TYPES: tuple[str, ...] = tuple(_QUESTIONS)
 
-_ONE_WORD_TYPES = frozenset(
-    {"color", "shape", "size", "where", "where_color", "count", "exist", "compare", "relation"}
-)
+ONE_WORD_TYPES = (
+    "color", "shape", "size", "where", "where_color", "count", "exist", "compare", "relation",
+)  # fmt: skip
+"""Types that one word can answer."""
+
 ONE_WORD = "answer in one word."
 
 
@@ -268,7 +270,7 @@ def ask(
     wordings, answer = asked
     question = rng.choice(wordings)
     keywords = key_positions(question, answer)
-    if kind in _ONE_WORD_TYPES and rng.random() < one_word:
+    if kind in ONE_WORD_TYPES and rng.random() < one_word:
         question, answer = f"{question} {ONE_WORD}", f"{keywords[0].word}."
         keywords = key_positions(question, answer)
     return QuestionAnswer(kind=kind, question=question, answer=answer, keywords=keywords)

@@ -23,6 +23,7 @@ from llama_adapter.toyworld.instructions import (
     sample_instruction,
     sample_question,
     sample_talk,
+    sample_training_scene,
 )
 from llama_adapter.toyworld.pretraining_text import Curriculum, Piece, sample_document
 from llama_adapter.toyworld.questions import (
@@ -57,5 +58,6 @@ __all__ = [
     "sample_instruction",
     "sample_question",
     "sample_talk",
+    "sample_training_scene",
     "sign_sentence",
 ]

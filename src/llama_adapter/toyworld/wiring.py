@@ -25,7 +25,7 @@ from llama_adapter.toyworld.tokenizer import MAX_LENGTH
 class PretrainSettings:
     """Everything that decides the outcome of a run."""
 
-    steps: int = 1500
+    steps: int = 2000
     seed: int = 0
     documents: int = 16
     """Documents a step."""
@@ -39,11 +39,12 @@ class PretrainSettings:
     """Share of steps in which they do."""
     matrix_lr: float = 0.02
     other_lr: float = 3e-3
-    easy_share: float = 0.06
+    easy_share: float = 0.07
     """First part of the run, with easy documents."""
     warmup_steps: int = 30
-    decay_share: float = 0.9
-    """Last part of the run, in which learning rates fall linearly to zero."""
+    turn: tuple[float, float] = (0.45, 0.4)
+    """From the end of the easy part to this share of the run learning rates fall to this
+    share of their peaks, then more slowly to zero: what is learnt last needs the time."""
     bfloat16: bool = True
     """Matrix products in bfloat16 (attention stays in float32, where CPUs are faster)."""
 
@@ -110,7 +111,7 @@ def _look_up(
     The residual stream is parted: embeddings; one place for each head of the first layer,
     which writes there the word it looks back at; and a place for what is found. The h-th
     head of `layer` looks for tokens whose place h-1 holds the own word (head 0: the word
-    itself) and copies the word found there (head 0: the one before it); the next layer,
+    itself) and copies the word found there (head 0: the few before it); the next layer,
     which looks back, passes it on, and the output embeddings read it. Only slowly rotating
     pairs of dimensions take part in the search, so that distance hardly matters.
     """
@@ -133,7 +134,7 @@ def _look_up(
         first.o_proj.weight[:, rows] = 0.5 * places[head].T
         search.q_proj.weight[head * size + slow] = 1.3 * word
         search.k_proj.weight[head * size + slow] = places[head - 1] if head else word
-        search.v_proj.weight[rows] = word if head else places[0]
+        search.v_proj.weight[rows] = word if head else 0.6 * sum(places[:4])
         search.o_proj.weight[:, rows] = 0.7 * found.T
         pass_on.v_proj.weight[rows] = found
         pass_on.o_proj.weight[:, rows] = found.T
@@ -158,5 +159,5 @@ def build_decoder(
     heads = model.config.num_attention_heads
     _look_back(model, 0, range(1, heads + 1))
     _look_up(model, settings.gathering_layers, generator)
-    _look_back(model, settings.gathering_layers + 1, range(1, heads))
+    _look_back(model, settings.gathering_layers + 1, range(1, heads + 1))
     return model
