@@ -1,0 +1,53 @@
+"""The built-in model through the command line, as a new user meets it."""
+
+from __future__ import annotations
+
+import json
+import random
+
+import pytest
+
+from llama_adapter.toyworld.rendering import render
+from llama_adapter.toyworld.scenes import Scene, Thing
+
+
+@pytest.fixture
+def picture(tmp_path):
+    star = Thing(shape="star", color="red", size="large", place="center")
+    path = tmp_path / "scene.png"
+    render(Scene(things=(star,)), random.Random(5), size=256).save(path)
+    return path
+
+
+@pytest.mark.parametrize("prompt", ["What colour is the star?", "How many things are there?"])
+def test_an_answer_as_json(cli, picture, prompt):
+    done = cli("chat", "toy", "--image", picture, "--prompt", prompt, "--json")
+    assert done.status == 0, done.stderr
+    answer = json.loads(done.stdout)
+    assert set(answer) == {"answer", "tokens", "seconds", "contexts"}
+    assert answer["answer"]
+    assert answer["contexts"] == []
+
+
+def test_the_caption_expert_is_built_in(cli, picture):
+    done = cli(
+        "chat",
+        "toy",
+        "--image",
+        picture,
+        "--expert",
+        "caption",
+        "--prompt",
+        "Where is it?",
+        "--json",
+    )
+    assert done.status == 0, done.stderr
+    (report,) = json.loads(done.stdout)["contexts"]
+    assert report["expert"] == "caption"
+    assert report["text"]
+
+
+def test_info_knows_the_built_in_model(cli):
+    done = cli("info", "toy", "--json")
+    assert done.status == 0, done.stderr
+    assert json.loads(done.stdout)
