@@ -11,7 +11,12 @@ from llama_adapter.toyworld.ship import Shipment, ShipSettings, run
 
 def settings(steps=4):
     return ShipSettings(
-        name="v2", steps=steps, pictures=16, checkpoint_every=2, measure_every=10_000
+        name="v2",
+        steps=steps,
+        pictures=16,
+        checkpoint_every=2,
+        test_pictures=8,
+        questions=11,
     )
 
 

@@ -42,6 +42,8 @@ class ShipSettings:
     pictures: int = 12_000
     checkpoint_every: int = 200
     measure_every: int = 1000
+    test_pictures: int = 200
+    questions: int = 330
 
 
 class Shipment:
@@ -60,8 +62,8 @@ class Shipment:
             pool=self.pool,
             seed=settings.seed,
         )
-        test = self._pool(processor, 200, DEVELOPMENT_SEED, Split.TEST)
-        self.exam = Exam(test, count=330, seed=DEVELOPMENT_SEED)
+        test = self._pool(processor, settings.test_pictures, DEVELOPMENT_SEED, Split.TEST)
+        self.exam = Exam(test, count=settings.questions, seed=DEVELOPMENT_SEED)
 
     def _pool(self, processor: Any, count: int, seed: int, split: Split) -> PicturePool:
         adapter = COURSES[self.settings.name].adapter
