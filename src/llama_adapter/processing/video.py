@@ -35,6 +35,7 @@ VIDEO_SUFFIXES = frozenset(
 """What to look for on disk; reading goes by content."""
 
 _SLACK = 0.5  # seconds by which a last frame may be shown longer than it says
+_NEAR = 1.0  # seconds before a wanted moment from which every frame is decoded
 # Not videos but lists of other files, or text drawn as pictures.
 _REFUSED_FORMATS = frozenset(("hls", "dash", "concat", "concatf", "imf", "tty", "webvtt"))
 
@@ -188,9 +189,11 @@ class _Reader:
         self._shown: VideoFrame | None = None
         self._next: VideoFrame | None = None
         self._reach = 0.0  # farthest that decoding from a key frame had to go
+        self._wanted = 0.0
 
     def at(self, seconds: float) -> tuple[VideoFrame | None, bool]:
         """The frame on show at that time, and whether it stands in for one that is missing."""
+        self._wanted = seconds
         if self._next is None or seconds - self.time(self._next) > max(self._reach, 1.0):
             self._seek(seconds)
         while self._next is not None and self.time(self._next) <= seconds:
@@ -210,19 +213,28 @@ class _Reader:
                 self._container.seek(offset, stream=stream, backward=True)
         except self._av.error.FFmpegError:
             pass  # some formats cannot seek: decoding goes on from where it is
-        self._frames = iter(self._container.decode(stream))
+        self._frames = self._decoded()
         self._next = self._decode()
         if self._next is not None:
             self._reach = max(self._reach, seconds - self.time(self._next))
 
     def _decode(self) -> VideoFrame | None:
-        while True:
-            try:
-                return next(self._frames, None)
-            except self._av.error.InvalidDataError:
-                continue  # a damaged packet; the decoder picks up at a later one
-            except self._av.error.FFmpegError:
-                return None
+        return next(self._frames, None)
+
+    def _decoded(self) -> Iterator[VideoFrame]:
+        """Frames from here on; far from the wanted moment only those that others build on."""
+        stream, base = self._stream, float(self._stream.time_base or 0)
+        try:
+            for packet in self._container.demux(stream):
+                end = (packet.pts or 0) + (packet.duration or 0)
+                is_far = packet.pts is not None and end * base - self._start < self._wanted - _NEAR
+                stream.codec_context.skip_frame = "NONREF" if is_far else "DEFAULT"
+                try:
+                    yield from packet.decode()
+                except self._av.error.InvalidDataError:
+                    continue  # a damaged packet; the decoder picks up at a later one
+        except self._av.error.FFmpegError:
+            return
 
     def _end(self, frame: VideoFrame) -> float:
         base = float(self._stream.time_base or 0)
