@@ -5,8 +5,8 @@
     python -m benchmarks.import --gigabytes 8 --shards 4 --where /mnt/fast
 
 Every round runs in fresh processes, copy and conversion in turn, and ends when the bytes are on
-disk (fsync); the fastest round of each counts. Targets: at least half the speed of the copy; peak memory, mapped pages included, at
-most the largest shard and 2 GB.
+disk (fsync); the fastest round of each counts. Targets: at least half the speed of the copy; peak
+memory, mapped pages included, at most the largest shard and 2 GB.
 """
 
 from __future__ import annotations

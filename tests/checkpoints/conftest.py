@@ -266,7 +266,7 @@ def cli(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Finished]:
 
 SENTENCES = (
     "the quick brown fox jumps over lazy dogs Below is an instruction that describes task "
-    "Write response completes request Generate caption of this image"
+    "Write response completes request Generate caption of this image ### ###Human: ###Assistant:"
 )
 WORDS = SENTENCES.split()
 

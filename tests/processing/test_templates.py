@@ -208,5 +208,5 @@ def test_a_chat_template_that_refuses_or_loses_a_message_is_an_error(
 
 
 def test_an_unknown_template_is_refused(toy_tokenizer: Any) -> None:
-    with pytest.raises(ConfigError, match="must be one of alpaca, toy, chat, got 'vicuna'"):
+    with pytest.raises(ConfigError, match="must be one of alpaca, human-assistant, toy, chat, got"):
         PromptRenderer("vicuna", tokenizer=toy_tokenizer)

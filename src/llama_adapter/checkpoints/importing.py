@@ -31,8 +31,8 @@ from llama_adapter.model.visual_prompts import vision_feature_size
 EXTRAS_NAME = "released_extras.safetensors"
 """What a released file holds beyond the adapter, for writing it back bit for bit."""
 
-TEMPLATE = "alpaca"
-"""Prompt template of all released adapters but chat, whose dialogues use it turn by turn."""
+TEMPLATES = {Kind.V2_CHAT: "human-assistant"}
+"""Prompt templates of released adapters that are not Alpaca's."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -95,7 +95,7 @@ def import_released(
         _write_adapter(stage, released, entries, opened)
         described = _place_base(stage, opened, progress)
         _write_config(stage, config, described, tower)
-        _write_processor(stage, opened, tower, config, warnings)
+        _write_processor(stage, opened, tower, config, released.kind, warnings)
     used = {entry.official for entry in entries}
     return ImportReport(
         out=out,
@@ -241,7 +241,12 @@ def _write_config(
 
 
 def _write_processor(
-    stage: Path, base: Base, tower: _Vision | None, config: AdapterConfig, warnings: list[str]
+    stage: Path,
+    base: Base,
+    tower: _Vision | None,
+    config: AdapterConfig,
+    kind: Kind,
+    warnings: list[str],
 ) -> None:
     tokenizer = _tokenizer(stage, base)
     if tokenizer is None:
@@ -262,7 +267,10 @@ def _write_processor(
             size={"shortest_edge": side}, crop_size={"height": side, "width": side}
         )
     LlamaAdapterProcessor(
-        images, tokenizer, template=TEMPLATE, channel_order=config.channel_order
+        images,
+        tokenizer,
+        template=TEMPLATES.get(kind, "alpaca"),
+        channel_order=config.channel_order,
     ).save_pretrained(stage)
 
 

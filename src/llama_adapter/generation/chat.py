@@ -105,7 +105,11 @@ class ChatSession:
         streamer = TextIteratorStreamer(
             self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True
         )
-        worker = _Worker(self.model, {**inputs, **self.settings.as_keywords()}, streamer)
+        keywords = {**inputs, **self.settings.as_keywords()}
+        stops = self.processor.stop_strings
+        if stops:
+            keywords |= {"stop_strings": stops, "tokenizer": self.processor.tokenizer}
+        worker = _Worker(self.model, keywords, streamer)
         worker.start()
         pieces = []
         try:
@@ -117,6 +121,8 @@ class ChatSession:
             worker.join()
         tokens = worker.result()
         text = "".join(pieces).strip()
+        for stop in stops:
+            text = text.removesuffix(stop).strip()
         self.last_answer = Answer(
             text=text,
             tokens=int(tokens.shape[1] - inputs["input_ids"].shape[1]),

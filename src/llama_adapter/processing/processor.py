@@ -89,6 +89,11 @@ class LlamaAdapterProcessor(ProcessorMixin):
         return int(length) if length < _NO_LIMIT else None
 
     @property
+    def stop_strings(self) -> list[str]:
+        """What generation has to stop at, beside the tokenizer's eos_token."""
+        return self._renderer.stop_strings
+
+    @property
     def model_input_names(self) -> list[str]:
         return ["input_ids", "attention_mask", "pixel_values", "image_index", "visual_mask"]
 

@@ -78,6 +78,12 @@ class PromptRenderer:
         self._slot_text = slot_text
         self._specials = special_token_pattern(tokenizer)
 
+    @property
+    def stop_strings(self) -> list[str]:
+        """Text that ends an answer, where that is not the tokenizer's eos_token."""
+        end = getattr(self._template, "end", None)
+        return [] if end is None else [end]
+
     def render(
         self,
         conversation: Conversation,
@@ -160,6 +166,8 @@ class LineTemplate:
     system_without_context: str | None
     markers: re.Pattern[str]
     """What untrusted text must not contain."""
+    end: str | None = None
+    """What ends an answer, and generation with it; None: the tokenizer's eos_token."""
 
     def lay_out(
         self,
@@ -171,7 +179,7 @@ class LineTemplate:
         opens_answer: bool,
     ) -> tuple[list[Piece], tuple[re.Pattern[str], ...]]:
         """The pieces of the conversation, and the markers to keep out of untrusted ones."""
-        end = tokenizer.eos_token
+        end = self.end or tokenizer.eos_token
         if end is None:
             raise ConfigError(
                 "this template ends answers with the tokenizer's eos_token; it has none"
@@ -308,6 +316,11 @@ def turn_markers(literals: Sequence[str], specials: re.Pattern[str]) -> tuple[re
 _MARKS = re.compile(r"\w+:|[<\[{#|].+")
 _HEADINGS = re.compile(r"###(?=\W*(?:instruction|input|response)\b)", re.IGNORECASE)
 
+_HUMAN_ASSISTANT = (
+    "A chat between a curious human and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the human's questions."
+)
+
 TEMPLATES: dict[str, LineTemplate | ChatTemplate] = {
     # The wording of Stanford Alpaca, which released adapters were trained with.
     "alpaca": LineTemplate(
@@ -325,6 +338,18 @@ TEMPLATES: dict[str, LineTemplate | ChatTemplate] = {
             "Write a response that appropriately completes the request."
         ),
         markers=_HEADINGS,
+    ),
+    # FastChat's first one, which the released 65B chat weights were trained with.
+    "human-assistant": LineTemplate(
+        with_context="{system}###Human: {context}\n{question}",
+        without_context="{system}###Human: {question}",
+        later="Human: {question}",
+        respond="###Assistant:",
+        before_answer=" ",
+        system_with_context=_HUMAN_ASSISTANT,
+        system_without_context=_HUMAN_ASSISTANT,
+        markers=re.compile("###"),
+        end="###",
     ),
     # The miniature world's, in the words of its small vocabulary.
     "toy": LineTemplate(
