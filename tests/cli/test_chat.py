@@ -97,3 +97,19 @@ def test_an_image_is_refused_where_the_adapter_is_damaged(
     done = cli("chat", broken, "--prompt", "x")
     assert done.status == 2
     assert "adapter_model.safetensors is damaged" in done.stderr
+
+
+def test_a_video_is_one_picture_of_several_frames(
+    cli: Cli, adapter_dir: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("av")
+    clip = tmp_path / "clip.gif"
+    frames = [Image.new("RGB", (16, 16), (60 * i, 0, 0)) for i in range(4)]
+    frames[0].save(clip, save_all=True, append_images=frames[1:], duration=100)
+    asked = ("--prompt", "what?", "--max-new-tokens", "2", "--json")
+    done = cli("chat", adapter_dir, "--video", clip, "--frames", "3", *asked)
+    assert done.status == 0
+    assert set(json.loads(done.stdout)) == {"answer", "tokens", "seconds", "contexts"}
+    refused = cli("chat", adapter_dir, "--video", tmp_path / "gone.mp4", *asked)
+    assert (refused.status, refused.stdout) == (2, "")
+    assert "gone.mp4: cannot be opened" in refused.stderr

@@ -29,6 +29,11 @@ def chat(
             show_default=False,
         ),
     ] = None,
+    video: Annotated[
+        Path | None,
+        typer.Option(help="A video to look at.", metavar="FILE", show_default=False),
+    ] = None,
+    frames: Annotated[int, typer.Option(help="Frames to take from the video.")] = 8,
     expert: Annotated[
         list[str] | None,
         typer.Option(
@@ -68,6 +73,7 @@ def chat(
     Examples:
       llama-adapter chat toy --image scene.png --prompt "What colour is the star?"
       llama-adapter chat toy --image scene.png --expert caption
+      llama-adapter chat toy --video clip.mp4 --prompt "What happens?"
       llama-adapter chat runs/mine/final --prompt "Describe the picture." --image a.jpg --json
     """
     from llama_adapter.cli.output import json_only
@@ -76,7 +82,9 @@ def chat(
         raise typer.BadParameter("--json answers once and needs --prompt")
     if prompt is not None and not prompt.strip():
         raise PromptError("--prompt is empty")
-    images = [_checked(path) for path in image or ()]
+    images: list[Any] = [_checked(path) for path in image or ()]
+    if video is not None:
+        images.append(_frames_of(video, frames))
     with json_only(as_json) as emit:
         session = _open_session(
             model,
@@ -101,6 +109,13 @@ def _checked(path: Path) -> Path:
 
     load_image(path)
     return path
+
+
+def _frames_of(path: Path, count: int) -> Any:
+    """The video's frames, as one set of visual prompts."""
+    from llama_adapter.processing.video import load_video
+
+    return load_video(path, frames=count).as_image_ref()
 
 
 def _open_session(
@@ -142,7 +157,7 @@ def _as_json(answer: Answer) -> dict[str, Any]:
     }
 
 
-def _print_answer(session: ChatSession, question: str, images: list[Path]) -> None:
+def _print_answer(session: ChatSession, question: str, images: list[Any]) -> None:
     """Stream the answer to stdout; what experts reported stands on stderr."""
     for piece in session.stream(question, images=images):
         typer.echo(piece, nl=False)
@@ -152,7 +167,7 @@ def _print_answer(session: ChatSession, question: str, images: list[Path]) -> No
             typer.echo(f"[{report.expert}] {report.text}", err=True)
 
 
-def _converse(session: ChatSession, images: list[Path]) -> None:
+def _converse(session: ChatSession, images: list[Any]) -> None:
     """Questions from stdin until it ends or the user leaves."""
     if sys.stdin.isatty():
         typer.echo(_HELP, err=True)

@@ -142,7 +142,8 @@ class ChatSession:
         loaded = [_load(image) for image in images]
         reports = self._reports
         if loaded:
-            reports += tuple(expert.consult(loaded, question) for expert in self.experts)
+            stills = [_still(picture) for picture in loaded]
+            reports += tuple(expert.consult(stills, question) for expert in self.experts)
         texts = [report.text for report in reports] + [self._given_context or ""]
         context = "\n".join(text for text in texts if text) or None
         if self.conversation is None:
@@ -184,6 +185,14 @@ class _Worker(threading.Thread):
         return self._tokens
 
 
-def _load(image: Any) -> Image.Image:
+def _load(image: Any) -> Image.Image | ImageRef:
     ref = ImageRef.of(image)
-    return load_image(ref.source, name=ref.name)
+    # the frames of a video, decoded already
+    return ref if isinstance(ref.source, tuple) else load_image(ref.source, name=ref.name)
+
+
+def _still(picture: Image.Image | ImageRef) -> Image.Image:
+    """What an expert sees: a picture, or the middle frame of a video."""
+    if isinstance(picture, Image.Image):
+        return picture
+    return load_image(picture.source[len(picture.source) // 2], name=picture.name)
