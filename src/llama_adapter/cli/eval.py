@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from llama_adapter.evaluation.answering import Answerer
     from llama_adapter.evaluation.running import RunReport
-    from llama_adapter.evaluation.tasks.base import Task
+    from llama_adapter.evaluation.tasks.base import Inputs, Task
 
 SCORE_FILE = "score.json"
 
@@ -116,6 +116,8 @@ def eval_(
         prompts=judge_prompts,
         concurrency=judge_concurrency,
     )
+    # what is wrong in the options is said before a model is loaded
+    selection = Selection(limit=limit, shard=parse_shard(shard) if shard else None)
     settings = {
         "seed": seed,
         "frames": frames,
@@ -131,11 +133,11 @@ def eval_(
         else:
             folder = _answer(
                 found,
-                _answerer(model, endpoint=endpoint, device=device),
                 Inputs(data=_needed(data), baseline=baseline, split=split),
+                lambda: _answerer(model, endpoint=endpoint, device=device),
                 out=out,
                 media=media,
-                selection=Selection(limit=limit, shard=parse_shard(shard) if shard else None),
+                selection=selection,
                 settings=settings,
             ).folder
         _judge(found, folder, chosen)
@@ -167,12 +169,18 @@ def _answerer(model: str | None, *, endpoint: str | None, device: str | None) ->
 
 
 def _answer(
-    task: Task, answerer: Answerer, inputs: Any, *, settings: dict[str, Any], **options: Any
+    task: Task,
+    inputs: Inputs,
+    make_answerer: Callable[[], Answerer],
+    *,
+    settings: dict[str, Any],
+    **options: Any,
 ) -> RunReport:
     from llama_adapter.cli.progress import stages
     from llama_adapter.evaluation.running import run
 
     out = options.pop("out")
+    answerer = make_answerer()
     changed = {name: value for name, value in settings.items() if value is not None}
     with stages() as stage:
         advance: Callable[[int], None] | None = None

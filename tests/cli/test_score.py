@@ -1,0 +1,105 @@
+"""`score`, `eval` and `report` as programs: output, exit status, messages."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+Cli = Callable[..., Any]
+
+
+@pytest.fixture
+def predictions(tmp_path: Path) -> Path:
+    path = tmp_path / "results.json"
+    entry = {"question": "what?", "answer": "dog", "pred": "a dog"}
+    path.write_text(json.dumps({str(i): [{"pred": "yes", "score": 4}, entry] for i in range(3)}))
+    return path
+
+
+def test_score_json_is_one_object_with_the_published_names(cli: Cli, predictions: Path) -> None:
+    done = cli("score", "msvd-qa", "--predictions", predictions, "--json")
+    assert done.status == 0
+    found = json.loads(done.stdout)
+    assert (found["task"], found["n"], found["unanswered"], found["unparsed"]) == (
+        "msvd-qa",
+        3,
+        0,
+        0,
+    )
+    assert found["metrics"]["accuracy"] == 100
+    assert found["intervals"]["accuracy"] == [100, 100]
+
+
+def test_score_for_people(cli: Cli, predictions: Path) -> None:
+    done = cli("score", "msvd-qa", "--predictions", predictions)
+    assert "accuracy" in done.stdout
+    assert "95% [100.00, 100.00]" in done.stdout
+
+
+def test_bad_input_is_one_line_and_status_2(cli: Cli, predictions: Path, tmp_path: Path) -> None:
+    for arguments, message in (
+        (("msvd-qa", "--predictions", tmp_path / "gone"), "no such predictions"),
+        (("msvd", "--predictions", predictions), "task must be one of"),
+        (("mme", "--predictions", predictions), "expected a folder with MME's 14 result files"),
+        (("scienceqa", "--predictions", predictions), "needs the right answers; give --data"),
+    ):
+        done = cli("score", *arguments, "--json")
+        assert (done.status, done.stdout) == (2, "")
+        assert message in done.stderr
+        assert done.stderr.count("\n") == 1
+
+
+def test_score_needs_neither_torch_nor_a_network() -> None:
+    code = (
+        "import sys, llama_adapter.evaluation.score\n"
+        "print([m for m in ('torch', 'transformers', 'openai', 'av') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_eval_with_words_for_a_judge_and_a_report(
+    cli: Cli, adapter_dir: Path, tmp_path: Path
+) -> None:
+    Image.new("RGB", (16, 16)).save(tmp_path / "a.png")
+    data = tmp_path / "questions.jsonl"
+    data.write_text('{"image": "a.png", "question": "what is it?", "answer": "a star"}\n')
+    common = ("eval", "vqa", "--data", data, "--model", adapter_dir, "--max-new-tokens", 2)
+    out = tmp_path / "out"
+    done = cli(*common, "--out", out, "--judge", "exact-match", "--json")
+    assert done.status == 0, done.stderr
+    assert set(json.loads(done.stdout)["metrics"]) == {
+        "exact-match:accuracy",
+        "exact-match:accuracy_missing_as_wrong",
+    }
+    assert {path.name for path in out.iterdir()} == {
+        "manifest.json",
+        "predictions.jsonl",
+        "judgements.jsonl",
+        "score.json",
+    }
+    assert "exact-match:accuracy" in cli("report", out).stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--judge-url", "http://x"), "a judge is named with --judge-model"),
+        (("--judge", "gpt"), "--judge must be one of"),
+        (("--shard", "3/2"), "shard must be i/n"),
+        ((), "--model is needed"),
+    ],
+)
+def test_eval_refuses(cli: Cli, tmp_path: Path, options: tuple[str, ...], message: str) -> None:
+    data = tmp_path / "questions.jsonl"
+    data.write_text('{"question": "what?", "answer": "x"}\n')
+    done = cli("eval", "vqa", "--data", data, "--out", tmp_path / "out", *options)
+    assert done.status == 2
+    assert message in done.stderr
