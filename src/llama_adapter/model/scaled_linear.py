@@ -7,10 +7,11 @@ quantised linears work too and taking the adapter off gives the base back exactl
 from __future__ import annotations
 
 import copy
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from llama_adapter.errors import UnsupportedModelError
@@ -86,8 +87,9 @@ class ScaledLinear(AdapterModule):
             return y if self.bias_shift is None else (y + self.bias_shift).to(y.dtype)
         if self.bias_shift is None:
             return (y * scale).to(y.dtype)
-        # one fused pass over the activations
-        return torch.addcmul(scale * self.bias_shift, scale, y).to(y.dtype)
+        if y.requires_grad and torch.is_floating_point(y) and not torch.compiler.is_compiling():
+            return cast(Tensor, _ScaleAndShift.apply(y, scale, self.bias_shift))
+        return _scaled_and_shifted(y, scale, self.bias_shift)
 
     @torch.no_grad()
     def folded(self) -> FoldedLinear | None:
@@ -120,6 +122,42 @@ class ScaledLinear(AdapterModule):
         parts = [f"{self.in_features} -> {self.out_features}"]
         parts += [n for n in ("bias_shift", "scale", "lora_up") if getattr(self, n) is not None]
         return ", ".join(parts)
+
+
+def _scaled_and_shifted(y: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    # one fused pass over the activations
+    return torch.addcmul(scale * shift, scale, y).to(y.dtype)
+
+
+class _ScaleAndShift(torch.autograd.Function):
+    """`s ⊙ (y + b)` that keeps its output for the backward pass, not `y`.
+
+    What follows a linear mostly keeps that output too, so it costs no memory; and
+    `y + b = out / s` gives the gradient of the scale. A scale of exactly 0 gets none.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        out = _scaled_and_shifted(y, scale, shift)
+        ctx.save_for_backward(out, scale)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        out, scale = ctx.saved_tensors
+        rows = tuple(range(grad.ndim - 1))
+        grad_y = grad_scale = grad_shift = None
+        product = torch.empty_like(out)  # one buffer for two products
+        if ctx.needs_input_grad[1]:
+            torch.mul(grad, out, out=product)
+            by_scale = product.sum(rows, dtype=scale.dtype) / scale
+            grad_scale = torch.where(scale == 0, 0.0, by_scale)
+        if ctx.needs_input_grad[2]:
+            grad_shift = scale * grad.sum(rows, dtype=scale.dtype)
+        if ctx.needs_input_grad[0]:
+            grad_y = torch.mul(grad, scale, out=product)
+        return grad_y, grad_scale, grad_shift
 
 
 class FoldedLinear(nn.Linear):
