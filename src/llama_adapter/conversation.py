@@ -217,10 +217,13 @@ def _read_message(message: Mapping[str, Any]) -> Message:
                 images.append(ImageRef.of(url))
             case {"type": "image"}:
                 images.append(_read_image_part(part))
+            case {"type": "video", "video": (str() | Path()) as path}:
+                # a video is an image of several frames; whoever reads it tells by its name
+                images.append(ImageRef.of(path))
             case _:
                 kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
                 raise PromptError(
-                    f"message part must be of type text, image or image_url, got {kind!r}"
+                    f"message part must be of type text, image, image_url or video, got {kind!r}"
                 )
     return Message(role=role, text="\n".join(texts), images=tuple(images))
 

@@ -9,6 +9,7 @@ import tracemalloc
 from collections.abc import Callable, Iterator
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -129,6 +130,20 @@ def test_frames_are_one_image_of_a_conversation(tmp_path: Path) -> None:
     ref = load_video(encode(tmp_path / "a.mp4"), frames=3).as_image_ref()
     assert len(ref.source) == 3
     assert ref.name.endswith("a.mp4")
+
+
+def test_the_processor_takes_videos(
+    tmp_path: Path, toy_tokenizer: Any, image_processor: Any
+) -> None:
+    from llama_adapter import LlamaAdapterProcessor
+
+    path = encode(tmp_path / "a.mp4")
+    processor = LlamaAdapterProcessor(image_processor, toy_tokenizer, template="toy")
+    part = {"type": "video", "video": str(path)}
+    message = {"role": "user", "content": [part, {"type": "text", "text": "what happens?"}]}
+    assert processor([[message]])["pixel_values"].shape == (1, 8, 3, 8, 8)
+    three = load_video(path, frames=3).as_image_ref()
+    assert processor("what happens?", images=[three])["pixel_values"].shape == (1, 3, 3, 8, 8)
 
 
 # Damaged and odd files.

@@ -11,6 +11,7 @@ from llama_adapter.conversation import Conversation, ImageRef
 from llama_adapter.errors import PromptError
 from llama_adapter.processing.images import load_image
 from llama_adapter.processing.templates import Rendered
+from llama_adapter.processing.video import is_video, load_video
 
 Prompt = Conversation | Rendered | str | Sequence[Mapping[str, Any]]
 """A conversation, a prompt of `apply_chat_template`, a question, or Hugging Face messages."""
@@ -74,4 +75,6 @@ def frames_of(ref: ImageRef) -> list[Image.Image]:
     """The image, or the frames of a video, as RGB."""
     if isinstance(ref.source, tuple):
         return [load_image(f, name=f"{ref.name}, frame {i}") for i, f in enumerate(ref.source)]
+    if is_video(ref.source):
+        return list(load_video(ref.source, name=ref.name).frames)
     return [load_image(ref)]

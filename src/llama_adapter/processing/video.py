@@ -98,6 +98,11 @@ def load_video(
         raise VideoError(f"{label}: cannot be read as a video ({error})") from error
 
 
+def is_video(source: object) -> bool:
+    """Whether a path is a video's by its name; a GIF in a picture's place is a picture."""
+    return isinstance(source, Path) and source.suffix.lower() in VIDEO_SUFFIXES - {".gif"}
+
+
 def import_av() -> Any:
     """PyAV, or a message that says how to get it."""
     try:
