@@ -87,7 +87,7 @@ class ScaledLinear(AdapterModule):
             return y if self.bias_shift is None else (y + self.bias_shift).to(y.dtype)
         if self.bias_shift is None:
             return (y * scale).to(y.dtype)
-        if y.requires_grad and torch.is_floating_point(y) and not torch.compiler.is_compiling():
+        if y.requires_grad and scale.requires_grad and not torch.compiler.is_compiling():
             return cast(Tensor, _ScaleAndShift.apply(y, scale, self.bias_shift))
         return _scaled_and_shifted(y, scale, self.bias_shift)
 
