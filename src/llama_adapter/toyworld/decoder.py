@@ -23,7 +23,8 @@ import random
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +34,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from llama_adapter.toyworld.captions import describe_tasks, passage
-from llama_adapter.toyworld.pretraining_text import (
-    EASY,
-    LATE,
-    STANDARD,
-    Curriculum,
-    Piece,
-    sample_document,
-)
+from llama_adapter.toyworld.pretraining_text import Piece, course, sample_document
 from llama_adapter.toyworld.questions import ONE_WORD_TYPES, QUESTION_TYPES, ask
 from llama_adapter.toyworld.scenes import Split, sample_scene
 from llama_adapter.toyworld.tokenizer import build_tokenizer
@@ -145,26 +139,22 @@ class DecoderPretraining:
             torch.optim.AdamW(others, lr=settings.other_lr, betas=(0.9, 0.98), weight_decay=0.0),
         )
 
-    def _curriculum(self) -> Curriculum:
-        done = self.step_count / self.settings.steps
-        if done < self.settings.easy_share:
-            return EASY
-        repeats = max(0.4, 0.95 - (done - self.settings.easy_share) * 2.0)
-        return replace(LATE if done >= 0.175 else STANDARD, repeats=repeats)
-
     def _learning_rate_factor(self) -> float:
-        s = self.settings
-        done, (turn, low) = self.step_count / s.steps, s.turn
-        fall = 1 - (1 - low) * (done - s.easy_share) / (turn - s.easy_share)
-        fade = low * (1 - done) / (1 - turn)
-        return min(1.0, (self.step_count + 1) / s.warmup_steps, max(fall, fade))
+        done = self.step_count / self.settings.steps
+        points = ((0.0, 1.0), *self.settings.rates)
+        rate = next(
+            low + (high - low) * (done - start) / (end - start)
+            for (start, low), (end, high) in pairwise(points)
+            if done <= end
+        )
+        return min(rate, (self.step_count + 1) / self.settings.warmup_steps)
 
     def step(self) -> float:
         """One optimizer step; the loss."""
         started = time.perf_counter()
         s = self.settings
         rng = random.Random(f"{s.seed}/{self.step_count}")
-        curriculum = self._curriculum()
+        curriculum = course(self.step_count / s.steps)
         batch = collate(
             [sample_document(rng, curriculum) for _ in range(s.documents)], self.tokenizer
         )

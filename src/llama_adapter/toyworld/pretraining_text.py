@@ -8,7 +8,7 @@ in the loss: what follows from the text before counts, what is drawn at random h
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from llama_adapter.toyworld.captions import (
     count_sentence,
@@ -79,7 +79,31 @@ EASY = Curriculum(
 STANDARD = Curriculum()
 
 LATE = Curriculum(kinds=(*QUESTION_TYPES, "sign", "exist", "compare"), signs=0.6)
+"""More of what is learnt late."""
+
+LAST = Curriculum(
+    kinds=("color", "shape", "size", "sign", "compare", "count", "colors")
+    + ("where", "where_color", "at", "exist", "relation") * 2,
+    describing=0.3,
+)
 """More of what is learnt last."""
+
+
+HARDEST = Curriculum(
+    kinds=("color", "shape", "size", "sign", "compare", "count", "colors", "where", "where_color")
+    + ("at",) * 4
+    + ("relation",) * 3
+    + ("exist",) * 2,
+    describing=0.35,
+    one_word=0.2,
+)
+
+
+def course(done: float) -> Curriculum:
+    """What to read after a share of the run: the longer, the less is said twice."""
+    stages = ((0.66, HARDEST), (0.56, LAST), (0.14, LATE), (0.056, STANDARD), (0.0, EASY))
+    stage = next(stage for start, stage in stages if done >= start)
+    return stage if stage is EASY else replace(stage, repeats=max(0.4, 0.95 - (done - 0.056) * 2.5))
 
 
 def _fact(scene: Scene, rng: random.Random) -> str:

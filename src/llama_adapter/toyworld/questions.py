@@ -12,7 +12,6 @@ from llama_adapter.toyworld.captions import (
     RELATIONS,
     colors_sentence,
     count_sentence,
-    noun_phrase,
     with_article,
 )
 from llama_adapter.toyworld.scenes import (
@@ -142,7 +141,7 @@ def _at(scene: Scene, rng: random.Random) -> _Asked:
         f"what is in the {t.place}?",
         f"which thing is in the {t.place}?",
         f"tell me what is in the {t.place}.",
-    ), f"{noun_phrase(t)} is in the {t.place}."
+    ), f"a {t.shape} is in the {t.place}."
 
 
 def _count(scene: Scene, rng: random.Random) -> _Asked:  # noqa: ARG001
@@ -254,7 +253,7 @@ ONE_WORD_TYPES = (
 )  # fmt: skip
 """Types that one word can answer."""
 
-ONE_WORD = "answer in one word."
+ONE_WORD = "in one word,"
 
 
 def ask(
@@ -271,6 +270,7 @@ def ask(
     question = rng.choice(wordings)
     keywords = key_positions(question, answer)
     if kind in ONE_WORD_TYPES and rng.random() < one_word:
-        question, answer = f"{question} {ONE_WORD}", f"{keywords[0].word}."
+        answer = f"{keywords[0].word}."
         keywords = key_positions(question, answer)
+        question = f"{ONE_WORD} {question}"
     return QuestionAnswer(kind=kind, question=question, answer=answer, keywords=keywords)

@@ -25,7 +25,7 @@ from llama_adapter.toyworld.tokenizer import MAX_LENGTH
 class PretrainSettings:
     """Everything that decides the outcome of a run."""
 
-    steps: int = 2000
+    steps: int = 2500
     seed: int = 0
     documents: int = 16
     """Documents a step."""
@@ -39,12 +39,16 @@ class PretrainSettings:
     """Share of steps in which they do."""
     matrix_lr: float = 0.02
     other_lr: float = 3e-3
-    easy_share: float = 0.07
-    """First part of the run, with easy documents."""
     warmup_steps: int = 30
-    turn: tuple[float, float] = (0.45, 0.4)
-    """From the end of the easy part to this share of the run learning rates fall to this
-    share of their peaks, then more slowly to zero: what is learnt last needs the time."""
+    rates: tuple[tuple[float, float], ...] = (
+        (0.056, 1.0),
+        (0.36, 0.4),
+        (0.66, 0.13),
+        (0.668, 0.3),
+        (1.0, 0.0),
+    )
+    """Learning rates as shares of their peaks, at shares of the run, straight in between; the
+    second rise goes with the last stage of the course."""
     bfloat16: bool = True
     """Matrix products in bfloat16 (attention stays in float32, where CPUs are faster)."""
 
