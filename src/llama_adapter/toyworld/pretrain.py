@@ -20,7 +20,8 @@ from llama_adapter.toyworld.decoder import pretrain_decoder
 from llama_adapter.toyworld.vision_tower import VisionTraining, pretrain_vision
 from llama_adapter.toyworld.wiring import PretrainSettings
 
-VISION_STEPS = 2200
+VISION_STEPS = 2600
+VISION_FAIR_FROM = 1250
 """As in the shipped tower."""
 
 
@@ -30,7 +31,7 @@ def pretrain_bases(
     """Pretrain the vision tower, then the decoder; neither ever sees the other's data."""
     pretrain_vision(
         out / "vision",
-        training=VisionTraining(steps=VISION_STEPS, seed=seed),
+        training=VisionTraining(steps=VISION_STEPS, fair_from=VISION_FAIR_FROM, seed=seed),
         resume=resume,
         report=report,
     )
