@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -211,3 +212,26 @@ def test_bad_usage(
     assert done.status == 2
     assert says in done.stderr
     assert "is no adapter directory" in cli("export", tmp_path, "--out", tmp_path / "out").stderr
+
+
+@pytest.mark.parametrize("how", ["merged", "released"])
+def test_overwriting_spares_the_base_and_other_programs_models(
+    how: str, world: Any, cli: Callable[..., Any], tmp_path: Path
+) -> None:
+    bring_in(world, "v2-chat", tmp_path / "first")
+    base = (tmp_path / "first" / "base").rename(tmp_path / "models")
+    import_released(world.root / "v2-chat.pth", base=base, out=tmp_path / "chat")
+    before = sorted(path.name for path in base.iterdir())
+    call = ("export", tmp_path / "chat", "--format", how, "--overwrite", "--out")
+    done = cli(*call, base)
+    assert done.status == 2
+    assert f"{base} lies inside the output directory" in done.stderr
+    other = tmp_path / "other"
+    shutil.copytree(base, other)
+    done = cli(*call, other)
+    assert done.status == 2
+    assert "it is not overwritten" in done.stderr
+    for directory in (base, other):
+        assert sorted(path.name for path in directory.iterdir()) == before
+    for _ in range(2):
+        assert cli(*call, tmp_path / "out").status == 0

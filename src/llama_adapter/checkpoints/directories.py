@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -10,11 +11,28 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from llama_adapter.errors import CheckpointError
+from llama_adapter.model.references import resolve_reference
 
-_OURS = ("adapter_config.json", "config.json", "adapter.pth", "model.safetensors.index.json")
+EXPORT_MARKER = "llama_adapter_export.json"
+"""What every export leaves beside its files: other programs' models look the same without it."""
+
+_OURS = ("adapter_config.json", EXPORT_MARKER)
 """Files that mark a directory as something we wrote and may replace."""
+
+
+def mark_export(directory: Path, *, kind: str) -> None:
+    """Mark a directory as an export, which a later one may replace."""
+    (directory / EXPORT_MARKER).write_text(json.dumps({"format": kind}) + "\n")
+
+
+def adapter_sources(directory: Path, *described: dict[str, Any] | None) -> tuple[Path, ...]:
+    """An adapter directory, and what its descriptions of base and tower refer to on disk."""
+    names = [str((content or {}).get("name_or_path") or "") for content in described]
+    paths = [Path(resolve_reference(name, directory=directory)) for name in names if name]
+    return (directory, *(path for path in paths if path.exists()))
 
 
 @contextmanager
@@ -25,7 +43,7 @@ def staged_directory(
 
     After an error, an interrupt or a termination signal nothing is left; what a killed run left
     is removed by the next one. `sources` are inputs, which must not lie inside `out`.
-    Raises CheckpointError if `out` exists, unless `overwrite` and it is a model directory.
+    Raises CheckpointError if `out` exists, unless `overwrite` and we wrote what is there.
     """
     out = out.expanduser().absolute()
     _check_target(out, overwrite=overwrite, sources=sources)
@@ -58,7 +76,8 @@ def _check_target(out: Path, *, overwrite: bool, sources: tuple[Path, ...]) -> N
         raise CheckpointError(f"{out} exists; expected a new directory (--overwrite replaces it)")
     if any(out.iterdir()) and not any((out / name).exists() for name in _OURS):
         raise CheckpointError(
-            f"{out} holds {len(list(out.iterdir()))} entries but no model; it is not overwritten"
+            f"{out} holds {len(list(out.iterdir()))} entries but no model that was "
+            "imported or exported here; it is not overwritten"
         )
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from llama_adapter.checkpoints.bases import REFERENCE, describe_stored
-from llama_adapter.checkpoints.directories import staged_directory
+from llama_adapter.checkpoints.directories import adapter_sources, mark_export, staged_directory
 from llama_adapter.checkpoints.importing import EXTRAS_NAME
 from llama_adapter.config import AdapterConfig
 from llama_adapter.errors import CheckpointError, UnsupportedModelError
@@ -68,7 +68,8 @@ def export_merged(
             "into weights (--partial folds the linears and norms and keeps the rest as a smaller "
             "adapter)"
         )
-    with staged_directory(out, overwrite=overwrite, sources=(directory,)) as stage:
+    sources = adapter_sources(directory, content.base, content.vision)
+    with staged_directory(out, overwrite=overwrite, sources=sources) as stage:
         model = LlamaAdapterForConditionalGeneration.from_pretrained(str(directory))
         rest = _remaining_state(model)
         folded, biases = _fold_into_base(model)
@@ -85,6 +86,7 @@ def export_merged(
         model.language_model.save_pretrained(target)
         source = Path(resolve_reference(content.base["name_or_path"], directory=directory))
         _copy_tokenizer(source, target)
+        mark_export(stage, kind="merged")
         if kept:
             _write_rest(stage, directory, content, model.adapter_config, {**rest, **biases})
     return MergeReport(out=out, folded=folded, kept=tuple(kept))

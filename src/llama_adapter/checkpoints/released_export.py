@@ -11,7 +11,7 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig
 
-from llama_adapter.checkpoints.directories import staged_directory
+from llama_adapter.checkpoints.directories import adapter_sources, mark_export, staged_directory
 from llama_adapter.checkpoints.importing import EXTRAS_NAME
 from llama_adapter.checkpoints.layout import BaseShape, layout
 from llama_adapter.checkpoints.released import Kind
@@ -46,7 +46,9 @@ def export_released(directory: Path, *, out: Path, overwrite: bool = False) -> P
     wrapped: dict[str, Any] = {"model": official} if is_wrapped else dict(official)
     if file_config is not None:
         wrapped["config"] = file_config
-    with staged_directory(out, overwrite=overwrite, sources=(directory,)) as stage:
+    sources = adapter_sources(directory, content["base"], content.get("vision"))
+    with staged_directory(out, overwrite=overwrite, sources=sources) as stage:
+        mark_export(stage, kind="released")
         torch.save(wrapped, stage / RELEASED_NAME)
     return out / RELEASED_NAME
 
