@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import pickle
+import warnings
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+
+from llama_adapter.checkpoints.torch_files import read_torch_file, read_torchscript
+from llama_adapter.errors import CheckpointError
 
 Cli = Callable[..., Any]
 HEADS = ("--visual-heads", 4, "--prompt-length", 3)
@@ -171,6 +176,45 @@ def test_wrong_shape(kind: str, name: str, world: Any, bring_in: Any) -> None:
     assert f"expected {expected}" in message
 
 
+@pytest.mark.parametrize(
+    ("kind", "name", "shape"),
+    [
+        ("v1-text", "adapter_query.weight", []),
+        ("v2-multimodal-bias", "visual_query.weight", [32]),
+        ("v2-multimodal-bias", "visual_query.weight", [0, 32]),
+        ("v2-multimodal-lora-bias", "llama.layers.0.attention.lora_wq_l1.weight", []),
+    ],
+)
+def test_no_matrix(kind: str, name: str, shape: list[int], world: Any, bring_in: Any) -> None:
+    path = spoilt(world, kind, lambda tensors: tensors.update({name: torch.zeros(shape)}))
+    message = bring_in(path)
+    assert f"{path}: tensor {name} has shape {shape}, expected [rows, width]" in message
+
+
+@pytest.mark.parametrize("reader", [read_torch_file, read_torchscript])
+def test_flipped_bytes(reader: Callable[[Path], Any], tmp_path: Path) -> None:
+    """The pickle of an archive with one byte changed: read all the same, or CheckpointError."""
+    torch.save({"a.b": torch.zeros(2), "c": torch.ones(1)}, tmp_path / "whole.pth")
+    with zipfile.ZipFile(tmp_path / "whole.pth") as archive:
+        contents = {name: archive.read(name) for name in archive.namelist()}
+    pickled = next(name for name in contents if name.endswith("/data.pkl"))
+    refusals = 0
+    for at in range(2, len(contents[pickled])):
+        damaged = bytearray(contents[pickled])
+        damaged[at] ^= 1 + at * 37 % 255
+        path = tmp_path / "damaged.pth"
+        with zipfile.ZipFile(path, "w") as archive:
+            for name, content in contents.items():
+                archive.writestr(name, bytes(damaged) if name == pickled else content)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns of what it makes of some of them
+            try:
+                reader(path)
+            except CheckpointError:
+                refusals += 1
+    assert refusals > 20
+
+
 def test_one_tensor_missing(world: Any, bring_in: Any) -> None:
     path = spoilt(world, "v2-chat", lambda t: t.pop("layers.2.attention.wo_bias"))
     assert "lacks tensor layers.2.attention.wo_bias of shape [48]; found 79" in bring_in(path)
@@ -249,6 +293,11 @@ def test_base_that_is_none(world: Any, bring_in: Any, tmp_path: Path) -> None:
         ("multiple_of", 100, "tensor layers.0.feed_forward.w1.weight has shape"),
         ("vocab_size", 200, "holds 113 tokens, params.json says 200"),
         ("n_heads", "six", "n_heads must be a positive integer, found 'six'"),
+        ("norm_eps", "x", "params.json: norm_eps must be a positive number, found 'x'"),
+        ("vocab_size", "many", "vocab_size must be a positive integer, found 'many'"),
+        ("multiple_of", 0, "multiple_of must be a positive integer, found 0"),
+        ("ffn_dim_multiplier", [1], "ffn_dim_multiplier must be a positive number, found [1]"),
+        ("rope_theta", -1, "rope_theta must be a positive number, found -1"),
     ],
 )
 def test_params_that_lie(key: str, value: Any, says: str, world: Any, bring_in: Any) -> None:
@@ -256,6 +305,15 @@ def test_params_that_lie(key: str, value: Any, says: str, world: Any, bring_in: 
     params = {**json.loads((base / "params.json").read_text()), key: value}
     (base / "params.json").write_text(json.dumps(params))
     assert says in bring_in(world.save_released("v2-chat"))
+
+
+def test_null_in_params_is_as_good_as_absent(world: Any, cli: Cli, tmp_path: Path) -> None:
+    base = world.base()
+    params = {**world.params(), "vocab_size": None, "norm_eps": None}
+    (base / "params.json").write_text(json.dumps(params))
+    path = world.save_released("v2-chat")
+    done = cli("import", path, "--base", base, "--out", tmp_path / "out")
+    assert done.status == 0, done.stderr
 
 
 def test_damaged_base(world: Any, bring_in: Any) -> None:

@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from math import prod
+from math import inf, prod
 from pathlib import Path
 from typing import Any
 
@@ -152,23 +152,23 @@ class MetaBase:
         embedding = shards[0][EMBEDDINGS]
         is_by_rows = embedding.shape[1] == dim
         vocab = sum(s[EMBEDDINGS].shape[0] for s in shards) if is_by_rows else embedding.shape[0]
-        stated = int(params.get("vocab_size", -1))
-        if stated not in (-1, vocab):
+        stated = params.get("vocab_size")
+        if stated not in (None, -1) and _integer(params, "vocab_size", path) != vocab:
             raise CheckpointError(
                 f"{self.shards[0]}: tensor {EMBEDDINGS} holds {vocab} tokens, "
                 f"{path.name} says {stated}"
             )
-        theta = float(params.get("rope_theta", 10000.0))
+        theta = _number(params, "rope_theta", path, default=10000.0)
         return LlamaConfig(
             architectures=["LlamaForCausalLM"],
             hidden_size=dim,
-            intermediate_size=_feed_forward_size(params, dim),
+            intermediate_size=_feed_forward_size(params, dim, path),
             num_hidden_layers=layers,
             num_attention_heads=heads,
             num_key_value_heads=kv_heads,
             vocab_size=vocab,
-            rms_norm_eps=float(params.get("norm_eps", 1e-5)),
-            rope_parameters=_rope(params, theta, dim),
+            rms_norm_eps=_number(params, "norm_eps", path, default=1e-5),
+            rope_parameters=_rope(params, theta, dim, path),
             max_position_embeddings=_context_length(params, theta),
             tie_word_embeddings=OUTPUT not in shards[0],
             # which token ends a text is the tokenizer's to say
@@ -290,6 +290,15 @@ def _integer(params: dict[str, Any], key: str, path: Path) -> int:
     return value
 
 
+def _number(params: dict[str, Any], key: str, path: Path, *, default: float) -> float:
+    """A positive number; null is as good as absent."""
+    value = default if params.get(key) is None else params[key]
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not 0 < value < inf:
+        raise CheckpointError(f"{path}: {key} must be a positive number, found {value!r}")
+    return float(value)
+
+
 def _shards(directory: Path) -> list[Path]:
     shards = sorted(directory.glob("consolidated.*.pth"))
     expected = [f"consolidated.{i:02d}.pth" for i in range(len(shards))]
@@ -320,23 +329,24 @@ def _layer_index(name: str) -> int:
     return int(match[1]) if match else -1
 
 
-def _feed_forward_size(params: dict[str, Any], dim: int) -> int:
+def _feed_forward_size(params: dict[str, Any], dim: int, path: Path) -> int:
     """Meta's rule: two thirds of four times the width, scaled, up to a multiple."""
     size = int(2 * (4 * dim) / 3)
-    if params.get("ffn_dim_multiplier") is not None:
-        size = int(float(params["ffn_dim_multiplier"]) * size)
-    multiple = int(params.get("multiple_of", 256))
+    size = int(_number(params, "ffn_dim_multiplier", path, default=1.0) * size)
+    has_multiple = params.get("multiple_of") is not None
+    multiple = _integer(params, "multiple_of", path) if has_multiple else 256
     return multiple * -(-size // multiple)
 
 
-def _rope(params: dict[str, Any], theta: float, dim: int) -> dict[str, Any]:
+def _rope(params: dict[str, Any], theta: float, dim: int, path: Path) -> dict[str, Any]:
     if not params.get("use_scaled_rope"):
         return {"rope_type": "default", "rope_theta": theta}
+    # LLaMA 3.2 (1B, 3B: up to 3072 wide) stretches further than 3.1; params.json does not say
+    factor = _number(params, "rope_scale_factor", path, default=32.0 if dim <= 3072 else 8.0)
     return {
         "rope_type": "llama3",
         "rope_theta": theta,
-        # LLaMA 3.2 (1B, 3B: up to 3072 wide) stretches further than 3.1; params.json does not say
-        "factor": float(params.get("rope_scale_factor", 32.0 if dim <= 3072 else 8.0)),
+        "factor": factor,
         "low_freq_factor": 1.0,
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": 8192,

@@ -64,6 +64,7 @@ def settings(
 
     Raises CheckpointError if the file was made for another depth or its shapes contradict it.
     """
+    _check_matrices(released)
     _check_depth(released, shape, base)
     _check_width(released, shape, base)
     warnings: list[str] = []
@@ -106,6 +107,21 @@ def _multimodal(
         values["lora_rank"] = _lora_rank(released)
         return AdapterConfig.preset("released-v2-lora-bias", **values)
     return AdapterConfig.preset("released-v2-bias", **values)
+
+
+def _check_matrices(released: Released) -> None:
+    """What sizes are read from has two axes and a row, or CheckpointError."""
+    for name, tensor in released.tensors.items():
+        is_read = name in (PROMPTS, QUERY) or name.endswith("lora_wq_l1.weight")
+        if is_read and (tensor.ndim != 2 or 0 in tensor.shape):
+            raise CheckpointError(
+                f"{released.path}: tensor {name} has shape {list(tensor.shape)}, "
+                "expected [rows, width]"
+            )
+        if name.endswith("attention_norm.weight") and tensor.ndim != 1:
+            raise CheckpointError(
+                f"{released.path}: tensor {name} has shape {list(tensor.shape)}, expected [width]"
+            )
 
 
 def _check_depth(released: Released, shape: BaseShape, base: str) -> None:

@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import pickle
 import re
+import struct
 import zipfile
+import zlib
 from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,6 +36,12 @@ _STORAGES = {
     "ByteStorage": torch.uint8,
 }
 
+_DAMAGE = (
+    RuntimeError, EOFError, OSError, ValueError, LookupError, AttributeError, TypeError,
+    AssertionError, ArithmeticError, struct.error, zlib.error,
+)  # fmt: skip
+"""What unpickling flipped bytes may end in: any step of it can meet any value."""
+
 
 def read_torch_file(path: Path, *, mmap: bool = False) -> Any:
     """The object in a file of `torch.save`: tensors in plain containers and nothing else.
@@ -54,7 +62,7 @@ def read_torch_file(path: Path, *, mmap: bool = False) -> Any:
                 f"{path} holds code ({code[1]}), not only tensors; it was not loaded"
             ) from error
         raise CheckpointError(_damaged(path, error)) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError) as error:
+    except _DAMAGE as error:
         if "PytorchStreamReader" in str(error) or zipfile.is_zipfile(path):
             raise CheckpointError(_damaged(path, error)) from error
         raise CheckpointError(
@@ -90,8 +98,11 @@ def is_torchscript(path: Path) -> bool:
     """Whether the file is an archive of `torch.jit.save`, as OpenAI publishes CLIP."""
     if not zipfile.is_zipfile(path):
         return False
-    with zipfile.ZipFile(path) as archive:
-        return any(name.endswith("/constants.pkl") for name in archive.namelist())
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.endswith("/constants.pkl") for name in archive.namelist())
+    except (zipfile.BadZipFile, *_DAMAGE) as error:
+        raise CheckpointError(_damaged(path, error)) from error
 
 
 def read_torchscript(path: Path) -> dict[str, Tensor]:
@@ -104,7 +115,7 @@ def read_torchscript(path: Path) -> dict[str, Tensor]:
             root = pickles[0].removesuffix("data.pkl")
             with archive.open(pickles[0]) as file:
                 module = _InertUnpickler(file, archive=archive, root=root, path=path).load()
-    except (zipfile.BadZipFile, pickle.UnpicklingError, EOFError, KeyError, RuntimeError) as error:
+    except (zipfile.BadZipFile, pickle.UnpicklingError, *_DAMAGE) as error:
         raise CheckpointError(_damaged(path, error)) from error
     return dict(_tensors_of(module, prefix=""))
 
