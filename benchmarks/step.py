@@ -8,7 +8,7 @@ prompts included, against LoRA of rank 8 on every linear. The frozen tower's fea
 is no part of the adapter, and peft's side has none. Half of each row is prompt and not scored: ours
 computes logits where a label is, as its trainer does; peft's side is the base's own loss.
 
-Both sides of a pair run in turn in one process; memory is the growth of the peak during three steps,
+Both sides of a pair run in turn in one process; memory is the growth of the peak in three steps,
 each side in a process of its own.
 Targets: at most 0.90 of peft's time, and no more memory.
 """
