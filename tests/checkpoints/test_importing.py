@@ -14,6 +14,7 @@ from llama_adapter import LlamaAdapterForConditionalGeneration
 from llama_adapter.checkpoints import import_released
 from llama_adapter.checkpoints.released_export import export_released
 from llama_adapter.checkpoints.settings import Hints
+from llama_adapter.errors import CheckpointError
 
 KINDS = ("v1-text", "v2-multimodal-bias", "v2-multimodal-lora-bias", "v2-chat", "v2-chat-adapter")
 HINTS = Hints(prompt_length=3, projector_heads=4)
@@ -80,12 +81,16 @@ def test_import_export_import_is_bit_identical(kind: str, world: Any, tmp_path: 
         base=world.root / "base",
         vision=vision if vision.exists() else None,
         out=tmp_path / "second",
-        hints=HINTS,
+    )  # what the tensors do not say is beside them
+    first, second = (
+        json.loads((tmp_path / d / "adapter_config.json").read_text())["adapter"]
+        for d in ("first", "second")
     )
+    assert first == second
     for name in ("adapter_model.safetensors", "released_extras.safetensors"):
-        first, second = (load_file(tmp_path / d / name) for d in ("first", "second"))
-        assert first.keys() == second.keys()
-        assert all(torch.equal(first[k], second[k]) for k in first)
+        before, after = (load_file(tmp_path / d / name) for d in ("first", "second"))
+        assert before.keys() == after.keys()
+        assert all(torch.equal(before[k], after[k]) for k in before)
 
 
 def test_half_precision_files_go_back_as_they_were(make_world: Any, tmp_path: Path) -> None:
@@ -168,18 +173,31 @@ def test_a_hugging_face_vision_tower_is_referenced(world: Any, tmp_path: Path) -
 def test_what_the_file_leaves_open_is_assumed_aloud(world: Any, tmp_path: Path) -> None:
     world.base()
     report = import_released(
-        world.save_released("v2-multimodal-bias"),
-        base=world.root / "base",
-        vision=world.save_clip(),
-        out=tmp_path / "out",
-    )
-    assert report.config.projector_heads == 16
-    assert any("--visual-heads" in warning for warning in report.warnings)
-    report = import_released(
         world.save_released("v1-text"), base=world.root / "base", out=tmp_path / "v1"
     )
     assert (report.config.prompt_length, report.config.prompt_layers) == (3, 4)
-    assert any("--prompt-length" in warning for warning in report.warnings)
+    (warning,) = [warning for warning in report.warnings if "--prompt-length" in warning]
+    assert "assumed 3 prompts in the last 4 layers" in warning
+    assert "3, 4, 6, 12 fit its 12 rows" in warning
+
+
+def test_tens_of_another_size_are_assumed_aloud(make_world: Any, tmp_path: Path) -> None:
+    world = make_world(prompt_length=5)
+    path, base = world.save_released("v1-text"), world.base()
+    report = import_released(path, base=base, out=tmp_path / "out")
+    assert (report.config.prompt_length, report.config.prompt_layers) == (10, 2)
+    assert any("assumed 10 prompts in the last 2 layers" in w for w in report.warnings)
+    report = import_released(path, base=base, out=tmp_path / "5", hints=Hints(prompt_length=5))
+    assert report.config.prompt_layers == 4
+    assert not any("--prompt-length" in w for w in report.warnings)
+
+
+def test_heads_that_nothing_says_are_not_guessed(world: Any, tmp_path: Path) -> None:
+    path = world.save_released("v2-multimodal-bias")
+    says = r"give --visual-heads N \(divisors of 32: 1, 2, 4, 8, 16, 32\)"
+    with pytest.raises(CheckpointError, match=says):
+        import_released(path, base=world.base(), vision=world.save_clip(), out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_description_beside_the_file_is_read(world: Any, tmp_path: Path) -> None:

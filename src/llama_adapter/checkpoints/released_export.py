@@ -22,6 +22,9 @@ from llama_adapter.model.persistence import ADAPTER_WEIGHTS_NAME, read_tensors
 from llama_adapter.model.references import resolve_reference
 
 RELEASED_NAME = "adapter.pth"
+SIZES_NAME = "meta.json"
+"""Beside it: what its tensors do not say, for importing it again."""
+
 _FEATURES = "visual.projector.feature_proj.weight"
 
 
@@ -50,7 +53,15 @@ def export_released(directory: Path, *, out: Path, overwrite: bool = False) -> P
     with staged_directory(out, overwrite=overwrite, sources=sources) as stage:
         mark_export(stage, kind="released")
         torch.save(wrapped, stage / RELEASED_NAME)
+        (stage / SIZES_NAME).write_text(json.dumps(_unsaid_sizes(config), indent=1) + "\n")
     return out / RELEASED_NAME
+
+
+def _unsaid_sizes(config: AdapterConfig) -> dict[str, Any]:
+    sizes: dict[str, Any] = {"adapter_len": config.prompt_length}
+    if config.sees:
+        sizes["visual"] = {"v_num_heads": config.projector_heads}
+    return sizes
 
 
 def _read_extras(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

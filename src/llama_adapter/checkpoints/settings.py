@@ -2,7 +2,8 @@
 
 Open are the number of heads of the projector's blocks (everywhere) and the prompt length (V1 and
 chat with prompts). They are taken, in this order, from the caller, from a `meta.json` beside the
-file, from what its shapes allow, from the authors' defaults.
+file, from what its shapes allow, from the authors' defaults: for prompts with a warning unless the
+file has the size of theirs, for heads only if the blocks are as wide as theirs.
 """
 
 from __future__ import annotations
@@ -19,6 +20,9 @@ from llama_adapter.config import AdapterConfig
 from llama_adapter.errors import CheckpointError
 
 AUTHORS_PROMPT_LENGTH = 10
+AUTHORS_PROMPTS = ((300, 4096), (310, 4096))
+"""Shapes of the prompts of the released V1 and V2 files: 10 for each of 30 or 31 layers."""
+
 AUTHORS_PROJECTOR_HEADS = 16
 AUTHORS_PROJECTOR_WIDTH = 768
 
@@ -78,12 +82,10 @@ def settings(
             length, layers = _static_prompts(released, shape, hints, warnings)
             values = {"prompt_length": length, "prompt_layers": layers}
         return AdapterConfig.preset("released-v2-chat", **values), warnings
-    return _multimodal(released, shape, hints, warnings), warnings
+    return _multimodal(released, shape, hints), warnings
 
 
-def _multimodal(
-    released: Released, shape: BaseShape, hints: Hints, warnings: list[str]
-) -> AdapterConfig:
+def _multimodal(released: Released, shape: BaseShape, hints: Hints) -> AdapterConfig:
     length, width = released.tensors[QUERY].shape
     rows = released.tensors[PROMPTS].shape[0]
     if rows % length or rows // length > shape.num_layers:
@@ -98,7 +100,7 @@ def _multimodal(
         "visual_prompt_length": length,
         "projector_width": width,
         "projector_blocks": 1 + max(blocks, default=0),
-        "projector_heads": _projector_heads(released, width, hints, warnings),
+        "projector_heads": _projector_heads(released, width, hints),
         "caption_instruction": CAPTION_INSTRUCTION,
     }
     if not any(name.endswith(".bias") and ".feed_forward." in name for name in released.tensors):
@@ -173,14 +175,16 @@ def _static_prompts(
                 f"{released.path}: tensor {PROMPTS} has {rows} rows, expected a multiple of the "
                 f"{at_most} layers from layers.{gated[0]}.attention.gate up; is a gate missing?"
             )
-    elif rows % AUTHORS_PROMPT_LENGTH == 0 and rows // AUTHORS_PROMPT_LENGTH <= depth:
-        length = AUTHORS_PROMPT_LENGTH
     else:
-        length = rows // next(n for n in range(at_most, 0, -1) if rows % n == 0)
-        warnings.append(
-            f"{released.path} does not say its prompt length: assumed {length} prompts in the "
-            f"last {rows // length} layers; --prompt-length overrides it"
-        )
+        fitting = [rows // n for n in range(depth, 0, -1) if rows % n == 0]
+        has_tens = AUTHORS_PROMPT_LENGTH in fitting
+        length = AUTHORS_PROMPT_LENGTH if has_tens else fitting[0]
+        if len(fitting) > 1 and not (has_tens and tuple(prompts.shape) in AUTHORS_PROMPTS):
+            warnings.append(
+                f"{released.path} does not say its prompt length: assumed {length} prompts in the "
+                f"last {rows // length} layers; --prompt-length overrides it "
+                f"({', '.join(map(str, fitting))} fit its {rows} rows)"
+            )
     if length < 1 or rows % length or rows // length > depth:
         raise CheckpointError(
             f"{released.path}: tensor {PROMPTS} has {rows} rows, expected a multiple of the "
@@ -189,15 +193,17 @@ def _static_prompts(
     return length, rows // length
 
 
-def _projector_heads(released: Released, width: int, hints: Hints, warnings: list[str]) -> int:
+def _projector_heads(released: Released, width: int, hints: Hints) -> int:
     heads = hints.projector_heads
     if heads is None:
-        heads = AUTHORS_PROJECTOR_HEADS if width % AUTHORS_PROJECTOR_HEADS == 0 else 1
+        # no tensor depends on it: a wrong guess would answer wrongly without a sign
         if width != AUTHORS_PROJECTOR_WIDTH:
-            warnings.append(
-                f"{released.path} does not say how many heads its visual_blocks have: assumed "
-                f"{heads}; --visual-heads overrides it"
+            divisors = [n for n in range(1, width + 1) if width % n == 0]
+            raise CheckpointError(
+                f"{released.path} does not say how many heads its visual blocks have; give "
+                f"--visual-heads N (divisors of {width}: {', '.join(map(str, divisors))})"
             )
+        heads = AUTHORS_PROJECTOR_HEADS
     if width % heads:
         raise CheckpointError(
             f"{released.path}: tensor {QUERY} has width {width}, expected a multiple of "
@@ -221,4 +227,4 @@ def _lora_rank(released: Released) -> int:
 
 def _positive(content: Any, key: str) -> int | None:
     value = content.get(key) if isinstance(content, dict) else None
-    return value if isinstance(value, int) and value > 0 else None
+    return value if type(value) is int and value > 0 else None
