@@ -66,6 +66,7 @@ def test_an_adapter_with_text(
         base=world.base("7B"),
         vision=world.save_clip(),
         out=tmp_path / "out",
+        hints=HINTS,
     )
     assert not any("tokenizer" in warning for warning in report.warnings)
     processor = LlamaAdapterProcessor.from_pretrained(tmp_path / "out")
