@@ -251,3 +251,20 @@ def test_the_command_speaks_json(world: Any, cli: Callable[..., Any], tmp_path: 
     assert described["config"]["scale_side"] == "input"
     assert "has no tokenizer" in done.stderr
     assert any("has no tokenizer" in warning for warning in described["warnings"])
+
+
+def test_a_bad_tokenizer_is_refused_before_the_base_is_converted(
+    world: Any, tmp_path: Path
+) -> None:
+    (world.base() / "tokenizer.model").write_bytes(b"\x00\xff no tokenizer")
+    seen: list[tuple[int, int]] = []
+    with pytest.raises(CheckpointError, match=r"tokenizer\.model is neither"):
+        bring_in(world, "v2-chat", tmp_path / "out", progress=lambda *at: seen.append(at))
+    assert seen == []
+    (world.root / "base" / "tokenizer.model").unlink()
+    bring_in(world, "v2-chat", tmp_path / "out")
+    base = tmp_path / "out" / "base"
+    for content in ("{}", "no JSON"):
+        (base / "tokenizer.json").write_text(content)
+        with pytest.raises(CheckpointError, match=f"the tokenizer of {base} cannot be read"):
+            bring_in(world, "v2-chat", tmp_path / "again", base=base)

@@ -92,10 +92,12 @@ def import_released(
         tower = _open_vision(released, vision, config, warnings)
         entries = _fit(released, config, opened, base, tower)
         warnings += _not_finite(released)
+        tokenizer = _tokenizer(opened)  # before the base: converting one may take an hour
         _write_adapter(stage, released, entries, opened)
         described = _place_base(stage, opened, progress)
         _write_config(stage, config, described, tower)
-        _write_processor(stage, opened, tower, config, released.kind, warnings)
+        _write_tokenizer(stage, opened, tokenizer)
+        _write_processor(stage, opened, tokenizer, tower, config, released.kind, warnings)
     used = {entry.official for entry in entries}
     return ImportReport(
         out=out,
@@ -243,12 +245,12 @@ def _write_config(
 def _write_processor(
     stage: Path,
     base: Base,
+    tokenizer: PreTrainedTokenizerBase | None,
     tower: _Vision | None,
     config: AdapterConfig,
     kind: Kind,
     warnings: list[str],
 ) -> None:
-    tokenizer = _tokenizer(stage, base)
     if tokenizer is None:
         warnings.append(
             f"the base {base.directory} has no tokenizer: the adapter takes token ids only; chat, "
@@ -274,19 +276,35 @@ def _write_processor(
     ).save_pretrained(stage)
 
 
-def _tokenizer(stage: Path, base: Base) -> PreTrainedTokenizerBase | None:
-    """The base's tokenizer; of a converted base it is converted and its ids recorded."""
+def _tokenizer(base: Base) -> PreTrainedTokenizerBase | None:
+    """The base's tokenizer, converted if the base is in Meta's layout; None if it has none.
+
+    Raises CheckpointError if it cannot be read or does not fit the base.
+    """
     if base.meta is None:
-        has_one = any((base.directory / n).is_file() for n in ("tokenizer.json", "tokenizer.model"))
-        return AutoTokenizer.from_pretrained(base.directory) if has_one else None
+        if not any((base.directory / n).is_file() for n in ("tokenizer.json", "tokenizer.model")):
+            return None
+        try:
+            return AutoTokenizer.from_pretrained(base.directory)
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            lines = str(error).splitlines() or [type(error).__name__]
+            raise CheckpointError(
+                f"the tokenizer of {base.directory} cannot be read: {lines[0]}"
+            ) from error
     path = find_tokenizer(base.directory)
     if path is None:
         return None
     config = base.meta.config
-    tokenizer = convert_tokenizer(
+    return convert_tokenizer(
         path, vocab_size=config.vocab_size, context_length=config.max_position_embeddings
     )
+
+
+def _write_tokenizer(stage: Path, base: Base, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    """Store the tokenizer beside a converted base, whose configuration learns its ids."""
+    if base.meta is None or tokenizer is None:
+        return
+    config = base.meta.config
     tokenizer.save_pretrained(stage / REFERENCE)
     config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
     config.save_pretrained(stage / REFERENCE)
-    return tokenizer
