@@ -86,20 +86,22 @@ def _replace(out: Path, stage: Path) -> None:
         stage.rename(out)
         return
     old = out.parent / f".{out.name}.replaced-{os.getpid()}"
-    out.rename(old)
     try:
+        out.rename(old)
         stage.rename(out)
-    except OSError:
-        old.rename(out)
+    except BaseException:  # a signal, too, must not leave `out` away
+        if old.exists() and not out.exists():
+            old.rename(out)
         raise
     shutil.rmtree(old, ignore_errors=True)
 
 
 def _remove_abandoned(out: Path) -> None:
-    """Remove stages of runs that were killed: their process is gone."""
+    """Remove stages of runs that were killed: their process is gone, or its number is ours."""
     for stage in out.parent.glob(f".{out.name}.partial-*"):
         pid = stage.name.rsplit("-", 1)[1]
-        if pid.isdigit() and not Path(f"/proc/{pid}").exists() and Path("/proc").exists():
+        is_gone = Path("/proc").exists() and not Path(f"/proc/{pid}").exists()
+        if pid.isdigit() and (is_gone or int(pid) == os.getpid()):
             shutil.rmtree(stage, ignore_errors=True)
 
 
