@@ -384,3 +384,8 @@ def test_gate_is_checked(world: Any, bring_in: Any) -> None:
     assert "--gate must be tanh or raw" in bring_in(
         world.save_released("v1-text"), "--gate", "sigmoid"
     )
+
+
+def test_raw_gates_are_for_v1(world: Any, bring_in: Any) -> None:
+    message = bring_in(world.save_released("v2-chat"), "--gate", "raw")
+    assert "is v2-chat: --gate raw is for v1-text files only" in message

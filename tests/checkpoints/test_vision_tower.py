@@ -110,3 +110,12 @@ def test_a_residual_network_is_refused(tmp_path: Path) -> None:
     torch.save({"visual.layer1.0.conv1.weight": torch.zeros(2, 2)}, path)
     with pytest.raises(CheckpointError, match="is no CLIP vision tower of OpenAI"):
         read_openai_clip(path)
+
+
+def test_mixed_dtypes_become_float32(world: Any) -> None:
+    tensors = world.clip()
+    tensors["visual.conv1.weight"] = tensors["visual.conv1.weight"].half()
+    torch.save(tensors, world.root / "clip.pt")
+    model = read_openai_clip(world.root / "clip.pt")
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert torch.equal(model.visual_projection.weight, tensors["visual.proj"].T)

@@ -17,7 +17,7 @@ from typing import Any
 from llama_adapter.checkpoints.layout import BaseShape
 from llama_adapter.checkpoints.released import PROMPTS, QUERY, Kind, Released
 from llama_adapter.config import AdapterConfig
-from llama_adapter.errors import CheckpointError
+from llama_adapter.errors import CheckpointError, ConfigError
 
 AUTHORS_PROMPT_LENGTH = 10
 AUTHORS_PROMPTS = ((300, 4096), (310, 4096))
@@ -68,6 +68,10 @@ def settings(
 
     Raises CheckpointError if the file was made for another depth or its shapes contradict it.
     """
+    if gate != "tanh" and released.kind is not Kind.V1:
+        raise ConfigError(
+            f"{released.path} is {released.kind}: --gate {gate} is for {Kind.V1} files only"
+        )
     _check_matrices(released)
     _check_depth(released, shape, base)
     _check_width(released, shape, base)

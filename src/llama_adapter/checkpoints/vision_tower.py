@@ -100,7 +100,8 @@ def _config(path: Path, tensors: dict[str, Tensor]) -> CLIPVisionConfig:
         patch_size=patch,
         hidden_act="quick_gelu",
         layer_norm_eps=1e-5,
-        dtype=conv.dtype,
+        # some numbers of a mixed file would lose digits in its first tensor's dtype
+        dtype=conv.dtype if len({t.dtype for t in tensors.values()}) == 1 else torch.float32,
     )
 
 

@@ -72,11 +72,14 @@ def _print_section(name: str, content: Any) -> None:
     if isinstance(content, dict):
         typer.echo(f"{name}:")
         for key, value in content.items():
-            shown = f"{value:,}" if isinstance(value, int) and value is not True else value
-            typer.echo(f"  {key:<22}{shown}")
+            typer.echo(f"  {key:<22}{_shown(value)}")
     elif isinstance(content, list):
         for entry in content:
             typer.echo(f"note: {entry}")
     else:
-        shown = f"{content:,}" if isinstance(content, int) else content
-        typer.echo(f"{name}: {shown}")
+        typer.echo(f"{name}: {_shown(content)}")
+
+
+def _shown(value: Any) -> Any:
+    is_number = isinstance(value, int) and not isinstance(value, bool)
+    return f"{value:,}" if is_number else value
