@@ -138,6 +138,7 @@ def _load(path: Path, model: Any, converted: dict[str, Tensor]) -> None:
     if hasattr(embeddings, "position_ids"):
         embeddings.position_ids = torch.arange(embeddings.position_embedding.num_embeddings)[None]
     dtype = model.config.dtype
+    # every parameter was matched above; only the buffer of positions is missing, made just now
     model.load_state_dict(
         {name: tensor.to(dtype) for name, tensor in converted.items()}, strict=False, assign=True
     )

@@ -203,7 +203,7 @@ def write_captions(
 def score_captions(captions: Sequence[str], pool: PicturePool) -> tuple[Score, dict[int, Score]]:
     """Share of things whose every attribute a caption has right, in all and by scene size."""
     by_size: dict[int, list[int]] = {}
-    for caption, scene in zip(captions, pool.scenes, strict=False):
+    for caption, scene in zip(captions, pool.scenes, strict=True):
         said = parse_caption(caption)
         right = sum(thing in said for thing in scene.things)
         tally = by_size.setdefault(len(scene.things), [0, 0])
