@@ -1,0 +1,15 @@
+"""Training data: sources, mixtures of them, and packed batches with an exact position."""
+
+from llama_adapter.data.batch import Batches, TrainBatch
+from llama_adapter.data.samples import KINDS, Broken, Kind, Sample, Source, SourceOptions
+
+__all__ = [
+    "KINDS",
+    "Batches",
+    "Broken",
+    "Kind",
+    "Sample",
+    "Source",
+    "SourceOptions",
+    "TrainBatch",
+]
