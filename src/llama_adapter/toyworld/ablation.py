@@ -24,10 +24,10 @@ from llama_adapter.toyworld.course import Course, run_course
 from llama_adapter.toyworld.demo import TEST_SEED, Stage, shipped_captions
 from llama_adapter.toyworld.exam import Exam
 from llama_adapter.toyworld.measure import CLAIMS, measure
-from llama_adapter.toyworld.pictures import PicturePool, make_pool
+from llama_adapter.toyworld.pictures import PicturePool
 from llama_adapter.toyworld.recipes import V2_COURSE
 from llama_adapter.toyworld.scenes import Split
-from llama_adapter.toyworld.shipped import load_decoder, load_tower, toy_processor
+from llama_adapter.toyworld.shipped import load_decoder, load_tower
 
 SHOWN = ("C1", "C2", "C3", "C3key", "C4", "C5shuffledkey", "C6")
 
@@ -85,11 +85,8 @@ def run_ablation(
     Finished runs are read back from `out`/runs if their settings are the same.
     """
     decoder, tower = load_decoder(), load_tower()
-    processor = toy_processor(V2_COURSE.adapter)
-    test = make_pool(
+    test = V2_COURSE.pictures(
         tower,
-        processor,
-        V2_COURSE.adapter,
         count=settings.test_pictures,
         seed=TEST_SEED,
         split=Split.TEST,
@@ -108,13 +105,10 @@ def run_ablation(
             if row is None:
                 if pool is None:
                     label = f"drawing pictures, seed {seed}"
-                    pool = make_pool(
+                    pool = course.pictures(
                         tower,
-                        processor,
-                        course.adapter,
                         count=settings.pictures,
                         seed=seed,
-                        split=Split.TRAIN,
                         progress=stage(label, settings.pictures),
                     )
                 tick = stage(f"{name}, seed {seed}", settings.steps)

@@ -132,6 +132,7 @@ class DescribeTask:
     instructions: tuple[str, ...]
     """Wordings that ask for this description; the first is the usual one."""
     compose: Callable[[Scene], str]
+    names_colors: bool = True
 
     def write(self, scene: Scene, rng: random.Random) -> str:  # noqa: ARG002
         """The description, things in reading order; one text per scene."""
@@ -144,9 +145,18 @@ def _relations(scene: Scene) -> str:
 
 
 def _task(
-    name: str, instructions: tuple[str, ...], things: Callable[[Sequence[Thing]], str]
+    name: str,
+    instructions: tuple[str, ...],
+    things: Callable[[Sequence[Thing]], str],
+    *,
+    names_colors: bool = True,
 ) -> DescribeTask:
-    return DescribeTask(name=name, instructions=instructions, compose=lambda s: things(s.things))
+    return DescribeTask(
+        name=name,
+        instructions=instructions,
+        compose=lambda scene: things(scene.things),
+        names_colors=names_colors,
+    )
 
 
 CAPTION_TASK = _task(
@@ -162,6 +172,12 @@ _DESCRIBE_TASKS = (
         ("give a short caption.", "describe the picture in a few words."),
         lambda things: listed([f"{with_article(t.color)} {t.shape}" for t in things]) + ".",
     ),
+    _task(
+        "shapes",
+        ("describe the shapes.", "list the shapes and their places."),
+        lambda things: listed([f"a {t.size} {t.shape} in the {t.place}" for t in things]) + ".",
+        names_colors=False,
+    ),
     _task("tags", ("list the tags.", "write tags for the picture."), _tags),
     _task("facts", ("state the facts.", "describe the picture in detail."), _facts),
     _task(
@@ -174,6 +190,7 @@ _DESCRIBE_TASKS = (
         "where",
         ("say where the things are.", "list the places of the things."),
         _each(lambda t: f"the {t.shape} is in the {t.place}."),
+        names_colors=False,
     ),
     _task(
         "colors",
@@ -184,6 +201,7 @@ _DESCRIBE_TASKS = (
         "sizes",
         ("say how big the things are.", "list the things and their sizes."),
         _each(lambda t: f"the {t.shape} is {t.size}."),
+        names_colors=False,
     ),
     _task(
         "things",
@@ -199,6 +217,7 @@ _DESCRIBE_TASKS = (
         name="relations",
         instructions=("say how the things lie.", "describe the layout."),
         compose=_relations,
+        names_colors=False,
     ),
 )
 

@@ -15,7 +15,8 @@ from llama_adapter.errors import ConfigError
 from llama_adapter.model import LlamaAdapterConfig, LlamaAdapterForConditionalGeneration
 from llama_adapter.processing.processor import LlamaAdapterProcessor
 from llama_adapter.toyworld.lessons import LessonPlan, Lessons
-from llama_adapter.toyworld.pictures import PicturePool
+from llama_adapter.toyworld.pictures import PicturePool, Progress, make_pool
+from llama_adapter.toyworld.scenes import Split
 from llama_adapter.toyworld.shipped import toy_processor
 from llama_adapter.training.joint import JointSettings, JointTrainer, fast_dtype
 
@@ -39,6 +40,27 @@ class Course:
     def __post_init__(self) -> None:
         if not (self.captions or self.instructions):
             raise ConfigError("a course needs captions, instructions, or both")
+
+    def pictures(
+        self,
+        tower: nn.Module,
+        *,
+        count: int,
+        seed: int,
+        split: Split = Split.TRAIN,
+        progress: Progress | None = None,
+    ) -> PicturePool:
+        """Pictures for the course, or of test scenes for its exam."""
+        return make_pool(
+            tower,
+            toy_processor(self.adapter),
+            self.adapter,
+            count=count,
+            seed=seed,
+            split=split,
+            strange_share=self.plan.strange_share if split is Split.TRAIN else 0.0,
+            progress=progress,
+        )
 
     def settings(self, steps: int) -> JointSettings:
         return JointSettings(

@@ -23,10 +23,10 @@ from llama_adapter.model import Group
 from llama_adapter.toyworld.course import Class, run_course
 from llama_adapter.toyworld.exam import Exam, write_captions
 from llama_adapter.toyworld.measure import Measured, measure
-from llama_adapter.toyworld.pictures import PicturePool, make_pool
+from llama_adapter.toyworld.pictures import PicturePool
 from llama_adapter.toyworld.recipes import V2_COURSE
 from llama_adapter.toyworld.scenes import Split
-from llama_adapter.toyworld.shipped import load_decoder, load_shipped, load_tower, toy_processor
+from llama_adapter.toyworld.shipped import load_decoder, load_shipped, load_tower
 
 TEST_SEED = 20_000
 """Seed of test pictures; training pictures are drawn from the run's own seed."""
@@ -97,12 +97,8 @@ def run_demo(settings: DemoSettings, *, stage: Stage) -> DemoResult:
     started = time.perf_counter()
     with _threads(settings.threads):
         decoder, tower = load_decoder(), load_tower()
-        course = V2_COURSE
-        processor = toy_processor(course.adapter)
-        test = make_pool(
+        test = V2_COURSE.pictures(
             tower,
-            processor,
-            course.adapter,
             count=settings.test_pictures,
             seed=TEST_SEED,
             split=Split.TEST,
@@ -117,13 +113,10 @@ def run_demo(settings: DemoSettings, *, stage: Stage) -> DemoResult:
         model.disable_adapters()
         tick(1)
         training_started = time.perf_counter()
-        pool = make_pool(
+        pool = V2_COURSE.pictures(
             tower,
-            processor,
-            course.adapter,
             count=settings.pictures,
             seed=settings.seed,
-            split=Split.TRAIN,
             progress=stage("drawing training pictures", settings.pictures),
         )
         spent = time.perf_counter() - training_started

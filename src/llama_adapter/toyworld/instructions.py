@@ -10,12 +10,12 @@ from llama_adapter.toyworld.captions import describe_tasks, passage
 from llama_adapter.toyworld.questions import QUESTION_TYPES, QuestionAnswer, ask
 from llama_adapter.toyworld.scenes import (
     COLORS,
-    HELD_OUT,
     SHAPES,
     SIZES,
     Scene,
     Split,
     sample_scene,
+    sample_training_scene,
 )
 
 KNOWLEDGE: tuple[tuple[str, str], ...] = (
@@ -44,19 +44,6 @@ TYPE_WEIGHTS: dict[str, float] = {
     "color": 2, "shape": 2, "size": 2, "where": 2, "where_color": 3, "count": 1,
     "exist": 4, "at": 3, "colors": 2, "relation": 3, "compare": 3, "sign": 3,
 }  # fmt: skip
-
-
-def sample_training_scene(rng: random.Random, *, sign_probability: float = 0.3) -> Scene:
-    """A training scene in which no shape meets a colour held out with it, even across things.
-
-    Where a star and something blue occur together, "the star is never blue, so the other
-    thing is" would always hold in training, and texts without such scenes keep a model
-    from learning it: the rule fails on just the test scenes.
-    """
-    while True:
-        scene = sample_scene(rng, sign_probability=sign_probability)
-        if not any((a.shape, b.color) in HELD_OUT for a in scene.things for b in scene.things):
-            return scene
 
 
 def _sample(rng: random.Random, split: Split) -> Scene:

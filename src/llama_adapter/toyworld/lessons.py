@@ -17,7 +17,7 @@ from llama_adapter.processing.processor import LlamaAdapterProcessor
 from llama_adapter.toyworld.captions import describe_tasks, passage
 from llama_adapter.toyworld.instructions import sample_instruction, sample_talk
 from llama_adapter.toyworld.pictures import PicturePool
-from llama_adapter.toyworld.scenes import Split, sample_scene
+from llama_adapter.toyworld.scenes import sample_training_scene
 
 PICTURE = ImageRef(source=None, name="picture")
 """Stands for a picture whose features are at hand."""
@@ -52,7 +52,9 @@ class LessonPlan:
     """Instructions a step."""
     caption_weight: float = 4.0
     """How often the full caption is asked for, against 1 for every other way to describe."""
-    distractor_share: float = 0.25
+    strange_share: float = 0.25
+    """Share of the pictures in colours without a name, described by all but their colours."""
+    distractor_share: float = 0.35
     """Share of passages that follow another scene's passage: the last one counts."""
     talk_share: float = 0.1
     """Share of multi-turn talks among instructions."""
@@ -77,17 +79,21 @@ class Lessons:
     def captions(self, step: int) -> dict[str, Tensor]:
         """Pictures, instructions to describe them, and descriptions."""
         rng = random.Random(f"captions/{self.seed}/{step}")
-        tasks = describe_tasks()
-        weights = [self.plan.caption_weight] + [1.0] * (len(tasks) - 1)
-        indices, conversations = [], []
-        for _ in range(self.plan.batch_size):
-            index = rng.randrange(len(self.pool))
-            task = rng.choices(tasks, weights)[0]
-            text = task.write(self.pool.scenes[index], rng)
-            question = rng.choice(task.instructions)
-            indices.append(index)
-            conversations.append(Conversation.ask(question, images=[PICTURE], answer=text))
+        size, bands = self.plan.batch_size, 2
+        drawn = [self._caption(rng) for _ in range(size * bands)]
+        drawn.sort(key=lambda pair: len(pair[1].messages[-1].text))
+        band = rng.randrange(bands)
+        indices, conversations = zip(*drawn[band * size : (band + 1) * size], strict=True)
         return collate(self.processor, conversations, features=self.pool.features(indices))
+
+    def _caption(self, rng: random.Random) -> tuple[int, Conversation]:
+        index = rng.randrange(len(self.pool))
+        tasks = [t for t in describe_tasks() if not (self.pool.strange[index] and t.names_colors)]
+        # the first of the tasks says most: the caption, or all but the colours
+        weights = [self.plan.caption_weight] + [1.0] * (len(tasks) - 1)
+        task = rng.choices(tasks, weights)[0]
+        text = task.write(self.pool.scenes[index], rng)
+        return index, Conversation.ask(rng.choice(task.instructions), images=[PICTURE], answer=text)
 
     def instructions(self, step: int) -> dict[str, Tensor]:
         """Instructions with and without a passage, and talks; of similar length in a batch."""
@@ -109,6 +115,6 @@ class Lessons:
         drawn = sample_instruction(rng)
         context = drawn.context
         if context is not None and rng.random() < self.plan.distractor_share:
-            other = sample_scene(rng, split=Split.TRAIN)
+            other = sample_training_scene(rng)
             context = f"{passage(other, rng)} {context}"
         return Conversation.ask(drawn.instruction, context=context, answer=drawn.answer)

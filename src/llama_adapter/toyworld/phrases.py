@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from llama_adapter.toyworld.rendering import PALETTE, RADIUS, Color, center_of, render
+from llama_adapter.toyworld.rendering import PALETTE, RADIUS, center_of, render, strange_palette
 from llama_adapter.toyworld.scenes import (
     COLORS,
     HELD_OUT,
@@ -52,6 +52,9 @@ _WORD_IS = {
 _HELD_OUT_WW = torch.tensor(
     [[float((v, w) in HELD_OUT or (w, v) in HELD_OUT) for v in WORDS] for w in WORDS]
 )
+
+STRANGE_SHARE = 0.5
+"""Share of the pictures of a fair batch that are in colours without a name."""
 
 Phrase = dict[str, str]
 """Attribute to word: {"shape": "star", "color": "red"}. True of a thing that has them all."""
@@ -116,10 +119,10 @@ def sample_batch(rng: random.Random, *, size: int, fair: bool) -> Batch:
     images = []
     for row, scene in enumerate(scenes):
         palette = PALETTE
-        if fair and rng.random() < 0.3:
+        if fair and rng.random() < STRANGE_SHARE:
             strange_B[row] = True
             things_BTW[row, :, _WORD_IS["color"]] = 0
-            palette = {thing.color: _strange_color(thing, rng) for thing in scene.things}
+            palette = strange_palette(scene, rng)
         images.append(render(scene, rng, size=IMAGE_SIZE, palette=palette))
     return Batch(
         pixels_BCHW=to_pixels(images),
@@ -185,15 +188,6 @@ def _sample_phrases(scene: Scene, rng: random.Random) -> list[Phrase]:
         if len(scene.things) > 1:
             phrases.append({**phrase, changed: getattr(rng.choice(scene.things), changed)})
     return [p for p in phrases if (p.get("shape"), p.get("color")) not in HELD_OUT]
-
-
-def _strange_color(thing: Thing, rng: random.Random) -> Color:
-    """A colour, bright enough to be seen, far from those that are held out for the shape."""
-    barred = [PALETTE[color] for shape, color in HELD_OUT if shape == thing.shape]
-    while True:
-        color = (rng.randint(30, 255), rng.randint(30, 255), rng.randint(30, 255))
-        if max(color) >= 150 and all(math.dist(color, other) >= 110 for other in barred):
-            return color
 
 
 def multi_hot(phrase: Phrase) -> Tensor:

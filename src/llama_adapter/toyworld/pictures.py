@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from llama_adapter.config import AdapterConfig
 from llama_adapter.model.visual_prompts import vision_features
 from llama_adapter.processing.processor import LlamaAdapterProcessor
-from llama_adapter.toyworld.rendering import render
+from llama_adapter.toyworld.rendering import PALETTE, render, strange_palette
 from llama_adapter.toyworld.scenes import Scene, Split, scene_stream
 
 Progress = Callable[[int], None]
@@ -27,6 +27,8 @@ class PicturePool:
     scenes: tuple[Scene, ...]
     features_NPC: Tensor
     """float16: the tower is frozen, and half of the memory is plenty."""
+    strange: tuple[bool, ...]
+    """Which pictures are in colours without a name; nothing may be said of their colours."""
 
     def __len__(self) -> int:
         return len(self.scenes)
@@ -36,9 +38,13 @@ class PicturePool:
         return self.features_NPC[torch.as_tensor(indices)].float()
 
 
-def picture(scene: Scene, *, seed: int, index: int, size: int = 64) -> Image.Image:
+def picture(
+    scene: Scene, *, seed: int, index: int, size: int = 64, strange: bool = False
+) -> Image.Image:
     """The picture of a scene; the same one for the same seed and index, at any size."""
-    return render(scene, random.Random(f"picture/{seed}/{index}"), size=size)
+    rng = random.Random(f"picture/{seed}/{index}")
+    palette = strange_palette(scene, rng) if strange else PALETTE
+    return render(scene, rng, size=size, palette=palette)
 
 
 def make_pool(
@@ -49,18 +55,25 @@ def make_pool(
     count: int,
     seed: int,
     split: Split,
+    strange_share: float = 0.0,
     progress: Progress | None = None,
     batch_size: int = 128,
 ) -> PicturePool:
-    """Draw `count` scenes of a split and look at each once."""
+    """Draw `count` scenes of a split and look at each once.
+
+    In pictures with named colours these tell shapes apart: nothing green is ever a circle
+    in training. In the strange share of the pictures they cannot.
+    """
     stream = scene_stream(seed, split=split)
     scenes = tuple(next(stream) for _ in range(count))
+    rng = random.Random(f"strange/{seed}")
+    strange = tuple(rng.random() < strange_share for _ in range(count))
     chunks = []
     for start in range(0, count, batch_size):
         part = range(start, min(start + batch_size, count))
-        images = [picture(scenes[i], seed=seed, index=i) for i in part]
+        images = [picture(scenes[i], seed=seed, index=i, strange=strange[i]) for i in part]
         pixels = processor.image_processor(images=images, return_tensors="pt")["pixel_values"]
         chunks.append(vision_features(vision, pixels, config).half())
         if progress is not None:
             progress(len(part))
-    return PicturePool(scenes=scenes, features_NPC=torch.cat(chunks))
+    return PicturePool(scenes=scenes, features_NPC=torch.cat(chunks), strange=strange)

@@ -20,10 +20,9 @@ from llama_adapter.toyworld.captions import (
 from llama_adapter.toyworld.instructions import (
     KNOWLEDGE,
     sample_question,
-    sample_training_scene,
 )
 from llama_adapter.toyworld.questions import QUESTION_TYPES
-from llama_adapter.toyworld.scenes import Scene
+from llama_adapter.toyworld.scenes import Scene, sample_training_scene
 
 CHANCE_WEIGHT = 0.03
 """Weight of text that cannot be foreseen: passages and questions."""
@@ -63,6 +62,8 @@ class Curriculum:
     """Share of questions that want one word."""
     signs: float = 0.4
     """Share of scenes with a sign."""
+    crowded: float = 0.0
+    """Share of scenes that hold three things for certain."""
 
 
 EASY = Curriculum(
@@ -99,11 +100,28 @@ HARDEST = Curriculum(
 )
 
 
+FINISH = Curriculum(
+    repeats=0.3,
+    kinds=("color", "shape", "size", "sign", "compare", "count", "colors", "exist")
+    + ("where", "where_color", "at") * 3
+    + ("relation",) * 5,
+    describing=0.35,
+    one_word=0.15,
+    crowded=0.5,
+)
+"""Three things at once, and mostly said only once."""
+
+
 def course(done: float) -> Curriculum:
     """What to read after a share of the run: the longer, the less is said twice."""
-    stages = ((0.66, HARDEST), (0.56, LAST), (0.14, LATE), (0.056, STANDARD), (0.0, EASY))
+    stages = (
+        (0.735, FINISH), (0.485, HARDEST), (0.412, LAST), (0.103, LATE), (0.041, STANDARD),
+        (0.0, EASY),
+    )  # fmt: skip
     stage = next(stage for start, stage in stages if done >= start)
-    return stage if stage is EASY else replace(stage, repeats=max(0.4, 0.95 - (done - 0.056) * 2.5))
+    if stage in (EASY, FINISH):
+        return stage
+    return replace(stage, repeats=max(0.4, 0.95 - (done - 0.041) * 3.4))
 
 
 def _fact(scene: Scene, rng: random.Random) -> str:
@@ -148,7 +166,11 @@ def sample_document(rng: random.Random, curriculum: Curriculum = STANDARD) -> li
     """One document, as pieces in order."""
     if rng.random() < 0.03:
         return _knowledge_document(rng)
-    scene = sample_training_scene(rng, sign_probability=curriculum.signs)
+    scene = sample_training_scene(
+        rng,
+        sign_probability=curriculum.signs,
+        num_things=3 if rng.random() < curriculum.crowded else None,
+    )
     text = passage(scene, rng, repeats=curriculum.repeats, styles=curriculum.styles)
     pieces = [Piece(text=text, weight=CHANCE_WEIGHT, segment=0)]
     if rng.random() < curriculum.restated:

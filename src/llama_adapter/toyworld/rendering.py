@@ -16,7 +16,7 @@ from typing import TypeAlias
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from llama_adapter.toyworld.scenes import Scene, Thing
+from llama_adapter.toyworld.scenes import HELD_OUT, Scene, Thing
 
 Point: TypeAlias = tuple[float, float]
 Color: TypeAlias = tuple[int, int, int]
@@ -69,6 +69,24 @@ def render(
     if scene.sign is not None:
         _draw_sign(image, scene.sign, rng)
     return _with_noise(image, rng)
+
+
+def strange_palette(scene: Scene, rng: random.Random) -> dict[str, Color]:
+    """For each thing a colour without a name, in which only the outline tells the shape.
+
+    Bright enough to be seen, and the same colours for every shape, far from all that are held
+    out with any: were greenish squares drawn but no greenish circles, a picture's green would
+    again speak against a circle.
+    """
+    return {thing.color: _strange_color(rng) for thing in scene.things}
+
+
+def _strange_color(rng: random.Random) -> Color:
+    barred = {PALETTE[color] for _, color in HELD_OUT}
+    while True:
+        color = (rng.randint(30, 255), rng.randint(30, 255), rng.randint(30, 255))
+        if max(color) >= 150 and all(math.dist(color, other) >= 95 for other in barred):
+            return color
 
 
 def _background(rng: random.Random, size: int) -> Image.Image:

@@ -14,7 +14,6 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -22,10 +21,9 @@ from llama_adapter.errors import CheckpointError
 from llama_adapter.toyworld.course import Class
 from llama_adapter.toyworld.exam import Exam, score_captions, write_captions
 from llama_adapter.toyworld.measure import CLAIMS, Measured, measure
-from llama_adapter.toyworld.pictures import PicturePool, make_pool
 from llama_adapter.toyworld.recipes import COURSES
 from llama_adapter.toyworld.scenes import Split
-from llama_adapter.toyworld.shipped import load_decoder, load_tower, toy_processor
+from llama_adapter.toyworld.shipped import load_decoder, load_tower
 
 DEVELOPMENT_SEED = 10_000
 """Seed of the scenes that progress is measured on; the demonstration uses others."""
@@ -53,8 +51,7 @@ class Shipment:
         self.settings = settings
         course = replace(COURSES[settings.name], steps=settings.steps)
         self.decoder, self.tower = load_decoder(), load_tower()
-        processor = toy_processor(course.adapter)
-        self.pool = self._pool(processor, settings.pictures, settings.seed, Split.TRAIN)
+        self.pool = course.pictures(self.tower, count=settings.pictures, seed=settings.seed)
         self.school = Class(
             course,
             decoder=self.decoder,
@@ -62,12 +59,10 @@ class Shipment:
             pool=self.pool,
             seed=settings.seed,
         )
-        test = self._pool(processor, settings.test_pictures, DEVELOPMENT_SEED, Split.TEST)
+        test = course.pictures(
+            self.tower, count=settings.test_pictures, seed=DEVELOPMENT_SEED, split=Split.TEST
+        )
         self.exam = Exam(test, count=settings.questions, seed=DEVELOPMENT_SEED)
-
-    def _pool(self, processor: Any, count: int, seed: int, split: Split) -> PicturePool:
-        adapter = COURSES[self.settings.name].adapter
-        return make_pool(self.tower, processor, adapter, count=count, seed=seed, split=split)
 
     def save(self, path: Path) -> None:
         """Write a checkpoint; a crash leaves the previous one whole."""

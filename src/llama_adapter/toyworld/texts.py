@@ -23,7 +23,6 @@ from llama_adapter.toyworld.instructions import (
     sample_instruction,
     sample_question,
     sample_talk,
-    sample_training_scene,
 )
 from llama_adapter.toyworld.pretraining_text import Curriculum, Piece, sample_document
 from llama_adapter.toyworld.questions import (
@@ -34,6 +33,7 @@ from llama_adapter.toyworld.questions import (
     ask,
     key_positions,
 )
+from llama_adapter.toyworld.scenes import sample_training_scene
 
 __all__ = [
     "CAPTION_TASK",

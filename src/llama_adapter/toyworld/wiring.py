@@ -25,7 +25,7 @@ from llama_adapter.toyworld.tokenizer import MAX_LENGTH
 class PretrainSettings:
     """Everything that decides the outcome of a run."""
 
-    steps: int = 2500
+    steps: int = 3400
     seed: int = 0
     documents: int = 16
     """Documents a step."""
@@ -41,14 +41,16 @@ class PretrainSettings:
     other_lr: float = 3e-3
     warmup_steps: int = 30
     rates: tuple[tuple[float, float], ...] = (
-        (0.056, 1.0),
-        (0.36, 0.4),
-        (0.66, 0.13),
-        (0.668, 0.3),
+        (0.041, 1.0),
+        (0.265, 0.4),
+        (0.485, 0.13),
+        (0.491, 0.3),
+        (0.735, 0.0),
+        (0.745, 0.3),
         (1.0, 0.0),
     )
-    """Learning rates as shares of their peaks, at shares of the run, straight in between; the
-    second rise goes with the last stage of the course."""
+    """Learning rates as shares of their peaks, at shares of the run, straight in between; each
+    rise goes with a new stage of the course."""
     bfloat16: bool = True
     """Matrix products in bfloat16 (attention stays in float32, where CPUs are faster)."""
 
