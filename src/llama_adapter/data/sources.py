@@ -1,0 +1,19 @@
+"""Every source type that a recipe may name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from llama_adapter.data.captions import CocoOptions, PairsOptions
+from llama_adapter.data.conversations import AlpacaOptions, LlavaOptions, ShareGptOptions
+from llama_adapter.data.samples import SourceOptions
+from llama_adapter.data.tar_shards import WebDatasetOptions
+
+SOURCES: Mapping[str, type[SourceOptions]] = {
+    "alpaca": AlpacaOptions,
+    "sharegpt": ShareGptOptions,
+    "llava": LlavaOptions,
+    "coco_captions": CocoOptions,
+    "pairs": PairsOptions,
+    "webdataset": WebDatasetOptions,
+}

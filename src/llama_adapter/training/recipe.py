@@ -1,0 +1,388 @@
+"""Recipes: everything that decides a training run, as one strict YAML file.
+
+An unknown or misspelt key is an error with a suggestion. Values may be changed from outside by
+`key.path=value`, lists by number: `instructions.sources.0.path=mine.json`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from llama_adapter.config import AdapterConfig, did_you_mean
+from llama_adapter.data import SOURCES, Kind, SourceOptions
+from llama_adapter.errors import ConfigError
+
+SourceTypes = Mapping[str, type[SourceOptions]]
+
+
+class Section(BaseModel):
+    """A part of a recipe: frozen, and no key but those declared."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class BaseSection(Section):
+    """The frozen decoder."""
+
+    model: str
+    """Name or path of a Hugging Face decoder, or `package:NAME/PATH`."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    quantization: Literal["none", "nf4", "int8"] = "none"
+    """`nf4` and `int8` keep the frozen base in 4 or 8 bits through bitsandbytes."""
+    attention: Literal["eager", "sdpa", "flex_attention", "flash_attention_2"] | None = None
+    """None: what transformers chooses."""
+    random_weights: bool = False
+    """Random numbers in the shape of the model's config: for measuring speed only."""
+
+
+class VisionSection(Section):
+    """The frozen vision tower."""
+
+    model: str
+    """Name or path of a CLIP or SigLIP model, or `package:NAME/PATH`."""
+    random_weights: bool = False
+
+
+class AdapterSection(BaseModel):
+    """A preset of `AdapterConfig` with changes, or an adapter to go on from."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, use_attribute_docstrings=True)
+
+    preset: str = "v2"
+    start: Path | None = None
+    """An adapter directory whose numbers and semantics training starts from."""
+
+    @model_validator(mode="after")
+    def _known(self) -> Self:
+        if self.start is not None:
+            if self.changes or "preset" in self.model_fields_set:
+                raise ValueError("start brings its own settings; preset and others cannot be set")
+        else:
+            self.semantics()
+        return self
+
+    @property
+    def changes(self) -> dict[str, Any]:
+        """Settings that differ from the preset's."""
+        return dict(self.model_extra or {})
+
+    def semantics(self) -> AdapterConfig:
+        """The adapter's semantics; those of `start` are in its directory instead."""
+        try:
+            return AdapterConfig.preset(self.preset, **self.changes)
+        except ConfigError as error:
+            raise ValueError(str(error)) from error
+
+
+class PromptSection(Section):
+    """How conversations become text; stored with the adapter."""
+
+    template: str = "alpaca"
+    """`alpaca`, `chat` (the tokenizer's own), `human-assistant` or `toy`."""
+    slot_text: str | None = None
+    """The placeholder of adapters whose `visual_scope` is `slots`."""
+
+
+class SourceSection(BaseModel):
+    """One source of samples. Keys beside these belong to its `type`."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, use_attribute_docstrings=True)
+
+    type: str
+    weight: float = Field(default=1.0, gt=0)
+    """How many times an epoch goes through the source; 0.5 takes another half each epoch."""
+    held_out: int = Field(default=0, ge=0)
+    """Samples kept out of training, for evaluation; all captions of a picture or none."""
+
+    def options(self, types: SourceTypes) -> SourceOptions:
+        """What the type makes of the other keys."""
+        if self.type not in types:
+            known = ", ".join(sorted(types))
+            raise ConfigError(
+                f"unknown source type {self.type!r}{did_you_mean(self.type, types)}; known: {known}"
+            )
+        return types[self.type].model_validate(self.model_extra or {})
+
+
+class StreamSection(Section):
+    """Where the batches of one kind come from, and their shape."""
+
+    sources: tuple[SourceSection, ...] = Field(min_length=1)
+    rows: int = Field(default=8, ge=1)
+    """Rows of a micro-batch, over all processes together; with padding a row is one sample."""
+    row_length: int = Field(default=1024, ge=8)
+    """Tokens of a row; longer conversations are cut at turn borders."""
+    accumulation: int = Field(default=1, ge=1)
+    """Micro-batches of this kind in a step; their ratio between kinds is the mixture."""
+    start: float = Field(default=0.0, ge=0.0, lt=1.0)
+    """Share of the steps before this kind sets in: instructions first, then captions too."""
+
+
+class DataSection(Section):
+    """How samples are read and laid into rows."""
+
+    padding: Literal["packed", "padded", "max_length"] = "packed"
+    """`packed`: many samples a row; `padded`: one a row, padded to the longest of the batch;
+    `max_length`: one a row, padded to `row_length`."""
+    workers: int = Field(default=2, ge=0)
+    """Processes of each rank that read ahead, for each kind of batch; 0: none."""
+    overlong: Literal["skip", "truncate"] = "skip"
+    """What becomes of a single exchange longer than a row: a broken record, or cut off."""
+    max_broken: float = Field(default=0.01, ge=0.0, le=1.0)
+    """Share of broken records of a source above which training stops."""
+    cache: bool = True
+    """Keep the samples' lengths in the run directory, so that a resumed run starts at once."""
+
+
+class OptimizerSection(Section):
+    """How the two losses move the two groups."""
+
+    joint: Literal["disjoint", "naive"] = "disjoint"
+    """`disjoint`: each loss moves its own group (V2 §4.2); `naive`: both move everything."""
+    vision_lr: float = Field(default=1e-3, ge=0)
+    language_lr: float = Field(default=1e-3, ge=0)
+    gate_lr: float = Field(default=1e-2, ge=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Of projections and prompts; gates, norms, biases and scales are never decayed."""
+    warmup_steps: int = Field(default=20, ge=0)
+    decay_share: float = Field(default=1.0, gt=0, le=1)
+    """Last share of the steps, over which learning rates fall to zero along a cosine."""
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    """Gradients of each group are clipped to this norm."""
+
+
+class LoraSection(Section):
+    """LoRA on the base through `peft`, beside our groups; it learns with LANGUAGE."""
+
+    rank: int = Field(ge=1)
+    alpha: float | None = None
+    """None: twice the rank."""
+    targets: tuple[str, ...] | Literal["all-linear"] = "all-linear"
+    lr: float | None = Field(default=None, ge=0)
+    """None: `language_lr`."""
+
+
+class ComputeSection(Section):
+    """Where and how precisely."""
+
+    device: str | None = None
+    """None: a GPU where there is one, else the CPU."""
+    autocast: Literal["none", "bfloat16"] = "none"
+    """Trainables stay float32 either way."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass, non-reentrantly."""
+    compile: bool = False
+    strategy: Literal["auto", "ddp", "fsdp2"] = "auto"
+    """`auto`: one process alone, or DDP when started as several; `fsdp2` shards the base too."""
+    threads: int | None = Field(default=None, ge=1)
+    """CPU threads of each process; None: as torch has it."""
+
+
+class EvaluationSection(Section):
+    """Scores of held-out samples during training."""
+
+    every: int = Field(default=500, ge=1)
+    samples: int = Field(default=64, ge=1)
+    """At most so many held-out samples of each source."""
+    max_new_tokens: int = Field(default=40, ge=1)
+    """Of a generated caption."""
+    best: str | None = None
+    """The metric whose best checkpoint is kept, such as `coco_captions.cider` or
+    `alpaca.perplexity`; None: no best one is kept."""
+
+
+class LoggingSection(Section):
+    """What is written beside metrics.jsonl, which always is."""
+
+    every: int = Field(default=10, ge=1)
+    """Steps between rows of metrics.jsonl and of trackers."""
+    tracker: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
+
+
+class Recipe(Section):
+    """A whole training run."""
+
+    out: Path
+    """The run directory."""
+    seed: int = 0
+    steps: int = Field(ge=1)
+    """Optimizer steps in all."""
+    checkpoint_every: int = Field(default=500, ge=1)
+    keep_checkpoints: int = Field(default=2, ge=1)
+    """The newest checkpoints that are kept."""
+    base: BaseSection
+    vision: VisionSection | None = None
+    adapter: AdapterSection = AdapterSection()
+    prompt: PromptSection = PromptSection()
+    captions: StreamSection | None = None
+    instructions: StreamSection | None = None
+    data: DataSection = DataSection()
+    optimizer: OptimizerSection = OptimizerSection()
+    lora: LoraSection | None = None
+    compute: ComputeSection = ComputeSection()
+    evaluation: EvaluationSection | None = None
+    logging: LoggingSection = LoggingSection()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.captions is None and self.instructions is None:
+            raise ValueError("needs captions, instructions, or both")
+        if self.captions is not None and self.vision is None:
+            raise ValueError("captions need a vision tower: give vision.model")
+        blind = self.adapter.start is None and not self.adapter.semantics().sees
+        if self.captions is not None and blind:
+            raise ValueError("captions are of no use to an adapter with fusion 'none'")
+        return self
+
+    @property
+    def streams(self) -> dict[Kind, StreamSection]:
+        """The sections that bring batches, by kind."""
+        both: dict[Kind, StreamSection | None]
+        both = {"caption": self.captions, "instruction": self.instructions}
+        return {kind: section for kind, section in both.items() if section is not None}
+
+    def to_yaml(self) -> str:
+        """The resolved recipe, every default written out; reads back as the same recipe."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def load_recipe(
+    path: Path, overrides: Sequence[str] = (), *, types: SourceTypes = SOURCES
+) -> Recipe:
+    """Read and check a recipe; ConfigError names the file, the key and what is wrong with it.
+
+    `types` are the source types that the recipe may name.
+    """
+    try:
+        values = yaml.load(path.read_text(), Loader=_StrictLoader)  # noqa: S506 (a SafeLoader)
+    except OSError as error:
+        raise ConfigError(f"cannot read recipe {path}: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} must hold keys and values, got {type(values).__name__}")
+    for override in overrides:
+        _override(values, override)
+    return parse_recipe(values, types=types, name=str(path))
+
+
+def parse_recipe(
+    values: Mapping[str, Any], *, types: SourceTypes = SOURCES, name: str = "recipe"
+) -> Recipe:
+    """A recipe from plain values; ConfigError as of `load_recipe`."""
+    try:
+        recipe = Recipe.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(f"{name}: {_explain(error, Recipe)}") from error
+    for kind, section in recipe.streams.items():
+        for index, source in enumerate(section.sources):
+            place = f"{kind}s.sources.{index}"
+            try:
+                source.options(types)
+            except ValidationError as error:
+                reason = _explain(error, types[source.type], before=place)
+                raise ConfigError(f"{name}: {reason}") from error
+            except ConfigError as error:
+                raise ConfigError(f"{name}: {place}.type: {error}") from error
+    return recipe
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """Refuses a key that stands twice in one mapping, of which YAML would keep the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {key!r} stands twice", key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+    """Set one value from `key.path=value`; the value is read as YAML."""
+    path, equals, text = override.partition("=")
+    keys = path.split(".")
+    if not equals or not all(keys):
+        raise ConfigError(f"an override is key.path=value, got {override!r}")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {override!r} holds no valid value: {error}") from error
+    inner: Any = values
+    for depth, key in enumerate(keys):
+        last = depth == len(keys) - 1
+        if isinstance(inner, list):
+            if not key.isdecimal() or int(key) >= len(inner):
+                place = ".".join(keys[:depth])
+                raise ConfigError(
+                    f"override {override!r}: {place} is a list of {len(inner)}, "
+                    f"so {key!r} must be a number below that"
+                )
+            position: Any = int(key)
+        elif isinstance(inner, dict):
+            position = key
+            if not last and inner.get(key) is None:
+                inner[key] = {}
+        else:
+            place = ".".join(keys[:depth])
+            raise ConfigError(f"override {override!r}: {place} is {inner!r}, which has no keys")
+        if last:
+            inner[position] = value
+        else:
+            inner = inner[position]
+
+
+def _explain(error: ValidationError, model: type[BaseModel], *, before: str = "") -> str:
+    """All faults in one line, unknown keys with a suggestion."""
+    faults = []
+    for fault in error.errors():
+        place = ".".join(str(part) for part in ((before,) if before else ()) + fault["loc"])
+        if fault["type"] == "extra_forbidden":
+            known = _keys_at(model, fault["loc"][:-1])
+            faults.append(f"{place}: unknown key{did_you_mean(fault['loc'][-1], known)}")
+        elif fault["type"] == "missing":
+            faults.append(f"{place}: is missing")
+        else:
+            found = fault["input"]
+            shown = "" if isinstance(found, dict | BaseModel) else f", got {_short(found)}"
+            message = fault["msg"].removeprefix("Value error, ")
+            message = message[:1].lower() + message[1:]
+            faults.append(f"{place or 'recipe'}: {message}{shown}")
+    return "; ".join(faults)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _keys_at(model: type[BaseModel], place: Sequence[int | str]) -> Iterator[str]:
+    """Keys of the section at a place of the recipe."""
+    current: type[BaseModel] = model
+    for part in place:
+        if isinstance(part, str) and part in current.model_fields:
+            found = next(_models_in(current.model_fields[part].annotation), None)
+            current = found or current
+    return iter(current.model_fields)
+
+
+def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for inner in getattr(annotation, "__args__", ()):
+        yield from _models_in(inner)
+
+
+def recipe_json(recipe: Recipe) -> str:
+    """The resolved recipe as one line: two runs with the same line train the same."""
+    return json.dumps(recipe.model_dump(mode="json"), sort_keys=True)
