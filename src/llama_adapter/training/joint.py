@@ -1,4 +1,4 @@
-"""One optimizer step per pair of a caption batch and an instruction batch (V2 §4.2).
+"""One optimizer step from caption batches and instruction batches (V2 §4.2).
 
 The caption loss moves only the VISION group, the instruction loss only LANGUAGE. Which group
 a pass may move is set by `requires_grad` for that pass alone; gradients of the idle group stay
@@ -8,7 +8,7 @@ None, so that the optimizer cannot move it by momentum or decay either.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,15 +16,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llama_adapter.errors import ConfigError, TrainingError
+from llama_adapter.errors import CheckpointError, ConfigError, TrainingError
 from llama_adapter.model import (
     Group,
     LlamaAdapterForConditionalGeneration,
     scored_positions,
 )
+from llama_adapter.training.engine import Engine, OneProcess, blank_picture
 
 Batch = Mapping[str, Tensor]
 """Keyword arguments of the model's forward, `labels` among them."""
+Batches = Batch | Sequence[Batch]
+"""One micro-batch, or those whose gradients are accumulated."""
+GROUP_OF = {"caption": Group.VISION, "instruction": Group.LANGUAGE}
+"""Which group the loss of a kind of batch moves."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,16 +70,22 @@ class JointSettings:
 
 @dataclass(kw_only=True, slots=True)
 class StepReport:
-    """What one step measured."""
+    """What one step measured, over all processes."""
 
     losses: dict[str, float] = field(default_factory=dict)
     """By the kind of batch: `caption`, `instruction`."""
     grad_norms: dict[str, float] = field(default_factory=dict)
     """Before clipping, by group."""
+    answer_tokens: dict[str, int] = field(default_factory=dict)
+    """How many tokens were scored, by the kind of batch."""
+    rate_factor: float = 0.0
+    """What multiplied the learning rates."""
+    skipped: bool = False
+    """Whether nothing moved, because a loss or a gradient was not finite."""
 
 
 class JointTrainer:
-    """Moves one adapter; a step takes a caption batch, an instruction batch, or both."""
+    """Moves one adapter; a step takes caption batches, instruction batches, or both."""
 
     def __init__(
         self,
@@ -82,53 +93,109 @@ class JointTrainer:
         settings: JointSettings,
         *,
         autocast_dtype: torch.dtype | None = None,
+        engine: Engine | None = None,
+        beside: Mapping[str, nn.Parameter] | None = None,
     ) -> None:
+        """`beside` are further parameters of the LANGUAGE group by name, such as peft's LoRA."""
         if model.adapter.is_prepared:
             raise TrainingError("the model is prepared for inference; call prepare_for_training()")
         self.model = model
         self.settings = settings
         self.autocast_dtype = autocast_dtype
+        self.engine: Engine = OneProcess(model) if engine is None else engine
         self.step_count = 0
-        self.parameters = {group: model.group_parameters(group) for group in Group}
+        # held here: a sharded model shows other tensors under these names during a pass
+        self.named = {group: dict(model.adapter.named_parameters(group)) for group in Group}
+        self.named[Group.LANGUAGE].update(beside or {})
+        self.parameters = {group: list(named.values()) for group, named in self.named.items()}
         self.optimizer = torch.optim.AdamW(
-            parameter_groups(model, settings), betas=(0.9, 0.98), eps=1e-8
+            parameter_groups(self.named, settings), betas=(0.9, 0.98), eps=1e-8
         )
 
-    def step(self, *, caption: Batch | None = None, instruction: Batch | None = None) -> StepReport:
-        """One optimizer step from either or both losses."""
-        if caption is None and instruction is None:
+    def step(
+        self, *, caption: Batches | None = None, instruction: Batches | None = None
+    ) -> StepReport:
+        """One optimizer step from either or both losses; none if a loss is not finite."""
+        given = {"caption": _as_list(caption), "instruction": _as_list(instruction)}
+        batches = {kind: batch for kind, batch in given.items() if batch}
+        if not batches:
             raise TrainingError("a step needs a caption batch, an instruction batch, or both")
-        report = StepReport()
+        report = StepReport(rate_factor=self.settings.rate_factor(self.step_count))
         self.model.train()
-        for kind, batch, group in (
-            ("caption", caption, Group.VISION),
-            ("instruction", instruction, Group.LANGUAGE),
-        ):
-            if batch is not None:
-                report.losses[kind] = self._backward(batch, group)
-        for group, parameters in self.parameters.items():
-            if any(p.grad is not None for p in parameters):
-                norm = nn.utils.clip_grad_norm_(parameters, self.settings.max_grad_norm)
-                report.grad_norms[group.value] = float(norm)
-        factor = self.settings.rate_factor(self.step_count)
-        for parameter_group in self.optimizer.param_groups:
-            parameter_group["lr"] = parameter_group["base_lr"] * factor
-        self.optimizer.step()
+        counts, has_pictures = self._agree(batches)
+        losses = []
+        for (kind, micro_batches), count in zip(batches.items(), counts, strict=True):
+            losses.append(self._backward(micro_batches, GROUP_OF[kind], count, has_pictures.pop(0)))
+            report.answer_tokens[kind] = int(count)
+        summed = self.engine.total(torch.stack(losses)).tolist()
+        report.losses = dict(zip(batches, summed, strict=True))
+        report.grad_norms = self._clip()
+        numbers = [*report.losses.values(), *report.grad_norms.values()]
+        report.skipped = not all(map(math.isfinite, numbers))
+        if not report.skipped:
+            for parameter_group in self.optimizer.param_groups:
+                parameter_group["lr"] = parameter_group["base_lr"] * report.rate_factor
+            self.optimizer.step()
         # None, not zero: with a zero gradient AdamW would still move the idle group
         self.optimizer.zero_grad(set_to_none=True)
         self.step_count += 1
         return report
 
-    def _backward(self, batch: Batch, group: Group) -> float:
+    def _agree(self, batches: Mapping[str, Sequence[Batch]]) -> tuple[Tensor, list[list[bool]]]:
+        """Answer tokens of the whole step by kind, and which micro-batches have pictures.
+
+        Of all processes together: they must all run the same kind of pass.
+        """
+        own = [
+            torch.stack([(batch["labels"][:, 1:] != -100).sum() for batch in of_kind]).sum()
+            for of_kind in batches.values()
+        ]
+        pictures = [
+            torch.tensor(_has_pictures(batch)) for kind in batches.values() for batch in kind
+        ]
+        device = self.model.device
+        values = torch.stack([n.to(device, torch.int64) for n in (*own, *pictures)])
+        totals = self.engine.total(values)
+        seen = iter((totals[len(own) :] > 0).tolist())
+        return totals[: len(own)].clamp(min=1), [[next(seen) for _ in k] for k in batches.values()]
+
+    def _backward(
+        self, batches: Sequence[Batch], group: Group, num_tokens: Tensor, has_pictures: list[bool]
+    ) -> Tensor:
+        """Accumulate gradients of one loss; this process's share of it."""
         moving = set(Group) if self.settings.joint == "naive" else {group}
-        device = self.model.device.type
+        device = self.model.device
         enabled = self.autocast_dtype is not None
-        with self._only(moving), torch.autocast(device, self.autocast_dtype, enabled=enabled):
-            loss = self.model(
-                **batch, logits_to_keep=scored_positions(batch["labels"]), use_cache=False
-            ).loss
-            loss.backward()
-        return float(loss.detach())
+        losses = []
+        for index, batch in enumerate(batches):
+            inputs = {name: t.to(device, non_blocking=True) for name, t in batch.items()}
+            # without a picture VISION alone would have nothing to differentiate
+            needs_picture = has_pictures[index] or moving == {Group.VISION}
+            if needs_picture and not _has_pictures(batch):
+                inputs |= blank_picture(self.model, inputs["input_ids"])
+            with (
+                self._only(moving),
+                self.engine.last_of_its_kind(index == len(batches) - 1),
+                torch.autocast(device.type, self.autocast_dtype, enabled=enabled),
+            ):
+                loss = self.engine.module(
+                    **inputs,
+                    num_answer_tokens=num_tokens,
+                    logits_to_keep=scored_positions(inputs["labels"]),
+                    use_cache=False,
+                ).loss
+                # engines average gradients over processes, and the loss is a sum over them
+                (loss * self.engine.world_size if self.engine.world_size > 1 else loss).backward()
+            losses.append(loss.detach())
+        return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
+
+    def _clip(self) -> dict[str, float]:
+        norms = {}
+        for group, parameters in self.parameters.items():
+            if any(p.grad is not None for p in parameters):
+                norm = nn.utils.clip_grad_norm_(parameters, self.settings.max_grad_norm)
+                norms[group.value] = float(self.engine.whole(norm))
+        return norms
 
     @contextmanager
     def _only(self, moving: set[Group]) -> Iterator[None]:
@@ -143,13 +210,65 @@ class JointTrainer:
                 for parameter in parameters:
                     parameter.requires_grad_(True)
 
-    def state_dict(self) -> dict[str, Any]:
-        """What must be kept to go on later, besides the adapter."""
-        return {"optimizer": self.optimizer.state_dict(), "step_count": self.step_count}
+    def _all_named(self) -> dict[str, nn.Parameter]:
+        return {name: p for named in self.named.values() for name, p in named.items()}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.optimizer.load_state_dict(state["optimizer"])
+    def parameter_state(self) -> dict[str, Tensor]:
+        """Every trained tensor in one piece, by name; all processes must ask together."""
+        return {n: self.engine.whole(p.detach()) for n, p in self._all_named().items()}
+
+    @torch.no_grad()
+    def load_parameter_state(self, state: Mapping[str, Tensor]) -> None:
+        """Take over what `parameter_state` gave, in however many processes that was."""
+        for name, parameter in self._all_named().items():
+            parameter.copy_(self.engine.own_part(_of_shape(state, name, parameter), parameter))
+
+    def state_dict(self) -> dict[str, Any]:
+        """What must be kept to go on later, besides the adapter; in one piece, by name."""
+        moments = {}
+        for name, parameter in self._all_named().items():
+            if parameter in self.optimizer.state:
+                kept = self.optimizer.state[parameter]
+                moments[name] = {key: self.engine.whole(value) for key, value in kept.items()}
+        return {"moments": moments, "step_count": self.step_count}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a `state_dict`, in however many processes it was made."""
+        named = self._all_named()
+        unknown = sorted(set(state["moments"]) - set(named))
+        if unknown:
+            raise CheckpointError(
+                f"optimizer state of {unknown[:3]}, which this adapter does not have"
+            )
+        self.optimizer.state.clear()
+        for name, kept in state["moments"].items():
+            parameter = named[name]
+            self.optimizer.state[parameter] = {
+                "step": kept["step"].clone(),
+                **{
+                    key: self.engine.own_part(_of_shape(kept, key, parameter), parameter).clone()
+                    for key in ("exp_avg", "exp_avg_sq")
+                },
+            }
         self.step_count = int(state["step_count"])
+
+
+def _as_list(batches: Batches | None) -> list[Batch]:
+    if batches is None:
+        return []
+    return [batches] if isinstance(batches, Mapping) else list(batches)
+
+
+def _has_pictures(batch: Batch) -> bool:
+    return batch.get("pixel_values") is not None or batch.get("visual_features") is not None
+
+
+def _of_shape(state: Mapping[str, Tensor], name: str, parameter: Tensor) -> Tensor:
+    found = state.get(name)
+    if found is None or found.shape != parameter.shape:
+        shape = "missing" if found is None else f"of shape {list(found.shape)}"
+        raise CheckpointError(f"tensor {name} is {shape}, expected {list(parameter.shape)}")
+    return found
 
 
 def fast_dtype(device: torch.device) -> torch.dtype | None:
@@ -165,19 +284,22 @@ def fast_dtype(device: torch.device) -> torch.dtype | None:
 
 
 def parameter_groups(
-    model: LlamaAdapterForConditionalGeneration, settings: JointSettings
+    named: Mapping[Group, Mapping[str, nn.Parameter]], settings: JointSettings
 ) -> list[dict[str, Any]]:
     """Optimizer groups: by Group, gates apart, and no decay where it would pull to nonsense."""
     buckets: dict[tuple[float, float], list[nn.Parameter]] = {}
     rates = {Group.VISION: settings.vision_lr, Group.LANGUAGE: settings.language_lr}
     for group in Group:
-        for name, parameter in model.adapter.named_parameters(group):
-            last = name.rsplit(".", 1)[-1]
-            is_gate = last in ("gate", "visual_gate", "gate_scale")
-            rate = settings.gate_lr if is_gate else rates[group]
+        for name, parameter in named[group].items():
+            rate = settings.gate_lr if is_gate(name) else rates[group]
             decay = settings.weight_decay if parameter.ndim > 1 else 0.0
             buckets.setdefault((rate, decay), []).append(parameter)
     return [
         {"params": parameters, "lr": rate, "base_lr": rate, "weight_decay": decay}
         for (rate, decay), parameters in buckets.items()
     ]
+
+
+def is_gate(name: str) -> bool:
+    """Whether a trained tensor opens prompt attention, by its name in adapter files."""
+    return name.rsplit(".", 1)[-1] in ("gate", "visual_gate", "gate_scale", "visual_gate_scale")

@@ -1,0 +1,174 @@
+"""Several processes that share every step: replicas (DDP) or a sharded model (FSDP2).
+
+Accelerate reads what `torchrun` or `accelerate launch` say and sets up the processes; replicas
+are its too. A sharded model goes to torch's `fully_shard` directly: on a CPU Accelerate would
+quietly make replicas of it, or processes that know nothing of each other.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from llama_adapter.errors import TrainingError
+from llama_adapter.model import LlamaAdapterForConditionalGeneration
+from llama_adapter.training.engine import Engine, OneProcess
+
+STRATEGIES = ("auto", "ddp", "fsdp2")
+"""`auto` shards where `accelerate launch --use_fsdp` asks for it, and replicates otherwise."""
+
+
+def start_processes(
+    *, cpu: bool, trackers: tuple[str, ...] = (), log_dir: str | None = None
+) -> Accelerator:
+    """Join the other processes of this run, if there are any.
+
+    Raises TrainingError where a launcher's word and what came of it differ.
+    """
+    accelerator = Accelerator(
+        cpu=cpu,
+        mixed_precision="no",  # ours: parameters stay float32, autocast is the trainer's
+        log_with=list(trackers) or None,
+        project_dir=log_dir,
+        kwargs_handlers=[
+            # a pass moves one group: the other's parameters are unused in it
+            DistributedDataParallelKwargs(find_unused_parameters=True)
+        ],
+    )
+    expected = int(os.environ.get("WORLD_SIZE", "1"))
+    found = dist.get_world_size() if dist.is_initialized() else 1
+    if found != expected or accelerator.num_processes != expected:
+        raise TrainingError(
+            f"the launcher started {expected} processes, but this one sees {found}; "
+            "on CPUs use torchrun, `accelerate launch --cpu` starts only one"
+        )
+    return accelerator
+
+
+def engine_for(
+    model: LlamaAdapterForConditionalGeneration, accelerator: Accelerator, *, strategy: str
+) -> Engine:
+    """How this model trains in these processes; parameters may be other objects afterwards."""
+    if strategy == "auto":
+        asked = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+        strategy = "fsdp2" if asked else "ddp"
+    if accelerator.num_processes == 1:
+        return OneProcess(model)
+    if strategy == "fsdp2":
+        return Sharded(model, accelerator.device)
+    return Replicated(model, accelerator)
+
+
+class _Processes:
+    """What replicas and shards have in common."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.rank = dist.get_rank()
+        self.world_size = dist.get_world_size()
+
+    def total(self, values: Tensor) -> Tensor:
+        summed = values.detach().clone().to(self.device)
+        dist.all_reduce(summed)
+        return summed
+
+    def gather(self, value: Any) -> list[Any]:
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+
+class Replicated(_Processes):
+    """Every process holds the whole model; gradients are averaged (DDP)."""
+
+    def __init__(
+        self, model: LlamaAdapterForConditionalGeneration, accelerator: Accelerator
+    ) -> None:
+        super().__init__(accelerator.device)
+        self.module: nn.Module = accelerator.prepare_model(model)
+        if not isinstance(self.module, nn.parallel.DistributedDataParallel):
+            raise TrainingError(
+                f"{self.world_size} processes were started, but Accelerate made no replicas "
+                f"({accelerator.distributed_type})"
+            )
+
+    def last_of_its_kind(self, is_last: bool) -> AbstractContextManager[Any]:
+        assert isinstance(self.module, nn.parallel.DistributedDataParallel)
+        return nullcontext() if is_last else self.module.no_sync()
+
+    def whole(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+    def own_part(self, whole: Tensor, like: Tensor) -> Tensor:
+        return whole.to(like.device)
+
+
+class Sharded(_Processes):
+    """Every decoder layer is spread over the processes and gathered where it computes (FSDP2).
+
+    The vision tower stays whole: no gradient passes it, and not every pass has pictures.
+    """
+
+    def __init__(self, model: LlamaAdapterForConditionalGeneration, device: torch.device) -> None:
+        super().__init__(device)
+        quantised = getattr(model.language_model, "quantization_method", None)
+        if quantised is not None:
+            raise TrainingError(
+                f"a base quantised by {quantised} cannot be sharded; train replicas: "
+                "compute.strategy=ddp"
+            )
+        mesh = init_device_mesh(device.type, (self.world_size,))
+        ignored = set() if model.vision is None else set(model.vision.parameters())
+        if model.vision is not None:
+            model.vision.to(device)
+        for layer in decoder_layers(model):
+            fully_shard(layer, mesh=mesh)
+        # the very same object, of another class
+        self.sharded = fully_shard(model, mesh=mesh, ignored_params=ignored)
+        self.module: nn.Module = model
+        self._settle(model)
+
+    @torch.no_grad()
+    def _settle(self, model: LlamaAdapterForConditionalGeneration) -> None:
+        """One pass in which everything may learn: a first pass fixes what FSDP2 believes of it."""
+        ids = torch.zeros(1, 2, dtype=torch.int64, device=self.device)
+        model(input_ids=ids, use_cache=False)
+        # what is not in a layer stays gathered after a forward pass; the trainer wants the shards
+        self.sharded.reshard()
+
+    def last_of_its_kind(self, is_last: bool) -> AbstractContextManager[Any]:
+        self.sharded.set_requires_gradient_sync(is_last)
+        return nullcontext()
+
+    def whole(self, tensor: Tensor) -> Tensor:
+        return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+    def own_part(self, whole: Tensor, like: Tensor) -> Tensor:
+        if not isinstance(like, DTensor):
+            return whole.to(like.device)
+        return distribute_tensor(whole.to(like.device), like.device_mesh, like.placements)
+
+
+def decoder_layers(model: LlamaAdapterForConditionalGeneration) -> list[nn.Module]:
+    """The decoder's layers, in order."""
+    layers = model.language_model.get_decoder().layers
+    assert isinstance(layers, nn.ModuleList)
+    return list(layers)
+
+
+def finish(accelerator: Accelerator) -> None:
+    """Leave together: a process that leaves early can abort the others after success."""
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,80 @@
+"""What runs the passes of a step: one process, or several that share every step.
+
+An engine knows how gradients meet, how numbers are added up over processes, and how a parameter
+that is spread over processes becomes whole. The trainer knows nothing else about them.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from llama_adapter.model import LlamaAdapterForConditionalGeneration
+
+
+class Engine(Protocol):
+    """Where the passes of a step run; every process calls the same methods in the same order."""
+
+    module: nn.Module
+    """What is called for a forward pass."""
+    rank: int
+    world_size: int
+
+    def last_of_its_kind(self, is_last: bool) -> AbstractContextManager[Any]:
+        """Surrounds a forward and its backward; gradients need to meet in the last one only."""
+        ...
+
+    def total(self, values: Tensor) -> Tensor:
+        """The sum of every process's values."""
+        ...
+
+    def whole(self, tensor: Tensor) -> Tensor:
+        """A tensor that may be spread over processes, in one piece."""
+        ...
+
+    def own_part(self, whole: Tensor, like: Tensor) -> Tensor:
+        """A whole tensor laid out as `like` is."""
+        ...
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every process's value, in the order of ranks."""
+        ...
+
+
+class OneProcess:
+    """A single process."""
+
+    rank = 0
+    world_size = 1
+
+    def __init__(self, model: LlamaAdapterForConditionalGeneration) -> None:
+        self.module: nn.Module = model
+
+    def last_of_its_kind(self, is_last: bool) -> AbstractContextManager[Any]:  # noqa: ARG002
+        return nullcontext()
+
+    def total(self, values: Tensor) -> Tensor:
+        return values
+
+    def whole(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+    def own_part(self, whole: Tensor, like: Tensor) -> Tensor:
+        return whole.to(like.device)
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value]
+
+
+def blank_picture(model: LlamaAdapterForConditionalGeneration, input_ids: Tensor) -> dict[str, Any]:
+    """Inputs of a picture that no token reads: the same pass as with one, and adds zero."""
+    size = getattr(model.vision.config, "vision_config", model.vision.config).image_size
+    device = input_ids.device
+    return {
+        "pixel_values": torch.zeros(1, 3, size, size, device=device),
+        "image_index": torch.full_like(input_ids, -1),
+        "visual_mask": torch.zeros_like(input_ids, dtype=torch.bool),
+    }
