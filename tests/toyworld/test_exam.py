@@ -14,7 +14,7 @@ from llama_adapter.toyworld.exam import Exam, Score, score, score_captions
 from llama_adapter.toyworld.lessons import PICTURE, LessonPlan, Lessons, collate
 from llama_adapter.toyworld.pictures import make_pool, picture
 from llama_adapter.toyworld.recipes import V2
-from llama_adapter.toyworld.scenes import HELD_OUT, Split
+from llama_adapter.toyworld.scenes import COLORS, HELD_OUT, SHAPES, Split
 from llama_adapter.toyworld.shipped import load_shipped, load_tower, toy_processor
 
 
@@ -102,6 +102,21 @@ def test_no_lesson_asks_about_a_picture(train_pool):
         plain = lessons.instructions(step)
         assert "visual_features" not in plain
         assert "visual_mask" not in plain
+
+
+def test_nothing_is_said_of_the_colors_of_a_picture_in_unnamed_colors():
+    pool = make_pool(
+        load_tower(), toy_processor(V2), V2, count=40, seed=3, split=Split.TRAIN, strange_share=1.0
+    )
+    assert all(pool.strange)
+    processor = toy_processor(V2)
+    lessons = Lessons(processor, pool, plan=LessonPlan(batch_size=32), seed=0)
+    for step in range(5):
+        batch = lessons.captions(step)
+        for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True):
+            said = set(processor.decode(ids[labels != -100]).replace(".", " ").split())
+            assert not said & set(COLORS)
+            assert said & set(SHAPES)
 
 
 def test_collated_slots_are_where_the_placeholder_stands():

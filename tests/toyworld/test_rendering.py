@@ -16,8 +16,18 @@ from llama_adapter.toyworld.rendering import (
     UNITS,
     center_of,
     render,
+    strange_palette,
 )
-from llama_adapter.toyworld.scenes import COLORS, PLACES, SHAPES, Scene, Split, Thing, scene_stream
+from llama_adapter.toyworld.scenes import (
+    COLORS,
+    HELD_OUT,
+    PLACES,
+    SHAPES,
+    Scene,
+    Split,
+    Thing,
+    scene_stream,
+)
 
 
 def one_thing(**changes: str) -> Scene:
@@ -99,3 +109,15 @@ def test_another_palette_paints_the_named_colors_otherwise() -> None:
     picture = render(one_thing(), random.Random(0), palette={"red": (0, 255, 255)})
     x, y = (round(c) for c in center_of(one_thing().things[0]))
     assert math.dist(picture.getpixel((x, y)), (0, 255, 255)) < 3 * COLOR_JITTER
+
+
+def test_unnamed_colors_say_nothing_about_the_shape() -> None:
+    """One distribution for all shapes, far from every colour that is held out with any."""
+    palettes = {
+        shape: [strange_palette(one_thing(shape=shape), random.Random(i)) for i in range(50)]
+        for shape in SHAPES
+    }
+    assert all(palette == palettes["circle"] for palette in palettes.values())
+    barred = [PALETTE[color] for _, color in HELD_OUT]
+    for palette in palettes["circle"]:
+        assert min(math.dist(palette["red"], color) for color in barred) > COLOR_JITTER * 3**0.5
