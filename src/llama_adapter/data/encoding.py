@@ -1,0 +1,145 @@
+"""From a conversation to tokens that fit a row, cut at turn borders where it is too long."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Literal, NamedTuple
+
+from torch import Tensor
+
+from llama_adapter.conversation import Conversation
+from llama_adapter.data.samples import Sample
+from llama_adapter.errors import DataError, PromptError
+from llama_adapter.processing.encoding import IGNORED, Encoded, encode, opening_ids
+from llama_adapter.processing.processor import LlamaAdapterProcessor
+
+Overlong = Literal["skip", "truncate"]
+
+
+class Cut(NamedTuple):
+    """Some exchanges of a conversation, and how many tokens they make."""
+
+    first: int
+    """Exchanges are a question with its answer, counted from 0."""
+    stop: int
+    tokens: int
+    answer_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prepared:
+    """A piece of a sample, ready to be laid into a row."""
+
+    id: str
+    encoded: Encoded
+    pixels: Tensor | None = None
+    """Pictures [I, 3, H, W], or None without any."""
+
+
+class SampleEncoder:
+    """Encodes samples for rows of one length; the same in every process."""
+
+    def __init__(
+        self, processor: LlamaAdapterProcessor, *, row_length: int, overlong: Overlong = "skip"
+    ) -> None:
+        self.processor = processor
+        # positions restart in every sample, so that only a sample is bound by the context
+        self.limit = min(row_length, processor.context_length or row_length)
+        self.overlong = overlong
+        self._opening = opening_ids(processor.tokenizer)
+
+    def cut(self, sample: Sample) -> list[Cut]:
+        """Pieces that fit a row each, nearly as many exchanges as possible in each.
+
+        Raises DataError where nothing can be scored, or where one exchange alone is too long
+        and is to be skipped.
+        """
+        self._check_pictures(sample)
+        conversation = sample.conversation
+        count = sum(turn.role == "assistant" for turn in conversation.turns)
+        whole = self._encode(conversation)
+        if not whole.num_answer_tokens:
+            raise DataError(f"{sample.id}: holds no answer token to learn")
+        if len(whole) <= self.limit:
+            return [Cut(0, count, len(whole), whole.num_answer_tokens)]
+        # token count up to the end of each answer: where the cuts will be, but for the opening
+        ends = list(_answer_ends(whole.labels))
+        cuts: list[Cut] = []
+        first = 0
+        while first < count:
+            stop = count
+            if len(ends) == count:
+                before = ends[first - 1] if first else 0
+                fitting = (k + 1 for k in range(first, count) if ends[k] - before <= self.limit)
+                stop = max(fitting, default=first + 1)
+            encoded = self._encode(_part(conversation, first, stop))
+            while len(encoded) > self.limit and stop > first + 1:
+                stop -= 1
+                encoded = self._encode(_part(conversation, first, stop))
+            if len(encoded) > self.limit:
+                if self.overlong == "skip":
+                    raise DataError(
+                        f"{sample.id}: exchange {first + 1} has {len(encoded)} tokens; "
+                        f"a row holds {self.limit} for one sample"
+                    )
+                encoded = encoded.truncated(self.limit)
+            if encoded.num_answer_tokens:
+                cuts.append(Cut(first, stop, len(encoded), encoded.num_answer_tokens))
+            first = stop
+        if not cuts:
+            raise DataError(
+                f"{sample.id}: its question alone fills the {self.limit} tokens of a row"
+            )
+        return cuts
+
+    def encode(self, sample: Sample, first: int, stop: int) -> Encoded:
+        """Tokens of some exchanges; never more than fit."""
+        count = sum(turn.role == "assistant" for turn in sample.conversation.turns)
+        conversation = sample.conversation
+        if (first, stop) != (0, count):
+            conversation = _part(conversation, first, stop)
+        encoded = self._encode(conversation)
+        return encoded.truncated(self.limit) if self.overlong == "truncate" else encoded
+
+    def prepare(self, sample: Sample, first: int, stop: int) -> Prepared:
+        """Tokens and pixels. LlamaAdapterError where a picture cannot be read."""
+        encoded = self.encode(sample, first, stop)
+        images = sample.conversation.images
+        pixels = None
+        if images:
+            try:
+                batch = self.processor.collate([encoded], [images], labels=True, side="right")
+            except PromptError as error:
+                raise DataError(f"{sample.id}: {error}") from error
+            pixels = batch["pixel_values"]
+        return Prepared(id=sample.id, encoded=encoded, pixels=pixels)
+
+    def _encode(self, conversation: Conversation) -> Encoded:
+        text = self.processor.render(conversation)
+        encoded = encode(text, tokenizer=self.processor.tokenizer, opening=self._opening)
+        # in a packed row this label would be learnt from the last token of another sample
+        return replace(encoded, labels=(IGNORED, *encoded.labels[1:]))
+
+    def _check_pictures(self, sample: Sample) -> None:
+        count = len(sample.conversation.images)
+        if count > 1 and self.processor.visual_scope == "all":
+            raise DataError(
+                f"{sample.id}: holds {count} images, but visual_scope 'all' reads one a sample"
+            )
+
+
+def _answer_ends(labels: tuple[int, ...]) -> Iterator[int]:
+    for index, (label, after) in enumerate(pairwise((*labels, IGNORED)), start=1):
+        if label != IGNORED and after == IGNORED:
+            yield index
+
+
+def _part(conversation: Conversation, first: int, stop: int) -> Conversation:
+    """Some exchanges, with the system message and the context; pictures are shown at the start."""
+    turns = conversation.turns[2 * first : 2 * stop]
+    before = conversation.messages[: len(conversation.messages) - len(conversation.turns)]
+    part = Conversation(messages=(*before, *turns), context=conversation.context)
+    shown = conversation.images[: len(conversation.images) - len(part.images)] if first else ()
+    return part.looking_at(shown) if shown else part

@@ -1,0 +1,163 @@
+"""Which samples share a row, and the tensors of rows.
+
+Shape suffixes: B rows, T tokens, I pictures.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llama_adapter.data.encoding import Prepared
+from llama_adapter.processing.encoding import IGNORED, pad
+from llama_adapter.processing.processor import LlamaAdapterProcessor
+
+Padding = Literal["packed", "padded", "max_length"]
+
+OPEN_ROWS = 64
+"""Rows that are filled at a time: more leave smaller gaps, and mix farther samples."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rows:
+    """Rows of sample numbers, as two arrays."""
+
+    numbers: np.ndarray
+    starts: np.ndarray
+    """Where each row starts in `numbers`, and one more for the end."""
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    def __getitem__(self, row: int) -> np.ndarray:
+        return self.numbers[self.starts[row] : self.starts[row + 1]]
+
+    def shuffled(self, rng: np.random.Generator) -> Rows:
+        """The same rows in another order."""
+        return Rows.of([self[int(row)] for row in rng.permutation(len(self))])
+
+    @classmethod
+    def of(cls, rows: Sequence[Sequence[int] | np.ndarray]) -> Rows:
+        """From lists of numbers."""
+        sizes = [len(row) for row in rows]
+        flat = np.fromiter((int(n) for row in rows for n in row), dtype=np.int64, count=sum(sizes))
+        return cls(numbers=flat, starts=np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)]))
+
+
+def pack(order: np.ndarray, tokens: np.ndarray, *, row_length: int) -> Rows:
+    """Lay samples into rows in their order, each into the fullest open row that has room.
+
+    `tokens` are the lengths of the samples that `order` lists, by their number.
+
+    >>> rows = pack(np.arange(4), np.array([5, 4, 3, 4]), row_length=8)
+    >>> [list(map(int, rows[i])) for i in range(len(rows))]
+    [[0, 2], [1, 3]]
+    """
+    return Rows.of(list(_packed(order, tokens, row_length)))
+
+
+def _packed(order: np.ndarray, tokens: np.ndarray, row_length: int) -> Iterator[list[int]]:
+    rows: dict[int, list[int]] = {}
+    # (tokens left, number) of open rows, the fullest first
+    room: list[tuple[int, int]] = []
+    opened = 0
+    for number in order.tolist():
+        length = int(tokens[number])
+        place = bisect_left(room, (length, -1))
+        if place < len(room):
+            left, row = room.pop(place)
+        else:
+            left, row = row_length, opened
+            rows[row] = []
+            opened += 1
+        rows[row].append(number)
+        if left == length:
+            yield rows.pop(row)
+            continue
+        insort(room, (left - length, row))
+        if len(room) > OPEN_ROWS:
+            yield rows.pop(room.pop(0)[1])
+    yield from rows.values()
+
+
+def assemble(
+    rows: Sequence[Sequence[Prepared]],
+    processor: LlamaAdapterProcessor,
+    *,
+    padding: Padding,
+    row_length: int,
+) -> dict[str, Tensor]:
+    """Keyword arguments of the model's forward for rows of samples."""
+    length = row_length
+    if padding == "padded":
+        length = max((len(p.encoded) for row in rows for p in row), default=1)
+    pad_id = processor.tokenizer.pad_token_id
+    if pad_id is None:
+        pad_id = processor.tokenizer.eos_token_id or 0
+
+    def batch(rows_of_numbers: list[list[int]], *, value: int) -> Tensor:
+        return pad(rows_of_numbers, value=value, side="right", length=length)
+
+    inputs = {
+        "input_ids": batch(
+            [_chain(p.encoded.input_ids for p in row) for row in rows], value=pad_id
+        ),
+        "labels": batch([_chain(p.encoded.labels for p in row) for row in rows], value=IGNORED),
+    }
+    if padding == "packed":
+        inputs["position_ids"] = _positions(rows, length)
+    else:
+        ones = [_chain([1] * len(p.encoded) for p in row) for row in rows]
+        inputs["attention_mask"] = batch(ones, value=0)
+    pixels = [p.pixels for row in rows for p in row if p.pixels is not None]
+    if pixels:
+        inputs["pixel_values"] = torch.cat(pixels)
+        inputs["image_index"] = batch(_pictures(rows), value=-1)
+        if processor.visual_scope == "slots":
+            slots = batch([_chain(p.encoded.slots for p in row) for row in rows], value=-1)
+            inputs["visual_mask"] = slots >= 0
+        if padding != "packed" and all(_one_picture_at_most(row) for row in rows):
+            # a number a row is the cheaper form, where it says the same
+            inputs["image_index"] = inputs["image_index"].amax(dim=1)
+    return inputs
+
+
+def _chain(parts: Iterable[Sequence[int]]) -> list[int]:
+    return [number for part in parts for number in part]
+
+
+def _positions(rows: Sequence[Sequence[Prepared]], length: int) -> Tensor:
+    """Positions that restart at every sample; the padding behind them is one more sample."""
+    positions = torch.zeros(len(rows), length, dtype=torch.int64)
+    for index, row in enumerate(rows):
+        at = 0
+        for size in [len(p.encoded) for p in row]:
+            positions[index, at : at + size] = torch.arange(size)
+            at += size
+        positions[index, at:] = torch.arange(length - at)
+    return positions
+
+
+def _pictures(rows: Sequence[Sequence[Prepared]]) -> list[list[int]]:
+    """For each token the picture its sample shows, or the one whose slot it is."""
+    index: list[list[int]] = []
+    count = 0
+    for row in rows:
+        index.append([])
+        for prepared in row:
+            if prepared.pixels is None:
+                index[-1] += [-1] * len(prepared.encoded)
+                continue
+            index[-1] += [count + max(slot, 0) for slot in prepared.encoded.slots]
+            count += len(prepared.pixels)
+    return index
+
+
+def _one_picture_at_most(row: Sequence[Prepared]) -> bool:
+    return all(p.pixels is None or len(p.pixels) == 1 for p in row)

@@ -1,0 +1,285 @@
+"""Endless batches of one kind, in an order that follows from seed and position alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from llama_adapter.data.batch import TrainBatch
+from llama_adapter.data.encoding import Prepared, SampleEncoder
+from llama_adapter.data.measuring import Pieces, refuse_broken
+from llama_adapter.data.packing import Padding, Rows, assemble, pack
+from llama_adapter.data.samples import KINDS, Broken, Kind, Source
+from llama_adapter.errors import ConfigError, DataError, LlamaAdapterError, TrainingError
+from llama_adapter.processing.encoding import IGNORED
+
+_AHEAD = 2
+"""Batches that each worker process holds ready."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Part:
+    """A source's share in a stream."""
+
+    source: Source
+    pieces: Pieces
+    weight: float = 1.0
+    """How many times an epoch goes through it."""
+    held_out: np.ndarray | None = None
+    """Samples that training never sees."""
+
+    def trained(self) -> np.ndarray:
+        """Numbers of the pieces to learn from."""
+        everything = np.arange(len(self.pieces))
+        if self.held_out is None or not len(self.held_out):
+            return everything
+        return everything[~np.isin(self.pieces.column("sample"), self.held_out)]
+
+
+class Place(NamedTuple):
+    """Where a stream stands: the next row, counted within its epoch."""
+
+    epoch: int
+    row: int
+
+
+class _Task(NamedTuple):
+    """What a worker builds a batch from."""
+
+    after: Place
+    rows: tuple[np.ndarray, ...]
+
+
+class _Numbering:
+    """Pieces numbered through all parts."""
+
+    def __init__(self, parts: tuple[Part, ...]) -> None:
+        self.parts = parts
+        self.offsets = np.cumsum([0, *(len(part.pieces) for part in parts[:-1])])
+
+    def find(self, number: int) -> tuple[int, tuple[int, int, int]]:
+        """The part of a piece, and its sample with the exchanges."""
+        index = int(np.searchsorted(self.offsets, number, side="right")) - 1
+        row = self.parts[index].pieces.table[number - self.offsets[index], :3]
+        sample, first, stop = row.tolist()
+        return index, (sample, first, stop)
+
+
+class BatchStream:
+    """Batches of one kind without end, read ahead by worker processes.
+
+    Every rank draws the same plan from the seed; of each global micro-batch of `rows` rows, rank
+    r takes rows r, r + world, ... The plan of an epoch lays all pieces into rows once, in an order
+    of its own. An epoch that ends within a batch is continued by the next one.
+    """
+
+    def __init__(
+        self,
+        kind: Kind,
+        parts: Sequence[Part],
+        encoder: SampleEncoder,
+        *,
+        rows: int,
+        row_length: int,
+        padding: Padding = "packed",
+        seed: int,
+        rank: int = 0,
+        world: int = 1,
+        workers: int = 0,
+        max_broken: float = 0.01,
+        pin_memory: bool = False,
+    ) -> None:
+        if rows < world:
+            raise ConfigError(
+                f"{kind}s.rows is {rows}, but {world} processes train: each needs a row"
+            )
+        self.kind: Kind = kind
+        self.parts = tuple(parts)
+        self.encoder = encoder
+        self.rows, self.row_length, self.padding = rows, row_length, padding
+        self.seed, self.rank, self.world, self.workers = seed, rank, world, workers
+        self.max_broken = max_broken
+        self.pin_memory = pin_memory
+        self._trained = tuple(part.trained() for part in parts)
+        for part, trained in zip(self.parts, self._trained, strict=True):
+            if not len(trained):
+                raise DataError(f"{part.source.name} leaves no sample to learn from")
+        self._numbering = _Numbering(self.parts)
+        self._tokens = np.concatenate([part.pieces.column("tokens") for part in parts])
+        self._found: dict[tuple[int, str], Broken] = {}
+        self._plan = lru_cache(maxsize=2)(self._make_plan)
+        self._place = Place(0, 0)
+        self._loading: Iterator[Any] | None = None
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> TrainBatch:
+        if self._loading is None:
+            self._loading = iter(self._loader())
+        built = next(self._loading)
+        if isinstance(built, LlamaAdapterError):
+            raise built
+        self._place, batch, broken = built
+        for part, fault in broken:
+            self._found[part, fault.where] = fault
+        if broken:
+            self._refuse_too_many_broken()
+        result: TrainBatch = batch
+        return result
+
+    @property
+    def broken(self) -> tuple[Broken, ...]:
+        """Samples that turned out unreadable since the start, in this process's rows."""
+        return tuple(self._found.values())
+
+    def _refuse_too_many_broken(self) -> None:
+        for number, part in enumerate(self.parts):
+            found = [fault for (owner, _), fault in self._found.items() if owner == number]
+            total = part.pieces.num_samples
+            faults = (*found, *part.pieces.broken)
+            name = part.source.name
+            if found:
+                refuse_broken(faults, total, max_broken=self.max_broken, name=name)
+
+    # --- the plan ---------------------------------------------------------------------------
+
+    def rows_in_epoch(self, epoch: int = 0) -> int:
+        """Rows that one pass through the data makes."""
+        return len(self._plan(epoch))
+
+    def fill(self, epoch: int = 0) -> float:
+        """Share of the places in packed rows that hold a token of a sample."""
+        plan = self._plan(epoch)
+        return float(self._tokens[plan.numbers].sum() / (len(plan) * self.row_length))
+
+    def _make_plan(self, epoch: int) -> Rows:
+        rng = np.random.default_rng([self.seed, KINDS.index(self.kind), epoch])
+        chosen = []
+        for part, trained, offset in zip(
+            self.parts, self._trained, self._numbering.offsets, strict=True
+        ):
+            times, share = divmod(part.weight, 1.0)
+            chosen += [trained + offset] * int(times)
+            some = rng.permutation(trained)[: max(round(share * len(trained)), int(times == 0))]
+            chosen.append(some + offset)
+        order = rng.permutation(np.concatenate(chosen))
+        if self.padding != "packed":
+            return Rows(numbers=order, starts=np.arange(len(order) + 1))
+        rows = pack(order, self._tokens, row_length=self.row_length)
+        return rows.shuffled(rng)
+
+    def _tasks(self) -> Iterator[_Task]:
+        epoch, row = self._place
+        while True:
+            mine = []
+            for number in range(self.rows):
+                while row >= len(self._plan(epoch)):
+                    epoch, row = epoch + 1, 0
+                if number % self.world == self.rank:
+                    mine.append(self._plan(epoch)[row])
+                row += 1
+            yield _Task(Place(epoch, row), tuple(mine))
+
+    def _loader(self) -> DataLoader[Any]:
+        return DataLoader(
+            _Builder(self),
+            sampler=self._tasks(),
+            batch_size=None,
+            num_workers=self.workers,
+            prefetch_factor=_AHEAD if self.workers else None,
+            collate_fn=_unchanged,
+            pin_memory=self.pin_memory,
+            # its own generator: the global one belongs to the training's random state
+            generator=torch.Generator(),
+        )
+
+    # --- position ---------------------------------------------------------------------------
+
+    def _plan_key(self) -> dict[str, Any]:
+        """What the meaning of a position depends on."""
+        return {
+            "seed": self.seed,
+            "rows": self.rows,
+            "row_length": self.row_length,
+            "padding": self.padding,
+            "pieces": [len(trained) for trained in self._trained],
+            "tokens": int(self._tokens.sum()),
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the stream stands after the last batch handed out; equal on all ranks."""
+        return {"epoch": self._place.epoch, "row": self._place.row, **self._plan_key()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from there, whatever the number of ranks or workers was.
+
+        Raises TrainingError if the position is one in other data or rows.
+        """
+        for key, value in self._plan_key().items():
+            if state.get(key) != value:
+                raise TrainingError(
+                    f"the checkpoint's position is in other {self.kind} data: "
+                    f"{key} was {state.get(key)}, is now {value}"
+                )
+        self.close()
+        self._place = Place(int(state["epoch"]), int(state["row"]))
+
+    def close(self) -> None:
+        """End worker processes; the stream goes on where it stood if asked again."""
+        self._loading = None
+
+
+def _unchanged(item: Any) -> Any:
+    return item
+
+
+class _Builder(Dataset[Any]):
+    """Reads samples and makes batches of them; runs in worker processes."""
+
+    def __init__(self, stream: BatchStream) -> None:
+        self.parts = stream.parts
+        self.numbering = _Numbering(stream.parts)
+        self.kind = stream.kind
+        self.encoder = stream.encoder
+        self.padding, self.row_length = stream.padding, stream.row_length
+
+    def __getitem__(self, task: _Task) -> Any:
+        try:
+            return self._build(task)
+        except LlamaAdapterError as error:
+            # as a value: raised here, a traceback would be put into its message
+            return error
+
+    def _build(self, task: _Task) -> tuple[Place, TrainBatch, list[tuple[int, Broken]]]:
+        broken: list[tuple[int, Broken]] = []
+        rows = [[p for n in row.tolist() if (p := self._read(n, broken))] for row in task.rows]
+        prepared = [p for row in rows for p in row]
+        inputs = assemble(
+            rows, self.encoder.processor, padding=self.padding, row_length=self.row_length
+        )
+        batch = TrainBatch(
+            kind=self.kind,
+            inputs=inputs,
+            sample_ids=tuple(p.id for p in prepared),
+            answer_tokens=int((inputs["labels"] != IGNORED).sum()),
+            tokens=sum(len(p.encoded) for p in prepared),
+            broken=tuple(fault for _, fault in broken),
+        )
+        return task.after, batch, broken
+
+    def _read(self, number: int, broken: list[tuple[int, Broken]]) -> Prepared | None:
+        """A piece; or None, and an entry in the list, where it cannot be read any more."""
+        index, (sample, first, stop) = self.numbering.find(number)
+        source = self.parts[index].source
+        try:
+            return self.encoder.prepare(source[sample], first, stop)
+        except LlamaAdapterError as error:
+            broken.append((index, Broken(where=source.where(sample), reason=str(error))))
+            return None

@@ -1,0 +1,169 @@
+"""From a recipe's sections to open streams of batches and samples held out of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from llama_adapter.data import (
+    SOURCES,
+    BatchStream,
+    Kind,
+    Part,
+    Sample,
+    SampleEncoder,
+    Source,
+    measure,
+)
+from llama_adapter.errors import DataError
+from llama_adapter.processing.processor import LlamaAdapterProcessor
+from llama_adapter.training.recipe import Recipe, SourceSection, SourceTypes, StreamSection
+
+Opened = Callable[[str, int], Callable[[int], None]]
+"""Called with a source's name and its number of samples; what it returns, with samples done."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HeldOut:
+    """Samples that training never sees, for evaluation."""
+
+    kind: Kind
+    source: Source
+    indices: np.ndarray
+    """Numbers of the samples; captions of one picture stand together."""
+    groups: np.ndarray | None
+    """For each of them the number that captions of its picture share."""
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> Sample:
+        return self.source[int(self.indices[index])]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RecipeData:
+    """What a recipe trains and evaluates on."""
+
+    streams: Mapping[Kind, BatchStream]
+    held_out: Mapping[str, HeldOut]
+    """By the source's type; a second source of a type is called `type-2`."""
+
+
+def open_data(
+    recipe: Recipe,
+    processor: LlamaAdapterProcessor,
+    *,
+    types: SourceTypes = SOURCES,
+    rank: int = 0,
+    world: int = 1,
+    pin_memory: bool = False,
+    opened: Opened | None = None,
+) -> RecipeData:
+    """Open and measure every source of a recipe.
+
+    Raises DataError for files that are missing or empty, and where more records of a source are
+    broken than `data.max_broken` allows, with a list.
+    """
+    streams: dict[Kind, BatchStream] = {}
+    held_out: dict[str, HeldOut] = {}
+    for kind, section in recipe.streams.items():
+        encoder = encoder_of(recipe, section, processor)
+        parts = []
+        for described in section.sources:
+            part = _open_part(recipe, described, kind, encoder, types=types, opened=opened)
+            parts.append(part)
+            if described.held_out:
+                held_out[_free_name(described.type, held_out)] = _held_out(part, kind)
+        streams[kind] = BatchStream(
+            kind,
+            parts,
+            encoder,
+            rows=section.rows,
+            row_length=section.row_length,
+            padding=recipe.data.padding,
+            seed=recipe.seed,
+            rank=rank,
+            world=world,
+            workers=recipe.data.workers,
+            max_broken=recipe.data.max_broken,
+            pin_memory=pin_memory,
+        )
+    return RecipeData(streams=streams, held_out=held_out)
+
+
+def encoder_of(
+    recipe: Recipe, section: StreamSection, processor: LlamaAdapterProcessor
+) -> SampleEncoder:
+    """What encodes the samples of a section."""
+    return SampleEncoder(processor, row_length=section.row_length, overlong=recipe.data.overlong)
+
+
+def _open_part(
+    recipe: Recipe,
+    described: SourceSection,
+    kind: Kind,
+    encoder: SampleEncoder,
+    *,
+    types: SourceTypes,
+    opened: Opened | None,
+) -> Part:
+    source = described.options(types).open(kind)
+    pieces = measure(
+        source,
+        encoder,
+        workers=recipe.data.workers,
+        cache=cache_of(recipe),
+        progress=None if opened is None else opened(source.name, len(source)),
+    )
+    pieces.refuse_beyond(recipe.data.max_broken, name=source.name)
+    held_out = choose_held_out(source, described.held_out, seed=recipe.seed)
+    return Part(source=source, pieces=pieces, weight=described.weight, held_out=held_out)
+
+
+def cache_of(recipe: Recipe) -> Path | None:
+    """Where the lengths of samples are kept, if anywhere."""
+    return recipe.out / "cache" if recipe.data.cache else None
+
+
+def choose_held_out(source: Source, count: int, *, seed: int) -> np.ndarray:
+    """Numbers of samples to hold out: at least `count`, all captions of a picture or none.
+
+    Raises DataError where that leaves nothing to learn from.
+    """
+    if count == 0:
+        return np.zeros(0, dtype=np.int64)
+    groups = source.groups()
+    if groups is None:
+        groups = np.arange(len(source))
+    names, sizes = np.unique(groups, return_counts=True)
+    order = np.random.default_rng([seed, len(names)]).permutation(len(names))
+    enough = int(np.searchsorted(np.cumsum(sizes[order]), count)) + 1
+    if enough >= len(names):
+        raise DataError(
+            f"{source.name}: held_out {count} of {len(source)} samples leaves none to learn from"
+        )
+    return np.flatnonzero(np.isin(groups, names[order[:enough]]))
+
+
+def _held_out(part: Part, kind: Kind) -> HeldOut:
+    assert part.held_out is not None
+    # a broken record is no question to ask
+    sound = np.intersect1d(part.held_out, part.pieces.column("sample"))
+    groups = part.source.groups()
+    return HeldOut(
+        kind=kind,
+        source=part.source,
+        indices=sound,
+        groups=None if groups is None else groups[sound],
+    )
+
+
+def _free_name(type_: str, taken: Mapping[str, HeldOut]) -> str:
+    number = 1
+    while (name := type_ if number == 1 else f"{type_}-{number}") in taken:
+        number += 1
+    return name
