@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -80,22 +81,18 @@ def encode(text: Rendered, *, tokenizer: Any, opening: tuple[int, ...]) -> Encod
 
 
 def _spans_of(offsets: Sequence[Span], spans: Sequence[Span]) -> list[int]:
-    """For each token the span it overlaps, -1 for none; both are in reading order."""
-    found: list[int] = []
-    current = 0
-    for start, end in offsets:
-        while current < len(spans) and spans[current][1] <= start and spans[current][1] < end:
-            current += 1
-        inside = current < len(spans) and _overlap((start, end), spans[current])
-        found.append(current if inside else -1)
-    return found
-
-
-def _overlap(token: Span, span: Span) -> bool:
-    if token[0] == token[1]:
-        # byte-level tokenizers report a lone space as empty, at its end
-        return span[0] < token[0] <= span[1]
-    return token[0] < span[1] and token[1] > span[0]
+    """For each token the first span it overlaps, -1 for none."""
+    if not spans:
+        return [-1] * len(offsets)
+    starts, ends = np.array(offsets, dtype=np.int64).reshape(-1, 2).T
+    found = np.full(len(starts), -1)
+    # byte-level tokenizers report a lone space as empty, at its end
+    is_empty = starts == ends
+    for index, (first, stop) in reversed(list(enumerate(spans))):
+        overlaps = (starts < stop) & (ends > first)
+        found[np.where(is_empty, (first < starts) & (starts <= stop), overlaps)] = index
+    listed: list[int] = found.tolist()
+    return listed
 
 
 def pad(rows: Sequence[Sequence[int]], *, value: int, side: Side, length: int) -> Tensor:
