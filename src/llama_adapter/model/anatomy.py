@@ -52,11 +52,14 @@ def attention_modules(language_model: PreTrainedModel) -> list[tuple[str, Attent
 def decoder_linears(decoder: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
     """Linears inside decoder layers, by name; experts and routers of a mixture are left alone."""
     mixtures = [name for name, module in decoder.named_modules() if hasattr(module, "experts")]
+    found = "-"
     for name, module in decoder.named_modules():
         is_linear = hasattr(module, "in_features") and hasattr(module, "out_features")
         in_layer = re.search(r"(^|\.)\d+\.", name) is not None
         in_mixture = any(name == m or name.startswith(m + ".") for m in mixtures)
-        if is_linear and in_layer and not in_mixture:
+        # inside a linear that peft has wrapped are further ones, which are its own
+        if is_linear and in_layer and not in_mixture and not name.startswith(found + "."):
+            found = name
             yield name, cast(nn.Linear, module)
 
 

@@ -42,12 +42,18 @@ _IGNORED_LOADING_KEYWORDS = frozenset(
 class AdapterPersistence:
     """`save_pretrained`, `from_pretrained`, `load_adapter` of the adapted model."""
 
-    def save_pretrained(self, save_directory: Any, **_kwargs: Any) -> None:
-        """Write the active adapter; the base and the vision tower are referenced, not copied."""
+    def save_pretrained(
+        self, save_directory: Any, *, state_dict: dict[str, Tensor] | None = None, **_kwargs: Any
+    ) -> None:
+        """Write the active adapter; the base and the vision tower are referenced, not copied.
+
+        `state_dict` stands in for the adapter's own, where that is spread over processes.
+        """
         model: LlamaAdapterForConditionalGeneration = self  # type: ignore[assignment]
         directory = Path(save_directory)
         directory.mkdir(parents=True, exist_ok=True)
-        state = {name: t.contiguous().cpu() for name, t in model.adapter.state_dict().items()}
+        tensors = model.adapter.state_dict() if state_dict is None else state_dict
+        state = {name: t.contiguous().cpu() for name, t in tensors.items()}
         temporary = directory / f".{ADAPTER_WEIGHTS_NAME}.tmp"
         save_file(state, temporary, metadata={"format": "pt"})
         temporary.replace(directory / ADAPTER_WEIGHTS_NAME)

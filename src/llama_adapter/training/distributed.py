@@ -59,36 +59,44 @@ def engine_for(
     model: LlamaAdapterForConditionalGeneration, accelerator: Accelerator, *, strategy: str
 ) -> Engine:
     """How this model trains in these processes; parameters may be other objects afterwards."""
-    if strategy == "auto":
-        asked = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
-        strategy = "fsdp2" if asked else "ddp"
     if accelerator.num_processes == 1:
         return OneProcess(model)
-    if strategy == "fsdp2":
+    if is_sharded(strategy, accelerator):
         return Sharded(model, accelerator.device)
     return Replicated(model, accelerator)
 
 
-class _Processes:
-    """What replicas and shards have in common."""
+def is_sharded(strategy: str, accelerator: Accelerator) -> bool:
+    """Whether the model is spread over the processes."""
+    asked = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    wanted = strategy == "fsdp2" or (strategy == "auto" and asked)
+    return wanted and accelerator.num_processes > 1
+
+
+class Rendezvous:
+    """Where processes meet; there may be only one."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.rank = dist.get_rank()
-        self.world_size = dist.get_world_size()
+        self.rank = dist.get_rank() if dist.is_initialized() else 0
+        self.world_size = dist.get_world_size() if dist.is_initialized() else 1
 
     def total(self, values: Tensor) -> Tensor:
+        """The sum of every process's values."""
         summed = values.detach().clone().to(self.device)
-        dist.all_reduce(summed)
+        if self.world_size > 1:
+            dist.all_reduce(summed)
         return summed
 
     def gather(self, value: Any) -> list[Any]:
-        values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value)
+        """Every process's value, in the order of ranks."""
+        values: list[Any] = [value] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(values, value)
         return values
 
 
-class Replicated(_Processes):
+class Replicated(Rendezvous):
     """Every process holds the whole model; gradients are averaged (DDP)."""
 
     def __init__(
@@ -113,7 +121,7 @@ class Replicated(_Processes):
         return whole.to(like.device)
 
 
-class Sharded(_Processes):
+class Sharded(Rendezvous):
     """Every decoder layer is spread over the processes and gathered where it computes (FSDP2).
 
     The vision tower stays whole: no gradient passes it, and not every pass has pictures.

@@ -6,29 +6,40 @@ that is spread over processes becomes whole. The trainer knows nothing else abou
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from llama_adapter.errors import LlamaAdapterError
 from llama_adapter.model import LlamaAdapterForConditionalGeneration
 
 
-class Engine(Protocol):
-    """Where the passes of a step run; every process calls the same methods in the same order."""
+class Meeting(Protocol):
+    """Where processes meet; every one calls the same methods in the same order."""
 
-    module: nn.Module
-    """What is called for a forward pass."""
     rank: int
     world_size: int
 
-    def last_of_its_kind(self, is_last: bool) -> AbstractContextManager[Any]:
-        """Surrounds a forward and its backward; gradients need to meet in the last one only."""
-        ...
-
     def total(self, values: Tensor) -> Tensor:
         """The sum of every process's values."""
+        ...
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every process's value, in the order of ranks."""
+        ...
+
+
+class Engine(Meeting, Protocol):
+    """Where the passes of a step run."""
+
+    module: nn.Module
+    """What is called for a forward pass."""
+
+    def last_of_its_kind(self, is_last: bool) -> AbstractContextManager[Any]:
+        """Surrounds a forward and its backward; gradients need to meet in the last one only."""
         ...
 
     def whole(self, tensor: Tensor) -> Tensor:
@@ -37,10 +48,6 @@ class Engine(Protocol):
 
     def own_part(self, whole: Tensor, like: Tensor) -> Tensor:
         """A whole tensor laid out as `like` is."""
-        ...
-
-    def gather(self, value: Any) -> list[Any]:
-        """Every process's value, in the order of ranks."""
         ...
 
 
@@ -67,6 +74,19 @@ class OneProcess:
 
     def gather(self, value: Any) -> list[Any]:
         return [value]
+
+
+def on_rank_0(meeting: Meeting, work: Callable[[], Any]) -> None:
+    """Let one process do it; all of them fail if it does."""
+    failure: LlamaAdapterError | None = None
+    if meeting.rank == 0:
+        try:
+            work()
+        except LlamaAdapterError as error:
+            failure = error
+    failure = meeting.gather(failure)[0]
+    if failure is not None:
+        raise failure
 
 
 def blank_picture(model: LlamaAdapterForConditionalGeneration, input_ids: Tensor) -> dict[str, Any]:

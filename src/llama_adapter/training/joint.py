@@ -8,7 +8,7 @@ None, so that the optimizer cannot move it by momentum or decay either.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -44,6 +44,8 @@ class JointSettings:
     language_lr: float = 3e-3
     gate_lr: float = 2e-2
     """Gates start at zero and hold everything else back until they open."""
+    beside_lr: float | None = None
+    """Of parameters beside the adapter, such as peft's LoRA; None: `language_lr`."""
     weight_decay: float = 0.0
     """Of projections and prompts; gates, norms, biases and scales are never decayed."""
     warmup_steps: int = 20
@@ -83,6 +85,12 @@ class StepReport:
     skipped: bool = False
     """Whether nothing moved, because a loss or a gradient was not finite."""
 
+    def not_finite(self) -> list[str]:
+        """Which of the losses are not finite, or else which gradients."""
+        losses = [f"{kind} loss" for kind, loss in self.losses.items() if not math.isfinite(loss)]
+        norms = [f"{g} gradient" for g, norm in self.grad_norms.items() if not math.isfinite(norm)]
+        return losses or norms
+
 
 class JointTrainer:
     """Moves one adapter; a step takes caption batches, instruction batches, or both."""
@@ -109,7 +117,7 @@ class JointTrainer:
         self.named[Group.LANGUAGE].update(beside or {})
         self.parameters = {group: list(named.values()) for group, named in self.named.items()}
         self.optimizer = torch.optim.AdamW(
-            parameter_groups(self.named, settings), betas=(0.9, 0.98), eps=1e-8
+            parameter_groups(self.named, settings, beside=beside or {}), betas=(0.9, 0.98), eps=1e-8
         )
 
     def step(
@@ -130,8 +138,7 @@ class JointTrainer:
         summed = self.engine.total(torch.stack(losses)).tolist()
         report.losses = dict(zip(batches, summed, strict=True))
         report.grad_norms = self._clip()
-        numbers = [*report.losses.values(), *report.grad_norms.values()]
-        report.skipped = not all(map(math.isfinite, numbers))
+        report.skipped = bool(report.not_finite())
         if not report.skipped:
             for parameter_group in self.optimizer.param_groups:
                 parameter_group["lr"] = parameter_group["base_lr"] * report.rate_factor
@@ -284,7 +291,10 @@ def fast_dtype(device: torch.device) -> torch.dtype | None:
 
 
 def parameter_groups(
-    named: Mapping[Group, Mapping[str, nn.Parameter]], settings: JointSettings
+    named: Mapping[Group, Mapping[str, nn.Parameter]],
+    settings: JointSettings,
+    *,
+    beside: Collection[str] = (),
 ) -> list[dict[str, Any]]:
     """Optimizer groups: by Group, gates apart, and no decay where it would pull to nonsense."""
     buckets: dict[tuple[float, float], list[nn.Parameter]] = {}
@@ -292,6 +302,8 @@ def parameter_groups(
     for group in Group:
         for name, parameter in named[group].items():
             rate = settings.gate_lr if is_gate(name) else rates[group]
+            if name in beside and settings.beside_lr is not None:
+                rate = settings.beside_lr
             decay = settings.weight_decay if parameter.ndim > 1 else 0.0
             buckets.setdefault((rate, decay), []).append(parameter)
     return [

@@ -1,0 +1,163 @@
+"""From a recipe to what trains: the frozen models with a fresh adapter, and the processor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from llama_adapter.errors import CheckpointError, ConfigError
+from llama_adapter.model import LlamaAdapterConfig, LlamaAdapterForConditionalGeneration
+from llama_adapter.model.references import load_language_model, load_vision, resolve_reference
+from llama_adapter.processing.image_processors import load_image_processor
+from llama_adapter.processing.processor import LlamaAdapterProcessor
+from llama_adapter.training.distributed import decoder_layers
+from llama_adapter.training.lora import Lora, add_lora
+from llama_adapter.training.recipe import Recipe
+
+
+@dataclass(frozen=True, kw_only=True)
+class Built:
+    """A model that is ready to train."""
+
+    model: LlamaAdapterForConditionalGeneration
+    lora: Lora | None
+    """Set where the recipe puts LoRA into the base."""
+
+
+def load_processor(recipe: Recipe) -> LlamaAdapterProcessor:
+    """The processor of a recipe's adapter; CheckpointError where a part of it is not there."""
+    if recipe.adapter.start is not None:
+        return LlamaAdapterProcessor.from_pretrained(recipe.adapter.start)
+    semantics = recipe.adapter.semantics()
+    base = resolve_reference(recipe.base.model)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(base)
+    except (OSError, ValueError) as error:
+        message = str(error).splitlines()[0]
+        raise CheckpointError(f"cannot load the tokenizer of {base!r}: {message}") from error
+    sees = recipe.vision is not None and semantics.sees
+    return LlamaAdapterProcessor(
+        load_image_processor(resolve_reference(recipe.vision.model))
+        if sees and recipe.vision is not None
+        else None,
+        tokenizer,
+        template=recipe.prompt.template,
+        visual_scope=semantics.visual_scope if sees else "all",
+        slot_text=recipe.prompt.slot_text if sees else None,
+        channel_order=semantics.channel_order,
+    )
+
+
+def build(recipe: Recipe, *, device: torch.device, on_device: bool = True) -> Built:
+    """The model of a recipe, in training mode.
+
+    With `on_device` false an unquantised base stays on the CPU, from where sharding takes it.
+    Raises ConfigError for settings that the base cannot carry, such as more layers than it has.
+    """
+    base = _language_model(recipe, device=device, on_device=on_device)
+    vision = None if recipe.vision is None else _vision(recipe, device)
+    lora = None if recipe.lora is None else add_lora(base, recipe.lora, seed=recipe.seed)
+    start = recipe.adapter.start
+    if start is not None:
+        model = LlamaAdapterForConditionalGeneration.from_pretrained(
+            start, language_model=base, vision=vision
+        )
+    else:
+        model = LlamaAdapterForConditionalGeneration.from_base(
+            base,
+            vision,
+            LlamaAdapterConfig(adapter=recipe.adapter.semantics()),
+            seed=recipe.seed,
+        )
+    if on_device and recipe.base.quantization == "none":
+        model.to(device)
+    model.train()
+    if recipe.compute.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    if recipe.compute.compile:
+        # layer by layer: they are alike, so one is compiled and the others reuse it
+        for layer in decoder_layers(model):
+            layer.compile()
+    return Built(model=model, lora=lora)
+
+
+def _language_model(recipe: Recipe, *, device: torch.device, on_device: bool) -> PreTrainedModel:
+    section = recipe.base
+    attention = section.attention
+    if attention is None and device.type == "cpu" and recipe.compute.autocast != "none":
+        # the CPU's fused attention is several times slower in half types, backwards
+        attention = "eager"
+    dtype = section.dtype if section.dtype == "auto" else getattr(torch, section.dtype)
+    if section.random_weights:
+        if section.quantization != "none":
+            raise ConfigError("base.random_weights and base.quantization exclude each other")
+        return _random_decoder(recipe, device if on_device else torch.device("cpu"), attention)
+    quantization: dict[str, Any] = {}
+    if section.quantization != "none":
+        quantization = {
+            "quantization_config": _quantization(recipe),
+            "device_map": {"": device},
+        }
+    return load_language_model(
+        section.model, dtype=dtype, attn_implementation=attention, **quantization
+    )
+
+
+def _quantization(recipe: Recipe) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    if recipe.base.quantization == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    half = recipe.compute.autocast == "bfloat16"
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16 if half else torch.float32,
+    )
+
+
+def _random_decoder(recipe: Recipe, device: torch.device, attention: str | None) -> PreTrainedModel:
+    """Random numbers in the shape of the base, for measuring; its adapters name no base."""
+    config = _config(recipe.base.model, "base")
+    options: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
+    if recipe.base.dtype != "auto":
+        options["dtype"] = getattr(torch, recipe.base.dtype)
+    with _seeded(recipe.seed), device:
+        model = AutoModelForCausalLM.from_config(config, **options)
+    model.config._name_or_path = ""
+    return model.eval()
+
+
+def _vision(recipe: Recipe, device: torch.device) -> nn.Module:
+    assert recipe.vision is not None
+    if not recipe.vision.random_weights:
+        return load_vision(recipe.vision.model, device=device)
+    config = _config(recipe.vision.model, "vision tower")
+    with _seeded(recipe.seed):
+        model = AutoModel.from_config(config)
+    model.config._name_or_path = ""
+    return model.to(device)
+
+
+def _config(name: str, what: str) -> Any:
+    try:
+        return AutoConfig.from_pretrained(resolve_reference(name))
+    except (OSError, ValueError) as error:
+        message = str(error).splitlines()[0]
+        raise CheckpointError(
+            f"cannot load the config of the {what} {name!r}: {message}"
+        ) from error
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield

@@ -1,0 +1,152 @@
+"""Scores of samples that training never sees: perplexity of answers, quality of captions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from llama_adapter.conversation import Conversation
+from llama_adapter.data import Sample
+from llama_adapter.data.packing import assemble
+from llama_adapter.errors import DataError
+from llama_adapter.model import LlamaAdapterForConditionalGeneration, scored_positions
+from llama_adapter.processing.processor import LlamaAdapterProcessor
+from llama_adapter.training.engine import Engine
+from llama_adapter.training.recipe import Recipe
+from llama_adapter.training.streams import HeldOut, encoder_of
+
+CaptionScorer = Callable[[Sequence[str], Sequence[Sequence[str]]], Mapping[str, float]]
+"""Captions and the references of each to scores such as `cider` and `bleu4`."""
+_ROWS = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldOutScorer:
+    """Scores every source's held-out samples; called by all processes together.
+
+    Works on the model as it trains: nothing is folded or cached that training would trip over.
+    """
+
+    recipe: Recipe
+    model: LlamaAdapterForConditionalGeneration
+    processor: LlamaAdapterProcessor
+    engine: Engine
+    held_out: Mapping[str, HeldOut]
+    score_captions: CaptionScorer | None = None
+
+    @torch.no_grad()
+    def __call__(self) -> dict[str, float]:
+        """Scores by `SOURCE.METRIC`."""
+        section = self.recipe.evaluation
+        assert section is not None
+        self.model.eval()
+        device = self.model.device.type
+        half = self.recipe.compute.autocast == "bfloat16"
+        scores = {}
+        with torch.autocast(device, torch.bfloat16, enabled=half):
+            for name, held_out in self.held_out.items():
+                samples = [held_out[i] for i in range(min(section.samples, len(held_out)))]
+                scores[f"{name}.perplexity"] = self._perplexity(held_out, samples)
+                if held_out.kind == "caption" and self.score_captions is not None:
+                    found = self._captions(held_out)
+                    scores |= {f"{name}.{metric}": value for metric, value in found.items()}
+        self.model.train()
+        return scores
+
+    def _perplexity(self, held_out: HeldOut, samples: Sequence[Sample]) -> float:
+        """Of the answers' tokens, e to the mean of their negative log-likelihoods."""
+        encoder = encoder_of(self.recipe, self.recipe.streams[held_out.kind], self.processor)
+        sums = torch.zeros(2, dtype=torch.float64, device=self.model.device)
+        for some, counts in self._shares(samples):
+            rows = []
+            for sample in some:
+                cut = encoder.cut(sample)[0]
+                rows.append([encoder.prepare(sample, cut.first, cut.stop)])
+            inputs = assemble(rows, self.processor, padding="padded", row_length=encoder.limit)
+            batch = {key: tensor.to(self.model.device) for key, tensor in inputs.items()}
+            labels = batch["labels"]
+            loss = self.model(
+                **batch,
+                num_answer_tokens=1,
+                logits_to_keep=scored_positions(labels),
+                use_cache=False,
+            ).loss
+            if counts:
+                sums += torch.stack([loss.double(), (labels[:, 1:] != -100).sum().double()])
+        total, tokens = self.engine.total(sums).tolist()
+        # of nothing learnt yet it may be beyond any number that is worth writing
+        return math.exp(min(total / max(tokens, 1), 50.0))
+
+    def _captions(self, held_out: HeldOut) -> Mapping[str, float]:
+        section = self.recipe.evaluation
+        assert section is not None
+        assert self.score_captions is not None
+        pictures = _pictures(held_out, section.samples)
+        own: list[tuple[int, str]] = []
+        numbered = list(enumerate(samples[0] for samples in pictures))
+        for some, counts in self._shares(numbered):
+            texts = self._generate([_question(sample) for _, sample in some])
+            if counts:
+                own += [(number, text) for (number, _), text in zip(some, texts, strict=True)]
+        found = dict(pair for of_rank in self.engine.gather(own) for pair in of_rank)
+        captions = [found[number] for number in range(len(pictures))]
+        references = [[sample.conversation.turns[-1].text for sample in some] for some in pictures]
+        return self.score_captions(captions, references)
+
+    def _generate(self, questions: Sequence[Conversation]) -> list[str]:
+        section = self.recipe.evaluation
+        assert section is not None
+        inputs = self.processor(list(questions)).to(self.model.device)
+        options: dict[str, Any] = {}
+        stops = self.processor.stop_strings
+        if stops:
+            options = {"stop_strings": stops, "tokenizer": self.processor.tokenizer}
+        if self.engine.world_size > 1:
+            options["synced_gpus"] = True
+        tokenizer = self.processor.tokenizer
+        pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        tokens = self.model.generate(
+            **inputs,
+            max_new_tokens=section.max_new_tokens,
+            do_sample=False,
+            pad_token_id=pad,
+            **options,
+        )
+        new = tokens[:, inputs["input_ids"].shape[1] :]
+        texts = [text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
+        for stop in stops:
+            texts = [text.removesuffix(stop).strip() for text in texts]
+        return texts
+
+    def _shares(self, items: Sequence[Any]) -> Iterator[tuple[Sequence[Any], bool]]:
+        """This process's batches, and whether each counts.
+
+        All processes get equally many, since a sharded model computes only where all of them do.
+        """
+        batches = [items[at : at + _ROWS] for at in range(0, len(items), _ROWS)]
+        rank, world = self.engine.rank, self.engine.world_size
+        for first in range(0, len(batches), world):
+            mine = first + rank
+            counts = mine < len(batches)
+            yield batches[mine if counts else 0], counts
+
+
+def _pictures(held_out: HeldOut, most: int) -> list[list[Sample]]:
+    """Samples by picture: one to ask about, all of them to compare with."""
+    groups = range(len(held_out)) if held_out.groups is None else held_out.groups.tolist()
+    numbers: dict[int, list[int]] = {}
+    for number, group in enumerate(groups):
+        numbers.setdefault(group, []).append(number)
+    return [[held_out[n] for n in some] for some in list(numbers.values())[:most]]
+
+
+def _question(sample: Sample) -> Conversation:
+    """The conversation up to its last answer."""
+    messages = sample.conversation.messages
+    if messages[-1].role != "assistant":
+        raise DataError(f"{sample.id}: does not end with an answer")
+    return Conversation(messages=messages[:-1], context=sample.conversation.context)

@@ -1,0 +1,171 @@
+"""From a recipe to a finished run, in one process or as one of several."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from llama_adapter.data import SOURCES
+from llama_adapter.errors import ConfigError, MissingDependencyError
+from llama_adapter.training.build import build, load_processor
+from llama_adapter.training.distributed import (
+    Rendezvous,
+    engine_for,
+    finish,
+    is_sharded,
+    start_processes,
+)
+from llama_adapter.training.engine import Engine, on_rank_0
+from llama_adapter.training.held_out import CaptionScorer, HeldOutScorer
+from llama_adapter.training.measures import Row
+from llama_adapter.training.recipe import Recipe, SourceTypes
+from llama_adapter.training.run import Outcome, TrainingRun, Watcher
+from llama_adapter.training.run_directory import RunDirectory
+from llama_adapter.training.streams import RecipeData, open_data
+
+TRACKER_PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio"}
+"""What each tracker needs installed."""
+
+
+def train(
+    recipe: Recipe,
+    *,
+    resume: bool = False,
+    types: SourceTypes = SOURCES,
+    watcher: Watcher | None = None,
+    score_captions: CaptionScorer | None = None,
+) -> Outcome:
+    """Train a recipe to its end, from the start or from where its directory stands.
+
+    Started by `torchrun` or `accelerate launch`, every process calls this.
+    Raises a LlamaAdapterError that says what is wrong with recipe, data, base or directory.
+    """
+    watcher = watcher or Watcher()
+    if recipe.compute.threads is not None:
+        torch.set_num_threads(recipe.compute.threads)
+    with _processes(recipe) as accelerator:
+        meeting = Rendezvous(accelerator.device)
+        on_rank_0(meeting, lambda: RunDirectory(recipe.out).open(recipe, resume=resume))
+        processor = load_processor(recipe)
+        with accelerator.main_process_first():  # it leaves the samples' lengths for the others
+            data = open_data(
+                recipe,
+                processor,
+                types=types,
+                rank=accelerator.process_index,
+                world=accelerator.num_processes,
+                pin_memory=accelerator.device.type == "cuda",
+                opened=watcher.stage if accelerator.is_main_process else None,
+            )
+        with _closing(data):
+            sharded = is_sharded(recipe.compute.strategy, accelerator)
+            built = build(recipe, device=accelerator.device, on_device=not sharded)
+            engine = engine_for(built.model, accelerator, strategy=recipe.compute.strategy)
+            run = TrainingRun(
+                recipe,
+                built,
+                processor=processor,
+                streams=data.streams,
+                engine=engine,
+                watcher=watcher,
+                evaluate=_evaluation(recipe, built.model, processor, engine, data, score_captions),
+                track=_tracking(recipe, accelerator),
+            )
+            if accelerator.is_main_process:
+                watcher.say(_summary(run, engine, accelerator))
+            return run.run(resume=resume)
+
+
+@contextmanager
+def _processes(recipe: Recipe) -> Iterator[Accelerator]:
+    tracker = recipe.logging.tracker
+    if tracker != "none" and find_spec(TRACKER_PACKAGES[tracker]) is None:
+        raise MissingDependencyError(
+            TRACKER_PACKAGES[tracker], extra="train", purpose=f"logging.tracker {tracker!r}"
+        )
+    accelerator = start_processes(
+        cpu=_wants_cpu(recipe),
+        trackers=() if tracker == "none" else (tracker,),
+        log_dir=str(recipe.out),
+    )
+    yield accelerator
+    # after an error nobody waits: the launcher ends the others
+    finish(accelerator)
+
+
+def _wants_cpu(recipe: Recipe) -> bool:
+    device = recipe.compute.device
+    if device is None:
+        return not torch.cuda.is_available()
+    kind = torch.device(device).type
+    if kind not in ("cpu", "cuda"):
+        raise ConfigError(f"compute.device must be cpu or cuda, got {device!r}")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"compute.device is {device!r}, but no GPU can be used here")
+    return kind == "cpu"
+
+
+@contextmanager
+def _closing(data: RecipeData) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        for stream in data.streams.values():
+            stream.close()
+
+
+def _evaluation(
+    recipe: Recipe,
+    model: Any,
+    processor: Any,
+    engine: Engine,
+    data: RecipeData,
+    score_captions: CaptionScorer | None,
+) -> HeldOutScorer | None:
+    if recipe.evaluation is None:
+        return None
+    if not data.held_out:
+        raise ConfigError(
+            "evaluation is asked for, but no source holds samples out: set held_out of a source"
+        )
+    return HeldOutScorer(
+        recipe=recipe,
+        model=model,
+        processor=processor,
+        engine=engine,
+        held_out=data.held_out,
+        score_captions=score_captions,
+    )
+
+
+def _tracking(recipe: Recipe, accelerator: Accelerator) -> Any:
+    """What hands a row to the recipe's tracker; None without one."""
+    if recipe.logging.tracker == "none":
+        return None
+    settings = dict(_flat(recipe.model_dump(mode="json")))
+    accelerator.init_trackers("llama-adapter", config=settings)
+
+    def track(row: Row, step: int) -> None:
+        accelerator.log({k: v for k, v in row.items() if isinstance(v, int | float)}, step=step)
+
+    return track
+
+
+def _flat(values: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(values, dict | list):
+        inner = values.items() if isinstance(values, dict) else enumerate(values)
+        for name, value in inner:
+            yield from _flat(value, f"{key}.{name}" if key else str(name))
+    elif values is not None:
+        yield key, values
+
+
+def _summary(run: TrainingRun, engine: Engine, accelerator: Accelerator) -> str:
+    counts = ", ".join(f"{part} {count:,}" for part, count in run.trained().items())
+    where = f"{engine.world_size} process(es) on {accelerator.device.type}"
+    return f"{where}, {type(engine).__name__}; trained numbers: {counts}"

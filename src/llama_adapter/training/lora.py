@@ -1,0 +1,84 @@
+"""LoRA on the base through `peft`, beside our own groups; counted and saved apart.
+
+It goes in before the adapter wraps the base's linears, learns with LANGUAGE, and is stored as a
+peft adapter of the plain base: `PeftModel.from_pretrained(base, run / "lora")`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from llama_adapter.errors import ConfigError, MissingDependencyError
+
+if TYPE_CHECKING:
+    from llama_adapter.training.recipe import LoraSection
+
+FOLDER = "lora"
+_WEIGHTS = "adapter_model.safetensors"
+_PEFT_PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lora:
+    """The factors that were put into a base, and peft's description of them."""
+
+    config: Any
+    factors: Mapping[str, nn.Module]
+    """The modules that hold a factor as `weight`, by peft's name for that tensor."""
+
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        """As they stand now: sharding makes other objects of them."""
+        return {name: module.weight for name, module in self.factors.items()}  # type: ignore[misc]
+
+    def save(self, directory: Path, state: Mapping[str, Tensor]) -> None:
+        """Write `lora` into a directory, as peft loads it; `state` holds whole tensors."""
+        folder = directory / FOLDER
+        folder.mkdir(parents=True, exist_ok=True)
+        self.config.save_pretrained(folder)
+        tensors = {name: state[name].detach().cpu().contiguous() for name in self.factors}
+        save_file(tensors, folder / _WEIGHTS, metadata={"format": "pt"})
+
+    def read(self, directory: Path) -> dict[str, Tensor]:
+        """What `save` wrote."""
+        return load_file(directory / FOLDER / _WEIGHTS)
+
+
+def add_lora(language_model: PreTrainedModel, section: LoraSection, *, seed: int) -> Lora:
+    """Put LoRA into a base; it changes nothing yet, for the second factor is zero.
+
+    Raises ConfigError where the base has none of the targets.
+    """
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError as error:
+        raise MissingDependencyError("peft", extra="train", purpose="LoRA on the base") from error
+    config = LoraConfig(
+        r=section.rank,
+        lora_alpha=2 * section.rank if section.alpha is None else section.alpha,
+        target_modules=(
+            section.targets if isinstance(section.targets, str) else list(section.targets)
+        ),
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=str(language_model.name_or_path),
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            inject_adapter_in_model(config, language_model)
+        except ValueError as error:
+            raise ConfigError(f"lora.targets {section.targets!r}: {error}") from error
+    factors = {}
+    for name, module in language_model.named_modules():
+        parent, _, last = name.rpartition(".")
+        if last == "default" and parent.endswith((".lora_A", ".lora_B")):
+            module.float()  # small steps would vanish in half types
+            factors[f"{_PEFT_PREFIX}{parent}.weight"] = module
+    return Lora(config=config, factors=factors)

@@ -1,0 +1,55 @@
+"""What a step is measured by, as one flat row of numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from llama_adapter.training.joint import JointTrainer, StepReport, is_gate
+
+Row = dict[str, Any]
+"""A line of metrics.jsonl: `step`, `loss/caption`, `lr/vision`, `gate/layers.3.attention`, …"""
+
+
+def row_of(report: StepReport, *, step: int, rates: Mapping[str, float]) -> Row:
+    """The row of one step; a number that is not finite is null."""
+    row: Row = {"step": step}
+    row |= {f"loss/{kind}": _finite(loss) for kind, loss in report.losses.items()}
+    row |= {f"answer_tokens/{kind}": count for kind, count in report.answer_tokens.items()}
+    row |= {f"grad_norm/{group}": _finite(norm) for group, norm in report.grad_norms.items()}
+    row |= {f"lr/{group}": rate for group, rate in rates.items()}
+    if report.skipped:
+        row["skipped"] = ", ".join(report.not_finite())
+    return row
+
+
+def rates(trainer: JointTrainer, report: StepReport) -> dict[str, float]:
+    """The learning rates of a step."""
+    settings = trainer.settings
+    base = {
+        "vision": settings.vision_lr,
+        "language": settings.language_lr,
+        "gates": settings.gate_lr,
+    }
+    return {name: rate * report.rate_factor for name, rate in base.items()}
+
+
+def gate_sizes(trainer: JointTrainer) -> Row:
+    """How far each layer's gates are open: the mean over heads of the gate's magnitude.
+
+    All processes must ask together.
+    """
+    sizes: Row = {}
+    is_tanh = trainer.model.adapter_config.gate == "tanh"
+    for named in trainer.named.values():
+        for name, parameter in named.items():
+            if is_gate(name) and not name.endswith("gate_scale"):
+                gate = trainer.engine.whole(parameter.detach()).float()
+                size = (gate.tanh() if is_tanh else gate).abs().mean()
+                sizes[f"gate/{name.removesuffix('.gate')}"] = _finite(float(size))
+    return sizes
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

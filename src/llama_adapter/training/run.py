@@ -1,0 +1,327 @@
+"""A training run: steps, what they measured, checkpoints, and going on after a kill.
+
+What a step computes depends on the recipe, the step's number and the state of the checkpoint it
+follows, and on nothing else: a run that was killed and resumed in one process ends with the very
+numbers of one that was not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llama_adapter.data import Batches, Kind, TrainBatch
+from llama_adapter.errors import TrainingError
+from llama_adapter.model.persistence import ADAPTER_WEIGHTS_NAME
+from llama_adapter.processing.processor import LlamaAdapterProcessor
+from llama_adapter.training.build import Built
+from llama_adapter.training.engine import Engine, on_rank_0
+from llama_adapter.training.joint import JointSettings, JointTrainer, StepReport
+from llama_adapter.training.measures import Row, gate_sizes, rates, row_of
+from llama_adapter.training.recipe import Recipe
+from llama_adapter.training.run_directory import (
+    ADAPTER,
+    BEST,
+    BROKEN,
+    METRICS,
+    JsonLines,
+    RunDirectory,
+    step_of,
+)
+from llama_adapter.training.snapshots import Snapshots
+
+MOST_BAD_STEPS = 3
+"""So many steps in a row whose loss is not finite end the run."""
+_SHOWN_IDS = 12
+
+Evaluate = Callable[[], Mapping[str, float]]
+"""Scores held-out samples, by names such as `alpaca.perplexity`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Watcher:
+    """What a run tells while it goes; nothing by default."""
+
+    step: Callable[[Row], None] = lambda _row: None
+    """After each step, in the process of rank 0."""
+    say: Callable[[str], None] = lambda _message: None
+    """A sentence for the user."""
+    stage: Callable[[str, int], Callable[[int], None]] = lambda _label, _total: lambda _done: None
+    """Preparations with a label and a size; what it returns is called with how much is done."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Outcome:
+    """How a run ended."""
+
+    steps: int
+    adapter: Path
+    checksum: str
+    """SHA-256 of the final adapter's tensors file."""
+    started_at: int
+    """The step that this process began with: 0, or that of the checkpoint."""
+    broken: int
+    """Records that could not be learned from, over the whole run."""
+    trained: dict[str, int]
+    """How many numbers were trained: `adapter`, and `lora` where the recipe has it."""
+
+
+class TrainingRun:
+    """One run of a recipe; `run` takes it to its end from wherever its directory stands."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        built: Built,
+        *,
+        processor: LlamaAdapterProcessor,
+        streams: Mapping[Kind, Batches],
+        engine: Engine,
+        watcher: Watcher | None = None,
+        evaluate: Evaluate | None = None,
+        track: Callable[[Row, int], None] | None = None,
+    ) -> None:
+        self.recipe = recipe
+        self.built = built
+        self.processor = processor
+        self.streams = streams
+        self.engine = engine
+        self.watcher = watcher or Watcher()
+        self.directory = RunDirectory(recipe.out)
+        self.metrics = JsonLines(recipe.out / METRICS)
+        self.broken_file = JsonLines(recipe.out / BROKEN)
+        half = recipe.compute.autocast == "bfloat16"
+        self.trainer = JointTrainer(
+            built.model,
+            joint_settings(recipe),
+            autocast_dtype=torch.bfloat16 if half else None,
+            engine=engine,
+            beside=None if built.lora is None else built.lora.named_parameters(),
+        )
+        self.snapshots = Snapshots(self.trainer, built, processor)
+        self._evaluate = evaluate
+        self._track = track
+        self._bad_steps = 0
+        self._broken = 0
+        self._best: float | None = None
+
+    def run(self, *, resume: bool = False) -> Outcome:
+        """Train to the last step and write the final adapter.
+
+        Raises TrainingError where the loss stays not finite, DataError where too many records are
+        broken, and CheckpointError where a checkpoint cannot be written or read.
+        """
+        began = self._restore() if resume else 0
+        with torch.random.fork_rng():
+            while self.trainer.step_count < self.recipe.steps:
+                row = self._step()
+                step = self.trainer.step_count
+                if self._due(step, self._every_evaluation):
+                    self._score(row)
+                self._write(row)
+                if self._due(step, self.recipe.checkpoint_every):
+                    self._save()
+        return self._finish(began)
+
+    # --- one step -----------------------------------------------------------------------------
+
+    def _step(self) -> Row:
+        step = self.trainer.step_count
+        began = time.perf_counter()
+        batches: dict[Kind, list[TrainBatch]] = {}
+        for kind, section in self.recipe.streams.items():
+            # instructions may go ahead, so that captions find something to talk to
+            if step >= section.start * self.recipe.steps:
+                stream = self.streams[kind]
+                batches[kind] = [next(stream) for _ in range(section.accumulation)]
+        waited = time.perf_counter() - began
+        torch.manual_seed(self._seed_of(step))
+        inputs = {kind: [batch.inputs for batch in some] for kind, some in batches.items()}
+        report = self.trainer.step(**inputs)
+        every = [batch for some in batches.values() for batch in some]
+        tokens, broken = self._sums(every)
+        row = row_of(report, step=step + 1, rates=rates(self.trainer, report))
+        row |= {
+            "tokens": tokens,
+            "seconds": round(time.perf_counter() - began, 4),
+            "waited": round(waited, 4),
+        }
+        if self._due(step + 1, self.recipe.logging.every):
+            row |= gate_sizes(self.trainer)
+        if broken:
+            self._list_broken(every, step + 1)
+        self._watch_losses(row, report, every)
+        return row
+
+    def _seed_of(self, step: int) -> int:
+        """Of what a step draws, such as dropout: a function of the step, so nothing is stored."""
+        text = f"{self.recipe.seed} {step} {self.engine.rank}"
+        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big")
+
+    def _sums(self, batches: Sequence[TrainBatch]) -> tuple[int, int]:
+        counts = torch.tensor([sum(b.tokens for b in batches), sum(len(b.broken) for b in batches)])
+        tokens, broken = self.engine.total(counts).tolist()
+        return int(tokens), int(broken)
+
+    def _list_broken(self, batches: Sequence[TrainBatch], step: int) -> None:
+        own = [broken.to_dict() for batch in batches for broken in batch.broken]
+        found = [one for of_rank in self.engine.gather(own) for one in of_rank]
+        self._broken += len(found)
+        if self.engine.rank == 0:
+            for one in found:
+                self.broken_file.append({"step": step, **one})
+
+    def _watch_losses(self, row: Row, report: StepReport, batches: Sequence[TrainBatch]) -> None:
+        """Count steps that moved nothing; the third in a row ends the run."""
+        self._bad_steps = self._bad_steps + 1 if report.skipped else 0
+        if not report.skipped:
+            return
+        own = [sample for batch in batches for sample in batch.sample_ids]
+        samples = [one for of_rank in self.engine.gather(own) for one in of_rank]
+        row["samples"] = samples
+        what = ", ".join(report.not_finite())
+        self._say(f"step {row['step']}: {what} not finite; the step is skipped")
+        if self._bad_steps >= MOST_BAD_STEPS:
+            self._write(row)
+            shown = ", ".join(samples[:_SHOWN_IDS])
+            more = f" and {len(samples) - _SHOWN_IDS} more" if len(samples) > _SHOWN_IDS else ""
+            raise TrainingError(
+                f"step {row['step']}: {what} not finite {MOST_BAD_STEPS} times in a row; "
+                f"samples of this step: {shown}{more} (those of all: {METRICS})"
+            )
+
+    # --- what is written ----------------------------------------------------------------------
+
+    @staticmethod
+    def _due(step: int, every: int | None) -> bool:
+        return every is not None and step % every == 0
+
+    @property
+    def _every_evaluation(self) -> int | None:
+        section = self.recipe.evaluation
+        return None if section is None or self._evaluate is None else section.every
+
+    def _write(self, row: Row) -> None:
+        if self.engine.rank == 0:
+            self.metrics.append(row)
+            self.watcher.step(row)
+        if self._track is not None and self._due(row["step"], self.recipe.logging.every):
+            self._track(row, row["step"])
+
+    def _score(self, row: Row) -> None:
+        """Score held-out samples, and keep the adapter if it is the best one so far."""
+        section = self.recipe.evaluation
+        assert section is not None
+        assert self._evaluate is not None
+        scores = self._evaluate()
+        row |= {f"held_out/{name}": value for name, value in scores.items()}
+        if section.best is None:
+            return
+        if section.best not in scores:
+            known = ", ".join(sorted(scores))
+            raise TrainingError(
+                f"evaluation.best names {section.best!r}, but the scores are {known}"
+            )
+        value = scores[section.best]
+        lower_is_better = section.best.endswith(".perplexity")
+        if self._best is None or (value < self._best if lower_is_better else value > self._best):
+            self._best = value
+            self._publish(BEST)
+
+    def _save(self) -> None:
+        own = {
+            "streams": {kind: stream.state_dict() for kind, stream in self.streams.items()},
+            "world_size": self.engine.world_size,
+            "bad_steps": self._bad_steps,
+            "broken": self._broken,
+            "best": self._best,
+        }
+        write = self.snapshots.checkpoint_writer(own)
+        keep = self.recipe.keep_checkpoints
+        step = self.trainer.step_count
+        on_rank_0(self.engine, lambda: self.directory.save(step, write, keep=keep))
+
+    def _publish(self, name: str) -> None:
+        write = self.snapshots.adapter_writer()
+        on_rank_0(self.engine, lambda: self.directory.publish(name, write))
+
+    def _restore(self) -> int:
+        """Go on from the newest checkpoint, if there is one; the step that is."""
+        saved = self.directory.saved()
+        step = step_of(saved[-1]) if saved else 0
+        if saved:
+            self._take(self.snapshots.load(saved[-1]))
+            self._say(f"resumed at step {step}")
+        else:
+            self._say("no checkpoint yet: starting at the beginning")
+        if self.engine.rank == 0:
+            self.metrics.forget_after(step)
+            self.broken_file.forget_after(step)
+        return step
+
+    def _take(self, own: Mapping[str, Any]) -> None:
+        for kind, stream in self.streams.items():
+            stream.load_state_dict(own["streams"][kind])
+        self._bad_steps, self._broken = own["bad_steps"], own["broken"]
+        self._best = own["best"]
+        if own["world_size"] != self.engine.world_size:
+            self._say(
+                f"the checkpoint is of {own['world_size']} process(es), this run has "
+                f"{self.engine.world_size}: the same samples in the same order, but sums are "
+                "rounded in another order and dropout draws anew, so not bit for bit the same"
+            )
+
+    def _finish(self, began: int) -> Outcome:
+        if began < self.recipe.steps or not (self.recipe.out / ADAPTER).is_dir():
+            if began < self.recipe.steps and not self._due(
+                self.recipe.steps, self.recipe.checkpoint_every
+            ):
+                self._save()
+            self._publish(ADAPTER)
+        adapter = self.recipe.out / ADAPTER
+        content = (adapter / ADAPTER_WEIGHTS_NAME).read_bytes()
+        return Outcome(
+            steps=self.trainer.step_count,
+            adapter=adapter,
+            checksum=hashlib.sha256(content).hexdigest(),
+            started_at=began,
+            broken=self._broken,
+            trained=self.trained(),
+        )
+
+    def trained(self) -> dict[str, int]:
+        """How many numbers learn, LoRA apart."""
+        counts = {"adapter": 0}
+        factors = {} if self.built.lora is None else self.built.lora.factors
+        for named in self.trainer.named.values():
+            for name, parameter in named.items():
+                part = "lora" if name in factors else "adapter"
+                counts[part] = counts.get(part, 0) + parameter.numel()
+        return counts
+
+    def _say(self, message: str) -> None:
+        if self.engine.rank == 0:
+            self.watcher.say(message)
+
+
+def joint_settings(recipe: Recipe) -> JointSettings:
+    """What the recipe says about the optimizer, as the trainer takes it."""
+    section = recipe.optimizer
+    return JointSettings(
+        steps=recipe.steps,
+        joint=section.joint,
+        vision_lr=section.vision_lr,
+        language_lr=section.language_lr,
+        gate_lr=section.gate_lr,
+        beside_lr=None if recipe.lora is None else recipe.lora.lr,
+        weight_decay=section.weight_decay,
+        warmup_steps=section.warmup_steps,
+        decay_share=section.decay_share,
+        max_grad_norm=section.max_grad_norm,
+    )

@@ -1,0 +1,80 @@
+"""What a checkpoint holds: a loadable adapter, and everything that moves beside it."""
+
+from __future__ import annotations
+
+import io
+import pickle
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llama_adapter.errors import CheckpointError
+from llama_adapter.model.persistence import ADAPTER_WEIGHTS_NAME, read_tensors
+from llama_adapter.processing.processor import LlamaAdapterProcessor
+from llama_adapter.training.build import Built
+from llama_adapter.training.joint import JointTrainer
+from llama_adapter.training.run_directory import ADAPTER, STATE
+
+
+class Snapshots:
+    """Writes and reads the state of one trainer.
+
+    Writers are made by all processes together, since tensors may be spread over them, and called
+    by one. Nothing in a snapshot depends on how many processes there were.
+    """
+
+    def __init__(
+        self, trainer: JointTrainer, built: Built, processor: LlamaAdapterProcessor
+    ) -> None:
+        self.trainer = trainer
+        self.built = built
+        self.processor = processor
+
+    def adapter_writer(self) -> Callable[[Path], None]:
+        """What writes the adapter as it is now, with its processor and LoRA."""
+        state = self.trainer.parameter_state()
+        lora = self.built.lora
+        own = {n: t for n, t in state.items() if lora is None or n not in lora.factors}
+
+        def write(directory: Path) -> None:
+            self.built.model.save_pretrained(directory, state_dict=own)
+            self.processor.save_pretrained(directory)
+            if lora is not None:
+                lora.save(directory, state)
+
+        return write
+
+    def checkpoint_writer(self, beside: Mapping[str, Any]) -> Callable[[Path], None]:
+        """What writes the adapter, the optimizer, and plain values `beside` them."""
+        write_adapter = self.adapter_writer()
+        state = {"trainer": self.trainer.state_dict(), "beside": dict(beside)}
+
+        def write(directory: Path) -> None:
+            write_adapter(directory / ADAPTER)
+            # in memory first: an error of the disk then is one of Python's
+            buffer = io.BytesIO()
+            torch.save(state, buffer)
+            (directory / STATE).write_bytes(buffer.getbuffer())
+
+        return write
+
+    def load(self, checkpoint: Path) -> Mapping[str, Any]:
+        """Take everything back; the values that were written beside it.
+
+        Raises CheckpointError for a checkpoint that is damaged or of another adapter.
+        """
+        path = checkpoint / STATE
+        try:
+            state = torch.load(path, weights_only=True, map_location="cpu")
+        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            message = str(error).splitlines()[0]
+            raise CheckpointError(f"{path} cannot be read: {message}") from error
+        tensors = read_tensors(checkpoint / ADAPTER / ADAPTER_WEIGHTS_NAME)
+        if self.built.lora is not None:
+            tensors |= self.built.lora.read(checkpoint / ADAPTER)
+        self.trainer.load_parameter_state(tensors)
+        self.trainer.load_state_dict(state["trainer"])
+        beside: Mapping[str, Any] = state["beside"]
+        return beside
