@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tests.data.files import open_source, stream_of, write_alpaca, write_pairs
 from torch import Tensor
 from transformers import (
     CLIPVisionConfig,
@@ -29,7 +30,6 @@ from llama_adapter.data import Source
 from llama_adapter.data.encoding import Prepared, SampleEncoder
 from llama_adapter.data.packing import OPEN_ROWS, Padding, assemble, pack
 from llama_adapter.processing.encoding import IGNORED
-from tests.data.conftest import open_source, stream_of, write_alpaca, write_pairs
 
 SHAPE = {
     "vocab_size": 800,
