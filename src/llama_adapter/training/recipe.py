@@ -264,7 +264,8 @@ def load_recipe(
     except OSError as error:
         raise ConfigError(f"cannot read recipe {path}: {error.strerror}") from error
     except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+        where = " ".join(str(error).split())
+        raise ConfigError(f"{path} is not valid YAML: {where}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must hold keys and values, got {type(values).__name__}")
     for override in overrides:
@@ -317,7 +318,8 @@ def _override(values: dict[str, Any], override: str) -> None:
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ConfigError(f"override {override!r} holds no valid value: {error}") from error
+        where = " ".join(str(error).split())
+        raise ConfigError(f"override {override!r} holds no valid value: {where}") from error
     inner: Any = values
     for depth, key in enumerate(keys):
         last = depth == len(keys) - 1
@@ -345,7 +347,8 @@ def _override(values: dict[str, Any], override: str) -> None:
 def _explain(error: ValidationError, model: type[BaseModel], *, before: str = "") -> str:
     """All faults in one line, unknown keys with a suggestion."""
     faults = []
-    for fault in error.errors():
+    # unknown keys first: what then is missing is often what they were meant to be
+    for fault in sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden"):
         place = ".".join(str(part) for part in ((before,) if before else ()) + fault["loc"])
         if fault["type"] == "extra_forbidden":
             known = _keys_at(model, fault["loc"][:-1])
