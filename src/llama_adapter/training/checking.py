@@ -1,0 +1,340 @@
+"""What a recipe will train on, found out before it trains: `llama-adapter train RECIPE --check`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from llama_adapter.data import (
+    SOURCES,
+    Broken,
+    Kind,
+    Sample,
+    SampleEncoder,
+    Source,
+)
+from llama_adapter.errors import DataError, LlamaAdapterError
+from llama_adapter.processing.encoding import IGNORED, Encoded
+from llama_adapter.processing.processor import LlamaAdapterProcessor
+from llama_adapter.training.recipe import Recipe, SourceTypes, StreamSection
+from llama_adapter.training.sizes import Sizes, sizes_of
+from llama_adapter.training.streams import choose_held_out, encoder_of
+
+READ = 200
+"""Samples of each source that are read, pictures too."""
+ANSWER_MARKS = ("⟦", "⟧")
+"""What stands around answer tokens in the example."""
+_PACKED_FILL = 0.97
+_BAR = 40
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SourceReport:
+    """What was found in one source."""
+
+    name: str
+    kind: Kind
+    place: str
+    """Its place in the recipe, `captions.sources.0`."""
+    samples: int = 0
+    """All of them."""
+    held_out: int = 0
+    read: int = 0
+    pieces: int = 0
+    """What the samples read were cut into."""
+    tokens: dict[str, int] = field(default_factory=dict)
+    """Least, median, 95th percentile, most and sum of the tokens of pieces."""
+    answer_tokens: int = 0
+    histogram: tuple[tuple[int, int], ...] = ()
+    """Upper limits of token lengths, and how many pieces lie below each and above the last."""
+    broken: tuple[Broken, ...] = ()
+    example: str = ""
+    """A sample as the model sees it; answer tokens stand between marks."""
+    error: str | None = None
+    """Why training cannot use it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KindReport:
+    """What a step of one kind takes, estimated from the samples read."""
+
+    samples_per_epoch: int
+    rows_per_epoch: int
+    epochs: float
+    """How often the recipe's steps go through the data."""
+    samples_per_step: float
+    answer_tokens_per_step: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CheckReport:
+    """What was found, and what it will need."""
+
+    sources: tuple[SourceReport, ...]
+    kinds: dict[Kind, KindReport]
+    steps: int
+    sizes: Sizes | None
+    errors: tuple[str, ...]
+    """Everything that would stop the run, one line each."""
+    warnings: tuple[str, ...]
+
+    def refuse(self) -> None:
+        """DataError with all errors, if there are any."""
+        if self.errors:
+            raise DataError("; ".join(self.errors))
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready dictionary."""
+        values = asdict(self)
+        values["sizes"] = None if self.sizes is None else self.sizes.to_dict()
+        return values
+
+    def as_text(self) -> str:
+        """The report for people."""
+        parts = [_source_text(source) for source in self.sources]
+        parts.append(_plan_text(self))
+        parts += [f"warning: {warning}" for warning in self.warnings]
+        parts += [f"error: {error}" for error in self.errors] or ["Nothing stands against it."]
+        return "\n".join(parts)
+
+
+def check_recipe(
+    recipe: Recipe,
+    processor: LlamaAdapterProcessor,
+    *,
+    types: SourceTypes = SOURCES,
+    samples: int = READ,
+    world: int = 1,
+) -> CheckReport:
+    """Read some samples of each source, spread over it, and reckon up steps and memory.
+
+    Nothing is raised for bad data: the report holds every error.
+    """
+    sources: list[SourceReport] = []
+    kinds: dict[Kind, KindReport] = {}
+    for kind, section in recipe.streams.items():
+        encoder = encoder_of(recipe, section, processor)
+        found = [
+            _check_source(recipe, kind, number, encoder, types=types, samples=samples)
+            for number in range(len(section.sources))
+        ]
+        sources += found
+        if all(source.pieces for source in found):
+            kinds[kind] = _reckon(recipe, section, found)
+    errors = [f"{s.place}: {s.error}" for s in sources if s.error is not None]
+    sizes = None
+    try:
+        sizes = sizes_of(recipe, world=world)
+    except LlamaAdapterError as error:
+        errors.append(str(error))
+    return CheckReport(
+        sources=tuple(sources),
+        kinds=kinds,
+        steps=recipe.steps,
+        sizes=sizes,
+        errors=tuple(errors),
+        warnings=tuple(_warnings(recipe, sources, kinds, sizes)),
+    )
+
+
+def _check_source(
+    recipe: Recipe,
+    kind: Kind,
+    number: int,
+    encoder: SampleEncoder,
+    *,
+    types: SourceTypes,
+    samples: int,
+) -> SourceReport:
+    described = recipe.streams[kind].sources[number]
+    place = f"{kind}s.sources.{number}"
+    try:
+        source = described.options(types).open(kind)
+        held_out = len(choose_held_out(source, described.held_out, seed=recipe.seed))
+    except LlamaAdapterError as error:
+        return SourceReport(name=described.type, kind=kind, place=place, error=str(error))
+    count = min(samples, len(source))
+    indices = np.unique(np.linspace(0, len(source) - 1, count).astype(int))
+    lengths: list[int] = []
+    answers = 0
+    broken: list[Broken] = []
+    example = ""
+    for index in indices.tolist():
+        try:
+            sample = source[index]
+            cuts = encoder.cut(sample)
+            # pictures are decoded here, and slots counted
+            encoded = encoder.prepare(sample, cuts[0].first, cuts[0].stop).encoded
+        except LlamaAdapterError as error:
+            broken.append(Broken(where=source.where(index), reason=str(error)))
+            continue
+        lengths += [cut.tokens for cut in cuts]
+        answers += sum(cut.answer_tokens for cut in cuts)
+        example = example or _example(sample, encoded, encoder.processor)
+    return SourceReport(
+        name=source.name,
+        kind=kind,
+        place=place,
+        samples=len(source),
+        held_out=held_out,
+        read=len(indices),
+        pieces=len(lengths),
+        tokens=_summary(lengths),
+        answer_tokens=answers,
+        histogram=_histogram(lengths),
+        broken=tuple(broken),
+        example=example,
+        error=_too_many(source, broken, len(indices), recipe.data.max_broken),
+    )
+
+
+def _too_many(source: Source, broken: list[Broken], read: int, limit: float) -> str | None:
+    if len(broken) <= limit * read:
+        return None
+    return (
+        f"{source.name}: {len(broken)} of {read} records read are broken, more than the "
+        f"{limit:.1%} of data.max_broken; the first: {broken[0]}"
+    )
+
+
+def _summary(lengths: list[int]) -> dict[str, int]:
+    if not lengths:
+        return {}
+    values = np.array(lengths)
+    return {
+        "least": int(values.min()),
+        "median": int(np.median(values)),
+        "p95": int(np.percentile(values, 95)),
+        "most": int(values.max()),
+        "sum": int(values.sum()),
+    }
+
+
+def _histogram(lengths: list[int]) -> tuple[tuple[int, int], ...]:
+    """Counts by powers of two, from the first that holds any."""
+    if not lengths:
+        return ()
+    limits = [2**n for n in range(3, 18)]
+    counts = np.histogram(lengths, bins=[0, *limits])[0].tolist()
+    pairs = list(zip(limits, counts, strict=True))
+    used = [index for index, (_, count) in enumerate(pairs) if count]
+    return tuple(pairs[used[0] : used[-1] + 1])
+
+
+def _example(sample: Sample, encoded: Encoded, processor: LlamaAdapterProcessor) -> str:
+    """The sample's text as decoded from its tokens; those that are scored between marks."""
+    text = f"{sample.id}\n"
+    run: list[int] = []
+    scored = False
+    for token, label in zip((*encoded.input_ids, -1), (*encoded.labels, None), strict=True):
+        if run and (label is None or (label != IGNORED) != scored):
+            decoded = processor.tokenizer.decode(run, clean_up_tokenization_spaces=False)
+            text += decoded.join(ANSWER_MARKS) if scored else decoded
+            run = []
+        scored = label is not None and label != IGNORED
+        run.append(token)
+    return text
+
+
+def _reckon(recipe: Recipe, section: StreamSection, sources: list[SourceReport]) -> KindReport:
+    pieces = tokens = answers = samples = 0.0
+    for described, source in zip(section.sources, sources, strict=True):
+        share = described.weight * (source.samples - source.held_out) / source.read
+        pieces += share * source.pieces
+        tokens += share * source.tokens["sum"]
+        answers += share * source.answer_tokens
+        samples += share * (source.read - len(source.broken))
+    if recipe.data.padding == "packed":
+        rows = max(1, round(tokens / (section.row_length * _PACKED_FILL)))
+    else:
+        rows = max(1, round(pieces))
+    rows_per_step = section.rows * section.accumulation
+    steps = recipe.steps * (1 - section.start)
+    return KindReport(
+        samples_per_epoch=round(samples),
+        rows_per_epoch=rows,
+        epochs=round(steps * rows_per_step / rows, 3),
+        samples_per_step=round(samples * rows_per_step / rows, 1),
+        answer_tokens_per_step=round(answers * rows_per_step / rows, 1),
+    )
+
+
+def _warnings(
+    recipe: Recipe,
+    sources: list[SourceReport],
+    kinds: dict[Kind, KindReport],
+    sizes: Sizes | None,
+) -> list[str]:
+    found = []
+    context = None if sizes is None else sizes.context
+    for source in sources:
+        longest = source.tokens.get("most", 0)
+        if context is not None and longest > context:
+            found.append(
+                f"{source.place}: a sample has {longest} tokens, the base knows {context} "
+                f"positions; set {source.kind}s.row_length to {context} at most"
+            )
+    for kind, report in kinds.items():
+        if report.epochs < 1:
+            found.append(
+                f"{kind}s: {recipe.steps} steps go through {report.epochs:.1%} of the data only"
+            )
+    return found
+
+
+def _source_text(source: SourceReport) -> str:
+    lines = [f"{source.place}: {source.name}"]
+    if source.read:
+        lines.append(
+            f"  {source.samples:,} samples, {source.held_out:,} held out; read {source.read:,}, "
+            f"broken {len(source.broken):,}, cut into {source.pieces:,} pieces"
+        )
+    if source.tokens:
+        t = source.tokens
+        share = source.answer_tokens / t["sum"]
+        lines.append(
+            f"  tokens: least {t['least']}, median {t['median']}, 95% below {t['p95']}, "
+            f"most {t['most']}; {share:.0%} of them answers"
+        )
+        most = max(count for _, count in source.histogram)
+        for limit, count in source.histogram:
+            lines.append(f"  {f'< {limit}':>9} {'#' * round(_BAR * count / most):<{_BAR}} {count}")
+    lines += [f"  broken: {broken}" for broken in source.broken[:10]]
+    if len(source.broken) > 10:
+        lines.append(f"  broken: and {len(source.broken) - 10} more")
+    if source.example:
+        opening, closing = ANSWER_MARKS
+        lines.append(f"  example, answer tokens between {opening} and {closing}:")
+        lines += [f"  | {line}" for line in source.example.splitlines()]
+    return "\n".join(lines)
+
+
+def _plan_text(report: CheckReport) -> str:
+    lines = [f"plan: {report.steps:,} steps"]
+    for kind, each in report.kinds.items():
+        lines.append(
+            f"  {kind}s: about {each.rows_per_epoch:,} rows an epoch, {each.epochs:.2f} epochs; "
+            f"a step takes about {each.samples_per_step:,.0f} samples "
+            f"with {each.answer_tokens_per_step:,.0f} answer tokens"
+        )
+    sizes = report.sizes
+    if sizes is not None:
+        trained = sum(sizes.trained_parameters.values())
+        groups = ", ".join(f"{name} {n:,}" for name, n in sizes.trained_parameters.items())
+        lines.append(
+            f"  base {sizes.base_parameters:,} numbers in {sizes.layers} layers, "
+            f"tower {sizes.vision_parameters:,}; trained {trained:,} ({groups})"
+        )
+        lines.append(
+            f"  memory of one process, estimated before sharding: {_gib(sizes.total_bytes)} "
+            f"(frozen {_gib(sizes.frozen_bytes)}, trained with optimizer "
+            f"{_gib(sizes.trained_bytes)}, activations {_gib(sizes.activation_bytes)}, "
+            f"logits at most {_gib(sizes.logit_bytes)})"
+        )
+    return "\n".join(lines)
+
+
+def _gib(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB" if count >= 2**28 else f"{count / 2**20:.1f} MiB"

@@ -1,0 +1,133 @@
+"""What a recipe will need, from the configs of its models alone: no weight is loaded."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+from llama_adapter.errors import CheckpointError
+from llama_adapter.model import LlamaAdapterConfig, LlamaAdapterForConditionalGeneration
+from llama_adapter.model.references import resolve_reference
+from llama_adapter.training.recipe import Recipe
+
+_BYTES = {"float32": 4.0, "float16": 2.0, "bfloat16": 2.0}
+_QUANTISED_BYTES = {"nf4": 0.53, "int8": 1.0}
+_TRAINED_BYTES = 16
+"""Of a trained number: itself, its gradient and two moments of AdamW, in float32."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sizes:
+    """Numbers and bytes of one process, before sharding."""
+
+    base_parameters: int
+    vision_parameters: int
+    trained_parameters: dict[str, int]
+    """By group."""
+    layers: int
+    context: int | None
+    """Positions that the base knows, where its config says."""
+    frozen_bytes: int
+    trained_bytes: int
+    activation_bytes: int
+    """A rough figure: what the backward pass keeps of a micro-batch."""
+    logit_bytes: int
+    """If every place of the rows were scored; packed rows score half of theirs or more."""
+
+    @property
+    def total_bytes(self) -> int:
+        return self.frozen_bytes + self.trained_bytes + self.activation_bytes + self.logit_bytes
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready dictionary."""
+        return {**asdict(self), "total_bytes": self.total_bytes}
+
+
+def sizes_of(recipe: Recipe, *, world: int = 1) -> Sizes:
+    """Build the recipe's model without numbers, and count.
+
+    Raises ConfigError where the base has too few layers for the recipe, and CheckpointError where
+    a config cannot be read.
+    """
+    with torch.device("meta"):
+        base = AutoModelForCausalLM.from_config(_config(recipe.base.model, "base"))
+        vision = None
+        if recipe.vision is not None:
+            vision = AutoModel.from_config(_config(recipe.vision.model, "vision tower"))
+        base_count = _count(base)
+        semantics = _semantics(recipe)
+        model = LlamaAdapterForConditionalGeneration.from_base(base, vision, semantics)
+    vision_count = 0 if model.vision is None else _count(model.vision)
+    trained = {
+        group: sum(p.numel() for p in model.group_parameters(group))
+        for group in ("vision", "language")
+    }
+    text = base.config.get_text_config()
+    per_number = _base_bytes(recipe, text)
+    rows = max(-(-section.rows // world) for section in recipe.streams.values())
+    length = max(section.row_length for section in recipe.streams.values())
+    half = recipe.compute.autocast == "bfloat16" or recipe.base.dtype in ("bfloat16", "float16")
+    return Sizes(
+        base_parameters=base_count,
+        vision_parameters=vision_count,
+        trained_parameters=trained,
+        layers=text.num_hidden_layers,
+        context=getattr(text, "max_position_embeddings", None),
+        frozen_bytes=int(base_count * per_number + vision_count * 4),
+        trained_bytes=_TRAINED_BYTES * sum(trained.values()),
+        activation_bytes=_activations(
+            text,
+            tokens=rows * length,
+            width=2 if half else 4,
+            checkpointing=recipe.compute.gradient_checkpointing,
+        ),
+        # the logits, their float32 form, its softmax and the gradient
+        logit_bytes=rows * length * text.vocab_size * (2 + 12 if half else 16),
+    )
+
+
+def _activations(text: Any, *, tokens: int, width: int, checkpointing: bool) -> int:
+    """Of a decoder layer's about 10 vectors of its width, and 4 of the width inside its MLP."""
+    inner = getattr(text, "intermediate_size", 4 * text.hidden_size) or 4 * text.hidden_size
+    layer = tokens * width * (10 * text.hidden_size + 4 * inner)
+    if not checkpointing:
+        return int(layer * text.num_hidden_layers)
+    return int(layer + tokens * width * text.hidden_size * text.num_hidden_layers)
+
+
+def _base_bytes(recipe: Recipe, text: Any) -> float:
+    if recipe.base.quantization != "none":
+        return _QUANTISED_BYTES[recipe.base.quantization]
+    name: str = recipe.base.dtype
+    if name == "auto":
+        name = str(getattr(text, "dtype", None) or "float32").removeprefix("torch.")
+    return _BYTES.get(name, 4.0)
+
+
+def _semantics(recipe: Recipe) -> LlamaAdapterConfig:
+    start = recipe.adapter.start
+    if start is None:
+        return LlamaAdapterConfig(adapter=recipe.adapter.semantics())
+    try:
+        config = LlamaAdapterConfig.from_pretrained(start)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"adapter.start: cannot read {start}: {error}") from error
+    return LlamaAdapterConfig(adapter=config.adapter_config)
+
+
+def _config(name: str, what: str) -> Any:
+    try:
+        return AutoConfig.from_pretrained(resolve_reference(name))
+    except (OSError, ValueError) as error:
+        message = str(error).splitlines()[0]
+        raise CheckpointError(
+            f"cannot load the config of the {what} {name!r}: {message}"
+        ) from error
+
+
+def _count(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
