@@ -92,11 +92,11 @@ class CheckReport:
         return values
 
     def as_text(self) -> str:
-        """The report for people."""
+        """The report for people; its errors are what `refuse` raises."""
         parts = [_source_text(source) for source in self.sources]
         parts.append(_plan_text(self))
         parts += [f"warning: {warning}" for warning in self.warnings]
-        parts += [f"error: {error}" for error in self.errors] or ["Nothing stands against it."]
+        parts += [] if self.errors else ["nothing stands against training"]
         return "\n".join(parts)
 
 
