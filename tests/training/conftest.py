@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -73,6 +72,16 @@ def workshop(tmp_path_factory: pytest.TempPathFactory, toy_tokenizer: Any) -> Pa
     return root
 
 
+@pytest.fixture(scope="session")
+def still_base(workshop: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same base without dropout."""
+    copy = tmp_path_factory.mktemp("still") / "base"
+    shutil.copytree(workshop / "base", copy)
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, "attention_dropout": 0.0}))
+    return copy
+
+
 @pytest.fixture
 def recipe_file(workshop: Path, tmp_path: Path) -> Callable[..., Path]:
     """Writes a recipe with changes by dotted key; `out` is a fresh folder."""
@@ -129,22 +138,3 @@ def losses() -> Callable[[Path], list[dict[str, Any]]]:
         return [{k: v for k, v in r.items() if k not in ("seconds", "waited")} for r in rows]
 
     return read
-
-
-@pytest.fixture
-def start() -> Callable[..., subprocess.Popen[str]]:
-    """Starts the command line in processes of its own."""
-
-    def run(*arguments: object, processes: int = 1, port: int = 0) -> subprocess.Popen[str]:
-        launcher = [sys.executable]
-        if processes > 1:
-            launcher += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}"]
-            launcher += ["--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{port}"]
-        return subprocess.Popen(
-            [*launcher, "-m", "llama_adapter.cli", *map(str, arguments)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-
-    return run

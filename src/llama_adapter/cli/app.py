@@ -14,8 +14,10 @@ from llama_adapter.cli.eval import eval_
 from llama_adapter.cli.export import export
 from llama_adapter.cli.import_ import import_
 from llama_adapter.cli.info import info
+from llama_adapter.cli.plot import plot
 from llama_adapter.cli.report import report
 from llama_adapter.cli.score import score
+from llama_adapter.cli.train import train
 from llama_adapter.errors import LlamaAdapterError
 
 # Plain help: rich would double the time that `--help` takes, and rewrap the examples.
@@ -30,6 +32,8 @@ app = typer.Typer(
 )
 
 app.command("demo")(demo)
+app.command("train")(train)
+app.command("plot")(plot)
 app.command("chat")(chat)
 app.command("ablate")(ablate)
 app.command("import")(import_)

@@ -1,0 +1,195 @@
+"""`llama-adapter train`: a recipe to a trained adapter, in one process or many."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from llama_adapter.training.recipe import Recipe, SourceTypes
+    from llama_adapter.training.run import Watcher
+
+
+def train(
+    recipe: Annotated[
+        Path, typer.Argument(help="A recipe.", metavar="RECIPE.yaml", show_default=False)
+    ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Changes of single values.", metavar="[KEY.PATH=VALUE]...", show_default=False
+        ),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the newest checkpoint in `out`.")
+    ] = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="Look at data and sizes; train nothing.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Train an adapter as a recipe says.
+
+    A run that was killed goes on with --resume and ends with the same numbers. Several processes
+    or machines: start it with torchrun or `accelerate launch`.
+
+    \b
+    Examples:
+      llama-adapter train recipes/toy.yaml
+      llama-adapter train recipes/toy.yaml steps=200 out=runs/short seed=1
+      llama-adapter train recipes/paper-7b.yaml --check
+      llama-adapter train recipes/paper-7b.yaml --resume
+      torchrun --nproc-per-node 8 -m llama_adapter.cli train recipes/paper-7b.yaml
+    """
+    from llama_adapter.cli.output import json_only
+    from llama_adapter.training.recipe import load_recipe
+
+    types = source_types()
+    settings = load_recipe(recipe, overrides or [], types=types)
+    with json_only(as_json) as emit:
+        if check:
+            _check(settings, types, emit if as_json else None)
+            return
+        from llama_adapter.training.launch import train as run_recipe
+
+        with watching(settings) as watcher:
+            outcome = run_recipe(
+                settings,
+                resume=resume,
+                types=types,
+                watcher=watcher,
+                score_captions=score_captions,
+            )
+        if os.environ.get("RANK", "0") != "0":
+            return
+        if as_json:
+            emit(
+                {
+                    "adapter": str(outcome.adapter),
+                    "checksum": outcome.checksum,
+                    "steps": outcome.steps,
+                    "started_at": outcome.started_at,
+                    "broken": outcome.broken,
+                    "trained": outcome.trained,
+                }
+            )
+        else:
+            typer.echo(f"{outcome.adapter}  sha256 {outcome.checksum}")
+
+
+def source_types() -> SourceTypes:
+    """Every source type that a recipe may name, those of the miniature world too."""
+    from llama_adapter.toyworld.sources import SOURCES_WITH_MINIATURES
+
+    return SOURCES_WITH_MINIATURES
+
+
+def score_captions(
+    captions: Sequence[str], references: Sequence[Sequence[str]]
+) -> dict[str, float]:
+    """CIDEr and BLEU-4 as COCO's server computes them; without Java the tokens are approximate."""
+    from llama_adapter.evaluation.captions import caption_metrics, caption_sums
+
+    totals = caption_sums(captions, references).sums_UC.sum(axis=0)
+    found = caption_metrics(totals)
+    return {"cider": float(found["CIDEr"]), "bleu4": float(found["BLEU-4"])}
+
+
+def _check(settings: Recipe, types: SourceTypes, emit: Callable[[Any], None] | None) -> None:
+    from llama_adapter.training.build import load_processor
+    from llama_adapter.training.checking import check_recipe
+
+    report = check_recipe(settings, load_processor(settings), types=types)
+    if emit is not None:
+        emit(report.to_dict())
+    else:
+        typer.echo(report.as_text())
+    report.refuse()
+
+
+@contextmanager
+def watching(recipe: Recipe) -> Iterator[Watcher]:
+    """A progress bar on a terminal, else a line now and then; on stderr, in one process."""
+    from rich.console import Console
+
+    from llama_adapter.training.run import Watcher
+
+    console = Console(stderr=True)
+    if os.environ.get("RANK", "0") != "0":
+        yield Watcher()
+    elif not console.is_terminal:
+        yield Watcher(step=_lines(recipe), say=lambda message: typer.echo(message, err=True))
+    else:
+        with _bars(console) as progress:
+            yield _bar_watcher(progress, recipe)
+
+
+def _lines(recipe: Recipe) -> Callable[[dict[str, Any]], None]:
+    def show(row: dict[str, Any]) -> None:
+        step = row["step"]
+        scored = any(name.startswith("held_out/") for name in row)
+        if step % recipe.logging.every == 0 or scored or step == recipe.steps:
+            speed = row["tokens"] / max(row["seconds"], 1e-9)
+            typer.echo(
+                f"step {step}/{recipe.steps}  {_losses(row)}  {speed:,.0f} tokens/s", err=True
+            )
+
+    return show
+
+
+def _losses(row: dict[str, Any]) -> str:
+    shown = []
+    for name, value in row.items():
+        part, _, rest = name.partition("/")
+        if part in ("loss", "held_out"):
+            shown.append(f"{rest} {'not finite' if value is None else f'{value:.4g}'}")
+    return "  ".join(shown)
+
+
+def _bars(console: Any) -> Any:
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[speed]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+    )
+
+
+def _bar_watcher(progress: Any, recipe: Recipe) -> Watcher:
+    from llama_adapter.training.run import Watcher
+
+    training: list[Any] = []
+
+    def step(row: dict[str, Any]) -> None:
+        if not training:
+            training.append(progress.add_task("train", total=recipe.steps, speed=""))
+        speed = row["tokens"] / max(row["seconds"], 1e-9)
+        progress.update(
+            training[0],
+            completed=row["step"],
+            description=_losses(row),
+            speed=f"{speed:,.0f} tokens/s",
+        )
+
+    def stage(label: str, total: int) -> Callable[[int], None]:
+        task = progress.add_task(label, total=total, speed="")
+        return lambda done: progress.advance(task, done)
+
+    return Watcher(step=step, say=progress.console.print, stage=stage)
