@@ -7,7 +7,6 @@ are read through fsspec, a header or a member at a time.
 from __future__ import annotations
 
 import json
-import os
 import re
 import tarfile
 from collections.abc import Iterator
@@ -48,7 +47,6 @@ class ShardSource:
         self.name = f"webdataset {Path(self.shards[0]).name}"
         if len(self.shards) > 1:
             self.name += f" and {len(self.shards) - 1} more"
-        self._opened: tuple[int, int, BinaryIO] | None = None
         rows = [(i, *pair) for i, shard in enumerate(self.shards) for pair in _pairs(shard)]
         if not rows:
             raise DataError(
@@ -69,34 +67,20 @@ class ShardSource:
         try:
             if image_size == 0 or text_size == 0:
                 raise DataError("has no picture" if image_size == 0 else "has no text")
-            shard = int(self._shard[index])
-            text = self._read(shard, text_at, text_size).decode()
+            shard = self.shards[int(self._shard[index])]
+            text = _read(shard, text_at, text_size).decode()
             caption: Any = text
             if self._is_json[index]:
                 record = json.loads(text)
                 caption = record.get(self.options.caption_key) if isinstance(record, dict) else None
                 if caption is None:
                     raise DataError(f"its JSON lacks {self.options.caption_key!r}")
-            image = ImageRef(source=self._read(shard, image_at, image_size), name=where)
+            image = ImageRef(source=_read(shard, image_at, image_size), name=where)
             return caption_sample(
                 image, caption, where=where, kind=self.kind, questions=self.options.questions
             )
         except (DataError, PromptError, UnicodeDecodeError, json.JSONDecodeError) as error:
             raise DataError(f"{where}: {error}") from error
-
-    def _read(self, shard: int, start: int, length: int) -> bytes:
-        """Bytes of a shard; the one last read stays open in this process."""
-        if self._opened is None or self._opened[:2] != (os.getpid(), shard):
-            self._opened = (os.getpid(), shard, _open(self.shards[shard]))
-        file = self._opened[2]
-        try:
-            file.seek(start)
-            data = file.read(length)
-        except OSError as error:
-            raise DataError(f"cannot read {self.shards[shard]}: {error}") from error
-        if len(data) != length:
-            raise DataError(f"{self.shards[shard]} ends at byte {start + len(data)}")
-        return data
 
     def where(self, index: int) -> str:
         shard = self.shards[int(self._shard[index])]
@@ -108,9 +92,6 @@ class ShardSource:
 
     def fingerprint(self) -> str:
         return f"{self.options!r}{self.shards}{self._places[-1].tolist()}{len(self)}"
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_opened": None}
 
 
 def _expand(pattern: str) -> list[str]:
@@ -131,18 +112,44 @@ def _expand(pattern: str) -> list[str]:
     return shards
 
 
+def _read(shard: str, start: int, length: int) -> bytes:
+    """Bytes of a shard; nothing stays open."""
+    try:
+        if "://" in shard:
+            filesystem, path = _filesystem(shard)
+            data: bytes = filesystem.cat_file(path, start=start, end=start + length)
+        else:
+            with open(shard, "rb") as file:  # noqa: PTH123 (a name, as URLs are)
+                file.seek(start)
+                data = file.read(length)
+    except OSError as error:
+        raise DataError(f"cannot read {shard}: {error}") from error
+    if len(data) != length:
+        raise DataError(f"{shard} ends at byte {start + len(data)}")
+    return data
+
+
 def _open(shard: str) -> BinaryIO:
     if "://" not in shard:
-        return open(shard, "rb")  # noqa: PTH123 (stays open for the next member)
+        return open(shard, "rb")  # noqa: PTH123
+    filesystem, path = _filesystem(shard)
     try:
-        import fsspec
+        opened: BinaryIO = filesystem.open(path, "rb")
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot open {shard}: {error}") from error
+    return opened
+
+
+def _filesystem(shard: str) -> tuple[Any, str]:
+    try:
+        from fsspec.core import url_to_fs
     except ImportError as error:
         raise MissingDependencyError("fsspec", extra="train", purpose=f"reading {shard}") from error
     try:
-        opened: BinaryIO = fsspec.open(shard, "rb").open()
+        filesystem, path = url_to_fs(shard)
     except (OSError, ValueError, ImportError) as error:
         raise DataError(f"cannot open {shard}: {error}") from error
-    return opened
+    return filesystem, path
 
 
 def _pairs(shard: str) -> Iterator[tuple[int, int, int, int, bool]]:

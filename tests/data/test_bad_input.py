@@ -1,0 +1,237 @@
+"""Bad data: one clear error each, that names file, line, what was found and what was expected."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.data.files import (
+    open_source,
+    stream_of,
+    write_alpaca,
+    write_pairs,
+    write_pictures,
+)
+
+from llama_adapter import LlamaAdapterProcessor
+from llama_adapter.data import SampleEncoder, measure
+from llama_adapter.errors import DataError
+
+GOOD = {"instruction": "How many?", "input": "", "output": "Two."}
+
+
+def write(path: Path, value: Any) -> Path:
+    path.write_text(value if isinstance(value, str) else json.dumps(value))
+    return path
+
+
+def refusal(call: Any) -> str:
+    with pytest.raises(DataError) as caught:
+        call()
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "cannot read {path}: No such file or directory"),
+        ("", "{path} is empty (0 bytes)"),
+        ("  \n ", "{path} begins with blanks"),
+        ("[]", "{path} holds no records"),
+        ("instruction,output\n", "{path}, line 1: expected a JSON array or JSON lines, found"),
+        ('[{"a": 1},\n {"b": ', "{path}:2: malformed JSON: the array never ends"),
+        ('[{"a": "never', "{path}:1: malformed JSON: a string never ends"),
+    ],
+)
+def test_files_that_hold_no_records(tmp_path: Path, content: str | None, message: str) -> None:
+    path = tmp_path / "a.json"
+    if content is not None:
+        path.write_text(content)
+    found = refusal(lambda: open_source("alpaca", "instruction", path=path))
+    assert found.startswith(message.format(path=path))
+
+
+def test_a_folder_is_no_file(tmp_path: Path) -> None:
+    assert "is a folder" in refusal(lambda: open_source("alpaca", "instruction", path=tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("type_", "line", "message"),
+    [
+        ("alpaca", '{"instruction": "a", "output": }', "malformed JSON"),
+        ("alpaca", '"just text"', "expected an object, found str"),
+        ("alpaca", '{"instruction": "a"}', "lacks 'output'; its keys: 'instruction'"),
+        ("alpaca", '{"instruction": "a", "output": ["b"]}', "'output' must be text, found list"),
+        ("alpaca", '{"instruction": " ", "output": "b"}', "'instruction' is empty"),
+        (
+            "sharegpt",
+            '{"conversations": [{"from": "human", "value": "a"}, {"from": "human", "value": "b"},'
+            ' {"from": "gpt", "value": "c"}]}',
+            "turns must alternate: turn 2 is from 'user', expected 'assistant'",
+        ),
+        (
+            "sharegpt",
+            '{"conversations": [{"from": "robot", "value": "a"}]}',
+            "turn 1 is from 'robot', expected one of human",
+        ),
+        ("sharegpt", '{"conversations": []}', "holds no question with an answer"),
+        ("sharegpt", '{"talk": []}', "lacks 'conversations' or 'items' or 'messages'"),
+        (
+            "sharegpt",
+            '{"conversations": [{"from": "human", "value": 3}]}',
+            "turn 1 must hold text, found int",
+        ),
+        (
+            "sharegpt",
+            '{"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": ""}]}',
+            "an answer is empty",
+        ),
+    ],
+)
+def test_records_that_are_broken(tmp_path: Path, type_: str, line: str, message: str) -> None:
+    good = json.dumps(GOOD)
+    path = write(tmp_path / "a.jsonl", f"{good}\n\n{line}\n{good}\n")
+    source = open_source(type_, "instruction", path=path)
+    assert len(source) == 3
+    found = refusal(lambda: source[1])
+    assert found.startswith(f"{path}:3: ")
+    assert message in found
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"image": "absent.jpg"}, "image 'absent.jpg' is not in"),
+        ({"image": 7}, "image must be a file name, found 7"),
+        ({}, "has 1 <image> marks, but 0 images"),
+    ],
+)
+def test_llava_records_whose_picture_is_absent(
+    tmp_path: Path, record: dict[str, Any], message: str
+) -> None:
+    talk = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "Noise."}]
+    path = write(tmp_path / "l.json", [{**record, "conversations": talk}])
+    source = open_source("llava", "instruction", path=path, images=tmp_path)
+    found = refusal(lambda: source[0])
+    assert found.startswith(f"{path}:1")
+    assert message in found
+
+
+def test_caption_files_whose_pictures_are_absent(tmp_path: Path) -> None:
+    path = write(tmp_path / "c.json", [{"image": "gone.jpg", "captions": ["Noise."]}])
+    found = refusal(lambda: open_source("coco_captions", "caption", path=path, images="nowhere"))
+    assert found == "image folder nowhere does not exist"
+    source = open_source("coco_captions", "caption", path=path, images=tmp_path)
+    assert "image 'gone.jpg' is not in" in refusal(lambda: source[0])
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ({"images": [{"id": 1, "file_name": "a"}]}, "has no array 'annotations'"),
+        ({"annotations": [{"image_id": 1}]}, "has no array 'images'"),
+        ({"images": [{"name": "a"}], "annotations": [{"a": 1}]}, "'images' name no file"),
+    ],
+)
+def test_json_that_is_no_caption_file(tmp_path: Path, value: Any, message: str) -> None:
+    path = write(tmp_path / "c.json", value)
+    found = refusal(lambda: open_source("coco_captions", "caption", path=path, images=tmp_path))
+    assert str(path) in found
+    assert message in found
+
+
+def test_captions_of_an_unknown_picture(tmp_path: Path) -> None:
+    value = {
+        "images": [{"id": 1, "file_name": "a.jpg"}],
+        "annotations": [{"image_id": 2, "caption": "Noise."}],
+    }
+    path = write(tmp_path / "c.json", value)
+    source = open_source("coco_captions", "caption", path=path, images=tmp_path)
+    assert "image_id 2 is none of the file's images" in refusal(lambda: source[0])
+
+
+def test_tables_without_header_or_columns(tmp_path: Path) -> None:
+    path = write(tmp_path / "p.tsv", "pictures/a.png\tA red star.\n")
+    found = refusal(lambda: open_source("pairs", "caption", path=path))
+    assert found.startswith(f"{path}, line 1: expected a tab-separated header such as 'url'")
+    path = write(tmp_path / "h.tsv", "url\tcaption\n")
+    assert "has a header, but no rows" in refusal(
+        lambda: open_source("pairs", "caption", path=path)
+    )
+    path = write(tmp_path / "s.tsv", "url\tcaption\nonly one cell\n")
+    source = open_source("pairs", "caption", path=path)
+    assert refusal(lambda: source[0]) == f"{path}:2: expected 2 columns, found 1"
+
+
+def test_shards_that_are_none(tmp_path: Path) -> None:
+    assert "no shard" in refusal(
+        lambda: open_source("webdataset", "caption", path=str(tmp_path / "x-{0..3}.tar"))
+    )
+    path = write(tmp_path / "x.tar", "this is no archive" * 100)
+    found = refusal(lambda: open_source("webdataset", "caption", path=str(path)))
+    assert "is no readable tar file" in found
+
+
+def test_captions_need_pictures(tmp_path: Path) -> None:
+    source = open_source("alpaca", "caption", path=write_alpaca(tmp_path / "a.json", 2))
+    assert "a caption needs an image, found none" in refusal(lambda: source[0])
+
+
+def test_a_sample_longer_than_the_row(processor: LlamaAdapterProcessor, tmp_path: Path) -> None:
+    path = write(tmp_path / "a.json", [GOOD, {**GOOD, "output": "many words " * 100}])
+    source = open_source("alpaca", "instruction", path=path)
+    encoder = SampleEncoder(processor, row_length=128)
+    found = refusal(lambda: encoder.cut(source[1]))
+    assert found.startswith(f"{path}:1 record 2: exchange 1 has ")
+    assert "a row holds 128" in found
+    cut_off = SampleEncoder(processor, row_length=256, overlong="truncate")
+    assert [cut.tokens for cut in cut_off.cut(source[1])] == [256]
+
+
+def test_too_many_broken_records_stop_with_the_list(
+    processor: LlamaAdapterProcessor, tmp_path: Path
+) -> None:
+    records = [GOOD] * 97 + [{"instruction": "unanswered"}] * 3
+    path = write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, records)))
+    source = open_source("alpaca", "instruction", path=path)
+    pieces = measure(source, SampleEncoder(processor, row_length=256))
+    assert [fault.where for fault in pieces.broken] == [f"{path}:{n}" for n in (98, 99, 100)]
+    pieces.refuse_beyond(0.03, name="alpaca")
+    found = refusal(lambda: pieces.refuse_beyond(0.02, name="alpaca"))
+    assert "3 of 100 records are broken, more than the 2.0% of data.max_broken" in found
+    assert f"{path}:99: lacks 'output'" in found
+
+
+def test_pictures_that_break_in_training_are_skipped_and_listed(
+    processor: LlamaAdapterProcessor, tmp_path: Path
+) -> None:
+    path = write_pairs(tmp_path, 10, pictures=5)
+    source = open_source("pairs", "caption", path=path)
+    stream = stream_of(source, processor, "caption", rows=4, max_broken=0.2)
+    (tmp_path / "pictures" / "picture1.png").write_bytes(b"damaged")
+    batch = next(stream)
+    assert {fault.where for fault in batch.broken} == {f"{path}:3", f"{path}:8"}
+    assert all("cannot decode image" in fault.reason for fault in batch.broken)
+    assert not {f"{path}:3", f"{path}:8"} & set(batch.sample_ids)
+    assert len(batch.inputs["pixel_values"]) == len(batch.sample_ids)
+    assert len(stream.broken) == 2
+    (tmp_path / "pictures" / "picture2.png").unlink()
+    found = refusal(lambda: [next(stream) for _ in range(4)])
+    assert "4 of 10 records are broken" in found
+
+
+def test_several_pictures_for_a_model_that_reads_one(
+    processor: LlamaAdapterProcessor, tmp_path: Path
+) -> None:
+    names = write_pictures(tmp_path, 2)
+    talk = [{"from": "human", "value": "Which?"}, {"from": "gpt", "value": "Both."}]
+    path = write(tmp_path / "l.json", [{"image": names, "conversations": talk}])
+    source = open_source("llava", "instruction", path=path, images=tmp_path)
+    encoder = SampleEncoder(processor, row_length=256)
+    assert "holds 2 images, but visual_scope 'all' reads one" in refusal(
+        lambda: encoder.cut(source[0])
+    )
