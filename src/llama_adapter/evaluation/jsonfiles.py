@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,16 @@ def read_json(path: Path) -> Any:
         return json.loads(read_text(path))
     except json.JSONDecodeError as error:
         raise EvaluationError(f"{path}: not JSON (line {error.lineno}: {error.msg})") from error
+    except RecursionError as error:
+        raise EvaluationError(f"{path}: not JSON of any use (nested too deeply)") from error
 
 
-def read_text(path: Path) -> str:
-    """The content of a UTF-8 file, which must exist."""
+def read_text(path: Path, *, lenient: bool = False) -> str:
+    """The content of a UTF-8 file, which must exist; `lenient` overlooks odd bytes."""
     try:
-        return path.read_text(encoding="utf-8-sig")
+        return path.read_text(
+            encoding="utf-8-sig", errors="backslashreplace" if lenient else "strict"
+        )
     except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
         raise EvaluationError(f"{path}: cannot be read ({error.strerror})") from error
     except UnicodeDecodeError as error:
@@ -51,21 +55,52 @@ def read_jsonl(path: Path) -> tuple[list[dict[str, Any]], bool]:
     return rows, False
 
 
+def read_any(path: Path) -> tuple[Any, bool]:
+    """A JSON document, or the objects of JSON lines or a CSV; and whether the last was cut short.
+
+    Names say little: there are result files called `.json` that hold lines of objects.
+    """
+    if path.suffix.lower() == ".csv":
+        return list(csv.DictReader(read_text(path).splitlines())), False
+    text = read_text(path).strip()
+    first, _, rest = text.partition("\n")
+    if path.suffix.lower() == ".jsonl" and not text.startswith("["):
+        return read_jsonl(path)
+    return read_jsonl(path) if rest and _is_object(first) else (read_json(path), False)
+
+
+def _is_object(line: str) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except json.JSONDecodeError:
+        return False
+
+
 def read_objects(path: Path) -> tuple[list[dict[str, Any]], bool]:
     """The objects of a JSON list, JSON lines or a CSV; and whether the last was cut short."""
-    if path.suffix == ".csv":
-        return list(csv.DictReader(read_text(path).splitlines())), False
-    if read_text(path).lstrip().startswith("["):
-        rows = read_json(path)
-        for number, row in enumerate(rows, start=1):
-            if not isinstance(row, dict):
-                kind = type(row).__name__
-                raise EvaluationError(f"{path}: item {number} must be an object, found {kind}")
-        return rows, False
-    return read_jsonl(path)
+    content, is_cut = read_any(path)
+    if isinstance(content, dict) and "\n" not in read_text(path).strip():
+        content = [content]
+    if not isinstance(content, list):
+        raise EvaluationError(f"{path}: expected a list of objects, found {brief(content)}")
+    for number, row in enumerate(content, start=1):
+        if not isinstance(row, dict):
+            raise EvaluationError(f"{path}: item {number} must be an object, found {brief(row)}")
+    return content, is_cut
 
 
-def field_of(row: dict[str, Any], names: Iterable[str], *, where: str) -> Any:
+def brief(value: Any) -> str:
+    """What a JSON value is, for a message.
+
+    >>> brief({"a": 1, "b": 2}), brief("hm"), brief([1, 2])
+    ('an object with a, b', "'hm'", 'a list of 2')
+    """
+    if isinstance(value, dict):
+        return f"an object with {', '.join(map(str, list(value)[:4])) or 'nothing in it'}"
+    return f"a list of {len(value)}" if isinstance(value, list) else repr(value)[:60]
+
+
+def field_of(row: Mapping[str, Any], names: Iterable[str], *, where: str) -> Any:
     """The value under the first of the names that the row has."""
     for name in names:
         if name in row and row[name] is not None:

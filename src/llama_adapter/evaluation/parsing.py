@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from typing import Any
 
 _NUMBER = r"-?\d+(?:\.\d+)?"
@@ -14,10 +15,22 @@ _SCORE = re.compile(
     rf"""['"]?\b(?:score|rating|grade)['"]?\s*(?:is|[:=])\s*['"]?({_NUMBER})""", re.I
 )
 _ALONE = re.compile(rf"\s*({_NUMBER})\s*(?:/\s*\d+)?\s*\.?\s*")
-_FIRST_LINE = re.compile(rf"\s*\(?\s*({_NUMBER})(?:\s*[,/]\s*|\s+)({_NUMBER})\s*\)?\s*")
+_MARKUP = r"[\s*_`#>(\[]*"
+_OUT_OF = r"(?:\s*(?:/|out of)\s*10\b)?"
+# "8/10" alone is one score, not two
+_BETWEEN = r"(?:[\s*_`]*(?:[,;&|]|/(?!\s*10\b)|\band\b|\bvs\b\.?)[\s*_`]*|\s+)"
+_FIRST_LINE = re.compile(
+    rf"{_MARKUP}(?:scores?{_MARKUP}:{_MARKUP})?({_NUMBER}){_OUT_OF}{_BETWEEN}"
+    rf"({_NUMBER}){_OUT_OF}[\s*_`)\].,;]*",
+    re.I,
+)
 _TUPLE = re.compile(rf"\(\s*({_NUMBER})\s*,\s*({_NUMBER})\s*\)")
-_SIDE = r"(?:assistant|answer|response|model)\s*{}\s*(?:'s score)?\s*[:=]\s*({})"
-_SIDES = [re.compile(_SIDE.format(side, _NUMBER), re.I) for side in "12"]
+_NO_SUM = r"(?![\d.]*\d|[a-z]|\s*[+^=/]|\s*[-*]\s*\d)"  # "Answer 1: 2 + 2 = 4" is no score
+_SIDE = (
+    r"(?:assistant|answer|response|model)\s*(?:{})\b[\s*_`]*(?:'s)?\s*(?:score|rating)?"
+    rf"\s*(?:[:=]|is|of)[\s*_`]*({_NUMBER}){_OUT_OF}{_NO_SUM}"
+)
+_SIDES = [re.compile(_SIDE.replace("{}", side, 1), re.I) for side in ("1|A", "2|B")]
 
 
 def parse_yes_no_score(reply: str) -> dict[str, Any] | None:
@@ -59,6 +72,7 @@ def parse_score_pair(reply: str) -> tuple[float, float] | None:
     (8.0, 7.5)
     >>> parse_score_pair("Let us see.\nAssistant 1: 3/10\nAssistant 2: 9/10")
     (3.0, 9.0)
+    >>> parse_score_pair("Both get 8/10.")
     """
     first = first_line_pair(reply)
     if first is not None:
@@ -111,6 +125,31 @@ def parse_choice(answer: str, *, choices: int) -> int | None:
         return None
     index = ord(letter) - ord("A")
     return index if index < choices else None
+
+
+_STATED = re.compile(r"(?:[Aa]nswer|[Oo]ption|[Cc]hoice)(?: is)?:?\s*\W{0,3}([A-Z])\b(?!')")
+
+
+def parse_choice_in_any_form(answer: str, *, choices: Sequence[str]) -> int | None:
+    """The index of a choice named by its letter in some other way, or by its own words.
+
+    >>> parse_choice_in_any_form("(B)", choices=["a dog", "a cat"])
+    1
+    >>> parse_choice_in_any_form("So the answer is: **A**", choices=["a dog", "a cat"])
+    0
+    >>> parse_choice_in_any_form("A cat.", choices=["a dog", "a cat"])
+    1
+    >>> parse_choice_in_any_form("Cats and dogs", choices=["a dog", "a cat"])
+    """
+    text = answer.strip()
+    words = re.findall(r"\w+", text.lower())
+    same = [i for i, choice in enumerate(choices) if re.findall(r"\w+", choice.lower()) == words]
+    if words and len(same) == 1:
+        return same[0]
+    alone = re.fullmatch(r"\W*([A-Z])\W*", text) or re.match(r"\(?([A-Z])[):]\s", text)
+    letters = {alone[1]} if alone else set(_STATED.findall(text))
+    index = ord(letters.pop()) - ord("A") if len(letters) == 1 else len(choices)
+    return index if index < len(choices) else None
 
 
 def parse_yes_no(answer: str) -> str | None:

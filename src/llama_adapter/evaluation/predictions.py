@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from llama_adapter.errors import EvaluationError
-from llama_adapter.evaluation.jsonfiles import read_jsonl
+from llama_adapter.evaluation.jsonfiles import brief, read_jsonl
 from llama_adapter.evaluation.records import Record, Row, Verdict
 
 PREDICTIONS = "predictions.jsonl"
@@ -59,6 +59,34 @@ def record_from_json(line: Mapping[str, Any]) -> Record:
     )
 
 
+_TYPES = {
+    "questions": list,
+    "answers": list,
+    "images": list,
+    "video": str,
+    "facts": dict,
+    "verdicts": dict,
+}
+
+
+def _check(line: Mapping[str, Any], *, task: str, where: str) -> None:
+    """Refuse a line that no run has written."""
+    if line.get("task") != task:
+        raise EvaluationError(f"{where} is of task {line.get('task')!r}, expected {task!r}")
+    if "id" not in line:
+        raise EvaluationError(f"{where} lacks id")
+    for name, kind in _TYPES.items():
+        value = line.get(name)
+        texts = value if name in {"questions", "answers"} and isinstance(value, list) else []
+        verdicts = value.values() if name == "verdicts" and isinstance(value, dict) else []
+        if (
+            (name in line and not isinstance(value, kind))
+            or not all(isinstance(text, str) for text in texts)
+            or not all(isinstance(verdict, dict) for verdict in verdicts)
+        ):
+            raise EvaluationError(f"{where}: {name} is not as a run writes it: {brief(value)}")
+
+
 def is_ours(path: Path) -> bool:
     """Whether a file is a `predictions.jsonl` of this package."""
     if path.suffix != ".jsonl":
@@ -79,10 +107,7 @@ def read_ours(path: Path, *, task: str, parse: Parse | None = None) -> Predictio
     rows = []
     for number, line in enumerate(lines, start=1):
         where = f"{path}: line {number}"
-        if line.get("task") != task:
-            raise EvaluationError(f"{where} is of task {line.get('task')!r}, expected {task!r}")
-        if "id" not in line:
-            raise EvaluationError(f"{where} lacks id")
+        _check(line, task=task, where=where)
         rows.append(
             Row(
                 record=record_from_json(line),
@@ -141,11 +166,26 @@ def without_repeats(rows: Iterable[Row], *, where: str) -> tuple[list[Row], tupl
 def join(predictions: Predictions, records: Sequence[Record], *, data: Path) -> Predictions:
     """One row for each record of the data, answered or not; answers to anything else are noted."""
     by_id = {row.record.id: row for row in predictions.rows}
-    rows = []
+    if any(id_.startswith("#") for id_ in by_id) and len(by_id) != len(records):
+        raise EvaluationError(
+            f"{data}: holds {len(records)} records; {len(by_id)} answers without ids cannot be "
+            "told to be which"
+        )
+    found: dict[str, Row] = {}
+    # another name counts only where no record or answer has it for its own
     for record in records:
-        names = (record.id, *record.facts.get("aliases", ()))
-        row = next((by_id.pop(name) for name in names if name in by_id), None)
-        rows.append(Row(record=record) if row is None else replace(row, record=record))
+        if record.id in by_id:
+            found[record.id] = by_id.pop(record.id)
+    for record in records:
+        names = [name for name in _aliases(record) if name in by_id]
+        if names and record.id not in found:
+            found[record.id] = by_id.pop(names[0])
+    others = {alias: id_ for id_, row in by_id.items() for alias in _aliases(row.record)}
+    for record in records:
+        ids = [others[name] for name in (record.id, *_aliases(record)) if name in others]
+        if record.id not in found and ids and ids[0] in by_id:
+            found[record.id] = by_id.pop(ids[0])
+    rows = [replace(found.get(r.id, Row(record=r)), record=r) for r in records]
     if by_id and len(by_id) == len(predictions.rows):
         raise EvaluationError(
             f"{data}: knows none of the {len(by_id)} answered ids, such as {next(iter(by_id))!r}; "
@@ -156,6 +196,10 @@ def join(predictions: Predictions, records: Sequence[Record], *, data: Path) -> 
         some = ", ".join(list(by_id)[:3])
         notes = (*notes, f"{len(by_id)} answers to ids that the data does not have: {some}")
     return replace(predictions, rows=tuple(rows), notes=notes)
+
+
+def _aliases(record: Record) -> Sequence[str]:
+    return record.facts.get("aliases", ())
 
 
 def number(value: Any) -> float | None:

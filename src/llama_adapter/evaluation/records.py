@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from llama_adapter.errors import EvaluationError
+
 Floats = NDArray[np.float64]
 Verdict = Mapping[str, Any]
 """What a judge said about one aspect of one answer, read from its reply: `{"score": 4}`."""
@@ -36,6 +38,12 @@ class Record:
     def question(self) -> str:
         """The first question."""
         return self.questions[0]
+
+    def fact(self, name: str) -> Any:
+        """A fact that counting cannot do without."""
+        if self.facts.get(name) is None:
+            raise EvaluationError(f"record {self.id!r} lacks {name}: its answers cannot be counted")
+        return self.facts[name]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -9,14 +9,15 @@ from typing import Any
 
 from llama_adapter.errors import EvaluationError
 from llama_adapter.evaluation.captions import caption_metrics, caption_sums
-from llama_adapter.evaluation.jsonfiles import field_of, find_file, read_json, read_objects
+from llama_adapter.evaluation.jsonfiles import brief, field_of, find_file, read_any
 from llama_adapter.evaluation.predictions import Predictions, without_repeats
 from llama_adapter.evaluation.records import Record, Row, Tally
 from llama_adapter.evaluation.tasks.base import Counting, Generation, Inputs, Task
 
-_IDS = ("image_id", "image_name", "image", "file_name", "filename", "cocoid", "id")
+_IDS = ("image_name", "file_name", "filename", "image", "image_id", "cocoid")
 _Names = tuple[Any, ...]
 _CAPTIONS = ("caption", "prediction", "pred", "text", "answer")
+_WRAPPERS = ("annotations", "predictions", "results", "images", "references")
 _FILES = ("references.json", "captions.json", "dataset_coco.json", "*captions*.json", "*.json")
 
 
@@ -33,18 +34,16 @@ def image_key(name: Any) -> str:
 
 
 def read(inputs: Inputs) -> list[Record]:
-    """References: COCO annotations, Karpathy's file, or a list of {image, captions}."""
+    """References: COCO annotations, Karpathy's file, lists or maps of image and captions."""
     path = find_file(inputs.data, _FILES, what="captions")
-    content = read_json(path)
+    content, _ = read_any(path)
     split = inputs.split or "test"
-    if isinstance(content, dict) and "annotations" in content:
-        pairs = _from_annotations(content)
-    elif isinstance(content, dict) and "images" in content:
-        pairs = _from_karpathy(content, split)
-    elif isinstance(content, dict):
-        pairs = [((name,), _texts(value)) for name, value in content.items()]
+    if isinstance(content, dict) and isinstance(content.get("annotations"), list):
+        pairs = _from_annotations(content, where=str(path))
+    elif isinstance(content, dict) and isinstance(content.get("images"), list):
+        pairs = _from_karpathy(content, split, where=str(path))
     else:
-        pairs = _from_list(content, where=str(path))
+        pairs = _pairs(content, ("captions", "caption", "references", "refs"), where=str(path))
     merged: dict[str, tuple[_Names, list[str]]] = {}
     for names, captions in pairs:
         merged.setdefault(image_key(names[0]), (names, []))[1].extend(captions)
@@ -55,45 +54,87 @@ def read(inputs: Inputs) -> list[Record]:
             id=key,
             questions=("",),
             gold=captions,
-            images=(str(names[0]),),
+            images=(_picture(names),),
             facts={"aliases": [alias for alias in map(image_key, names[1:]) if alias != key]},
         )
         for key, (names, captions) in merged.items()
     ]
 
 
-def _texts(value: Any) -> list[str]:
-    return [value] if isinstance(value, str) else [str(text) for text in value]
+def _picture(names: _Names) -> str:
+    """The name that looks like a file's, for finding the picture."""
+    return next((name for name in names if isinstance(name, str) and "." in name), str(names[0]))
 
 
-def _from_annotations(content: dict[str, Any]) -> list[tuple[_Names, list[str]]]:
-    files = {image["id"]: image.get("file_name") for image in content.get("images", ())}
-    return [
-        (_names([files.get(a["image_id"]), a["image_id"]]), [a["caption"]])
-        for a in content["annotations"]
-    ]
+def _texts(value: Any, *, where: str) -> list[str]:
+    """Captions in a text, an object that holds one, or a list of either."""
+    match value:
+        case str():
+            return [value]
+        case list():
+            return [text for item in value for text in _texts(item, where=where)]
+        case dict():
+            return _texts(
+                field_of(value, (*_CAPTIONS, "raw", "sentence"), where=where), where=where
+            )
+        case _:
+            raise EvaluationError(f"{where}: expected a caption, found {brief(value)}")
 
 
-def _from_karpathy(content: dict[str, Any], split: str) -> list[tuple[_Names, list[str]]]:
-    return [
-        (
-            _names([item.get("filename"), item.get("cocoid"), item.get("imgid")]),
-            [sentence["raw"] for sentence in item["sentences"]],
-        )
-        for item in content["images"]
-        if item.get("split") == split
-    ]
+def _pairs(content: Any, keys: Sequence[str], *, where: str) -> list[tuple[_Names, list[str]]]:
+    """Image names and captions from a list of objects, a map, or texts in the images' order."""
+    if isinstance(content, dict):
+        inner = next((content[key] for key in _WRAPPERS if key in content), None)
+        if isinstance(inner, list | dict):
+            return _pairs(inner, keys, where=where)
+        return [((k,), _texts(v, where=f"{where}: {k!r}")) for k, v in content.items()]
+    if not isinstance(content, list):
+        raise EvaluationError(f"{where}: expected images and captions, found {brief(content)}")
+    pairs: list[tuple[_Names, list[str]]] = []
+    for number, item in enumerate(content):
+        place = f"{where}: item {number + 1}"
+        if isinstance(item, dict):
+            # `id` numbers the captions where images have a name of their own
+            names = _names(map(item.get, _IDS)) or (field_of(item, (*_IDS, "id"), where=place),)
+            names = (*names, f"#{number}")
+            pairs.append((names, _texts(field_of(item, keys, where=place), where=place)))
+        else:
+            pairs.append(((f"#{number}",), _texts(item, where=place)))
+    return pairs
 
 
-def _from_list(content: Sequence[dict[str, Any]], *, where: str) -> list[tuple[_Names, list[str]]]:
+def _from_annotations(content: dict[str, Any], *, where: str) -> list[tuple[_Names, list[str]]]:
+    images = content.get("images")
+    files = {
+        str(image["id"]): image.get("file_name")
+        for image in (images if isinstance(images, list) else ())
+        if isinstance(image, dict) and "id" in image
+    }
     pairs = []
-    for number, item in enumerate(content, start=1):
-        place = f"{where}: item {number}"
-        field_of(item, _IDS, where=place)
-        captions = field_of(item, ("captions", "caption", "references"), where=place)
-        # a file name first: pictures are looked up by it
-        names = _names([item.get(key) for key in (*_IDS[1:], _IDS[0])])
-        pairs.append((names, _texts(captions)))
+    for number, item in enumerate(content["annotations"], start=1):
+        place = f"{where}: annotation {number}"
+        if not isinstance(item, dict):
+            raise EvaluationError(f"{place} must be an object, found {brief(item)}")
+        id_ = field_of(item, ("image_id",), where=place)
+        captions = _texts(field_of(item, ("caption",), where=place), where=place)
+        # what is published refers to the number, which need not be that of the file's name
+        pairs.append((_names([id_, files.get(str(id_))]), captions))
+    return pairs
+
+
+def _from_karpathy(
+    content: dict[str, Any], split: str, *, where: str
+) -> list[tuple[_Names, list[str]]]:
+    pairs = []
+    for number, item in enumerate(content["images"], start=1):
+        place = f"{where}: image {number}"
+        if not isinstance(item, dict):
+            raise EvaluationError(f"{place} must be an object, found {brief(item)}")
+        if item.get("split", split) != split:
+            continue
+        field_of(item, ("filename", "cocoid", "imgid"), where=place)
+        names = _names([item.get("filename"), item.get("cocoid"), item.get("imgid")])
+        pairs.append((names, _texts(field_of(item, ("sentences",), where=place), where=place)))
     return pairs
 
 
@@ -104,24 +145,22 @@ def _names(values: Iterable[Any]) -> _Names:
 def read_public(path: Path) -> Predictions:
     """COCO's result format, and lists or maps of image and caption."""
     if path.is_dir():
-        path = find_file(path, ("*.json", "*.jsonl"), what="one file of captions")
-    content = read_json(path) if path.suffix == ".json" else read_objects(path)[0]
-    if isinstance(content, dict):
-        given = [(name, _texts(caption)) for name, caption in content.items()]
-    else:
-        given = [
-            (
-                field_of(item, _IDS, where=f"{path}: item {number}"),
-                _texts(field_of(item, _CAPTIONS, where=f"{path}: item {number}")),
-            )
-            for number, item in enumerate(content, start=1)
-        ]
-    rows = [
-        Row(record=Record(id=image_key(name), questions=("",)), answers=tuple(captions[:1]))
-        for name, captions in given
-    ]
+        path = find_file(path, ("*.json", "*.jsonl", "*.csv"), what="one file of captions")
+    content, is_cut = read_any(path)
+    given = _pairs(content, _CAPTIONS, where=str(path))
+    rows = [_row(names, captions) for names, captions in given]
     kept, notes = without_repeats(rows, where=str(path))
-    return Predictions(rows=tuple(kept), notes=notes)
+    several = sum(len(captions) > 1 for _, captions in given)
+    if several:
+        notes = (*notes, f"{several} images have several captions: the first counts")
+    cut = ("the last line was cut short and is left out",) if is_cut else ()
+    return Predictions(rows=tuple(kept), notes=(*cut, *notes))
+
+
+def _row(names: _Names, captions: Sequence[str]) -> Row:
+    facts = {"aliases": [name for name in map(image_key, names[1:]) if name[:1] != "#"]}
+    record = Record(id=image_key(names[0]), questions=("",), facts=facts)
+    return Row(record=record, answers=tuple(captions[:1]))
 
 
 def count(predictions: Predictions, counting: Counting) -> Tally:
@@ -129,6 +168,8 @@ def count(predictions: Predictions, counting: Counting) -> Tally:
     answered = [row for row in predictions.rows if row.is_answered]
     if any(not row.record.gold for row in answered):
         raise EvaluationError("coco-caption needs the reference captions; give --data")
+    if not answered:
+        raise EvaluationError(f"none of {len(predictions.rows)} images has a caption")
     sums = caption_sums(
         [row.answer for row in answered],
         [row.record.gold for row in answered],

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from llama_adapter.evaluation.jsonfiles import field_of, find_file, read_json, read_objects
+from llama_adapter.errors import EvaluationError
+from llama_adapter.evaluation.jsonfiles import brief, field_of, find_file, read_json, read_objects
 from llama_adapter.evaluation.judge_prompts import REASONED_ANSWER
 from llama_adapter.evaluation.parsing import parse_score
 from llama_adapter.evaluation.predictions import Predictions, number, without_repeats
@@ -29,8 +30,8 @@ def _tidy(item: dict[str, Any]) -> dict[str, Any]:
 
 def _facts(item: dict[str, Any]) -> dict[str, Any]:
     facts = {
-        "category": (item.get("category") or "").lower() or None,
-        "complexity": (item.get("complexity") or "").lower() or None,
+        "category": str(item.get("category") or "").strip().lower() or None,
+        "complexity": str(item.get("complexity") or "").strip().lower() or None,
         "counter_intuitive": item.get("counter-intuitive"),
         "steps": item.get("reasoning steps"),
     }
@@ -42,10 +43,14 @@ def read(inputs: Inputs) -> list[Record]:
     path = find_file(inputs.data, ("records.json", "*infimm*.json", "*.json"), what="questions")
     content = read_json(path)
     items = list(content.values()) if isinstance(content, dict) else content
+    if not isinstance(items, list):
+        raise EvaluationError(f"{path}: expected a list of questions, found {brief(items)}")
     records = []
     for n, raw in enumerate(items):
-        item = _tidy(raw)
         where = f"{path}: item {n}"
+        if not isinstance(raw, dict):
+            raise EvaluationError(f"{where} must be an object, found {brief(raw)}")
+        item = _tidy(raw)
         images = field_of(item, ("image path", "image", "images"), where=where)
         records.append(
             Record(
@@ -88,8 +93,8 @@ def count(predictions: Predictions, _: Counting) -> Tally:
     sums, unanswered, unjudged, unweighted = [], 0, 0, 0
     for row in predictions.rows:
         score = number(row.verdicts.get(ASPECT, {}).get("score"))
-        complexity = row.record.facts.get("complexity")
-        weight = WEIGHTS.get(complexity or "", 0)
+        complexity = str(row.record.facts.get("complexity") or "")
+        weight = WEIGHTS.get(complexity, 0)
         unanswered += not row.is_answered
         unjudged += row.is_answered and score is None
         unweighted += weight == 0
@@ -130,7 +135,8 @@ def _metrics(totals: Floats) -> dict[str, Floats]:
 
 def judge_questions(row: Row) -> dict[str, dict[str, str]]:
     """The answer beside the reference answer and, where published, its reasoning steps."""
-    steps = row.record.facts.get("steps") or ()
+    given = row.record.facts.get("steps") or []
+    steps = given if isinstance(given, list) else [given]
     fields = {
         "question": row.record.question,
         "gold": str(row.record.gold),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -34,6 +35,7 @@ COGNITION = (
     "code_reasoning",
 )
 SUBTASKS = PERCEPTION + COGNITION
+_ANSWERS = frozenset(("yes", "no"))
 _SUMS = 4  # right answers, questions, images with both right, images
 
 
@@ -42,15 +44,28 @@ def read(inputs: Inputs) -> list[Record]:
     folder = inputs.data
     if not folder.is_dir():
         raise EvaluationError(f"{folder}: expected a folder with MME's 14 subtasks")
+    texts = _subtask_files(folder)
+    folders = {_plain(path.name): path for path in sorted(folder.iterdir()) if path.is_dir()}
     records: list[Record] = []
     for subtask in SUBTASKS:
-        if (folder / f"{subtask}.txt").exists():
-            records += [row.record for row in _rows(folder / f"{subtask}.txt", subtask)]
-        elif (folder / subtask).is_dir():
-            records += _released(folder / subtask, subtask)
+        if subtask in texts:
+            records += [row.record for row in _rows(texts[subtask], subtask)]
+        elif _plain(subtask) in folders:
+            records += _released(folders[_plain(subtask)], subtask)
     if not records:
         raise EvaluationError(f"{folder}: lacks MME's subtasks, such as {SUBTASKS[0]}")
     return records
+
+
+def _plain(name: str) -> str:
+    """A subtask's name as files and folders spell it."""
+    return name.lower().replace(" ", "_").replace("-", "_")
+
+
+def _subtask_files(folder: Path) -> dict[str, Path]:
+    """The result files in a folder by subtask."""
+    files = {_plain(path.stem): path for path in sorted(folder.glob("*.[tT][xX][tT]"))}
+    return {subtask: files[_plain(subtask)] for subtask in SUBTASKS if _plain(subtask) in files}
 
 
 def _released(folder: Path, subtask: str) -> list[Record]:
@@ -59,40 +74,64 @@ def _released(folder: Path, subtask: str) -> list[Record]:
     texts = sorted((parted if parted.is_dir() else folder).glob("*.txt"))
     pictures = folder / "images" if (folder / "images").is_dir() else folder
     names = {p.stem: p.name for p in sorted(pictures.iterdir()) if p.suffix != ".txt"}
-    return [
-        _record(subtask, names.get(path.stem, path.stem + ".jpg"), *line.split("\t")[:2], n=n)
-        for path in texts
-        for n, line in enumerate(filter(str.strip, read_text(path).split("\n")))
-    ]
+    records = []
+    for path in texts:
+        name = _Namer(subtask)
+        for number, line in enumerate(read_text(path, lenient=True).split("\n"), start=1):
+            fields = [field.strip() for field in line.split("\t")]
+            if not line.strip():
+                continue
+            if len(fields) < 2 or fields[1].lower() not in _ANSWERS:
+                raise EvaluationError(
+                    f"{path}: line {number} must be question and Yes or No, parted by a tab; "
+                    f"found {line[:60]!r}"
+                )
+            image = names.get(path.stem, path.stem + ".jpg")
+            records.append(name.record(image, fields[0], fields[1]))
+    return records
 
 
-def _record(subtask: str, image: str, question: str, gold: str, *, n: int) -> Record:
-    return Record(
-        id=f"{subtask}/{image}/{n}",
-        questions=(question,),
-        gold=gold.strip().lower(),
-        images=(f"{subtask}/{image}",),
-        facts={"subtask": subtask, "image": image},
-    )
+class _Namer:
+    """Makes a subtask's records as their lines come, two questions to a unit."""
+
+    def __init__(self, subtask: str) -> None:
+        self._subtask = subtask
+        self._asked: dict[str, list[str]] = defaultdict(list)
+
+    def record(self, image: str, question: str, gold: str) -> Record:
+        """A record named after its right answer: result files differ in the order of the two."""
+        gold = gold.strip().lower()
+        earlier = self._asked[image]
+        again = earlier.count(gold)
+        unit = image if len(earlier) < 2 else f"{image}#{len(earlier) // 2 + 1}"
+        earlier.append(gold)
+        return Record(
+            id=f"{self._subtask}/{image}/{gold}" + (f"-{again + 1}" if again else ""),
+            questions=(question,),
+            gold=gold,
+            images=(f"{self._subtask}/{image}",),
+            facts={"subtask": self._subtask, "image": unit},
+        )
 
 
 def _rows(path: Path, subtask: str) -> list[Row]:
     """Lines of image, question, right answer and, in result files, the model's answer."""
-    asked: dict[str, int] = defaultdict(int)
-    rows = []
-    for number, line in enumerate(read_text(path).split("\n"), start=1):
+    name = _Namer(subtask)
+    rows: list[Row] = []
+    for number, line in enumerate(read_text(path, lenient=True).split("\n"), start=1):
         if not line.strip():
             continue
         fields = line.rstrip("\r").split("\t", maxsplit=3)
-        if len(fields) < 3 or fields[2].strip().lower() not in {"yes", "no"}:
+        if "\t" not in line and rows and rows[-1].answers:
+            # an answer of several lines: what follows the first is no line of its own
+            rows[-1] = replace(rows[-1], answers=(f"{rows[-1].answer}\n{line}",))
+            continue
+        if len(fields) < 3 or fields[2].strip().lower() not in _ANSWERS:
             raise EvaluationError(
                 f"{path}: line {number} must be image, question, Yes or No, answer, parted by "
                 f"tabs; found {line[:60]!r}"
             )
-        image = fields[0]
-        record = _record(subtask, image, fields[1], fields[2], n=asked[image])
-        asked[image] += 1
-        rows.append(Row(record=record, answers=tuple(fields[3:])))
+        rows.append(Row(record=name.record(*fields[:3]), answers=tuple(fields[3:])))
     return rows
 
 
@@ -100,11 +139,17 @@ def read_public(path: Path) -> Predictions:
     """The 14 files of MME's evaluation tool, with the model's answers in the fourth column."""
     if not path.is_dir():
         raise EvaluationError(f"{path}: expected a folder with MME's 14 result files")
-    files = [(path / f"{subtask}.txt", subtask) for subtask in SUBTASKS]
-    found = [(file, subtask) for file, subtask in files if file.exists()]
+    found = _subtask_files(path)
+    if not found:
+        inner = {p: files for p in sorted(path.glob("**/")) if (files := _subtask_files(p))}
+        if len(inner) > 1:
+            names = ", ".join(str(p.relative_to(path)) for p in list(inner)[:4])
+            raise EvaluationError(f"{path}: holds several results, {names}; name one of them")
+        found = next(iter(inner.values()), {})
     if not found:
         raise EvaluationError(f"{path}: holds none of MME's result files, such as existence.txt")
-    return Predictions(rows=tuple(row for file, subtask in found for row in _rows(file, subtask)))
+    rows = [row for subtask, file in found.items() for row in _rows(file, subtask)]
+    return Predictions(rows=tuple(rows))
 
 
 def count(predictions: Predictions, _: Counting) -> Tally:
@@ -115,8 +160,10 @@ def count(predictions: Predictions, _: Counting) -> Tally:
         said = parse_yes_no(row.answer)
         unanswered += not row.is_answered
         unparsed += row.is_answered and said is None
-        facts = row.record.facts
-        images[facts["subtask"], facts["image"]].append(said == row.record.gold)
+        subtask, image = row.record.fact("subtask"), row.record.fact("image")
+        if subtask not in SUBTASKS:
+            raise EvaluationError(f"{row.record.id}: {subtask!r} is no subtask of MME")
+        images[subtask, str(image)].append(said == row.record.gold)
     sums = np.zeros((len(images), len(SUBTASKS), _SUMS))
     odd = 0
     for unit, ((subtask, _image), right) in enumerate(images.items()):

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from llama_adapter.errors import EvaluationError
-from llama_adapter.evaluation.jsonfiles import field_of, read_json, read_objects
-from llama_adapter.evaluation.parsing import parse_choice
-from llama_adapter.evaluation.predictions import Predictions, without_repeats
+from llama_adapter.evaluation.jsonfiles import brief, field_of, read_any, read_json
+from llama_adapter.evaluation.parsing import parse_choice, parse_choice_in_any_form
+from llama_adapter.evaluation.predictions import Predictions, number, without_repeats
 from llama_adapter.evaluation.records import Floats, Record, Row, Tally, ratio, table
 from llama_adapter.evaluation.tasks.base import Counting, Generation, Inputs, Task
 
@@ -19,66 +20,100 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _SUBJECTS = {"natural science": "NAT", "social science": "SOC", "language science": "LAN"}
 SUBSETS = ("NAT", "SOC", "LAN", "TXT", "IMG", "NO", "G1-6", "G7-12")
 _MOST_CHOICES = 5
+_SUMS = 5  # right as counted, by the strict rule, in any form; answered; all
+_LISTS = ("results", "preds", "predictions", "answers")
+_TEXTS = ("text", "answer", "pred", "prediction", "output", "response")
+_BRACKETED = re.compile(r"The answer is \(([A-Z])\)")
 
 
 def subsets_of(problem: Mapping[str, Any]) -> list[str]:
     """Which columns of the published table a problem counts in."""
     has_image, has_text = bool(problem.get("image")), bool(problem.get("hint"))
-    grade = int(str(problem.get("grade", "grade0")).removeprefix("grade"))
+    grade = str(problem.get("grade", "")).removeprefix("grade")
     names = [_SUBJECTS.get(problem.get("subject", ""), "")]
     names += ["TXT"] * has_text + ["IMG"] * has_image + ["NO"] * (not (has_image or has_text))
-    names.append("G1-6" if grade <= 6 else "G7-12")
+    if grade.isdecimal():
+        names.append("G1-6" if int(grade) <= 6 else "G7-12")
     return [name for name in names if name]
 
 
 def read(inputs: Inputs) -> list[Record]:
     """`problems.json` and `pid_splits.json`; answers alone are read where no problem is on disk."""
-    folder = inputs.data if inputs.data.is_dir() else inputs.data.parent
-    problems = _problems(inputs.data, folder)
+    folder, problems = _problems(inputs.data)
     split = inputs.split or "test"
     splits = folder / "pid_splits.json"
     if splits.exists():
-        content = read_json(splits)
-        if split not in content:
+        content = _object(splits)
+        if not isinstance(content.get(split), list):
             raise EvaluationError(f"{splits}: has no split {split!r}, only {', '.join(content)}")
         ids = [str(id_) for id_ in content[split]]
     else:
         ids = [id_ for id_, p in problems.items() if p.get("split", split) == split]
-    letters = _image_answers(folder)
-    records = [_record(id_, problems.get(id_), letters) for id_ in ids]
+    path = folder / "test_img_answers.json"
+    letters = _object(path) if path.exists() else {}
+    records = [
+        _record(id_, problems.get(id_), letters, position=n, where=f"{inputs.data}: problem {id_}")
+        for n, id_ in enumerate(ids)
+    ]
     if all(record.gold is None for record in records):
         raise EvaluationError(f"{inputs.data}: lacks problems.json (question, choices, answer)")
     return records
 
 
-def _problems(data: Path, folder: Path) -> dict[str, Any]:
-    found = [data] if data.is_file() else sorted(folder.glob("problems*.json"))
-    merged: dict[str, Any] = {}
+def _problems(data: Path) -> tuple[Path, dict[str, dict[str, Any]]]:
+    """The folder of the benchmark's files, and the problems in it by id."""
+    if data.is_file():
+        found = [data]
+    elif data.is_dir():
+        found = sorted(data.glob("problems*.json")) or sorted(data.glob("**/problems*.json"))
+    else:
+        raise EvaluationError(f"{data}: no such file or folder; expected problems.json")
+    merged: dict[str, dict[str, Any]] = {}
     for path in found:
-        merged |= read_json(path)
-    return merged
+        content = _object(path)
+        odd = next((id_ for id_, item in content.items() if not isinstance(item, dict)), None)
+        if odd is not None:
+            raise EvaluationError(f"{path}: {odd} must be a problem, found {brief(content[odd])}")
+        merged |= content
+    return (found[0].parent if found else data), merged
 
 
-def _image_answers(folder: Path) -> dict[str, str]:
-    path = folder / "test_img_answers.json"
-    return read_json(path) if path.exists() else {}
+def _object(path: Path) -> dict[str, Any]:
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise EvaluationError(f"{path}: expected an object, found {brief(content)}")
+    return content
 
 
-def _record(id_: str, problem: dict[str, Any] | None, letters: Mapping[str, str]) -> Record:
+def _record(
+    id_: str,
+    problem: dict[str, Any] | None,
+    letters: Mapping[str, str],
+    *,
+    position: int,
+    where: str,
+) -> Record:
+    aliases = [f"#{position}"]
     if problem is None:
-        gold = LETTERS.index(letters[id_]) if id_ in letters else None
-        facts = {"subsets": ["IMG"] if id_ in letters else [], "is_partial": True}
+        known = letters.get(id_, "") in [*LETTERS]
+        gold = LETTERS.index(letters[id_]) if known else None
+        facts = {"subsets": ["IMG"] if known else [], "is_partial": True, "aliases": aliases}
         return Record(id=id_, questions=("",), gold=gold, facts=facts)
+    choices = field_of(problem, ("choices",), where=where)
+    answer = field_of(problem, ("answer",), where=where)
+    if not isinstance(choices, list) or answer not in range(len(choices)):
+        raise EvaluationError(f"{where}: answer must be the place of a choice, found {answer!r}")
     names = [problem["image"]] if problem.get("image") else []
     return Record(
         id=id_,
-        questions=(problem["question"],),
-        gold=int(problem["answer"]),
+        questions=(str(field_of(problem, ("question",), where=where)),),
+        gold=int(answer),
         images=tuple(f"{problem.get('split', 'test')}/{id_}/{name}" for name in names),
         facts={
-            "choices": problem["choices"],
+            "choices": choices,
             "hint": problem.get("hint") or "",
             "subsets": subsets_of(problem),
+            "aliases": aliases,
         },
     )
 
@@ -93,43 +128,82 @@ def prompt(record: Record) -> tuple[str, ...]:
 
 
 def read_public(path: Path) -> Predictions:
-    """The official {results, outputs}, a map of id to answer, or lines of {question_id, text}."""
-    stated: dict[str, Any] | None = None
-    if path.suffix == ".json" and isinstance(content := read_json(path), dict):
-        if "results" in content:
-            stated = {key: content[key] for key in ("correct", "count") if key in content}
-            outputs = content.get("outputs", {})
-            pairs = [
-                _stored(str(id_), index, outputs.get(id_))
-                for id_, index in content["results"].items()
-            ]
-        else:
-            pairs = [_row(str(id_), answer) for id_, answer in content.items()]
-        return Predictions(rows=tuple(pairs), stated=stated)
-    objects, is_cut = read_objects(path)
-    rows = []
-    for n, item in enumerate(objects, start=1):
-        where = f"{path}: item {n}"
-        id_ = field_of(item, ("question_id", "id", "pid"), where=where)
-        answer = field_of(item, ("text", "answer", "pred", "prediction", "output"), where=where)
-        rows.append(_row(str(id_), answer))
+    """The official {results, outputs}, maps of id to answer, lists, or {question_id, text} lines.
+
+    Lists without ids (multimodal chain of thought's `preds`) are in the order of the split.
+    """
+    content, is_cut = read_any(path)
+    outputs: Mapping[str, Any] = {}
+    stated = None
+    if isinstance(content, dict):
+        stated = {key: content[key] for key in ("acc", "correct", "count") if key in content}
+        if isinstance(content.get("outputs"), dict):
+            outputs = content["outputs"]
+        inner = next((content[key] for key in _LISTS if key in content), content)
+        content = inner if isinstance(inner, dict | list) else content
+    given = list(_answers(content, where=str(path)))
+    # where all of them are numbers, they are the places of choices
+    are_places = all(_place(answer) is not None for _, answer in given)
+    rows = [
+        _stored(id_, _choice(answer), outputs.get(id_))
+        if outputs or are_places
+        else Row(record=Record(id=id_, questions=("",)), answers=(_as_text(answer),))
+        for id_, answer in given
+    ]
     kept, notes = without_repeats(rows, where=str(path))
     cut = ("the last line was cut short and is left out",) if is_cut else ()
-    return Predictions(rows=tuple(kept), notes=(*cut, *notes))
+    return Predictions(rows=tuple(kept), notes=(*cut, *notes), stated=stated)
 
 
-def _row(id_: str, answer: Any) -> Row:
-    text = LETTERS[answer] if isinstance(answer, int) else str(answer)
-    return Row(record=Record(id=id_, questions=("",)), answers=(text,))
+def _answers(content: Any, *, where: str) -> Iterator[tuple[str, Any]]:
+    """Ids and answers, in whatever way they are paired."""
+    if isinstance(content, dict):
+        for id_, item in content.items():
+            is_object = isinstance(item, dict)
+            yield str(id_), field_of(item, _TEXTS, where=f"{where}: {id_}") if is_object else item
+        return
+    if not isinstance(content, list):
+        raise EvaluationError(f"{where}: expected answers by id, found {brief(content)}")
+    for n, item in enumerate(content):
+        if isinstance(item, dict):
+            place = f"{where}: item {n + 1}"
+            id_ = field_of(item, ("question_id", "id", "pid", "qid"), where=place)
+            yield str(id_), field_of(item, _TEXTS, where=place)
+        else:
+            yield f"#{n}", item
 
 
-def _stored(id_: str, index: Any, output: str | None) -> Row:
-    """The official files keep the index that was counted: guessed where no letter was found."""
-    chosen = index if isinstance(index, int) and 0 <= index < len(LETTERS) else None
-    text = output or (LETTERS[chosen] if chosen is not None and output is None else "")
+def _place(answer: Any) -> int | None:
+    """The place of a choice that is given by number; -1 is how files write that there is none."""
+    if isinstance(answer, str) and re.fullmatch(r"-?\d{1,2}", answer.strip()):
+        answer = int(answer)
+    if isinstance(answer, float) and answer.is_integer():
+        answer = int(answer)
+    return answer if isinstance(answer, int) and not isinstance(answer, bool) else None
+
+
+def _choice(answer: Any) -> int | None:
+    is_letter = isinstance(answer, str) and len(answer) == 1 and answer in LETTERS
+    return LETTERS.index(answer) if is_letter else _place(answer)
+
+
+def _as_text(answer: Any) -> str:
+    place = None if isinstance(answer, str) else _place(answer)
+    if place is not None:
+        return LETTERS[place] if 0 <= place < len(LETTERS) else ""
+    text = "" if answer is None else str(answer)
+    bracketed = _BRACKETED.findall(text)
+    # multimodal chain of thought puts its letters in brackets, always
+    return bracketed[0] if len(bracketed) == 1 else text
+
+
+def _stored(id_: str, place: int | None, output: Any) -> Row:
+    """The official files keep the place that was counted: guessed where no letter was found."""
+    chosen = place if place is not None and 0 <= place < len(LETTERS) else None
+    given = LETTERS[chosen] if chosen is not None else ""
     return Row(
         record=Record(id=id_, questions=("",)),
-        answers=(text,),
+        answers=(given if output is None else str(output),),
         verdicts={"stored": {"index": chosen}},
     )
 
@@ -142,25 +216,33 @@ def count(predictions: Predictions, _: Counting) -> Tally:
     """
     rows = predictions.rows
     columns = ("all", *SUBSETS)
-    sums, unanswered, unparsed = [], 0, 0
+    sums, unanswered, unparsed, in_other_forms = [], 0, 0, 0
     for row in rows:
-        choices = len(row.record.facts.get("choices", ())) or _MOST_CHOICES
-        parsed = parse_choice(row.answer, choices=choices)
+        given = row.record.facts.get("choices") or [""] * _MOST_CHOICES
+        parsed = parse_choice(row.answer, choices=len(given))
+        stored = row.verdicts.get("stored", {}).get("index", parsed)
+        loose = parse_choice_in_any_form(row.answer, choices=given) if parsed is None else parsed
         unanswered += not row.answer.strip()
         unparsed += bool(row.answer.strip()) and parsed is None
-        stored = row.verdicts.get("stored", {}).get("index", parsed)
+        in_other_forms += loose is not None and parsed is None
         gold = row.record.gold
-        line = np.zeros((len(columns), 4))
+        line = np.zeros((len(columns), _SUMS))
         if gold is not None:
+            counted = stored == gold, parsed == gold, loose == gold, row.is_answered, 1
             for name in ("all", *row.record.facts.get("subsets", ())):
-                line[columns.index(name)] = stored == gold, parsed == gold, 1, row.is_answered
+                line[columns.index(name)] = counted
         sums.append(line.ravel())
     fixed, notes = _coverage(rows, predictions.stated)
     known = [name for name in columns if name not in notes]
+    if in_other_forms:
+        notes["forms"] = (
+            f"{in_other_forms} answers name a choice in another form, such as (B) or its words: "
+            "they are right only in accuracy_any_form"
+        )
     return Tally(
         n=len(rows),
-        sums_UC=table(sums, columns=4 * len(columns)),
-        metrics=lambda totals: _metrics(totals, columns, known),
+        sums_UC=table(sums, columns=_SUMS * len(columns)),
+        metrics=lambda totals: _metrics(totals, columns, known, any_form=in_other_forms > 0),
         unanswered=unanswered,
         unparsed=unparsed,
         notes=tuple(dict.fromkeys(notes.values())),
@@ -186,20 +268,30 @@ def _coverage(
     if not unknown:
         return {}, notes
     share = f"right answers of {len(unknown)} of {len(rows)} records are not on disk"
-    if stated and stated.get("count") == len(rows) and "correct" in stated:
+    count = number(stated.get("count", len(rows))) if stated else None
+    correct = _stated_correct(stated, len(rows)) if stated and count == len(rows) else None
+    if correct is not None:
         known_right = sum(_stored_right(row) for row in rows if row.record.gold is not None)
-        if not known_right <= stated["correct"] <= known_right + len(unknown):
+        if not known_right <= correct <= known_right + len(unknown):
             raise EvaluationError(
-                f"the file states {stated['correct']} correct answers; the data at hand "
+                f"the file states {correct:.0f} correct answers; the data at hand "
                 f"shows {known_right} among {len(rows) - len(unknown)}"
             )
         notes["all"] = (
             f"{share}: accuracy is the file's own count of correct answers, which those on disk "
             "do not contradict"
         )
-        return {"accuracy": 100 * stated["correct"] / stated["count"]}, notes
+        return {"accuracy": 100 * correct / len(rows)}, notes
     notes["known"] = f"{share}: accuracy counts only the others"
     return {}, notes
+
+
+def _stated_correct(stated: Mapping[str, Any], count: int) -> float | None:
+    """How many answers a file says to be right, or the number that its percentage means."""
+    percent = number(stated.get("acc"))
+    if number(stated.get("correct")) is None and percent is not None:
+        return round(percent * count / 100)
+    return number(stated.get("correct"))
 
 
 def _stored_right(row: Row) -> bool:
@@ -207,20 +299,22 @@ def _stored_right(row: Row) -> bool:
     return bool(stored == row.record.gold)
 
 
-def _metrics(totals: Floats, columns: Sequence[str], known: Sequence[str]) -> dict[str, Floats]:
-    parts = totals.reshape(*totals.shape[:-1], len(columns), 4)
-    values = 100 * ratio(parts[..., 0], parts[..., 2])
-    strict = 100 * ratio(parts[..., 1], parts[..., 2])
-    answered = 100 * ratio(parts[..., 1], parts[..., 3])
+def _metrics(
+    totals: Floats, columns: Sequence[str], known: Sequence[str], *, any_form: bool
+) -> dict[str, Floats]:
+    parts = totals.reshape(*totals.shape[:-1], len(columns), _SUMS)
+    stored, strict, loose, answered, all_ = np.moveaxis(parts, -1, 0)
+    values = 100 * ratio(stored, all_)
     everything = {name: values[..., i] for i, name in enumerate(columns) if name in known}
-    if "all" in everything:
-        return {
-            "accuracy": everything.pop("all"),
-            **everything,
-            "accuracy_unparsed_as_wrong": strict[..., 0],
-            "accuracy_answered_only": answered[..., 0],
-        }
-    return everything
+    if "all" not in everything:
+        return everything
+    ways = {
+        "accuracy_unparsed_as_wrong": 100 * ratio(strict, all_)[..., 0],
+        "accuracy_answered_only": 100 * ratio(strict, answered)[..., 0],
+    }
+    if any_form:
+        ways["accuracy_any_form"] = 100 * ratio(loose, all_)[..., 0]
+    return {"accuracy": everything.pop("all"), **everything, **ways}
 
 
 SCIENCEQA = Task(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -11,7 +13,7 @@ from llama_adapter.errors import EvaluationError
 from llama_adapter.evaluation.jsonfiles import field_of, find_file, read_objects, unique
 from llama_adapter.evaluation.judge_prompts import PAIRWISE
 from llama_adapter.evaluation.parsing import first_line_pair, parse_score_pair
-from llama_adapter.evaluation.predictions import Predictions, number, without_repeats
+from llama_adapter.evaluation.predictions import Predictions, number
 from llama_adapter.evaluation.records import Floats, Record, Row, Tally, Verdict, ratio, table
 from llama_adapter.evaluation.tasks.base import Counting, Generation, Inputs, Judging, Task
 
@@ -46,33 +48,55 @@ def _baseline(inputs: Inputs, questions: Path) -> dict[str, str]:
 
 
 def read_public(path: Path) -> Predictions:
-    """FastChat's review files, a judge's reply for each question."""
+    """FastChat's review files, a judge's reply for each question, in one order or in both."""
+    if path.is_dir():
+        path = find_file(path, ("review*.jsonl", "*.jsonl", "*.json"), what="one file of reviews")
     objects, is_cut = read_objects(path)
-    rows = []
+    rows: dict[str, Row] = {}
+    sides: dict[str, tuple[Any, Any]] = {}
+    repeats = 0
     for n, item in enumerate(objects, start=1):
         where = f"{path}: line {n}"
-        id_ = str(field_of(item, ("question_id",), where=where))
-        reply = str(field_of(item, ("text", "content", "review"), where=where))
-        verdict = read_review(reply, item.get("score"))
-        rows.append(
-            Row(
-                record=Record(id=id_, questions=("",)),
-                answers=("(not kept)",),
-                verdicts={ORDERS[0]: verdict or {"reply": reply}},
-            )
-        )
-    kept, notes = without_repeats(rows, where=str(path))
-    cut = ("the last line was cut short and is left out",) if is_cut else ()
-    return Predictions(rows=tuple(kept), notes=(*cut, *notes))
+        id_ = str(field_of(item, ("question_id", "id"), where=where))
+        verdict = _verdict(item, where=where)
+        pair = item.get("answer1_id"), item.get("answer2_id")
+        if id_ not in rows:
+            sides[id_] = pair
+            record = Record(id=id_, questions=("",))
+            rows[id_] = Row(record=record, answers=("(not kept)",), verdicts={ORDERS[0]: verdict})
+        elif sides[id_] != pair == sides[id_][::-1] and ORDERS[1] not in rows[id_].verdicts:
+            turned = {**verdict}
+            if "score_1" in verdict:
+                turned = {"score_1": verdict["score_2"], "score_2": verdict["score_1"]}
+            rows[id_] = replace(rows[id_], verdicts={**rows[id_].verdicts, ORDERS[1]: turned})
+        elif pair == sides[id_] and verdict == rows[id_].verdicts[ORDERS[0]]:
+            repeats += 1
+        else:
+            raise EvaluationError(f"{where}: question {id_} is reviewed twice, with other results")
+    notes = ["the last line was cut short and is left out"] * is_cut
+    notes += [f"{repeats} repeated reviews are counted once"] * (repeats > 0)
+    return Predictions(rows=tuple(rows.values()), notes=tuple(notes))
+
+
+def _verdict(item: Mapping[str, Any], *, where: str) -> Verdict:
+    """The scores of a review, or its text where there are none to be read."""
+    names = ("text", "content", "review", "output")
+    stored = next((item[key] for key in ("score", "tuple", "scores") if item.get(key)), None)
+    if stored is None and not any(name in item for name in names):
+        field_of(item, names, where=where)
+    reply = str(next((item[name] for name in names if item.get(name) is not None), ""))
+    return read_review(reply, stored) or {"reply": reply}
 
 
 def read_review(reply: str, stored: object) -> Verdict | None:
     """First line, else the scores that the file stores beside it, else anywhere in the text."""
     pair = first_line_pair(reply)
-    if pair is None and isinstance(stored, list) and len(stored) == 2:
+    if pair is None and isinstance(stored, list | tuple) and len(stored) == 2:
         values = [number(value) for value in stored]
         if all(value is not None and 0 <= value <= 10 for value in values):
             return {"score_1": values[0], "score_2": values[1]}
+    if pair is None and isinstance(stored, str):
+        pair = first_line_pair(stored)
     pair = pair or parse_score_pair(reply)
     return None if pair is None else {"score_1": pair[0], "score_2": pair[1]}
 

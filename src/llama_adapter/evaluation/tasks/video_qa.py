@@ -13,6 +13,7 @@ from llama_adapter.errors import EvaluationError
 from llama_adapter.evaluation.jsonfiles import (
     field_of,
     find_file,
+    read_any,
     read_json,
     read_objects,
     unique,
@@ -56,24 +57,25 @@ def read_activitynet(inputs: Inputs) -> list[Record]:
     split = inputs.split or "test"
     questions_path = find_file(data, (f"{split}_q.json", f"**/{split}_q.json"), what="questions")
     answers_path = questions_path.with_name(questions_path.name.replace("_q.json", "_a.json"))
-    questions, answers = read_json(questions_path), read_json(answers_path)
+    questions, answers = read_objects(questions_path)[0], read_objects(answers_path)[0]
     if len(questions) != len(answers):
         raise EvaluationError(
             f"{answers_path}: has {len(answers)} answers for {len(questions)} questions"
         )
     records = []
     for n, (question, answer) in enumerate(zip(questions, answers, strict=True)):
-        if question["question_id"] != answer["question_id"]:
-            raise EvaluationError(
-                f"{answers_path}: item {n} is for {answer['question_id']!r}, "
-                f"the question is {question['question_id']!r}"
-            )
+        asked, given = f"{questions_path}: item {n}", f"{answers_path}: item {n}"
+        id_ = field_of(question, ("question_id",), where=asked)
+        answered = field_of(answer, ("question_id",), where=given)
+        if id_ != answered:
+            raise EvaluationError(f"{given} is for {answered!r}, the question is {id_!r}")
+        video = str(field_of(question, ("video_name",), where=asked))
         records.append(
             Record(
-                id=str(question["question_id"]),
-                questions=(str(question["question"]),),
-                gold=str(answer["answer"]),
-                video="v_" + str(question["video_name"]).removeprefix("v_"),
+                id=str(id_),
+                questions=(str(field_of(question, ("question",), where=asked)),),
+                gold=str(field_of(answer, ("answer",), where=given)),
+                video="v_" + video.removeprefix("v_"),
                 facts={"type": answer.get("type")},
             )
         )
@@ -102,10 +104,9 @@ def public_entries(path: Path) -> list[tuple[str, Any]]:
         if len(files) == 1:
             return public_entries(files[0])
         return [(file.stem, read_json(file)) for file in files]
-    if path.suffix == ".json":
-        content = read_json(path)
-        if isinstance(content, dict):
-            return list(content.items())
+    content, _ = read_any(path)
+    if isinstance(content, dict):
+        return list(content.items())
     rows, _ = read_objects(path)
     return [(str(r.get("question_id") or r.get("id") or n), r) for n, r in enumerate(rows)]
 

@@ -100,7 +100,11 @@ def _by_aspect(files: list[Path], *, where: str) -> dict[str, Path]:
 
 def aspects_of(record: Record) -> tuple[str, ...]:
     """The aspects that a record's answers are graded in."""
-    return tuple(record.facts.get("aspects") or PARTS[record.facts["part"]])
+    aspects = record.facts.get("aspects") or PARTS.get(str(record.fact("part")), ("?",))
+    unknown = [aspect for aspect in aspects if aspect not in ASPECTS]
+    if unknown:
+        raise EvaluationError(f"record {record.id!r}: is of no part or aspect of VideoInstruct")
+    return tuple(aspects)
 
 
 def count(predictions: Predictions, _: Counting) -> Tally:
