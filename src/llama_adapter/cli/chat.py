@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,6 +12,7 @@ from llama_adapter.cli.models import MODEL_HELP
 from llama_adapter.errors import ImageError, PromptError
 
 if TYPE_CHECKING:
+    from llama_adapter.cli.experts import PanelChoice
     from llama_adapter.generation.chat import Answer, ChatSession
 
 _HELP = "/image FILE shows a picture with the next question, /reset forgets, /quit leaves."
@@ -38,11 +38,19 @@ def chat(
         list[str] | None,
         typer.Option(
             "--expert",
-            help="An expert that describes the picture in words: caption; may be repeated.",
-            metavar="NAME",
+            help="An expert that describes the picture in words: caption, ocr, detection=MODEL, "
+            "search=FOLDER, web=URL or auto; may be repeated. Options follow after commas.",
+            metavar="NAME[=VALUE]",
             show_default=False,
         ),
     ] = None,
+    expert_timeout: Annotated[float, typer.Option(help="Seconds that each expert has.")] = 30.0,
+    expert_tokens: Annotated[
+        int, typer.Option(help="Most tokens of what all experts say in a prompt.")
+    ] = 512,
+    expert_cache: Annotated[
+        bool, typer.Option(help="Remember on disk what experts found in a picture.")
+    ] = True,
     context: Annotated[
         str | None, typer.Option(help="Text that the answer may draw on.", show_default=False)
     ] = None,
@@ -72,23 +80,31 @@ def chat(
     \b
     Examples:
       llama-adapter chat toy --image scene.png --prompt "What colour is the star?"
-      llama-adapter chat toy --image scene.png --expert caption
+      llama-adapter chat toy --image sign.png --expert ocr --prompt "What does the sign say?"
+      llama-adapter chat toy --image scene.png --expert caption --expert search=notes/
       llama-adapter chat toy --video clip.mp4 --prompt "What happens?"
       llama-adapter chat runs/mine/final --prompt "Describe the picture." --image a.jpg --json
     """
+    from llama_adapter.cli.experts import PanelChoice
     from llama_adapter.cli.output import json_only
 
     if as_json and prompt is None:
         raise typer.BadParameter("--json answers once and needs --prompt")
     if prompt is not None and not prompt.strip():
         raise PromptError("--prompt is empty")
+    panel = PanelChoice(
+        names=tuple(expert or ()),
+        timeout=expert_timeout,
+        max_tokens=expert_tokens,
+        cache=expert_cache,
+    )
     images: list[Any] = [_checked(path) for path in image or ()]
     if video is not None:
         images.append(_frames_of(video, frames))
     with json_only(as_json) as emit:
         session = _open_session(
             model,
-            experts=expert or [],
+            panel=panel,
             context=context,
             device=device,
             seed=seed,
@@ -121,7 +137,7 @@ def _frames_of(path: Path, count: int) -> Any:
 def _open_session(
     model: str,
     *,
-    experts: list[str],
+    panel: PanelChoice,
     context: str | None,
     device: str | None,
     seed: int,
@@ -130,7 +146,7 @@ def _open_session(
 ) -> ChatSession:
     import torch
 
-    from llama_adapter.cli.models import experts_for, load
+    from llama_adapter.cli.models import load
     from llama_adapter.generation.chat import ChatSession, GenerationSettings
 
     settings = GenerationSettings(max_new_tokens=max_new_tokens, temperature=temperature)
@@ -140,7 +156,7 @@ def _open_session(
     return ChatSession(
         loaded,
         processor,
-        experts=experts_for(experts, model=model, loaded=loaded, processor=processor),
+        experts=panel.open(model=model, loaded=loaded, processor=processor, device=device),
         context=context,
         settings=settings,
     )
@@ -151,20 +167,19 @@ def _as_json(answer: Answer) -> dict[str, Any]:
         "answer": answer.text,
         "tokens": answer.tokens,
         "seconds": round(answer.seconds, 3),
-        "contexts": [
-            {**dataclasses.asdict(report), "text": report.text} for report in answer.contexts
-        ],
+        "contexts": [report.to_dict() for report in answer.contexts],
     }
 
 
 def _print_answer(session: ChatSession, question: str, images: list[Any]) -> None:
     """Stream the answer to stdout; what experts reported stands on stderr."""
+    from llama_adapter.cli.experts import show_reports
+
     for piece in session.stream(question, images=images):
         typer.echo(piece, nl=False)
     typer.echo()
-    if images and session.last_answer is not None:
-        for report in session.last_answer.contexts:
-            typer.echo(f"[{report.expert}] {report.text}", err=True)
+    if session.last_answer is not None:
+        show_reports(session.last_answer.contexts)
 
 
 def _converse(session: ChatSession, images: list[Any]) -> None:

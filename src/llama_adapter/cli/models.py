@@ -5,12 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llama_adapter.errors import CheckpointError, ConfigError, ExpertError
+from llama_adapter.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from llama_adapter.experts import Expert
     from llama_adapter.model import LlamaAdapterForConditionalGeneration
     from llama_adapter.processing.processor import LlamaAdapterProcessor
 
@@ -60,44 +57,3 @@ def torch_device(name: str | None) -> str:
             f"device {name!r} cannot be used: {str(error).splitlines()[0]}"
         ) from error
     return name
-
-
-def experts_for(
-    names: Sequence[str],
-    *,
-    model: str,
-    loaded: LlamaAdapterForConditionalGeneration,
-    processor: LlamaAdapterProcessor,
-) -> list[Expert]:
-    """The experts that `--expert` names: `caption`, or `caption=DIR` for another base."""
-    return [_expert(name, model=model, loaded=loaded, processor=processor) for name in names]
-
-
-def _expert(
-    name: str,
-    *,
-    model: str,
-    loaded: LlamaAdapterForConditionalGeneration,
-    processor: LlamaAdapterProcessor,
-) -> Expert:
-    kind, _, where = name.partition("=")
-    if kind != "caption":
-        raise ExpertError(f"unknown expert {name!r}; known: caption, caption=DIR")
-    from llama_adapter.experts import CaptionExpert
-    from llama_adapter.processing.processor import LlamaAdapterProcessor
-
-    if where:
-        directory = adapter_directory(where)
-    elif model == TOY:
-        from llama_adapter.toyworld.shipped import shipped_adapter
-
-        directory = shipped_adapter("caption")
-    else:
-        raise ExpertError(
-            "only `toy` has a caption expert built in; name the directory of a caption adapter "
-            "for the same base: --expert caption=DIR"
-        )
-    if kind not in loaded.adapters:
-        loaded.load_adapter(directory, kind)
-    own = LlamaAdapterProcessor.from_pretrained(directory) if directory else processor
-    return CaptionExpert(loaded, own, adapter_name=kind)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -15,6 +15,7 @@ from transformers import TextIteratorStreamer
 from llama_adapter.conversation import Conversation, ImageRef
 from llama_adapter.errors import ConfigError
 from llama_adapter.experts.base import Expert, Report
+from llama_adapter.experts.panel import Panel, Picture
 from llama_adapter.model import LlamaAdapterForConditionalGeneration
 from llama_adapter.processing.images import load_image
 from llama_adapter.processing.processor import LlamaAdapterProcessor
@@ -59,14 +60,15 @@ class Answer:
     seconds: float
     """From the question to the last token, experts included."""
     contexts: tuple[Report, ...]
-    """What each expert reported."""
+    """What each expert reported, as the model read it; those that failed say why."""
 
 
 class ChatSession:
     """One conversation with one model; it remembers turns, pictures and context.
 
-    Experts are consulted when pictures arrive; their reports and the given `context` stand
-    before the conversation for as long as it lasts.
+    Experts look at pictures when they arrive, and those that search do so for every question;
+    their reports and the given `context` stand before the conversation for as long as it lasts,
+    cut anew for each question to the panel's budget.
     """
 
     def __init__(
@@ -74,13 +76,15 @@ class ChatSession:
         model: LlamaAdapterForConditionalGeneration,
         processor: LlamaAdapterProcessor,
         *,
-        experts: Sequence[Expert] = (),
+        experts: Panel | Sequence[Expert] = (),
         context: str | None = None,
         settings: GenerationSettings | None = None,
     ) -> None:
         self.model = model
         self.processor = processor
-        self.experts = tuple(experts)
+        self.panel = (
+            experts if isinstance(experts, Panel) else Panel(experts, count=processor.count_tokens)
+        )
         self.settings = settings or GenerationSettings()
         self.conversation: Conversation | None = None
         self._given_context = context
@@ -101,7 +105,7 @@ class ChatSession:
     def stream(self, question: str, *, images: Sequence[Any] = ()) -> Iterator[str]:
         """The answer piece by piece; `last_answer` holds all of it at the end."""
         started = time.perf_counter()
-        conversation, reports, inputs = self._prepare(question, images)
+        conversation, reports, told, inputs = self._prepare(question, images)
         streamer = TextIteratorStreamer(
             self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True
         )
@@ -127,7 +131,7 @@ class ChatSession:
             text=text,
             tokens=int(tokens.shape[1] - inputs["input_ids"].shape[1]),
             seconds=time.perf_counter() - started,
-            contexts=reports,
+            contexts=told,
         )
         self.conversation = conversation.assistant(text)
         self._reports = reports
@@ -136,22 +140,30 @@ class ChatSession:
         """Forget every turn, picture and report."""
         self.conversation, self._reports, self.last_answer = None, (), None
 
-    def _prepare(
-        self, question: str, images: Sequence[Any]
-    ) -> tuple[Conversation, tuple[Report, ...], Any]:
+    def _prepare(self, question: str, images: Sequence[Any]) -> _Prepared:
         loaded = [_load(image) for image in images]
-        reports = self._reports
-        if loaded:
-            stills = [_still(picture) for picture in loaded]
-            reports += tuple(expert.consult(stills, question) for expert in self.experts)
-        texts = [report.text for report in reports] + [self._given_context or ""]
+        pictures = [_frames(picture) for picture in loaded]
+        found = self.panel.findings(pictures, question, known=self._reports)
+        shown = len(self.conversation.images) if self.conversation is not None else 0
+        reports = _joined(self._reports, found, first=shown)
+        told = self.panel.fit(reports, question)
+        texts = [report.text for report in told] + [self._given_context or ""]
         context = "\n".join(text for text in texts if text) or None
         if self.conversation is None:
             conversation = Conversation.ask(question, images=loaded, context=context)
         else:
             conversation = self.conversation.user(question, images=loaded).with_context(context)
         inputs = self.processor([conversation])
-        return conversation, reports, inputs.to(self.model.device)
+        return _Prepared(conversation, reports, told, inputs.to(self.model.device))
+
+
+class _Prepared(NamedTuple):
+    conversation: Conversation
+    reports: tuple[Report, ...]
+    """All that experts have found so far."""
+    told: tuple[Report, ...]
+    """What of it the model reads now."""
+    inputs: Any
 
 
 class _Worker(threading.Thread):
@@ -191,8 +203,27 @@ def _load(image: Any) -> Image.Image | ImageRef:
     return ref if isinstance(ref.source, tuple) else load_image(ref.source, name=ref.name)
 
 
-def _still(picture: Image.Image | ImageRef) -> Image.Image:
-    """What an expert sees: a picture, or the middle frame of a video."""
+def _frames(picture: Image.Image | ImageRef) -> Picture:
+    """What experts see: a picture, or the frames of a video."""
     if isinstance(picture, Image.Image):
         return picture
-    return load_image(picture.source[len(picture.source) // 2], name=picture.name)
+    return [load_image(frame, name=picture.name) for frame in picture.source]
+
+
+def _joined(
+    earlier: tuple[Report, ...], found: tuple[Report, ...], *, first: int
+) -> tuple[Report, ...]:
+    """Earlier reports and new ones, whose pictures are counted on from `first`.
+
+    Passages are of the latest question alone: what was found for an earlier one goes.
+    """
+    renewed = {report.expert for report in found if _is_of_texts(report)}
+    kept = tuple(r for r in earlier if not (r.expert in renewed and _is_of_texts(r)))
+    return kept + tuple(
+        replace(r, findings=tuple(replace(f, picture=f.picture + first) for f in r.findings))
+        for r in found
+    )
+
+
+def _is_of_texts(report: Report) -> bool:
+    return all(finding.kind == "passage" for finding in report.findings)

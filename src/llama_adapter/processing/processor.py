@@ -17,6 +17,7 @@ from llama_adapter.errors import CheckpointError, ConfigError, PromptError
 from llama_adapter.processing.encoding import IGNORED, Encoded, Side, encode, opening_ids, pad
 from llama_adapter.processing.image_processors import image_processor_from
 from llama_adapter.processing.prompts import (
+    Consultant,
     Prompt,
     as_conversation,
     as_prompts,
@@ -24,6 +25,7 @@ from llama_adapter.processing.prompts import (
     frames_of,
     hand_out,
     images_per_prompt,
+    with_experts,
 )
 from llama_adapter.processing.templates import PromptRenderer, Rendered
 
@@ -87,6 +89,10 @@ class LlamaAdapterProcessor(ProcessorMixin):
         """Most tokens that the tokenizer says the base takes; None where it does not say."""
         length = self.tokenizer.model_max_length
         return int(length) if length < _NO_LIMIT else None
+
+    def count_tokens(self, text: str) -> int:
+        """How many tokens a text has by itself."""
+        return len(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     @property
     def stop_strings(self) -> list[str]:
@@ -170,6 +176,8 @@ class LlamaAdapterProcessor(ProcessorMixin):
         self,
         text: Prompt | Sequence[Prompt] | None = None,
         images: Any = None,
+        *,
+        experts: Sequence[Consultant] | Consultant = (),
         **options: Any,
     ) -> BatchFeature:
         """Model inputs for one prompt or a batch of prompts.
@@ -178,6 +186,9 @@ class LlamaAdapterProcessor(ProcessorMixin):
             text: prompts; a plain string is a question, put into the template.
             images: what the prompts do not hold themselves: an image, one a prompt, or a list of
                 lists.
+            experts: whoever describes pictures in words, which become context; a
+                `llama_adapter.experts.Panel` asks several at once, in bounded time. What they
+                said is the result's attribute `contexts`, one tuple for each prompt.
             options: `labels=True` adds labels (a training batch, padded on the right; otherwise
                 padding is on the left, for generation); `padding_side`; `padding`: True, or
                 "max_length"; `max_length`; `truncation`; `return_tensors`: "pt".
@@ -193,16 +204,26 @@ class LlamaAdapterProcessor(ProcessorMixin):
         prompts = as_prompts(text)
         texts: list[Rendered] = []
         held: list[tuple[ImageRef, ...]] = []
+        contexts: list[tuple[Any, ...]] = []
+        asked = experts if isinstance(experts, Sequence) else (experts,)
         given = images_per_prompt(images, len(prompts))
         for prompt, extra in zip(prompts, given, strict=True):
             if isinstance(prompt, Rendered):
+                if asked:
+                    raise PromptError("a rendered prompt has no place left for what experts say")
                 texts.append(prompt)
                 held.append(extra)
             else:
                 conversation = fill_in(as_conversation(prompt), extra)
+                conversation, reports = with_experts(conversation, asked)
+                contexts.append(reports)
                 texts.append(self.render(conversation))
                 held.append(conversation.images)
-        return self._batch(texts, held, **options)
+        batch = self._batch(texts, held, **options)
+        if asked:
+            # an attribute, not an entry: entries are what the model takes
+            batch.contexts = contexts
+        return batch
 
     def _batch(
         self,

@@ -1,0 +1,91 @@
+"""`--expert`: from what a user writes to a panel of experts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import typer
+
+from llama_adapter.cli.models import TOY
+from llama_adapter.errors import ConfigError
+
+if TYPE_CHECKING:
+    from llama_adapter.experts import Panel, Report, Surroundings
+    from llama_adapter.model import LlamaAdapterForConditionalGeneration
+    from llama_adapter.processing.processor import LlamaAdapterProcessor
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PanelChoice:
+    """Which experts to ask, and how, as the options say; refused before a model is loaded."""
+
+    names: tuple[str, ...] = ()
+    timeout: float = 30.0
+    max_tokens: int = 512
+    cache: bool = True
+
+    def __post_init__(self) -> None:
+        if self.timeout <= 0:
+            raise ConfigError(f"--expert-timeout must be above 0 seconds, got {self.timeout:g}")
+        if self.max_tokens < 1:
+            raise ConfigError(f"--expert-tokens must be at least 1, got {self.max_tokens}")
+        if self.names:
+            from llama_adapter.experts.registry import check
+
+            check(self.names)
+
+    def open(
+        self,
+        *,
+        model: str,
+        loaded: LlamaAdapterForConditionalGeneration | None,
+        processor: LlamaAdapterProcessor | None,
+        device: str | None = None,
+    ) -> Panel:
+        """The panel for MODEL, which is loaded already or answers elsewhere."""
+        from llama_adapter.experts import Panel, make_experts
+        from llama_adapter.experts.cache import ReportCache, default_cache_file
+        from llama_adapter.experts.wording import rough_tokens
+
+        around = surroundings(model, loaded, processor, device)
+        return Panel(
+            make_experts(self.names, around),
+            timeout=self.timeout,
+            max_tokens=self.max_tokens,
+            count=rough_tokens if processor is None else processor.count_tokens,
+            cache=ReportCache(default_cache_file()) if self.cache and self.names else None,
+        )
+
+
+def surroundings(
+    model: str,
+    loaded: LlamaAdapterForConditionalGeneration | None,
+    processor: LlamaAdapterProcessor | None,
+    device: str | None,
+) -> Surroundings:
+    """What experts may use, and what they are told where MODEL is `toy`."""
+    from llama_adapter.experts import Surroundings
+
+    defaults = {}
+    if model == TOY:
+        from llama_adapter.toyworld.shipped import shipped_adapter
+
+        defaults = {
+            "caption": {"main": str(shipped_adapter("caption"))},
+            # the toy decoder knows signs by this sentence, and no language but English
+            "ocr": {"wording": "a sign says {}.", "languages": "en"},
+        }
+    return Surroundings(model=loaded, processor=processor, device=device, defaults=defaults)
+
+
+def show_reports(reports: Sequence[Report]) -> None:
+    """What experts said, and what a user should know about it, on stderr."""
+    for report in reports:
+        if report.text:
+            typer.echo(f"[{report.expert}] {report.text}", err=True)
+        for note in report.notes:
+            typer.echo(f"[{report.expert}] note: {note}", err=True)
+        if report.problem is not None:
+            typer.echo(f"[{report.expert}] failed: {report.problem}", err=True)

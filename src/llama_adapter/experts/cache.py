@@ -1,0 +1,146 @@
+"""What experts found, remembered on disk: bounded, shared by processes, and never in the way.
+
+Entries are JSON in one SQLite file, so a stranger's file can at worst be wrong, never run code.
+The least recently used go first. A file that cannot be read is replaced by an empty one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sqlite3
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from llama_adapter.experts.base import Expert, Finding, Report, traits_of
+
+DEFAULT_BYTES = 64 * 2**20
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS reports
+    (key TEXT PRIMARY KEY, value TEXT NOT NULL, bytes INTEGER NOT NULL, used REAL NOT NULL)
+"""
+
+
+def default_cache_file() -> Path:
+    """`experts.sqlite` in the user's cache directory."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    root = Path(base) if base else Path.home() / ".cache"
+    return root / "llama-adapter" / "experts.sqlite"
+
+
+class ReportCache:
+    """Reports by what they depend on: the pictures' pixels, the expert, its version, perhaps the
+    question. May be used from several threads and processes.
+    """
+
+    def __init__(self, path: Path, *, max_bytes: int = DEFAULT_BYTES) -> None:
+        self.path = path
+        self.max_bytes = max_bytes
+        self._lock = threading.Lock()
+        self._connection: sqlite3.Connection | None = None
+
+    def key(self, expert: Expert, images: Sequence[Image.Image], question: str) -> str | None:
+        """What a report is found by; None where it must not be remembered."""
+        traits = traits_of(expert)
+        if traits.version is None:
+            return None
+        digest = hashlib.sha256()
+        asked = question if traits.asks else ""
+        digest.update(json.dumps([expert.name, traits.version, asked]).encode())
+        for image in images:
+            digest.update(f"{image.mode}{image.size}".encode())
+            digest.update(image.tobytes())
+        return digest.hexdigest()
+
+    def get(self, key: str) -> Report | None:
+        """The report, as it was given; None where it is not known."""
+        with self._lock:
+            try:
+                row = self._open().execute("SELECT value FROM reports WHERE key = ?", (key,))
+                found = row.fetchone()
+                if found is None:
+                    return None
+                report = _report_from(json.loads(found[0]))
+                self._write("UPDATE reports SET used = ? WHERE key = ?", (time.time(), key))
+            except (sqlite3.DatabaseError, OSError, ValueError, KeyError, TypeError) as error:
+                self._recover(error)
+                return None
+            return replace(report, cached=True)
+
+    def put(self, key: str, report: Report) -> None:
+        """Remember a report; forget the longest unused ones where there is no room."""
+        value = json.dumps(asdict(report))
+        if len(value) > self.max_bytes:
+            return
+        with self._lock:
+            try:
+                self._open()
+                self._write(
+                    "INSERT OR REPLACE INTO reports VALUES (?, ?, ?, ?)",
+                    (key, value, len(value), time.time()),
+                )
+                self._forget()
+            except (sqlite3.DatabaseError, OSError) as error:
+                self._recover(error)
+
+    def __len__(self) -> int:
+        with self._lock:
+            return int(self._open().execute("SELECT count(*) FROM reports").fetchone()[0])
+
+    def close(self) -> None:
+        """Let go of the file."""
+        with self._lock:
+            if self._connection is not None:
+                self._connection.close()
+                self._connection = None
+
+    def _open(self) -> sqlite3.Connection:
+        if self._connection is None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._connection = sqlite3.connect(self.path, timeout=2.0, check_same_thread=False)
+            self._connection.execute(_SCHEMA)
+            self._connection.commit()
+        return self._connection
+
+    def _write(self, statement: str, values: tuple[Any, ...] = ()) -> None:
+        connection = self._open()
+        connection.execute(statement, values)
+        connection.commit()
+
+    def _forget(self) -> None:
+        connection = self._open()
+        total = connection.execute("SELECT coalesce(sum(bytes), 0) FROM reports").fetchone()[0]
+        if total <= self.max_bytes:
+            return
+        rows = connection.execute("SELECT key, bytes FROM reports ORDER BY used").fetchall()
+        for key, size in rows:
+            # some room for the next ones, so that not every entry costs a search
+            if total <= 0.9 * self.max_bytes:
+                break
+            connection.execute("DELETE FROM reports WHERE key = ?", (key,))
+            total -= size
+        connection.commit()
+
+    def _recover(self, error: Exception) -> None:
+        """A damaged file is started anew; one that is busy or read-only is left alone."""
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+        passing = isinstance(error, sqlite3.OperationalError | OSError)
+        if not passing:
+            self.path.unlink(missing_ok=True)
+
+
+def _report_from(stored: dict[str, Any]) -> Report:
+    findings = tuple(
+        Finding(**{**finding, "box": tuple(finding["box"]) if finding["box"] else None})
+        for finding in stored.pop("findings")
+    )
+    return Report(**{**stored, "findings": findings, "notes": tuple(stored["notes"])})

@@ -1,0 +1,171 @@
+"""The user's own texts, cut into passages that say where they come from."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llama_adapter.errors import DataError, MissingDependencyError
+
+SUFFIXES = frozenset({".txt", ".md", ".markdown", ".rst", ".text", ".jsonl", ".json", ".pdf"})
+MAX_FILE_BYTES = 64 * 2**20
+"""Larger files are left out, and named."""
+PASSAGE_WORDS = 120
+"""About as many words make a passage; paragraphs stay whole where they are shorter."""
+
+_TEXT_KEYS = ("text", "content", "body", "passage", "answer", "output", "caption")
+_TITLE_KEYS = ("title", "question", "instruction", "name", "id")
+_SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Passage:
+    """A stretch of a text."""
+
+    text: str
+    source: str
+    """`notes.md:12` for a line, `manual.pdf, page 3`, `faq.jsonl:4` for a record."""
+
+
+def text_files(folder: Path) -> list[Path]:
+    """Every file below the folder that holds text, hidden ones apart, in order."""
+    return sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in SUFFIXES
+        and path.is_file()
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    )
+
+
+def passages_of(path: Path, *, name: str) -> list[Passage]:
+    """The passages of one file; DataError saying why it holds none that can be read."""
+    if path.stat().st_size > MAX_FILE_BYTES:
+        raise DataError(f"{name}: {path.stat().st_size} bytes; at most {MAX_FILE_BYTES} are read")
+    match path.suffix.lower():
+        case ".pdf":
+            return list(_of_pdf(path, name))
+        case ".jsonl":
+            return list(_of_lines(path, name))
+        case ".json":
+            return list(_of_json(path, name))
+        case _:
+            return list(_of_text(_read(path, name), name))
+
+
+def _read(path: Path, name: str) -> str:
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{name}: cannot be read ({error.strerror})") from error
+    if b"\0" in data[:4096]:
+        raise DataError(f"{name}: is no text")
+    return data.decode("utf-8-sig", errors="replace")
+
+
+def _of_text(text: str, name: str) -> Iterator[Passage]:
+    """Paragraphs joined or split to about PASSAGE_WORDS words; headings go with what follows."""
+    start, words = 1, 0
+    gathered: list[str] = []
+    for line, paragraph in _paragraphs(text):
+        for piece in _pieces(paragraph):
+            size = len(piece.split())
+            starts_section = piece.startswith("#")
+            if gathered and (words + size > PASSAGE_WORDS or starts_section):
+                yield Passage(text=" ".join(gathered), source=f"{name}:{start}")
+                gathered, words = [], 0
+            if not gathered:
+                start = line
+            gathered.append(piece)
+            words += size
+    if gathered:
+        yield Passage(text=" ".join(gathered), source=f"{name}:{start}")
+
+
+def _paragraphs(text: str) -> Iterator[tuple[int, str]]:
+    """Paragraphs with the number of their first line."""
+    lines: list[str] = []
+    first = 1
+    for number, line in enumerate([*text.splitlines(), ""], start=1):
+        if line.strip():
+            if not lines:
+                first = number
+            lines.append(line.strip())
+        elif lines:
+            yield first, " ".join(lines)
+            lines = []
+
+
+def _pieces(paragraph: str) -> Iterator[str]:
+    """A long paragraph in sentences put together, and a long sentence in words."""
+    if len(paragraph.split()) <= PASSAGE_WORDS:
+        yield paragraph
+        return
+    for sentence in _SENTENCE_END.split(paragraph):
+        words = sentence.split()
+        for start in range(0, len(words), PASSAGE_WORDS):
+            yield " ".join(words[start : start + PASSAGE_WORDS])
+
+
+def _of_lines(path: Path, name: str) -> Iterator[Passage]:
+    for number, line in enumerate(_read(path, name).splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise DataError(f"{name}: line {number} is no JSON ({error})") from error
+        yield from _of_record(record, source=f"{name}:{number}")
+
+
+def _of_json(path: Path, name: str) -> Iterator[Passage]:
+    try:
+        content = json.loads(_read(path, name))
+    except ValueError as error:
+        raise DataError(f"{name}: is no JSON ({error})") from error
+    records = content if isinstance(content, list) else [content]
+    for number, record in enumerate(records, start=1):
+        yield from _of_record(record, source=f"{name}, record {number}")
+
+
+def _of_record(record: Any, *, source: str) -> Iterator[Passage]:
+    """A record's title and text; of one without either, all that is text in it."""
+    if isinstance(record, str):
+        text = record
+    elif isinstance(record, dict):
+        keys = [key for key in (*_TITLE_KEYS, *_TEXT_KEYS) if isinstance(record.get(key), str)]
+        if not any(key in _TEXT_KEYS for key in keys):
+            keys = [key for key, value in record.items() if isinstance(value, str)]
+        text = ". ".join(record[key].strip().rstrip(".") for key in keys if record[key].strip())
+    else:
+        return
+    for piece in _pieces(" ".join(text.split())):
+        if piece:
+            yield Passage(text=piece, source=source)
+
+
+def _of_pdf(path: Path, name: str) -> Iterator[Passage]:
+    try:
+        import pypdf
+    except ImportError as error:
+        raise MissingDependencyError(
+            "pypdf", extra="search", purpose="reading PDF files"
+        ) from error
+    try:
+        pages = [page.extract_text() for page in pypdf.PdfReader(path).pages]
+    except (pypdf.errors.PyPdfError, OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{name}: cannot be read as a PDF ({error})") from error
+    if not any(page.strip() for page in pages):
+        raise DataError(f"{name}: holds pictures of text, but no text")
+    for number, page in enumerate(pages, start=1):
+        for passage in _of_text(page, name):
+            yield Passage(text=passage.text, source=f"{name}, page {number}")
+
+
+def as_rows(passages: Iterable[Passage]) -> list[list[str]]:
+    """For JSON: text and source of each."""
+    return [[passage.text, passage.source] for passage in passages]

@@ -1,0 +1,58 @@
+"""Pipelines of transformers, loaded with messages that say what is missing."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from pathlib import Path
+from typing import Any
+
+from llama_adapter.errors import ExpertError
+
+_LOADING = threading.Lock()
+
+
+def load_pipeline(task: str, model: str, *, expert: str, device: str | None = None) -> Any:
+    """The pipeline of a model by name or directory; it never needs torchvision if it can do
+    without. Raises ExpertError saying what is wrong.
+    """
+    from transformers import pipeline
+
+    path = Path(model).expanduser()
+    if path.exists() and not (path / "config.json").is_file():
+        raise ExpertError(f"expert {expert!r}: {model!r} holds no model (no config.json)")
+    where = str(path) if path.exists() else model
+    try:
+        # transformers imports modules as they are needed, which two threads must not do at once
+        with _LOADING:
+            return pipeline(task, model=where, device=device or "cpu")
+    except (OSError, ValueError, ImportError, KeyError, AttributeError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        if "torchvision" in reason.lower():
+            reason = (
+                "its image processor exists for torchvision alone; choose a model with a "
+                "processor that works on PIL images"
+            )
+        raise ExpertError(
+            f"expert {expert!r}: {model!r} is no usable {task} model: {reason[:300]}"
+        ) from error
+
+
+def pipeline_version(pipeline: Any, *settings: Any) -> str:
+    """A name for the model and settings; what it answers depends on nothing else."""
+    config = pipeline.model.config
+    described = [
+        config.to_dict(),
+        str(pipeline.model.dtype),
+        getattr(config, "_commit_hash", None) or _weights(str(config.name_or_path)),
+        settings,
+    ]
+    text = json.dumps(described, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _weights(directory: str) -> list[tuple[str, int, int]]:
+    """Size and time of a directory's files of weights: cheap, and changes when they do."""
+    files = sorted(Path(directory).glob("*.safetensors")) if directory else []
+    return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
