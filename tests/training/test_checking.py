@@ -1,0 +1,127 @@
+"""Checking a recipe: what it will train on and need, and everything that stands against it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llama_adapter import LlamaAdapterProcessor
+from llama_adapter.errors import DataError
+from llama_adapter.toyworld.shipped import DECODER, SLOT_TEXT, VISION, toy_processor
+from llama_adapter.toyworld.sources import SOURCES_WITH_MINIATURES
+from llama_adapter.training.checking import CheckReport, check_recipe
+from llama_adapter.training.recipe import Recipe, load_recipe, parse_recipe
+
+RECIPES = Path(__file__).resolve().parents[2] / "recipes"
+
+
+def recipe_of(path: Path, **changes: Any) -> Recipe:
+    values = {
+        "out": "runs/none",
+        "steps": 100,
+        "base": {"model": DECODER},
+        "vision": {"model": VISION},
+        "adapter": {"visual_scope": "slots"},
+        "prompt": {"template": "toy", "slot_text": SLOT_TEXT},
+        "instructions": {
+            "rows": 2,
+            "row_length": 256,
+            "sources": [{"type": "alpaca", "path": str(path), "held_out": 4}],
+        },
+        **changes,
+    }
+    return parse_recipe(values, types=SOURCES_WITH_MINIATURES)
+
+
+def check(recipe: Recipe, **options: Any) -> CheckReport:
+    processor: LlamaAdapterProcessor = toy_processor(recipe.adapter.semantics())
+    return check_recipe(recipe, processor, types=SOURCES_WITH_MINIATURES, **options)
+
+
+def write(path: Path, records: list[dict[str, Any]]) -> Path:
+    path.write_text("\n".join(map(json.dumps, records)))
+    return path
+
+
+GOOD = {"instruction": "what color is the star?", "input": "", "output": "the star is red."}
+
+
+def test_a_sound_recipe() -> None:
+    recipe = load_recipe(RECIPES / "toy.yaml", types=SOURCES_WITH_MINIATURES)
+    report = check(recipe, samples=20)
+    report.refuse()
+    assert [source.samples for source in report.sources] == [8000, 8000]
+    assert [source.read for source in report.sources] == [20, 20]
+    assert report.sizes is not None
+    assert report.sizes.layers == 6
+    assert report.sizes.trained_parameters["vision"] > 0
+    assert report.kinds["caption"].epochs > 1
+    assert report.kinds["instruction"].answer_tokens_per_step > 100
+    text = report.as_text()
+    assert "⟦" in text
+    assert "nothing stands against training" in text
+    assert json.loads(json.dumps(report.to_dict()))["steps"] == recipe.steps
+
+
+def test_lengths_and_the_marked_example(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", [GOOD] * 30)
+    (source,) = check(recipe_of(path)).sources
+    assert source.held_out == 4
+    assert source.tokens["least"] == source.tokens["most"] == source.tokens["median"]
+    assert source.histogram == ((32, 30),)
+    assert source.example.startswith(f"{path}:1\n")
+    assert source.example.endswith("⟦the star is red.<eos>⟧")
+    assert source.answer_tokens == 30 * 6
+
+
+def test_the_estimate_is_near_the_plan(tmp_path: Path) -> None:
+    from llama_adapter.training.streams import open_data
+
+    recipe = load_recipe(
+        RECIPES / "toy.yaml",
+        [f"out={tmp_path}", "captions.sources.0.count=600", "instructions.sources.0.count=600"],
+        types=SOURCES_WITH_MINIATURES,
+    )
+    report = check(recipe)
+    data = open_data(
+        recipe, toy_processor(recipe.adapter.semantics()), types=SOURCES_WITH_MINIATURES
+    )
+    for kind, stream in data.streams.items():
+        assert report.kinds[kind].rows_per_epoch == pytest.approx(stream.rows_in_epoch(), rel=0.1)
+
+
+def test_broken_records_are_listed_and_too_many_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", [*[GOOD] * 60, {"instruction": "no answer"}])
+    lenient = check(recipe_of(path, data={"max_broken": 0.05}))
+    lenient.refuse()
+    (source,) = lenient.sources
+    assert [fault.where for fault in source.broken] == [f"{path}:61"]
+    assert f"broken: {path}:61: lacks 'output'" in lenient.as_text()
+    strict = check(recipe_of(path))
+    with pytest.raises(DataError, match=r"instructions.sources.0: .*1 of 61 records read"):
+        strict.refuse()
+
+
+def test_every_error_is_found_at_once(tmp_path: Path) -> None:
+    recipe = recipe_of(
+        tmp_path / "absent.json",
+        adapter={"visual_scope": "slots", "visual_layers": 4, "prompt_layers": 5},
+        captions={"sources": [{"type": "pairs", "path": str(tmp_path / "absent.tsv")}]},
+    )
+    report = check(recipe)
+    assert len(report.errors) == 3
+    with pytest.raises(DataError) as caught:
+        report.refuse()
+    message = str(caught.value)
+    assert "captions.sources.0: cannot read" in message
+    assert "instructions.sources.0: cannot read" in message
+    assert "visual_layers 4 + prompt_layers 5 exceed the base's 6 layers" in message
+
+
+def test_warnings(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", [GOOD] * 500)
+    report = check(recipe_of(path, steps=1))
+    assert any("steps go through" in warning for warning in report.warnings)
