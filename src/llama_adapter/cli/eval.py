@@ -16,6 +16,7 @@ from llama_adapter.errors import ConfigError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from llama_adapter.cli.experts import PanelChoice
     from llama_adapter.evaluation.answering import Answerer
     from llama_adapter.evaluation.running import RunReport
     from llama_adapter.evaluation.tasks.base import Inputs, Task
@@ -64,6 +65,16 @@ def eval_(
         str | None,
         typer.Option(help="Evaluate an OpenAI-compatible server instead.", metavar="URL"),
     ] = None,
+    expert: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--expert",
+            help="An expert that describes pictures in words, as in `chat`; may be repeated.",
+            metavar="NAME[=VALUE]",
+        ),
+    ] = None,
+    expert_timeout: Annotated[float, typer.Option(help="Seconds that each expert has.")] = 30.0,
+    expert_tokens: Annotated[int, typer.Option(help="Most tokens of what experts say.")] = 512,
     judge: Annotated[
         str | None, typer.Option(help="local, exact-match or synonym-match.", metavar="KIND")
     ] = None,
@@ -98,9 +109,11 @@ def eval_(
     \b
     Examples:
       llama-adapter eval mme --model runs/mine/final --data MME/ --out runs/mme
+      llama-adapter eval mme --model toy --expert ocr --data MME/ --out runs/mme-ocr
       llama-adapter eval msvd-qa --model toy --data msvd/ --out runs/msvd \\
           --judge-url http://localhost:8000/v1 --judge-model grader
     """
+    from llama_adapter.cli.experts import PanelChoice
     from llama_adapter.cli.output import json_only
     from llama_adapter.cli.score import print_report
     from llama_adapter.evaluation.running import Selection, merge_shards, parse_shard
@@ -117,6 +130,7 @@ def eval_(
         concurrency=judge_concurrency,
     )
     # what is wrong in the options is said before a model is loaded
+    panel = PanelChoice(names=tuple(expert or ()), timeout=expert_timeout, max_tokens=expert_tokens)
     selection = Selection(limit=limit, shard=parse_shard(shard) if shard else None)
     settings = {
         "seed": seed,
@@ -134,7 +148,7 @@ def eval_(
             folder = _answer(
                 found,
                 Inputs(data=_needed(data), baseline=baseline, split=split),
-                lambda: _answerer(model, endpoint=endpoint, device=device),
+                lambda: _answerer(model, endpoint=endpoint, device=device, panel=panel),
                 out=out,
                 media=media,
                 selection=selection,
@@ -155,17 +169,28 @@ def _needed(data: Path | None) -> Path:
     return data
 
 
-def _answerer(model: str | None, *, endpoint: str | None, device: str | None) -> Answerer:
+def _answerer(
+    model: str | None, *, endpoint: str | None, device: str | None, panel: PanelChoice
+) -> Answerer:
     from llama_adapter.evaluation.answering import EndpointAnswerer, LocalAnswerer
 
     if model is None:
         raise ConfigError("--model is needed: an adapter directory, `toy`, or a name at --endpoint")
+    loaded = processor = None
+    answerer: Answerer
     if endpoint is not None:
-        return EndpointAnswerer(url=endpoint, model=model)
-    from llama_adapter.cli.models import adapter_directory, load
+        answerer = EndpointAnswerer(url=endpoint, model=model)
+    else:
+        from llama_adapter.cli.models import adapter_directory, load
 
-    loaded, processor = load(model, device=device)
-    return LocalAnswerer(loaded, processor, directory=adapter_directory(model))
+        loaded, processor = load(model, device=device)
+        answerer = LocalAnswerer(loaded, processor, directory=adapter_directory(model))
+    if not panel.names:
+        return answerer
+    from llama_adapter.evaluation.with_experts import ExpertAnswerer
+
+    experts = panel.open(model=model, loaded=loaded, processor=processor, device=device)
+    return ExpertAnswerer(answerer, experts, named=panel.names)
 
 
 def _answer(

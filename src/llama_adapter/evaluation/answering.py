@@ -27,6 +27,8 @@ class Answered:
 
     text: str | None = None
     problem: str | None = None
+    contexts: tuple[dict[str, Any], ...] = ()
+    """What experts reported, where any were asked."""
 
 
 class Answerer(Protocol):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -47,7 +48,7 @@ class Selection:
     """Which records of a benchmark to do."""
 
     limit: int | None = None
-    """The first so many."""
+    """So many: the first of each part of the benchmark, taken in turn."""
     shard: tuple[int, int] | None = None
     """(i, n): every n-th record from the i-th on, counting from 1."""
 
@@ -56,9 +57,18 @@ class Selection:
         """`2/5`, or None."""
         return None if self.shard is None else f"{self.shard[0]}/{self.shard[1]}"
 
-    def of(self, records: Sequence[Record]) -> list[Record]:
-        """The records to do."""
-        chosen = list(records[: self.limit])
+    def of(self, task: Task, records: Sequence[Record]) -> list[Record]:
+        """The records to do, in the benchmark's order."""
+        chosen = list(records)
+        if self.limit is not None and self.limit < len(records):
+            # the n-th of every part comes before the next of any
+            seen: Counter[str] = Counter()
+            turns = []
+            for place, record in enumerate(records):
+                part = task.part(record)
+                turns.append((seen[part], place))
+                seen[part] += 1
+            chosen = [records[place] for place in sorted(p for _, p in sorted(turns)[: self.limit])]
         return chosen if self.shard is None else chosen[self.shard[0] - 1 :: self.shard[1]]
 
 
@@ -92,7 +102,7 @@ def run(
     """
     generation = generation or task.generation
     selection = selection or Selection()
-    records = selection.of(task.read(inputs))
+    records = selection.of(task, task.read(inputs))
     if not records:
         raise EvaluationError(f"{inputs.data}: selection holds no records")
     folders = MediaFolders.beside(inputs.data, media)
@@ -254,4 +264,7 @@ def _line(answers: Sequence[Answered]) -> dict[str, Any]:
     problem = next((answer.problem for answer in answers if answer.problem), None)
     if problem is not None:
         return {"answers": [], "problem": problem}
-    return {"answers": [answer.text or "" for answer in answers]}
+    line: dict[str, Any] = {"answers": [answer.text or "" for answer in answers]}
+    if any(answer.contexts for answer in answers):
+        line["contexts"] = [list(answer.contexts) for answer in answers]
+    return line

@@ -1,0 +1,57 @@
+"""Any answerer with experts in front of it: the same benchmark with and without."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from llama_adapter.conversation import Conversation
+from llama_adapter.errors import LlamaAdapterError
+from llama_adapter.evaluation.answering import Answered, Answerer
+from llama_adapter.evaluation.tasks.base import Generation
+from llama_adapter.experts import Panel
+from llama_adapter.experts.base import Report, traits_of
+from llama_adapter.processing.prompts import with_experts
+
+
+class ExpertAnswerer:
+    """Puts what a panel of experts says of the pictures before each question."""
+
+    def __init__(self, answerer: Answerer, panel: Panel, *, named: Sequence[str]) -> None:
+        """Set up; `named` are the experts as the user wrote them, for the manifest."""
+        self._answerer = answerer
+        self._panel = panel
+        self._named = tuple(named)
+
+    def answer(
+        self, conversations: Sequence[Conversation], generation: Generation, *, seed: int
+    ) -> list[Answered]:
+        """One result for each conversation, with what the experts reported."""
+        helped: list[Conversation] = []
+        reports: list[tuple[Report, ...]] = []
+        for conversation in conversations:
+            try:
+                told, said = with_experts(conversation, [self._panel])
+            except LlamaAdapterError:
+                # a picture that cannot be read: the answerer says so for this record alone
+                told, said = conversation, ()
+            helped.append(told)
+            reports.append(said)
+        answers = self._answerer.answer(helped, generation, seed=seed)
+        return [
+            replace(answer, contexts=tuple(report.to_dict() for report in said))
+            for answer, said in zip(answers, reports, strict=True)
+        ]
+
+    def describe(self) -> dict[str, Any]:
+        """The answerer's, with the experts, their versions and limits."""
+        return {
+            **self._answerer.describe(),
+            "experts": {
+                "named": list(self._named),
+                "versions": {e.name: traits_of(e).version for e in self._panel.experts},
+                "timeout": self._panel.timeout,
+                "max_tokens": self._panel.max_tokens,
+            },
+        }
