@@ -163,6 +163,60 @@ def test_a_trainer_goes_on_from_its_state() -> None:
         assert same(numbers(whole, group), numbers(halves, group))
 
 
+def test_micro_batches_weigh_by_their_answer_tokens() -> None:
+    """Uneven micro-batches make the step of the one batch that they are parts of."""
+    whole, parts = tiny_model(), tiny_model()
+    one = batch(1, picture=True)
+    one["labels"][0, 4:7] = -100
+    split = [{name: t[rows] for name, t in one.items()} for rows in ([0], [1, 2])]
+    expected = JointTrainer(whole, settings()).step(caption=one)
+    found = JointTrainer(parts, settings()).step(caption=split)
+    assert found.losses == pytest.approx(expected.losses, abs=1e-6)
+    assert found.answer_tokens == expected.answer_tokens == {"caption": 9}
+    for group in Group:
+        torch.testing.assert_close(numbers(parts, group), numbers(whole, group))
+
+
+def test_a_step_that_is_not_finite_moves_nothing() -> None:
+    model = tiny_model()
+    trainer = JointTrainer(model, settings())
+    before = {group: numbers(model, group) for group in Group}
+    bad = batch(1, picture=True)
+    bad["pixel_values"][0] = float("nan")
+    report = trainer.step(caption=bad, instruction=batch(2, picture=False))
+    assert report.skipped
+    assert report.not_finite() == ["caption loss"]
+    assert trainer.step_count == 1
+    assert all(same(numbers(model, group), before[group]) for group in Group)
+    assert not trainer.step(caption=batch(1, picture=True)).skipped
+
+
+def test_captions_without_a_readable_picture_are_a_step_that_moves_nothing_by_them() -> None:
+    model = tiny_model()
+    trainer = JointTrainer(model, settings(weight_decay=0.0))
+    before = numbers(model, Group.VISION)
+    lost = batch(1, picture=False)
+    lost["labels"][:] = -100
+    report = trainer.step(caption=lost)
+    assert report.losses == {"caption": 0.0}
+    assert same(numbers(model, Group.VISION), before)
+
+
+def test_gates_norms_biases_and_scales_are_never_decayed() -> None:
+    model = tiny_model()
+    trainer = JointTrainer(model, settings(weight_decay=0.1))
+    names = {id(p): name for name, p in model.adapter.named_parameters()}
+    decayed = {
+        names[id(p)].rsplit(".", 1)[-1]
+        for group in trainer.optimizer.param_groups
+        for p in group["params"]
+        if group["weight_decay"]
+    }
+    assert decayed == {"prompt", "query", "weight"}
+    for group in trainer.optimizer.param_groups:
+        assert group["weight_decay"] == 0 or all(p.ndim > 1 for p in group["params"])
+
+
 def test_learning_rates_warm_up_and_end_at_zero() -> None:
     plan = JointSettings(steps=100, warmup_steps=10, decay_share=0.5)
     assert plan.rate_factor(0) == pytest.approx(0.1)

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import resource
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import yaml
+from PIL import Image
+from transformers import AutoModelForCausalLM
 
 from llama_adapter import LlamaAdapterForConditionalGeneration, LlamaAdapterProcessor
+from llama_adapter.errors import CheckpointError, TrainingError
+from llama_adapter.model.persistence import ADAPTER_WEIGHTS_NAME, read_tensors
 from llama_adapter.training.launch import train
+from llama_adapter.training.plot import plot_run
 from llama_adapter.training.recipe import load_recipe
 from llama_adapter.training.run import Outcome, Watcher
 
@@ -18,6 +26,18 @@ Recipe = Callable[..., Path]
 
 def run(path: Path, *overrides: str, **options: Any) -> Outcome:
     return train(load_recipe(path, overrides), **options)
+
+
+class Stop(Exception):
+    pass
+
+
+def stop_at(step: int) -> Watcher:
+    def watch(row: dict[str, Any]) -> None:
+        if row["step"] == step:
+            raise Stop
+
+    return Watcher(step=watch)
 
 
 def test_a_run_leaves_an_adapter_metrics_and_checkpoints(
@@ -47,16 +67,6 @@ def test_stopped_and_resumed_equals_uninterrupted(
     path = recipe_file()
     whole = run(path, f"out={tmp_path}/whole")
 
-    class Stop(Exception):
-        pass
-
-    def stop_at(step: int) -> Watcher:
-        def watch(row: dict[str, Any]) -> None:
-            if row["step"] == step:
-                raise Stop
-
-        return Watcher(step=watch)
-
     out = f"out={tmp_path}/parts"
     with pytest.raises(Stop):
         run(path, out, watcher=stop_at(1))
@@ -67,3 +77,116 @@ def test_stopped_and_resumed_equals_uninterrupted(
     assert parts.started_at == 4
     assert parts.checksum == whole.checksum
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+
+
+def test_another_recipe_is_refused(recipe_file: Recipe, tmp_path: Path) -> None:
+    path = recipe_file(steps=2)
+    run(path)
+    with pytest.raises(TrainingError, match="holds a run already; go on with --resume"):
+        run(path)
+    with pytest.raises(TrainingError, match=r"optimizer.vision_lr was 0.001 and is now 0.5"):
+        run(path, "optimizer.vision_lr=0.5", resume=True)
+    # what changes no number may change
+    again = run(path, "checkpoint_every=1", "data.workers=1", resume=True)
+    assert again.started_at == 2
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.txt").write_text("mine")
+    with pytest.raises(TrainingError, match="exists and holds no run"):
+        run(path, f"out={tmp_path}/other")
+
+
+def test_a_full_disk_leaves_the_checkpoint_before_it_whole(
+    recipe_file: Recipe, tmp_path: Path
+) -> None:
+    path = recipe_file()
+    whole = run(path, f"out={tmp_path}/whole")
+    limit, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill_up(row: dict[str, Any]) -> None:
+        if row["step"] == 3:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (8192, most))
+
+    try:
+        with pytest.raises(
+            CheckpointError, match=r"cannot write .*step-00000004.*00000002 is whole"
+        ):
+            run(path, f"out={tmp_path}/run", watcher=Watcher(step=fill_up))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, most))
+    assert [p.name for p in (tmp_path / "run/checkpoints").iterdir()] == ["step-00000002"]
+    assert run(path, f"out={tmp_path}/run", resume=True).checksum == whole.checksum
+
+
+def test_held_out_scores_and_the_best_adapter(
+    recipe_file: Recipe, losses: Any, tmp_path: Path
+) -> None:
+    """Scoring leaves nothing behind: the run learns as one that never scored."""
+    held = recipe_file(
+        captions__sources=[
+            {**yaml.safe_load(recipe_file().read_text())["captions"]["sources"][0], "held_out": 6}
+        ]
+    )
+    asked: list[tuple[list[str], list[list[str]]]] = []
+
+    def score(captions: Any, references: Any) -> dict[str, float]:
+        asked.append((captions, references))
+        return {"cider": float(len(asked))}
+
+    evaluation = "evaluation={every: 2, samples: 5, max_new_tokens: 4, best: pairs.cider}"
+    scored = run(held, f"out={tmp_path}/scored", evaluation, score_captions=score)
+    rows = losses(tmp_path / "scored")
+    found = [row for row in rows if "held_out/pairs.cider" in row]
+    assert [row["step"] for row in found] == [2, 4, 6]
+    assert all(row["held_out/pairs.perplexity"] > 1 for row in found)
+    captions, references = asked[0]
+    assert len(captions) == len(references) == 5
+    assert all("picture" in text for texts in references for text in texts)
+    # the scores rise, so the last is the best
+    best, last = (tmp_path / "scored" / name / ADAPTER_WEIGHTS_NAME for name in ("best", "adapter"))
+    assert best.read_bytes() == last.read_bytes()
+    assert run(held, f"out={tmp_path}/unscored").checksum == scored.checksum
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # peft asks transformers by an old name
+def test_lora_beside_the_adapter(recipe_file: Recipe, workshop: Path, tmp_path: Path) -> None:
+    """It learns, is counted and stored apart as peft stores it, and survives a resume."""
+    peft = pytest.importorskip("peft")
+    path = recipe_file(lora__rank=2, lora__targets=["q_proj", "v_proj"], steps=4)
+    whole = run(path, f"out={tmp_path}/whole")
+    assert whole.trained["lora"] == 3 * 2 * (2 * 32 + 32 + 16)
+    assert whole.trained["adapter"] == run(recipe_file(steps=1)).trained["adapter"]
+    factors = read_tensors(whole.adapter / "lora" / "adapter_model.safetensors")
+    assert all(tensor.abs().sum() > 0 for tensor in factors.values())
+    base = AutoModelForCausalLM.from_pretrained(workshop / "base")
+    loaded = peft.PeftModel.from_pretrained(base, whole.adapter / "lora")
+    merged = loaded.merge_and_unload()
+    model = LlamaAdapterForConditionalGeneration.from_pretrained(
+        whole.adapter, language_model=merged
+    )
+    assert model(torch.tensor([[3, 4, 5]])).logits.isfinite().all()
+    path = recipe_file(lora__rank=2, lora__targets=["q_proj", "v_proj"], steps=4)
+    with pytest.raises(Stop):
+        run(path, f"out={tmp_path}/parts", watcher=stop_at(3))
+    parts = run(path, f"out={tmp_path}/parts", resume=True)
+    assert parts.checksum == whole.checksum
+    again = read_tensors(parts.adapter / "lora" / "adapter_model.safetensors")
+    assert all(torch.equal(again[name], tensor) for name, tensor in factors.items())
+
+
+def test_bfloat16_autocast_keeps_trainables_in_float32(recipe_file: Recipe) -> None:
+    outcome = run(recipe_file(steps=2), "compute.autocast=bfloat16", "base.dtype=bfloat16")
+    tensors = read_tensors(outcome.adapter / ADAPTER_WEIGHTS_NAME)
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
+
+
+def test_a_plot_and_a_page_of_a_run(recipe_file: Recipe, tmp_path: Path) -> None:
+    run(recipe_file(steps=4))
+    png, page = plot_run(tmp_path / "run")
+    with Image.open(png) as picture:
+        assert picture.size[0] > 800
+    text = page.read_text()
+    assert "data:image/png;base64," in text
+    assert "loss/caption" in text
+    assert "http" not in text.replace(str(tmp_path), "")
+    with pytest.raises(TrainingError, match=r"no metrics\.jsonl"):
+        plot_run(tmp_path)

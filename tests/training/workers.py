@@ -64,7 +64,7 @@ def start(
             environment |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
             environment |= {"MASTER_ADDR": "127.0.0.1"}
         arguments = (environment, str(recipe), list(overrides), resume, answers)
-        started.append(server.Process(target=work, args=arguments, daemon=True))
+        started.append(server.Process(target=work, args=arguments))
         started[-1].start()
     return started, answers
 

@@ -53,7 +53,7 @@ def train(
     settings = load_recipe(recipe, overrides or [], types=types)
     with json_only(as_json) as emit:
         if check:
-            _check(settings, types, emit if as_json else None)
+            _check(settings, types, resume=resume, emit=emit if as_json else None)
             return
         from llama_adapter.training.launch import train as run_recipe
 
@@ -100,16 +100,21 @@ def score_captions(
     return {"cider": float(found["CIDEr"]), "bleu4": float(found["BLEU-4"])}
 
 
-def _check(settings: Recipe, types: SourceTypes, emit: Callable[[Any], None] | None) -> None:
+def _check(
+    settings: Recipe, types: SourceTypes, *, resume: bool, emit: Callable[[Any], None] | None
+) -> None:
     from llama_adapter.training.build import load_processor
     from llama_adapter.training.checking import check_recipe
+    from llama_adapter.training.run_directory import RunDirectory
 
-    report = check_recipe(settings, load_processor(settings), types=types)
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    report = check_recipe(settings, load_processor(settings), types=types, world=world)
     if emit is not None:
         emit(report.to_dict())
     else:
         typer.echo(report.as_text())
     report.refuse()
+    RunDirectory(settings.out).check(settings, resume=resume)
 
 
 @contextmanager

@@ -45,12 +45,8 @@ class RunDirectory:
         self.path = path
         self.checkpoints = path / "checkpoints"
 
-    def open(self, recipe: Recipe, *, resume: bool) -> None:
-        """Take the directory for this recipe.
-
-        Raises TrainingError where it holds a run already and `resume` is not asked for, or,
-        with `resume`, where that run's recipe is another one.
-        """
+    def check(self, recipe: Recipe, *, resume: bool) -> None:
+        """Refuse what `open` would refuse, and leave no trace."""
         stored = self.path / RECIPE
         if stored.exists() and not resume:
             raise TrainingError(
@@ -58,11 +54,22 @@ class RunDirectory:
             )
         if stored.exists():
             self._check_same(recipe, stored)
-            return
-        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+        elif self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
             raise TrainingError(f"{self.path} exists and holds no run; choose another out=")
-        self.path.mkdir(parents=True, exist_ok=True)
-        write_whole(stored, recipe.to_yaml().encode())
+
+    def open(self, recipe: Recipe, *, resume: bool) -> None:
+        """Take the directory for this recipe.
+
+        Raises TrainingError where it holds a run already and `resume` is not asked for, or,
+        with `resume`, where that run's recipe is another one.
+        """
+        self.check(recipe, resume=resume)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            if not (self.path / RECIPE).exists():
+                write_whole(self.path / RECIPE, recipe.to_yaml().encode())
+        except OSError as error:
+            raise TrainingError(f"cannot write {self.path}: {error.strerror}") from error
 
     def _check_same(self, recipe: Recipe, stored: Path) -> None:
         try:
