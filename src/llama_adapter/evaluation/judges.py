@@ -138,13 +138,14 @@ class LocalJudge:
             text = f"{system}\n\n{prompt}\n\n"
         inputs = tokenizer(text, return_tensors="pt").to(self._model.device)
         inputs.pop("token_type_ids", None)
-        torch.manual_seed(attempt)
-        out = self._model.generate(
-            **inputs,
-            max_new_tokens=self._max_tokens,
-            do_sample=attempt > 0,
-            pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
-        )
+        with torch.random.fork_rng():
+            torch.manual_seed(attempt)
+            out = self._model.generate(
+                **inputs,
+                max_new_tokens=self._max_tokens,
+                do_sample=attempt > 0,
+                pad_token_id=_first(tokenizer.pad_token_id, tokenizer.eos_token_id),
+            )
         new = out[0, inputs["input_ids"].shape[1] :]
         return Reply(
             text=tokenizer.decode(new, skip_special_tokens=True),
@@ -152,6 +153,10 @@ class LocalJudge:
             completion_tokens=len(new),
             seconds=time.perf_counter() - started,
         )
+
+
+def _first(*values: int | None) -> int | None:
+    return next((value for value in values if value is not None), None)
 
 
 _NUMBERS = "zero one two three four five six seven eight nine ten eleven twelve".split()  # noqa: SIM905

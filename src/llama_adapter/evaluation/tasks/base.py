@@ -72,6 +72,8 @@ class Task:
     """Rows to numbers."""
     read_public: Callable[[Path], Predictions]
     """Answers in the formats of public result files."""
+    part: Callable[[Record], str] = lambda _: ""
+    """Which part of the benchmark a record belongs to: a limit takes as many of each."""
     media: str = "none"
     """`image`, `video`, `any` or `none`."""
     judging: Judging | None = None

@@ -153,6 +153,7 @@ INFIMM_EVAL = Task(
     prompts=lambda record: record.questions,
     count=count,
     read_public=read_public,
+    part=lambda record: str(record.facts.get("category")),
     media="image",
     judging=Judging(
         questions=judge_questions,

@@ -205,6 +205,7 @@ MME = Task(
     prompts=lambda record: record.questions,
     count=count,
     read_public=read_public,
+    part=lambda record: str(record.facts["subtask"]),
     media="image",
     generation=Generation(max_new_tokens=16),
 )

@@ -234,7 +234,7 @@ def count(predictions: Predictions, _: Counting) -> Tally:
         sums.append(line.ravel())
     fixed, notes = _coverage(rows, predictions.stated)
     known = [name for name in columns if name not in notes]
-    if in_other_forms:
+    if in_other_forms and "all" in known:
         notes["forms"] = (
             f"{in_other_forms} answers name a choice in another form, such as (B) or its words: "
             "they are right only in accuracy_any_form"

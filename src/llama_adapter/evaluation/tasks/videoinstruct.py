@@ -156,6 +156,7 @@ VIDEOINSTRUCT = Task(
     prompts=lambda record: record.questions,
     count=count,
     read_public=read_public,
+    part=lambda record: str(record.facts["part"]),
     media="video",
     judging=Judging(
         questions=judge_questions,

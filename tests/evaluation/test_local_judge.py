@@ -1,0 +1,92 @@
+"""A judge on this machine: a real two-layer model that has learnt one reply by heart."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from llama_adapter.errors import EvaluationError
+from llama_adapter.evaluation.judges import LocalJudge
+from llama_adapter.evaluation.judging import judge_rows
+from llama_adapter.evaluation.records import Record, Row
+from llama_adapter.evaluation.tasks import find_task
+
+GOOD = "Yes, score: 4"
+ROWS = [Row(record=Record(id=str(i), questions=("who?",), gold="a"), answers=("a",)) for i in (0, 1)]
+
+
+def build(tokenizer: Any, folder: Path) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=2048,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    tokenizer.save_pretrained(folder)
+    return LlamaForCausalLM(config)
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory, bytes_tokenizer: Any) -> Path:
+    folder = tmp_path_factory.mktemp("judge")
+    model = build(bytes_tokenizer, folder)
+    reply = bytes_tokenizer(GOOD, return_tensors="pt").input_ids
+    start = bytes_tokenizer("<|im_start|>assistant\n", return_tensors="pt").input_ids
+    end = torch.tensor([[bytes_tokenizer.eos_token_id]])
+    text = torch.cat([start, reply, end], dim=1)
+    # at many places, so that the reply does not hang on the length of the prompt
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(150):
+        places = torch.randint(0, 1500, (8, 1), generator=generator)
+        position_ids = places + torch.arange(text.shape[1])
+        batch = text.expand(8, -1)
+        loss = model(input_ids=batch, position_ids=position_ids, labels=batch).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_it_judges_through_its_chat_template(directory: Path, tmp_path: Path) -> None:
+    judge = LocalJudge(str(directory))
+    reply = judge.ask("anything", system="Grade.", attempt=0)
+    assert reply.text == GOOD
+    report = judge_rows(find_task("msvd-qa"), ROWS, judge, tmp_path)
+    assert (report.asked, report.unreadable, report.unavailable) == (2, (), ())
+    assert report.prompt_tokens > 2 * report.completion_tokens > 0
+    lines = [json.loads(x) for x in (tmp_path / "judgements.jsonl").read_text().splitlines()]
+    assert {line["judge"] for line in lines} == {f"local:{directory}"}
+    assert [line["verdict"] for line in lines] == [{"pred": "yes", "score": 4}] * 2
+
+
+def test_what_a_judge_without_a_clue_says_is_listed(bytes_tokenizer: Any, tmp_path: Path) -> None:
+    build(bytes_tokenizer, tmp_path / "judge").save_pretrained(tmp_path / "judge")
+    judge = LocalJudge(str(tmp_path / "judge"), max_tokens=4)
+    report = judge_rows(find_task("msvd-qa"), ROWS[:1], judge, tmp_path)
+    assert report.unreadable == ("0/answer",)
+    lines = (tmp_path / "judgements.jsonl").read_text().splitlines()
+    assert [json.loads(line)["attempt"] for line in lines] == [0, 1, 2]
+
+
+def test_samples_leave_the_random_state_of_others_alone(directory: Path) -> None:
+    judge = LocalJudge(str(directory), max_tokens=4)
+    torch.manual_seed(7)
+    before = torch.random.get_rng_state()
+    judge.ask("anything", system="Grade.", attempt=1)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_a_folder_without_a_model_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(EvaluationError, match=r"judge .* cannot be loaded"):
+        LocalJudge(str(tmp_path / "nothing"))
