@@ -29,6 +29,7 @@ from llama_adapter import (
 from llama_adapter.data import Source
 from llama_adapter.data.encoding import Prepared, SampleEncoder
 from llama_adapter.data.packing import OPEN_ROWS, Padding, assemble, pack
+from llama_adapter.model import scored_places
 from llama_adapter.processing.encoding import IGNORED
 
 SHAPE = {
@@ -220,3 +221,28 @@ def test_rows_are_full_and_hold_every_sample_once() -> None:
     assert sizes.max() <= 1024
     assert sizes.mean() / 1024 > 0.97
     assert len(rows) > OPEN_ROWS
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_logits_are_made_where_a_label_stands(
+    base: str, short_processor: LlamaAdapterProcessor, tmp_path: Path
+) -> None:
+    source = open_source("alpaca", "instruction", path=write_alpaca(tmp_path / "a.json", 12))
+    packed = rows_of(prepare(source, short_processor), short_processor, "packed")
+    assert len(packed["input_ids"]) > 1
+    model = adapted(base)
+    places = scored_places(packed["labels"])
+    logits = model(**packed, use_cache=False, logits_to_keep=places).logits
+    answer_tokens = int((packed["labels"] != IGNORED).sum())
+    assert logits.shape[:2] == (1, answer_tokens)
+    everywhere = model(**packed, use_cache=False).logits
+    torch.testing.assert_close(logits[0], everywhere[places], rtol=1e-5, atol=1e-5)
+    assert_same(model, packed, {**packed, "logits_to_keep": places})
+
+
+def test_rows_without_an_answer_give_loss_zero() -> None:
+    model = adapted("llama")
+    labels = torch.full((2, 8), IGNORED)
+    loss = model(torch.ones_like(labels), labels=labels, logits_to_keep=scored_places(labels)).loss
+    loss.backward()
+    assert loss == 0

@@ -4,7 +4,7 @@ from llama_adapter.model.adapted import LlamaAdapterForConditionalGeneration
 from llama_adapter.model.configuration import LlamaAdapterConfig
 from llama_adapter.model.gated_attention import VisualPrompts
 from llama_adapter.model.groups import Group
-from llama_adapter.model.loss import answer_loss, scored_positions
+from llama_adapter.model.loss import answer_loss, scored_places, scored_positions
 
 __all__ = [
     "Group",
@@ -12,5 +12,6 @@ __all__ = [
     "LlamaAdapterForConditionalGeneration",
     "VisualPrompts",
     "answer_loss",
+    "scored_places",
     "scored_positions",
 ]

@@ -20,7 +20,7 @@ from llama_adapter.model.attach import Adapter
 from llama_adapter.model.configuration import LlamaAdapterConfig
 from llama_adapter.model.gated_attention import VisualPrompts
 from llama_adapter.model.groups import Group
-from llama_adapter.model.loss import answer_loss
+from llama_adapter.model.loss import answer_loss, is_places, logits_at
 from llama_adapter.model.persistence import AdapterPersistence
 from llama_adapter.model.references import describe_model, load_language_model, load_vision
 from llama_adapter.model.visual_generation import VisualGenerationMixin
@@ -155,7 +155,8 @@ class LlamaAdapterForConditionalGeneration(
         (default: row i reads picture i); `visual_mask` [B, T] which tokens read at all.
         The loss is cross-entropy over answer tokens (labels other than -100, shifted here),
         divided by `num_answer_tokens` (default: those of this batch). With labels and
-        `logits_to_keep` left at 0, all logits are returned.
+        `logits_to_keep` left at 0, all logits are returned; with places [B, T] (bool) those
+        of the N true ones, as [1, N, vocab].
         """
         if visual_prompts is None and (pixel_values is not None or visual_features is not None):
             visual_prompts = self.encode_visual(pixel_values, visual_features=visual_features)
@@ -163,17 +164,19 @@ class LlamaAdapterForConditionalGeneration(
             rows = input_ids if input_ids is not None else inputs_embeds
             num_rows = 0 if rows is None else rows.shape[0]
             visual_prompts = self._read(visual_prompts, num_rows, image_index, visual_mask)
-        output = self.language_model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            logits_to_keep=logits_to_keep,
-            **({} if visual_prompts is None else {"visual_prompts": visual_prompts}),
-            **kwargs,
-        )
+        if visual_prompts is not None:
+            kwargs["visual_prompts"] = visual_prompts
+        with logits_at(self.get_output_embeddings(), logits_to_keep):
+            output = self.language_model(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                inputs_embeds=inputs_embeds,
+                use_cache=use_cache,
+                logits_to_keep=0 if is_places(logits_to_keep) else logits_to_keep,
+                **kwargs,
+            )
         if labels is not None:
             output.loss = answer_loss(
                 output.logits, labels, num_answer_tokens=num_answer_tokens, kept=logits_to_keep
