@@ -20,6 +20,7 @@ from llama_adapter.errors import CheckpointError, ConfigError, TrainingError
 from llama_adapter.model import (
     Group,
     LlamaAdapterForConditionalGeneration,
+    scored_places,
     scored_positions,
 )
 from llama_adapter.training.engine import Engine, OneProcess, blank_picture
@@ -188,7 +189,10 @@ class JointTrainer:
                 loss = self.engine.module(
                     **inputs,
                     num_answer_tokens=num_tokens,
-                    logits_to_keep=scored_positions(inputs["labels"]),
+                    # packed rows are scored all over: by place, not by position of every row
+                    logits_to_keep=scored_places(inputs["labels"])
+                    if "position_ids" in inputs
+                    else scored_positions(inputs["labels"]),
                     use_cache=False,
                 ).loss
                 # engines average gradients over processes, and the loss is a sum over them
