@@ -96,7 +96,8 @@ def test_a_pair_is_one_optimizer_step() -> None:
     assert trainer.step_count == 1
     assert set(report.losses) == {"caption", "instruction"}
     assert set(report.grad_norms) == {"vision", "language"}
-    states = trainer.optimizer.state.values()
+    (adamw,) = trainer.optimizers
+    states = adamw.state.values()
     assert {int(state["step"]) for state in states} == {1}
 
 
@@ -208,12 +209,12 @@ def test_gates_norms_biases_and_scales_are_never_decayed() -> None:
     names = {id(p): name for name, p in model.adapter.named_parameters()}
     decayed = {
         names[id(p)].rsplit(".", 1)[-1]
-        for group in trainer.optimizer.param_groups
+        for group in trainer.optimizers[0].param_groups
         for p in group["params"]
         if group["weight_decay"]
     }
     assert decayed == {"prompt", "query", "weight"}
-    for group in trainer.optimizer.param_groups:
+    for group in trainer.optimizers[0].param_groups:
         assert group["weight_decay"] == 0 or all(p.ndim > 1 for p in group["params"])
 
 
@@ -233,3 +234,62 @@ def test_refusals() -> None:
     model.prepare_for_inference()
     with pytest.raises(TrainingError, match="prepare_for_training"):
         JointTrainer(model, settings())
+
+
+needs_muon = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch 2.9 or newer")
+
+
+@needs_muon
+def test_muon_moves_the_projectors_matrices_and_nothing_of_language() -> None:
+    model = tiny_model()
+    trainer = JointTrainer(model, settings(matrix_lr=0.01))
+    names = {id(p): name for name, p in model.adapter.named_parameters()}
+    held = [
+        {names[id(p)] for group in optimizer.param_groups for p in group["params"]}
+        for optimizer in trainer.optimizers
+    ]
+    assert held[0].isdisjoint(held[1])
+    assert held[0] | held[1] == set(names.values())
+    assert held[1] == {
+        name
+        for name, p in model.adapter.named_parameters(Group.VISION)
+        if p.ndim == 2 and name.endswith(".weight")
+    }
+    before = {name: p.clone() for name, p in model.adapter.named_parameters()}
+    language = numbers(model, Group.LANGUAGE)
+    for step in range(2):  # gates are zero in the first
+        trainer.step(caption=batch(step, picture=True))
+    moved = {n for n, p in model.adapter.named_parameters() if not torch.equal(p, before[n])}
+    assert held[1] <= moved
+    assert same(numbers(model, Group.LANGUAGE), language)
+
+
+@needs_muon
+def test_training_with_muon_goes_on_to_the_bit() -> None:
+    def batches(step: int) -> dict[str, dict[str, torch.Tensor]]:
+        return {
+            "caption": batch(step, picture=True),
+            "instruction": batch(50 + step, picture=False),
+        }
+
+    whole = JointTrainer(tiny_model(), settings(matrix_lr=0.01))
+    for step in range(4):
+        whole.step(**batches(step))
+    first = JointTrainer(tiny_model(), settings(matrix_lr=0.01))
+    for step in range(2):
+        first.step(**batches(step))
+    second = JointTrainer(tiny_model(), settings(matrix_lr=0.01))
+    second.load_parameter_state(first.parameter_state())
+    second.load_state_dict(first.state_dict())
+    for step in range(2, 4):
+        second.step(**batches(step))
+    expected = whole.parameter_state()
+    assert all(torch.equal(t, expected[name]) for name, t in second.parameter_state().items())
+
+
+def test_language_settles_to_its_factor_and_vision_does_not() -> None:
+    plan = JointSettings(steps=100, language_settles=(0.2, 0.1))
+    assert plan.language_factor(0) == 1.0
+    assert plan.language_factor(10) == pytest.approx(0.55)
+    assert plan.language_factor(20) == plan.language_factor(100) == pytest.approx(0.1)
+    assert JointSettings(steps=100).language_factor(50) == 1.0

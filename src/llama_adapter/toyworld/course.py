@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -31,9 +32,15 @@ class Course:
     joint: str = "disjoint"
     captions: bool = True
     instructions: bool = True
-    language_first: float = 0.12
+    language_first: float = 0.2
     """First share of the steps with instructions alone: captions then have something to talk to."""
-    vision_lr: float = 3e-3
+    language_rest: float = 0.1
+    """What LANGUAGE's learning rates have fallen to by then. A picture is read by a moving
+    LANGUAGE otherwise: captions took four times as many steps to learn."""
+    instruction_every: int = 4
+    """After the first share, in every how many steps instructions come with the captions."""
+    vision_lr: float = 1.5e-3
+    matrix_lr: float | None = 0.01
     language_lr: float = 5e-3
     gate_lr: float = 2e-2
 
@@ -67,6 +74,10 @@ class Course:
             steps=steps,
             joint=self.joint,
             vision_lr=self.vision_lr,
+            matrix_lr=self.matrix_lr if hasattr(torch.optim, "Muon") else None,
+            language_settles=(self.language_first, self.language_rest)
+            if self.captions and self.instructions
+            else None,
             language_lr=self.language_lr,
             gate_lr=self.gate_lr,
         )
@@ -133,9 +144,11 @@ class Class:
         step = self.trainer.step_count
         ahead = self.course.instructions and step < self.course.language_first * self.steps
         captions = self.course.captions and not ahead
+        both = not captions or step % self.course.instruction_every == 0
+        instructions = self.course.instructions and both
         report = self.trainer.step(
             caption=self.lessons.captions(step) if captions else None,
-            instruction=self.lessons.instructions(step) if self.course.instructions else None,
+            instruction=self.lessons.instructions(step) if instructions else None,
         )
         row: dict[str, Any] = {"step": step + 1, **report.losses}
         self.history.rows.append(row)

@@ -52,9 +52,9 @@ class LessonPlan:
     """Instructions a step."""
     caption_weight: float = 4.0
     """How often the full caption is asked for, against 1 for every other way to describe."""
-    strange_share: float = 0.25
+    strange_share: float = 0.12
     """Share of the pictures in colours without a name, described by all but their colours."""
-    distractor_share: float = 0.35
+    distractor_share: float = 0.45
     """Share of passages that follow another scene's passage: the last one counts."""
     talk_share: float = 0.1
     """Share of multi-turn talks among instructions."""
@@ -79,11 +79,8 @@ class Lessons:
     def captions(self, step: int) -> dict[str, Tensor]:
         """Pictures, instructions to describe them, and descriptions."""
         rng = random.Random(f"captions/{self.seed}/{step}")
-        size, bands = self.plan.batch_size, 2
-        drawn = [self._caption(rng) for _ in range(size * bands)]
-        drawn.sort(key=lambda pair: len(pair[1].messages[-1].text))
-        band = rng.randrange(bands)
-        indices, conversations = zip(*drawn[band * size : (band + 1) * size], strict=True)
+        drawn = [self._caption(rng) for _ in range(self.plan.batch_size)]
+        indices, conversations = zip(*drawn, strict=True)
         return collate(self.processor, conversations, features=self.pool.features(indices))
 
     def _caption(self, rng: random.Random) -> tuple[int, Conversation]:

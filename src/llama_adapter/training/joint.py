@@ -45,6 +45,8 @@ class JointSettings:
     language_lr: float = 3e-3
     gate_lr: float = 2e-2
     """Gates start at zero and hold everything else back until they open."""
+    matrix_lr: float | None = None
+    """Of the projector's matrices, moved by Muon instead of AdamW; None: AdamW moves all."""
     beside_lr: float | None = None
     """Of parameters beside the adapter, such as peft's LoRA; None: `language_lr`."""
     weight_decay: float = 0.0
@@ -52,6 +54,9 @@ class JointSettings:
     warmup_steps: int = 20
     decay_share: float = 0.5
     """Last share of the steps, over which learning rates fall to zero along a cosine."""
+    language_settles: tuple[float, float] | None = None
+    """(share of the steps, factor): by then LANGUAGE's rates have fallen to this factor of what
+    they would be, along a cosine. What pictures are read by then stays nearly as it is."""
     max_grad_norm: float = 1.0
     """Gradients of each group are clipped to this norm."""
 
@@ -67,8 +72,14 @@ class JointSettings:
         start = self.steps * (1 - self.decay_share)
         if step <= start:
             return warm
-        progress = min(1.0, (step - start) / max(1.0, self.steps - start))
-        return warm * 0.5 * (1 + math.cos(math.pi * progress))
+        return warm * _cosine((step - start) / max(1.0, self.steps - start))
+
+    def language_factor(self, step: int) -> float:
+        """What LANGUAGE's learning rates are multiplied by besides."""
+        if self.language_settles is None:
+            return 1.0
+        share, floor = self.language_settles
+        return floor + (1 - floor) * _cosine(step / max(1.0, share * self.steps))
 
 
 @dataclass(kw_only=True, slots=True)
@@ -117,9 +128,32 @@ class JointTrainer:
         self.named = {group: dict(model.adapter.named_parameters(group)) for group in Group}
         self.named[Group.LANGUAGE].update(beside or {})
         self.parameters = {group: list(named.values()) for group, named in self.named.items()}
-        self.optimizer = torch.optim.AdamW(
-            parameter_groups(self.named, settings, beside=beside or {}), betas=(0.9, 0.98), eps=1e-8
+        self.optimizers = self._make_optimizers(beside or {})
+
+    def _make_optimizers(self, beside: Collection[str]) -> tuple[torch.optim.Optimizer, ...]:
+        matrices = {
+            name: parameter
+            for name, parameter in self.named[Group.VISION].items()
+            if self.settings.matrix_lr is not None and is_matrix(name, parameter)
+        }
+        rest = {
+            group: {name: p for name, p in named.items() if name not in matrices}
+            for group, named in self.named.items()
+        }
+        groups = parameter_groups(rest, self.settings, beside=beside)
+        adamw = torch.optim.AdamW(groups, betas=(0.9, 0.98), eps=1e-8)
+        if not matrices:
+            return (adamw,)
+        if not hasattr(torch.optim, "Muon"):
+            raise ConfigError(f"matrix_lr needs torch 2.9 or newer, this is {torch.__version__}")
+        if any(hasattr(parameter, "placements") for parameter in matrices.values()):
+            raise ConfigError("matrix_lr needs whole matrices; FSDP2 shards them: leave it out")
+        rate = self.settings.matrix_lr
+        group = {"params": list(matrices.values()), "base_lr": rate, "group": Group.VISION}
+        muon = torch.optim.Muon(
+            [group], lr=rate, momentum=0.95, weight_decay=self.settings.weight_decay
         )
+        return adamw, muon
 
     def step(
         self, *, caption: Batches | None = None, instruction: Batches | None = None
@@ -141,11 +175,15 @@ class JointTrainer:
         report.grad_norms = self._clip()
         report.skipped = bool(report.not_finite())
         if not report.skipped:
-            for parameter_group in self.optimizer.param_groups:
-                parameter_group["lr"] = parameter_group["base_lr"] * report.rate_factor
-            self.optimizer.step()
-        # None, not zero: with a zero gradient AdamW would still move the idle group
-        self.optimizer.zero_grad(set_to_none=True)
+            language = self.settings.language_factor(self.step_count)
+            for optimizer in self.optimizers:
+                for group in optimizer.param_groups:
+                    factor = language if group["group"] is Group.LANGUAGE else 1.0
+                    group["lr"] = group["base_lr"] * report.rate_factor * factor
+                optimizer.step()
+        for optimizer in self.optimizers:
+            # None, not zero: with a zero gradient AdamW would still move the idle group
+            optimizer.zero_grad(set_to_none=True)
         self.step_count += 1
         return report
 
@@ -234,12 +272,17 @@ class JointTrainer:
         for name, parameter in self._all_named().items():
             parameter.copy_(self.engine.own_part(_of_shape(state, name, parameter), parameter))
 
+    def _optimizer_of(self, parameter: nn.Parameter) -> torch.optim.Optimizer:
+        last = self.optimizers[-1]
+        held = any(parameter is p for group in last.param_groups for p in group["params"])
+        return last if held else self.optimizers[0]
+
     def state_dict(self) -> dict[str, Any]:
         """What must be kept to go on later, besides the adapter; in one piece, by name."""
         moments = {}
         for name, parameter in self._all_named().items():
-            if parameter in self.optimizer.state:
-                kept = self.optimizer.state[parameter]
+            kept = self._optimizer_of(parameter).state.get(parameter)
+            if kept:
                 moments[name] = {key: self.engine.whole(value) for key, value in kept.items()}
         return {"moments": moments, "step_count": self.step_count}
 
@@ -251,15 +294,15 @@ class JointTrainer:
             raise CheckpointError(
                 f"optimizer state of {unknown[:3]}, which this adapter does not have"
             )
-        self.optimizer.state.clear()
+        for optimizer in self.optimizers:
+            optimizer.state.clear()
         for name, kept in state["moments"].items():
             parameter = named[name]
-            self.optimizer.state[parameter] = {
-                "step": kept["step"].clone(),
-                **{
-                    key: self.engine.own_part(_of_shape(kept, key, parameter), parameter).clone()
-                    for key in ("exp_avg", "exp_avg_sq")
-                },
+            self._optimizer_of(parameter).state[parameter] = {
+                key: kept[key].clone()
+                if key == "step"
+                else self.engine.own_part(_of_shape(kept, key, parameter), parameter).clone()
+                for key in kept
             }
         self.step_count = int(state["step_count"])
 
@@ -301,7 +344,7 @@ def parameter_groups(
     beside: Collection[str] = (),
 ) -> list[dict[str, Any]]:
     """Optimizer groups: by Group, gates apart, and no decay where it would pull to nonsense."""
-    buckets: dict[tuple[float, float], list[nn.Parameter]] = {}
+    buckets: dict[tuple[Group, float, float], list[nn.Parameter]] = {}
     rates = {Group.VISION: settings.vision_lr, Group.LANGUAGE: settings.language_lr}
     for group in Group:
         for name, parameter in named[group].items():
@@ -309,11 +352,21 @@ def parameter_groups(
             if name in beside and settings.beside_lr is not None:
                 rate = settings.beside_lr
             decay = settings.weight_decay if parameter.ndim > 1 else 0.0
-            buckets.setdefault((rate, decay), []).append(parameter)
+            buckets.setdefault((group, rate, decay), []).append(parameter)
     return [
-        {"params": parameters, "lr": rate, "base_lr": rate, "weight_decay": decay}
-        for (rate, decay), parameters in buckets.items()
+        {"params": params, "lr": rate, "base_lr": rate, "weight_decay": decay, "group": group}
+        for (group, rate, decay), params in buckets.items()
     ]
+
+
+def is_matrix(name: str, parameter: nn.Parameter) -> bool:
+    """Whether a trained tensor is the weight of a linear, by its name in adapter files."""
+    return parameter.ndim == 2 and name.endswith(".weight")
+
+
+def _cosine(progress: float) -> float:
+    """From 1 to 0 while progress goes from 0 to 1, and 0 from then on."""
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, max(0.0, progress))))
 
 
 def is_gate(name: str) -> bool:
