@@ -40,6 +40,10 @@ class Judge(Protocol):
         """The reply; a later `attempt` at the same prompt may draw another one."""
         ...
 
+    def close(self) -> None:
+        """Give back connections."""
+        ...
+
 
 class EndpointJudge:
     """A model behind an OpenAI-compatible endpoint."""
@@ -153,6 +157,10 @@ class LocalJudge:
             completion_tokens=len(new),
             seconds=time.perf_counter() - started,
         )
+
+    def close(self) -> None:
+        """Let go of the model."""
+        self._model = None
 
 
 def _first(*values: int | None) -> int | None:

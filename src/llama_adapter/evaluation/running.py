@@ -52,6 +52,10 @@ class Selection:
     shard: tuple[int, int] | None = None
     """(i, n): every n-th record from the i-th on, counting from 1."""
 
+    def __post_init__(self) -> None:
+        if self.limit is not None and self.limit < 1:
+            raise EvaluationError(f"limit must be at least 1, got {self.limit}")
+
     @property
     def shard_name(self) -> str | None:
         """`2/5`, or None."""
@@ -106,7 +110,7 @@ def run(
     if not records:
         raise EvaluationError(f"{inputs.data}: selection holds no records")
     folders = MediaFolders.beside(inputs.data, media)
-    folder = out if selection.shard is None else out / _shard_folder(selection.shard)
+    folder = run_folder(out, selection)
     paths, missing = _find_media(records, folders)
     asker = _Asker(task, generation, paths)
     manifest = make_manifest(
@@ -164,6 +168,11 @@ def merge_shards(task: Task, out: Path) -> Path:
             text = "".join(path.read_text(encoding="utf-8") for path in files)
             (out / name).write_text(text, encoding="utf-8")
     return out / PREDICTIONS
+
+
+def run_folder(out: Path, selection: Selection) -> Path:
+    """Where a run keeps its answers: each shard in a folder of its own."""
+    return out if selection.shard is None else out / _shard_folder(selection.shard)
 
 
 def _shard_folder(shard: tuple[int, int]) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from llama_adapter.errors import EvaluationError
 from llama_adapter.evaluation.predictions import Predictions
 from llama_adapter.evaluation.records import Record, Row, Tally, Verdict
 
@@ -23,6 +24,13 @@ class Generation:
     prompt: str = "{question}"
     """What is asked, around the task's own question."""
     batch_size: int = 8
+
+    def __post_init__(self) -> None:
+        for name in ("max_new_tokens", "frames", "batch_size"):
+            if getattr(self, name) < 1:
+                raise EvaluationError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not self.temperature >= 0:
+            raise EvaluationError(f"temperature must be at least 0, got {self.temperature}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
