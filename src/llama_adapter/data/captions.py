@@ -34,13 +34,13 @@ class CaptionOptions(SourceOptions):
 
 
 def caption_sample(
-    image: Any, caption: Any, *, where: str, kind: Kind, questions: tuple[str, ...]
+    image: Any, caption: Any, *, number: int, where: str, kind: Kind, questions: tuple[str, ...]
 ) -> Sample:
     """A question for a caption of a picture, and the caption."""
     if not isinstance(caption, str) or not caption.strip():
         raise DataError(f"caption must be text, found {caption!r}")
-    # by the sample's own name: the same wording in every epoch and on every process
-    question = questions[zlib.crc32(where.encode()) % len(questions)]
+    # by the sample's own number: the same wording in every epoch and on every process
+    question = questions[zlib.crc32(str(number).encode()) % len(questions)]
     conversation = Conversation.ask(question, images=[image], answer=caption.strip())
     return Sample(id=where, kind=kind, conversation=conversation)
 
@@ -118,6 +118,7 @@ class CocoSource:
             return caption_sample(
                 image_in(self.options.images, name),
                 caption,
+                number=index,
                 where=where,
                 kind=self.kind,
                 questions=self.options.questions,
@@ -268,6 +269,7 @@ class PairsSource:
             return caption_sample(
                 image_in(self.folder, image.strip()),
                 caption,
+                number=index,
                 where=where,
                 kind=self.kind,
                 questions=self.options.questions,

@@ -77,7 +77,12 @@ class ShardSource:
                     raise DataError(f"its JSON lacks {self.options.caption_key!r}")
             image = ImageRef(source=_read(shard, image_at, image_size), name=where)
             return caption_sample(
-                image, caption, where=where, kind=self.kind, questions=self.options.questions
+                image,
+                caption,
+                number=index,
+                where=where,
+                kind=self.kind,
+                questions=self.options.questions,
             )
         except (DataError, PromptError, UnicodeDecodeError, json.JSONDecodeError) as error:
             raise DataError(f"{where}: {error}") from error
