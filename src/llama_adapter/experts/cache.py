@@ -22,6 +22,8 @@ from PIL import Image
 from llama_adapter.experts.base import Expert, Finding, Report, traits_of
 
 DEFAULT_BYTES = 64 * 2**20
+_FRESH = 60.0
+"""Seconds for which a use need not be noted again."""
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS reports
     (key TEXT PRIMARY KEY, value TEXT NOT NULL, bytes INTEGER NOT NULL, used REAL NOT NULL)
@@ -51,7 +53,7 @@ class ReportCache:
         traits = traits_of(expert)
         if traits.version is None:
             return None
-        digest = hashlib.sha256()
+        digest = hashlib.blake2b(digest_size=32)
         asked = question if traits.asks else ""
         digest.update(json.dumps([expert.name, traits.version, asked]).encode())
         for image in images:
@@ -63,12 +65,13 @@ class ReportCache:
         """The report, as it was given; None where it is not known."""
         with self._lock:
             try:
-                row = self._open().execute("SELECT value FROM reports WHERE key = ?", (key,))
-                found = row.fetchone()
+                asked = "SELECT value, used FROM reports WHERE key = ?"
+                found = self._open().execute(asked, (key,)).fetchone()
                 if found is None:
                     return None
                 report = _report_from(json.loads(found[0]))
-                self._write("UPDATE reports SET used = ? WHERE key = ?", (time.time(), key))
+                if time.time() - found[1] > _FRESH:
+                    self._write("UPDATE reports SET used = ? WHERE key = ?", (time.time(), key))
             except (sqlite3.DatabaseError, OSError, ValueError, KeyError, TypeError) as error:
                 self._recover(error)
                 return None
@@ -105,6 +108,8 @@ class ReportCache:
         if self._connection is None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._connection = sqlite3.connect(self.path, timeout=2.0, check_same_thread=False)
+            # what a power cut takes away can be found again
+            self._connection.execute("PRAGMA synchronous = OFF")
             self._connection.execute(_SCHEMA)
             self._connection.commit()
         return self._connection

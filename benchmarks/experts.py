@@ -1,0 +1,276 @@
+"""What experts are worth: signs read, captions, texts unharmed, receipts, and what asking costs.
+
+python -m benchmarks.experts                              # all that needs no files of yours
+python -m benchmarks.experts receipts --receipts DIR      # folders with ground_truth.json
+python -m benchmarks.experts signs --scenes 200 --model runs/mine/v2 --caption runs/mine/caption
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import random
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from benchmarks.measuring import report
+from benchmarks.receipts import measure_receipts
+from llama_adapter.conversation import Conversation
+from llama_adapter.experts import Finding, Panel, Report, Surroundings, Traits, make_experts
+from llama_adapter.experts.cache import ReportCache
+from llama_adapter.generation.chat import ChatSession, GenerationSettings
+from llama_adapter.model import LlamaAdapterForConditionalGeneration
+from llama_adapter.processing.processor import LlamaAdapterProcessor
+from llama_adapter.toyworld.exam import Exam, Score, score
+from llama_adapter.toyworld.pictures import make_pool, picture
+from llama_adapter.toyworld.questions import ask
+from llama_adapter.toyworld.scenes import SIGN_WORDS, Scene, Split, scene_stream
+from llama_adapter.toyworld.shipped import shipped_adapter
+
+Loaded = tuple[LlamaAdapterForConditionalGeneration, LlamaAdapterProcessor]
+
+OCR = "ocr,languages=en,wording=a sign says {}."
+"""The toy decoder knows signs by this sentence."""
+CHANCE = 0.5 / len(SIGN_WORDS) + 0.5 / 100
+"""Half of the signs hold one of the words, half a number below 100."""
+
+
+def load(directory: Path) -> Loaded:
+    model = LlamaAdapterForConditionalGeneration.from_pretrained(directory)
+    model.prepare_for_inference()
+    return model, LlamaAdapterProcessor.from_pretrained(directory)
+
+
+def answers(loaded: Loaded, conversations: Sequence[Conversation], *, batch: int = 25) -> list[str]:
+    """Greedy answers."""
+    model, processor = loaded
+    out: list[str] = []
+    for start in range(0, len(conversations), batch):
+        inputs = processor(list(conversations[start : start + batch]))
+        with torch.no_grad():
+            tokens = model.generate(**inputs, max_new_tokens=24, do_sample=False)
+        new = tokens[:, inputs["input_ids"].shape[1] :]
+        out += [t.strip() for t in processor.batch_decode(new, skip_special_tokens=True)]
+    return out
+
+
+def measure_signs(loaded: Loaded, options: argparse.Namespace) -> dict[str, Any]:
+    """Questions about the written word or number, without and with OCR."""
+    stream = scene_stream(options.seed, split=Split.TEST, sign_probability=1.0)
+    scenes = list(itertools.islice(stream, options.scenes))
+    rng = random.Random(options.seed)
+    pictures = [
+        picture(scene, seed=options.seed, index=i, size=options.size)
+        for i, scene in enumerate(scenes)
+    ]
+    asked = [ask(scene, rng, "sign") for scene in scenes]
+    questions = [(a.question, a.answer) for a in asked if a is not None]
+    panel = Panel(make_experts([OCR]), timeout=120)
+    seconds, texts, right_text = 0.0, [], 0
+    for scene, image, (question, _) in zip(scenes, pictures, questions, strict=True):
+        started = time.perf_counter()
+        found = panel.consult([image], question)
+        seconds += time.perf_counter() - started
+        texts.append(found.text)
+        right_text += [f.text.lower() for r in found.reports for f in r.findings] == [scene.sign]
+    result: dict[str, Any] = {"chance": round(CHANCE, 4), "pixels": options.size}
+    for name, contexts in {"without": [None] * len(scenes), "with_ocr": texts}.items():
+        given = answers(
+            loaded,
+            [
+                Conversation.ask(question, images=[image], context=context)
+                for (question, _), image, context in zip(questions, pictures, contexts, strict=True)
+            ],
+        )
+        right = sum(a == b for a, (_, b) in zip(given, questions, strict=True))
+        result[name] = Score(right=right, total=len(scenes)).to_dict()
+    result["sign_read_to_the_letter"] = Score(right=right_text, total=len(scenes)).to_dict()
+    result["ocr_seconds_per_picture"] = round(seconds / len(scenes), 3)
+    return with_target(result, result["with_ocr"]["value"], at_least=0.95)
+
+
+def measure_captions(loaded: Loaded, options: argparse.Namespace) -> dict[str, Any]:
+    """Visual questions and text questions, without and with the caption expert, seed by seed."""
+    model, processor = loaded
+    around = Surroundings(model=model, processor=processor)
+    panel = Panel(make_experts([f"caption={options.caption}"], around), timeout=600)
+    assert model.vision is not None
+    seeds: dict[str, Any] = {}
+    for seed in options.seeds:
+        pool = make_pool(
+            model.vision,
+            processor,
+            model.adapter_config,
+            count=options.pictures,
+            seed=9_000 + seed,
+            split=Split.TEST,
+        )
+        exam = Exam(pool, count=options.questions, seed=seed)
+        captions = captions_of(panel, pool.scenes, seed=9_000 + seed)
+        seeds[str(seed)] = _take(loaded, exam, captions, panel)
+    gains = [s["gain"] for s in seeds.values()]
+    harm = [
+        s["text_alone_with_experts"]["value"] - s["text_alone"]["value"] for s in seeds.values()
+    ]
+    return {
+        "seeds": seeds,
+        "gain_mean": round(sum(gains) / len(gains), 4),
+        "gain_range": [min(gains), max(gains)],
+        "text_alone_change": with_target({"points": harm}, min(harm), at_least=-0.01),
+    }
+
+
+def captions_of(panel: Panel, scenes: Sequence[Scene], *, seed: int, batch: int = 40) -> list[str]:
+    """What the expert says of each scene's picture."""
+    [expert] = panel.experts
+    captions: list[str] = []
+    for start in range(0, len(scenes), batch):
+        part = range(start, min(start + batch, len(scenes)))
+        images = [picture(scenes[i], seed=seed, index=i) for i in part]
+        captions += [finding.text for finding in expert.consult(images, "").findings]
+    return captions
+
+
+def _take(loaded: Loaded, exam: Exam, captions: Sequence[str], panel: Panel) -> dict[str, Any]:
+    def without_picture(question: str, passage: str) -> str:
+        """What a session would put before a question that comes without a picture."""
+        return "\n".join(t for t in (panel.consult([], question).text, passage) if t)
+
+    marks = {
+        "picture": exam.take(*loaded, picture=lambda item: item.scene),
+        "picture_with_caption": exam.take(
+            *loaded, picture=lambda item: item.scene, context=lambda item: captions[item.scene]
+        ),
+        "text_alone": exam.take(*loaded, context=lambda item: item.passage),
+        "text_alone_with_experts": exam.take(
+            *loaded, context=lambda item: without_picture(item.asked.question, item.passage)
+        ),
+        "text_beside_unrelated_picture": exam.take(
+            *loaded, context=lambda item: item.passage, picture=exam.unrelated
+        ),
+    }
+    scores: dict[str, Any] = {name: score(taken).to_dict() for name, taken in marks.items()}
+    gain = scores["picture_with_caption"]["value"] - scores["picture"]["value"]
+    return {**scores, "gain": round(gain, 4)}
+
+
+class Sleeper:
+    """An expert that takes its time."""
+
+    traits = Traits(version="1", asks=False)
+
+    def __init__(self, name: str, seconds: float) -> None:
+        self.name = name
+        self.seconds = seconds
+
+    def consult(self, images: Sequence[Image.Image], question: str) -> Report:  # noqa: ARG002
+        time.sleep(self.seconds)
+        return Report(expert=self.name, findings=(Finding(text="a nap", kind="note"),))
+
+
+class Faller:
+    """An expert that breaks."""
+
+    name = "faller"
+
+    def consult(self, images: Sequence[Image.Image], question: str) -> Report:  # noqa: ARG002
+        raise RuntimeError("out of luck")
+
+
+def measure_panel(loaded: Loaded, options: argparse.Namespace) -> dict[str, Any]:
+    """Side by side, a time limit, one that breaks, and the second time from the cache."""
+    scene = next(scene_stream(options.seed, split=Split.TEST, sign_probability=1.0))
+    image = picture(scene, seed=options.seed, index=0, size=512)
+    nap = 0.5
+    together = [Sleeper(f"sleeper {i}", nap) for i in range(4)]
+    side_by_side = timed(lambda: Panel(together).consult([image], "?"))
+    one_by_one = timed(lambda: [e.consult([image], "?") for e in together])
+    session = ChatSession(
+        *loaded,
+        experts=Panel([Sleeper("slow", 20.0), Faller(), Sleeper("quick", 0.0)], timeout=1.0),
+        settings=GenerationSettings(max_new_tokens=16),
+    )
+    started = time.perf_counter()
+    answer = session.ask("how many things are there?", images=[image])
+    with tempfile.TemporaryDirectory() as folder:
+        cache = ReportCache(Path(folder) / "experts.sqlite")
+        panel = Panel(make_experts([OCR]), timeout=120, cache=cache)
+        other = picture(scene, seed=options.seed + 1, index=0, size=512)
+        panel.consult([other], "?")  # the models are loaded once
+        first = timed(lambda: panel.consult([image], "?"))
+        again = min(timed(lambda: panel.consult([image], "?")) for _ in range(5))
+        cache.close()
+    return {
+        "four_experts_of_half_a_second": {
+            "one_by_one_s": round(one_by_one, 3),
+            "side_by_side_s": round(side_by_side, 3),
+        },
+        "slow_and_broken_experts": {
+            "answer": answer.text,
+            "seconds": round(time.perf_counter() - started, 3),
+            "problems": {r.expert: r.problem for r in answer.contexts},
+        },
+        "ocr_cache": with_target(
+            {"first_s": round(first, 4), "again_s": round(again, 4)}, first / again, at_least=50
+        ),
+    }
+
+
+def timed(work: Callable[[], object]) -> float:
+    """Seconds of one turn."""
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def with_target(result: dict[str, Any], value: float, *, at_least: float) -> dict[str, Any]:
+    return {**result, "value": round(value, 4), "target": at_least, "met": value >= at_least}
+
+
+MEASURES: dict[str, Callable[[Loaded, argparse.Namespace], dict[str, Any]]] = {
+    "signs": measure_signs,
+    "captions": measure_captions,
+    "panel": measure_panel,
+}
+
+
+def main() -> None:
+    """Measure, print and store."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    names = [*MEASURES, "receipts"]
+    parser.add_argument("what", nargs="*", help=f"some of {', '.join(names)}; default: all")
+    parser.add_argument("--model", type=Path, default=shipped_adapter("v2"))
+    parser.add_argument("--caption", type=Path, default=shipped_adapter("caption"))
+    parser.add_argument("--scenes", type=int, default=200, help="signs to read")
+    parser.add_argument("--size", type=int, default=256, help="pixels a side for OCR")
+    parser.add_argument("--pictures", type=int, default=200, help="for captions, per seed")
+    parser.add_argument("--questions", type=int, default=660, help="for captions, per seed")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--seed", type=int, default=7_000, help="of the scenes with signs")
+    parser.add_argument("--receipts", type=Path, help="folder of folders of receipts")
+    parser.add_argument("--out", type=Path, help="also write the JSON there")
+    parser.set_defaults(device="cpu")
+    options = parser.parse_args()
+    wanted = options.what or [n for n in names if n != "receipts" or options.receipts]
+    unknown = set(wanted) - set(names)
+    if unknown or ("receipts" in wanted and options.receipts is None):
+        parser.error(f"unknown {unknown}" if unknown else "receipts needs --receipts DIR")
+    results: dict[str, Any] = {}
+    if any(name in MEASURES for name in wanted):
+        loaded = load(options.model)
+        for name in wanted:
+            if name in MEASURES:
+                results[name] = MEASURES[name](loaded, options)
+    if "receipts" in wanted:
+        results["receipts"] = measure_receipts(options.receipts)
+    report("experts", results, targets={}, options=options)
+
+
+if __name__ == "__main__":
+    main()

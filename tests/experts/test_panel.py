@@ -1,0 +1,266 @@
+"""Experts side by side: in bounded time, whatever one of them does, and remembered."""
+
+import threading
+import time
+
+import pytest
+from PIL import Image
+
+from llama_adapter import LlamaAdapterForConditionalGeneration, LlamaAdapterProcessor
+from llama_adapter.conversation import Conversation
+from llama_adapter.errors import ConfigError
+from llama_adapter.experts import CaptionExpert, Finding, Panel, Report, Traits
+from llama_adapter.experts.cache import ReportCache
+from llama_adapter.experts.training_text import ExpertTextMixer
+from llama_adapter.generation.chat import ChatSession, GenerationSettings
+
+PICTURE = Image.new("RGB", (12, 12), (200, 30, 30))
+
+
+class Sayer:
+    """Says what it was shown, after a while, and counts how often it was asked."""
+
+    def __init__(self, name="sayer", *, seconds=0.0, version=None, asks=False, kind="note"):
+        self.name = name
+        self.seconds = seconds
+        self.kind = kind
+        self.traits = Traits(version=version, asks=asks)
+        self.asked = 0
+
+    def consult(self, images, question):
+        self.asked += 1
+        time.sleep(self.seconds)
+        findings = [
+            Finding(text=f"{image.size[0]} wide", kind=self.kind, picture=i)
+            for i, image in enumerate(images)
+        ]
+        return Report(expert=self.name, findings=tuple(findings))
+
+
+class Faller:
+    name = "faller"
+
+    def consult(self, images, question):
+        raise RuntimeError("out of\nluck")
+
+
+class Librarian:
+    name = "librarian"
+
+    def consult(self, images, question):
+        return self.consult_after(question, ())
+
+    def consult_after(self, question, reports):
+        texts = " ".join(report.text for report in reports)
+        found = Finding(text=f"about {texts or question}", kind="passage")
+        return Report(expert=self.name, findings=(found,))
+
+
+def test_they_work_at_the_same_time_and_answer_in_order():
+    sayers = [Sayer(f"sayer {i}", seconds=0.3) for i in range(4)]
+    started = time.perf_counter()
+    found = Panel(sayers).consult([PICTURE], "?")
+    assert time.perf_counter() - started < 0.9
+    assert [r.expert for r in found.reports] == [s.name for s in sayers]
+    assert all(r.seconds >= 0.3 for r in found.reports)
+
+
+def test_one_that_fails_or_is_late_is_reported_and_the_rest_is_heard():
+    slow = Sayer("slow", seconds=3.0)
+    panel = Panel([slow, Faller(), Sayer()], timeout=0.2)
+    started = time.perf_counter()
+    late, fallen, heard = panel.consult([PICTURE], "?").reports
+    assert time.perf_counter() - started < 1.5
+    assert late.problem == "took longer than 0.2 seconds"
+    assert fallen.problem == "RuntimeError: out of luck"
+    assert heard.text == "12 wide"
+    again = panel.consult([PICTURE], "?").reports[0]
+    assert "still busy" in again.problem
+    assert slow.asked == 1
+
+
+def test_without_pictures_only_those_that_need_none_are_asked():
+    sayer = Sayer()
+    found = Panel([sayer, Librarian()]).consult([], "stars")
+    assert [r.text for r in found.reports] == ["about stars"]
+    assert sayer.asked == 0
+
+
+def test_a_librarian_starts_from_what_the_others_found():
+    found = Panel([Librarian(), Sayer()]).consult([PICTURE], "?")
+    assert [r.text for r in found.reports] == ["about 12 wide", "12 wide"]
+
+
+def test_frames_of_a_video_are_few_and_said_once():
+    frames = [PICTURE] * 9
+    [report] = Panel([Sayer()]).consult([frames], "?").reports
+    assert [(f.text, f.picture, f.frame) for f in report.findings] == [("12 wide", 0, 0)]
+    wide = Image.new("RGB", (20, 5))
+    [report] = Panel([Sayer()]).consult([PICTURE, [wide, PICTURE]], "?").reports
+    places = [(f.text, f.picture, f.frame) for f in report.findings]
+    assert places == [("12 wide", 0, None), ("20 wide", 1, 0), ("12 wide", 1, 1)]
+
+
+def test_the_budget_holds_for_all_together():
+    panel = Panel([Sayer(), Sayer("other")], max_tokens=8, count=lambda text: len(text.split()))
+    pictures = [Image.new("RGB", (10 + i, 4)) for i in range(9)]
+    found = panel.consult(pictures, "?")
+    assert len(found.text.split()) <= 8
+    assert any("kept to stay within" in note for r in found.reports for note in r.notes)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"), [({"timeout": 0}, "above 0 seconds"), ({"max_tokens": 0}, "at least 1")]
+)
+def test_bad_limits_are_refused(options, words):
+    with pytest.raises(ConfigError, match=words):
+        Panel([], **options)
+
+
+# --- remembering ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cache(tmp_path):
+    cache = ReportCache(tmp_path / "folder" / "experts.sqlite", max_bytes=4000)
+    yield cache
+    cache.close()
+
+
+def test_a_picture_is_looked_at_once(cache):
+    sayer = Sayer(version="1", seconds=0.05)
+    panel = Panel([sayer], cache=cache)
+    first = panel.consult([PICTURE], "?").reports[0]
+    again = panel.consult([PICTURE.copy()], "another question").reports[0]
+    assert (sayer.asked, first.cached, again.cached) == (1, False, True)
+    assert again.findings == first.findings
+    assert again.seconds < first.seconds
+    panel.consult([Image.new("RGB", (12, 12))], "?")
+    assert sayer.asked == 2
+
+
+@pytest.mark.parametrize(
+    ("other", "asked"),
+    [
+        (Sayer(version="2"), 1),
+        (Sayer("else", version="1"), 1),
+        (Sayer(version="1", asks=True), 1),
+        (Sayer(version=None), 1),
+        (Sayer(version="1"), 0),
+    ],
+)
+def test_only_what_depends_on_the_same_is_remembered(other, asked, cache):
+    Panel([Sayer(version="1")], cache=cache).consult([PICTURE], "?")
+    Panel([other], cache=cache).consult([PICTURE], "!")
+    assert other.asked == asked
+
+
+def test_failures_are_not_remembered(cache):
+    class Recovering(Sayer):
+        def consult(self, images, question):
+            if not self.asked:
+                self.asked += 1
+                raise OSError("not yet")
+            return super().consult(images, question)
+
+    panel = Panel([Recovering(version="1")], cache=cache)
+    assert panel.consult([PICTURE], "?").reports[0].problem == "OSError: not yet"
+    assert panel.consult([PICTURE], "?").reports[0].text == "12 wide"
+
+
+def test_the_cache_stays_within_its_bound(cache):
+    sayer = Sayer(version="1")
+    panel = Panel([sayer], cache=cache)
+    for width in range(10, 60):
+        panel.consult([Image.new("RGB", (width, 4))], "?")
+    assert 5 < len(cache) < 50
+    panel.consult([Image.new("RGB", (59, 4))], "?")
+    assert sayer.asked == 50, "the latest is still there"
+
+
+def test_a_damaged_cache_is_started_anew(cache):
+    panel = Panel([Sayer(version="1")], cache=cache)
+    panel.consult([PICTURE], "?")
+    cache.close()
+    cache.path.write_bytes(b"no database" * 100)
+    assert panel.consult([PICTURE], "?").reports[0].text == "12 wide"
+    assert panel.consult([PICTURE], "?").reports[0].problem is None
+    assert len(cache) == 1
+
+
+def test_threads_share_a_cache(cache):
+    panels = [Panel([Sayer(version="1")], cache=cache) for _ in range(4)]
+    threads = [threading.Thread(target=p.consult, args=([PICTURE], "?")) for p in panels]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(cache) == 1
+
+
+# --- where they are asked -----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def loaded(adapter_dir):
+    model = LlamaAdapterForConditionalGeneration.from_pretrained(adapter_dir)
+    model.load_adapter(adapter_dir, "caption")
+    return model, LlamaAdapterProcessor.from_pretrained(adapter_dir)
+
+
+def test_a_chat_answers_whatever_experts_do(loaded):
+    panel = Panel([Faller(), Sayer("slow", seconds=2.0), Sayer()], timeout=0.2)
+    settings = GenerationSettings(max_new_tokens=3)
+    answer = ChatSession(*loaded, experts=panel, settings=settings).ask("what?", images=[PICTURE])
+    assert answer.tokens >= 1
+    problems = {r.expert: r.problem for r in answer.contexts}
+    assert problems["faller"] == "RuntimeError: out of luck"
+    assert "took longer" in problems["slow"]
+    assert problems["sayer"] is None
+
+
+def test_later_pictures_are_counted_on_and_passages_renewed(loaded):
+    settings = GenerationSettings(max_new_tokens=2)
+    chat = ChatSession(*loaded, experts=[Sayer(), Librarian()], settings=settings)
+    chat.ask("what?", images=[PICTURE])
+    assert chat.conversation.context == "12 wide\nabout 12 wide"
+    chat.ask("and this?", images=[Image.new("RGB", (9, 9))])
+    assert chat.conversation.context.split("\n")[:2] == ["12 wide", "Picture 2: 9 wide"]
+    chat.ask("so?")
+    passages = [r for r in chat.last_answer.contexts if r.expert == "librarian"]
+    assert len(passages) == 1
+
+
+def test_a_caption_that_takes_too_long_leaves_the_model_as_it_was(loaded):
+    model, processor = loaded
+    expert = CaptionExpert(model, processor, max_new_tokens=900)
+    [report] = Panel([expert], timeout=0.05).consult([PICTURE], "?").reports
+    assert "captions took longer than" in report.problem
+    assert model.active_adapter == "default"
+
+
+def test_the_processor_takes_experts(loaded):
+    _, processor = loaded
+    plain = processor("what now?", images=PICTURE)
+    told = processor("what now?", images=PICTURE, experts=[Sayer()])
+    assert told["input_ids"].shape[1] > plain["input_ids"].shape[1]
+    assert set(told) == set(plain)
+    assert told.contexts[0][0].text == "12 wide"
+    paneled = processor(["a?", "b?"], images=[PICTURE, None], experts=Panel([Faller(), Sayer()]))
+    assert [r.problem for r in paneled.contexts[0]] == ["RuntimeError: out of luck", None]
+    assert paneled.contexts[1] == ()
+
+
+def test_training_gets_text_for_a_fraction_of_samples():
+    mixer = ExpertTextMixer(fraction=0.3, texts=("a sign says stop.", "two dogs, left."), seed=1)
+    plain = Conversation.ask("what is two?", answer="a number", context="numbers")
+    mixed = [mixer(f"file:{i}", plain) for i in range(2000)]
+    changed = [c for c in mixed if c != plain]
+    assert 0.25 < len(changed) / 2000 < 0.35
+    assert {c.context for c in changed} == {f"{t}\nnumbers" for t in mixer.texts}
+    assert mixed == [mixer(f"file:{i}", plain) for i in range(2000)]
+    seeing = ExpertTextMixer(fraction=1.0, panel=Panel([Sayer()]))
+    told = seeing("x", Conversation.ask("what?", images=[PICTURE], answer="red"))
+    assert told.context == "12 wide"
+    with pytest.raises(ConfigError, match="from 0 to 1"):
+        ExpertTextMixer(fraction=2)
