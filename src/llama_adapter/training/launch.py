@@ -102,7 +102,7 @@ def _wants_cpu(recipe: Recipe) -> bool:
     device = recipe.compute.device
     if device is None:
         return not torch.cuda.is_available()
-    kind = torch.device(device).type
+    kind = device.partition(":")[0]
     if kind not in ("cpu", "cuda"):
         raise ConfigError(f"compute.device must be cpu or cuda, got {device!r}")
     if kind == "cuda" and not torch.cuda.is_available():

@@ -25,11 +25,11 @@ def row_of(report: StepReport, *, step: int, rates: Mapping[str, float]) -> Row:
 
 
 def rates(trainer: JointTrainer, report: StepReport) -> dict[str, float]:
-    """The learning rates of a step."""
+    """The learning rates of the step just made; gates' are those of VISION's."""
     settings = trainer.settings
     base = {
         "vision": settings.vision_lr,
-        "language": settings.language_lr,
+        "language": settings.language_lr * settings.language_factor(trainer.step_count - 1),
         "gates": settings.gate_lr,
     }
     return {name: rate * report.rate_factor for name, rate in base.items()}

@@ -44,17 +44,20 @@ def plot_run(run: Path, out: Path | None = None) -> list[Path]:
 def _draw(rows: Sequence[Row], *, title: str) -> bytes:
     from matplotlib.figure import Figure
 
+    held_out = list(_series(rows, "held_out/"))
     panels: list[tuple[str, list[Series], Callable[[Any], None]]] = [
         ("loss (smoothed)", [_smooth(s) for s in _series(rows, "loss/")], _log_scale),
-        ("held-out scores", list(_series(rows, "held_out/")), _log_scale),
+        ("held-out perplexity", [s for s in held_out if s[0].endswith(".perplexity")], _log_scale),
+        ("held-out captions", [s for s in held_out if not s[0].endswith(".perplexity")], _plain),
         ("gates, mean magnitude by layer", list(_series(rows, "gate/")), _plain),
         ("gradient norm by group", list(_series(rows, "grad_norm/")), _log_scale),
         ("learning rate", list(_series(rows, "lr/")), _plain),
         ("tokens per second", [_smooth(s) for s in _throughput(rows)], _from_zero),
+        ("answer tokens per step", list(_series(rows, "answer_tokens/")), _from_zero),
     ]
-    figure = Figure(figsize=(13, 11), layout="constrained")
+    figure = Figure(figsize=(13, 14), layout="constrained")
     figure.suptitle(title)
-    for axes, (name, series, scale) in zip(figure.subplots(3, 2).flat, panels, strict=True):
+    for axes, (name, series, scale) in zip(figure.subplots(4, 2).flat, panels, strict=True):
         axes.set_title(name)
         axes.set_xlabel("step")
         axes.grid(alpha=0.3)

@@ -1,0 +1,84 @@
+"""Training, checking and plotting from the command line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+TOY = Path("recipes/toy.yaml")
+SMALL = ("captions.rows=1", "instructions.rows=1", "captions.start=0", "captions.row_length=128")
+FEW = ("captions.sources.0.count=12", "instructions.sources.0.count=12")
+NONE_HELD_OUT = ("captions.sources.0.held_out=0", "instructions.sources.0.held_out=0")
+
+
+@pytest.fixture
+def small(tmp_path):
+    """Arguments that make the toy recipe a matter of seconds."""
+    out = f"out={tmp_path}/run"
+    return (
+        TOY,
+        *SMALL,
+        *FEW,
+        *NONE_HELD_OUT,
+        "instructions.row_length=128",
+        "evaluation=null",
+        out,
+    )
+
+
+def test_the_toy_recipe_trains_resumes_and_is_drawn(cli, small, tmp_path):
+    done = cli("train", *small, "steps=2", "checkpoint_every=1", "--json")
+    assert done.status == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert set(result) == {"adapter", "checksum", "steps", "started_at", "broken", "trained"}
+    assert result["steps"] == 2
+    assert "step 2/2" in done.stderr
+    assert "tokens/s" in done.stderr
+
+    again = cli("train", *small, "steps=2", "--resume")
+    assert again.status == 0, again.stderr
+    assert result["checksum"] in again.stdout
+
+    refused = cli("train", *small, "steps=3", "--resume")
+    assert refused.status == 2
+    assert "another recipe: steps was 2 and is now 3" in refused.stderr
+
+    drawn = cli("plot", tmp_path / "run", "--out", tmp_path / "drawn", "--json")
+    assert [Path(f).name for f in json.loads(drawn.stdout)["files"]] == ["plot.png", "plot.html"]
+
+
+def test_a_check_trains_nothing(cli, small, tmp_path):
+    done = cli("train", *small, "--check", "--json")
+    assert done.status == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert [source["kind"] for source in report["sources"]] == ["caption", "instruction"]
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("optimiser.vision_lr=1", "did you mean 'optimizer'"),
+        ("captions.sources.0.type=miniature_caption", "did you mean 'miniature_captions'"),
+        ("compute.device=tpu", "compute.device must be cpu or cuda, got 'tpu'"),
+        ("base.model=/no/such/base", "cannot load the tokenizer of '/no/such/base'"),
+        ("adapter.visual_layers=7", "visual_layers is 7, but the base has 6 layers"),
+    ],
+)
+def test_refusals_are_one_line(cli, small, change, message):
+    done = cli("train", *small, "steps=1", change)
+    assert done.status == 2
+    assert message in done.stderr
+    assert done.stdout == ""
+
+
+def test_no_recipe_and_no_run(cli, tmp_path):
+    missing = cli("train", tmp_path / "recipe.yaml")
+    assert (missing.status, missing.stderr.count("\n")) == (2, 1)
+    assert "cannot read recipe" in missing.stderr
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({"out": "x", "steps": 1}))
+    assert "base: is missing" in cli("train", tmp_path / "recipe.yaml").stderr
+    assert "metrics.jsonl" in cli("plot", tmp_path).stderr
