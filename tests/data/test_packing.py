@@ -43,6 +43,8 @@ SHAPE = {
     "pad_token_id": 0,
     "bos_token_id": 1,
     "eos_token_id": 2,
+    # large numbers, so that what a token attends to shows in its logits
+    "initializer_range": 0.2,
 }
 BASES = {
     "llama": (LlamaForCausalLM, LlamaConfig, {}),
@@ -246,3 +248,20 @@ def test_rows_without_an_answer_give_loss_zero() -> None:
     loss = model(torch.ones_like(labels), labels=labels, logits_to_keep=scored_places(labels)).loss
     loss.backward()
     assert loss == 0
+
+
+def test_the_comparison_would_notice(
+    short_processor: LlamaAdapterProcessor, tmp_path: Path
+) -> None:
+    """Attention across samples, or another's picture, moves the loss far beyond 1e-5."""
+    source = open_source("pairs", "caption", path=write_pairs(tmp_path, 12))
+    packed = rows_of(prepare(source, short_processor), short_processor, "packed")
+    model = adapted("llama")
+    through = torch.arange(256).expand_as(packed["position_ids"])
+    another = (packed["image_index"] + 1).clamp(max=11)
+    losses = [
+        model(**packed | changed, use_cache=False).loss
+        for changed in ({}, {"position_ids": through}, {"image_index": another})
+    ]
+    assert abs(losses[0] - losses[1]) > 1e-3
+    assert abs(losses[0] - losses[2]) > 1e-3
