@@ -15,10 +15,12 @@ from llama_adapter.config import AdapterConfig
 from llama_adapter.errors import ConfigError
 from llama_adapter.model import LlamaAdapterConfig, LlamaAdapterForConditionalGeneration
 from llama_adapter.processing.processor import LlamaAdapterProcessor
+from llama_adapter.toyworld.fairness import FairlyScored
 from llama_adapter.toyworld.lessons import LessonPlan, Lessons
 from llama_adapter.toyworld.pictures import PicturePool, Progress, make_pool
 from llama_adapter.toyworld.scenes import Split
 from llama_adapter.toyworld.shipped import toy_processor
+from llama_adapter.training.engine import OneProcess
 from llama_adapter.training.joint import JointSettings, JointTrainer, fast_dtype
 
 
@@ -32,7 +34,7 @@ class Course:
     joint: str = "disjoint"
     captions: bool = True
     instructions: bool = True
-    language_first: float = 0.2
+    language_first: float = 0.3
     """First share of the steps with instructions alone: captions then have something to talk to."""
     language_rest: float = 0.1
     """What LANGUAGE's learning rates have fallen to by then. A picture is read by a moving
@@ -119,10 +121,13 @@ class Class:
         )
         self.processor: LlamaAdapterProcessor = toy_processor(course.adapter)
         self.lessons = Lessons(self.processor, pool, plan=course.plan, seed=seed)
+        engine = OneProcess(self.model)
+        engine.module = FairlyScored(self.model)
         self.trainer = JointTrainer(
             self.model,
             course.settings(course.steps),
             autocast_dtype=dtype,
+            engine=engine,
         )
         self.history = History()
         self._limit = seconds

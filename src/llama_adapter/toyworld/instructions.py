@@ -41,8 +41,8 @@ KNOWLEDGE: tuple[tuple[str, str], ...] = (
 """Questions that need no scene."""
 
 TYPE_WEIGHTS: dict[str, float] = {
-    "color": 2, "shape": 2, "size": 2, "where": 2, "where_color": 3, "count": 1,
-    "exist": 4, "at": 3, "colors": 2, "relation": 3, "compare": 3, "sign": 3,
+    "color": 2, "shape": 2, "size": 2, "where": 2, "where_color": 3, "count": 3,
+    "exist": 4, "at": 4, "colors": 4, "relation": 3, "compare": 3, "sign": 3,
 }  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from llama_adapter.conversation import Conversation, ImageRef
 from llama_adapter.processing.encoding import pad
 from llama_adapter.processing.processor import LlamaAdapterProcessor
 from llama_adapter.toyworld.captions import describe_tasks, passage
+from llama_adapter.toyworld.fairness import UNSCORED, unscored_tokens
 from llama_adapter.toyworld.instructions import sample_instruction, sample_talk
 from llama_adapter.toyworld.pictures import PicturePool
 from llama_adapter.toyworld.scenes import sample_training_scene
@@ -54,6 +55,8 @@ class LessonPlan:
     """How often the full caption is asked for, against 1 for every other way to describe."""
     strange_share: float = 0.12
     """Share of the pictures in colours without a name, described by all but their colours."""
+    fair_captions: bool = True
+    """Whether words that are held out with what is described are not scored as false."""
     distractor_share: float = 0.45
     """Share of passages that follow another scene's passage: the last one counts."""
     talk_share: float = 0.1
@@ -81,7 +84,11 @@ class Lessons:
         rng = random.Random(f"captions/{self.seed}/{step}")
         drawn = [self._caption(rng) for _ in range(self.plan.batch_size)]
         indices, conversations = zip(*drawn, strict=True)
-        return collate(self.processor, conversations, features=self.pool.features(indices))
+        batch = collate(self.processor, conversations, features=self.pool.features(indices))
+        if self.plan.fair_captions:
+            scenes = [self.pool.scenes[index] for index in indices]
+            batch[UNSCORED] = unscored_tokens(batch["labels"], scenes, self.processor.tokenizer)
+        return batch
 
     def _caption(self, rng: random.Random) -> tuple[int, Conversation]:
         index = rng.randrange(len(self.pool))

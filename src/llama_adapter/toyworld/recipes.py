@@ -30,9 +30,9 @@ CAPTION = AdapterConfig.preset(
 )
 """The paper's default caption expert at toy size: late fusion, captions only."""
 
-V2_COURSE = Course(adapter=V2, steps=4500)
+V2_COURSE = Course(adapter=V2, steps=4000)
 CAPTION_COURSE = Course(
-    adapter=CAPTION, steps=3000, joint="naive", instructions=False, language_first=0.0
+    adapter=CAPTION, steps=2600, joint="naive", instructions=False, language_first=0.0
 )
 COURSES = {"v2": V2_COURSE, "caption": CAPTION_COURSE}
 """How each shipped adapter was made."""

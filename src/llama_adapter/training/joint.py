@@ -131,10 +131,11 @@ class JointTrainer:
         self.optimizers = self._make_optimizers(beside or {})
 
     def _make_optimizers(self, beside: Collection[str]) -> tuple[torch.optim.Optimizer, ...]:
+        rate = self.settings.matrix_lr
         matrices = {
             name: parameter
             for name, parameter in self.named[Group.VISION].items()
-            if self.settings.matrix_lr is not None and is_matrix(name, parameter)
+            if rate is not None and is_matrix(name, parameter)
         }
         rest = {
             group: {name: p for name, p in named.items() if name not in matrices}
@@ -142,13 +143,12 @@ class JointTrainer:
         }
         groups = parameter_groups(rest, self.settings, beside=beside)
         adamw = torch.optim.AdamW(groups, betas=(0.9, 0.98), eps=1e-8)
-        if not matrices:
+        if rate is None or not matrices:
             return (adamw,)
         if not hasattr(torch.optim, "Muon"):
             raise ConfigError(f"matrix_lr needs torch 2.9 or newer, this is {torch.__version__}")
         if any(hasattr(parameter, "placements") for parameter in matrices.values()):
             raise ConfigError("matrix_lr needs whole matrices; FSDP2 shards them: leave it out")
-        rate = self.settings.matrix_lr
         group = {"params": list(matrices.values()), "base_lr": rate, "group": Group.VISION}
         muon = torch.optim.Muon(
             [group], lr=rate, momentum=0.95, weight_decay=self.settings.weight_decay

@@ -1,0 +1,75 @@
+"""Captions score no word as false that is held out with what they describe."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from llama_adapter.conversation import Conversation
+from llama_adapter.model import LlamaAdapterConfig, LlamaAdapterForConditionalGeneration
+from llama_adapter.toyworld.captions import CAPTION_TASK
+from llama_adapter.toyworld.fairness import UNSCORED, FairlyScored, unscored_tokens
+from llama_adapter.toyworld.lessons import PICTURE, collate
+from llama_adapter.toyworld.recipes import V2
+from llama_adapter.toyworld.scenes import HELD_OUT, Scene, Thing
+from llama_adapter.toyworld.shipped import load_decoder, load_tower, toy_processor
+
+SCENE = Scene(
+    things=(
+        Thing(shape="square", color="green", size="small", place="north"),
+        Thing(shape="star", color="white", size="large", place="south"),
+    )
+)
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return toy_processor(V2)
+
+
+@pytest.fixture(scope="module")
+def batch(processor):
+    import random
+
+    text = CAPTION_TASK.write(SCENE, random.Random(0))
+    talk = Conversation.ask("what do you see?", images=[PICTURE], answer=text)
+    generator = torch.Generator().manual_seed(0)
+    return collate(processor, [talk], features=torch.randn(1, 64, 128, generator=generator))
+
+
+def test_just_the_held_out_words_are_left_out(processor, batch):
+    unscored_BT = unscored_tokens(batch["labels"], [SCENE], processor.tokenizer)
+    found = {
+        processor.decode([label]): processor.decode([token])
+        for label, token in zip(batch["labels"][0], unscored_BT[0], strict=True)
+        if token >= 0
+    }
+    assert found == {"green": "yellow", "square": "circle", "white": "blue"}
+    assert ("square", "yellow") in HELD_OUT
+    assert ("circle", "green") in HELD_OUT
+    assert ("star", "blue") in HELD_OUT
+
+
+def test_the_loss_is_cross_entropy_over_the_words_that_are_left(processor, batch):
+    model = LlamaAdapterForConditionalGeneration.from_base(
+        load_decoder(), load_tower(), LlamaAdapterConfig(adapter=V2), seed=0
+    )
+    fair = FairlyScored(model)
+    plain = model(**batch, use_cache=False)
+    same = fair(**batch, use_cache=False)
+    assert torch.equal(plain.loss, same.loss)
+
+    unscored_BT = unscored_tokens(batch["labels"], [SCENE], processor.tokenizer)
+    output = fair(**batch, **{UNSCORED: unscored_BT}, use_cache=False)
+    kept = (batch["labels"][0, 1:] != -100).nonzero().flatten()
+    assert torch.allclose(output.logits, plain.logits[:, kept], atol=1e-5)
+    logits_KV = plain.logits[0, kept].detach().double()
+    wanted_K = batch["labels"][0, kept + 1]
+    left_out_K = unscored_BT[0, kept + 1]
+    probabilities_KV = logits_KV.softmax(-1)
+    expected = 0.0
+    for p_V, wanted, left_out in zip(probabilities_KV, wanted_K, left_out_K, strict=True):
+        rest = 1 - (p_V[left_out] if left_out >= 0 else 0)
+        expected -= float(torch.log(p_V[wanted] / rest)) / len(kept)
+    assert output.loss.item() == pytest.approx(expected, abs=1e-5)
+    assert output.loss < plain.loss
