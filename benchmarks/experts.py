@@ -80,11 +80,22 @@ def measure_signs(loaded: Loaded, options: argparse.Namespace) -> dict[str, Any]
         texts.append(found.text)
         right_text += [f.text.lower() for r in found.reports for f in r.findings] == [scene.sign]
     result: dict[str, Any] = {"chance": round(CHANCE, 4), "pixels": options.size}
-    for name, contexts in {"without": [None] * len(scenes), "with_ocr": texts}.items():
+    around = Surroundings(model=loaded[0], processor=loaded[1])
+    captioner = Panel(make_experts([f"caption={options.caption}"], around), timeout=600)
+    captions = captions_of(captioner, scenes, seed=options.seed)
+    ways: dict[str, Sequence[str | None]] = {
+        "without": [None] * len(scenes),
+        "with_ocr": texts,
+        "with_caption_and_ocr": [f"{c}\n{t}" for c, t in zip(captions, texts, strict=True)],
+        "with_ocr_picture_hidden": texts,
+    }
+    for name, contexts in ways.items():
         given = answers(
             loaded,
             [
-                Conversation.ask(question, images=[image], context=context)
+                Conversation.ask(
+                    question, images=[] if "hidden" in name else [image], context=context
+                )
                 for (question, _), image, context in zip(questions, pictures, contexts, strict=True)
             ],
         )

@@ -24,11 +24,13 @@ from PIL import Image
 from llama_adapter.errors import ExpertError, MissingDependencyError
 from llama_adapter.experts.reading_order import Line, Quad
 
-TILE = 1920
-"""Side of a tile in pixels; RapidOCR itself reduces whatever is larger than 2,000."""
+TILE = 1600
+"""Longest side of a tile in pixels; RapidOCR itself reduces whatever is larger than 2,000."""
+SHORT_TILE = 1280
+"""Longest side of a tile that is less than half as wide: in longer ones lines were missed."""
 OVERLAP = 160
 """Pixels that neighbouring tiles share, so that a line is whole in one of them."""
-MAX_TILES = 48
+MAX_TILES = 64
 """Beyond that a picture is reduced first."""
 SMALL_SIDE = 96
 """A picture whose shorter side is smaller is read in several ways, enlarged among them."""
@@ -111,7 +113,7 @@ class OcrEngine:
     def _read_upright(self, image: Image.Image, *, deadline: float | None) -> Page:
         if min(image.size) < SMALL_SIDE:
             return self._small(image)
-        if max(image.size) > TILE:
+        if len(_tiles(image.size, 1.0)) > 1:
             return self._tiled(image, deadline=deadline)
         lines = self._lines(image)
         heights = sorted(_height(line) for line in lines)
@@ -319,17 +321,19 @@ def _turned_back(line: Line, turn: int, size: tuple[int, int]) -> Line:
 
 def _tiles(size: tuple[int, int], scale: float) -> list[tuple[int, int, int, int]]:
     """Overlapping tiles that cover a picture of that size, reduced by a scale."""
-    spans = [_spans(max(1, round(side * scale))) for side in size]
-    return [(left, top, right, bottom) for top, bottom in spans[1] for left, right in spans[0]]
+    sides = [max(1, round(side * scale)) for side in size]
+    longest = min(TILE, max(SHORT_TILE, 2 * min(sides)))
+    across, down = (_spans(side, longest) for side in sides)
+    return [(left, top, right, bottom) for top, bottom in down for left, right in across]
 
 
-def _spans(length: int) -> list[tuple[int, int]]:
+def _spans(length: int, longest: int) -> list[tuple[int, int]]:
     """Even, overlapping stretches of at most a tile's side."""
-    if length <= TILE:
+    if length <= longest:
         return [(0, length)]
-    count = math.ceil((length - OVERLAP) / (TILE - OVERLAP))
-    step = (length - TILE) / (count - 1)
-    return [(round(i * step), round(i * step) + TILE) for i in range(count)]
+    count = math.ceil((length - OVERLAP) / (longest - OVERLAP))
+    step = (length - longest) / (count - 1)
+    return [(round(i * step), round(i * step) + longest) for i in range(count)]
 
 
 def _is_blank(tile: Image.Image) -> bool:

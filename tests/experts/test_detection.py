@@ -1,0 +1,124 @@
+"""Boxes in words, and a real detector of random numbers, without torchvision."""
+
+import pytest
+import torch
+from PIL import Image
+
+from llama_adapter.errors import ExpertError
+from llama_adapter.experts.detection import DetectionExpert, nouns
+from llama_adapter.experts.positions import Seen, group, place, without_doubles
+
+LABELS = {0: "dog", 1: "ball"}
+
+
+def seen(label, box, confidence=0.9):
+    return Seen(label=label, confidence=confidence, box=box)
+
+
+@pytest.mark.parametrize(
+    ("box", "where"),
+    [
+        ((0, 0, 20, 20), "top left"),
+        ((40, 0, 60, 20), "top"),
+        ((80, 0, 100, 20), "top right"),
+        ((0, 40, 20, 60), "left"),
+        ((40, 40, 60, 60), "centre"),
+        ((80, 40, 100, 60), "right"),
+        ((0, 80, 20, 100), "bottom left"),
+        ((40, 80, 60, 100), "bottom"),
+        ((80, 80, 100, 100), "bottom right"),
+        ((2, 2, 98, 99), "filling the picture"),
+    ],
+)
+def test_places_are_cells_of_a_grid(box, where):
+    assert place(box, width=100, height=100) == where
+    wide = (box[0] * 3, box[1], box[2] * 3, box[3])
+    assert place(wide, width=300, height=100) == where
+
+
+def test_things_of_one_kind_and_place_are_counted():
+    things = [
+        seen("ball", (80, 80, 95, 95)),
+        seen("dog", (0, 30, 30, 60)),
+        seen("dog", (5, 40, 32, 70)),
+        seen("dog", (1, 31, 30, 61), 0.6),  # the first one once more
+    ]
+    assert [g.text for g in group(things, width=100, height=100)] == [
+        "two dogs, left",
+        "a ball, bottom right",
+    ]
+    assert len(without_doubles(things)) == 3
+
+
+@pytest.fixture(scope="module")
+def detector(tmp_path_factory):
+    from transformers import (
+        DetrConfig,
+        DetrForObjectDetection,
+        DetrImageProcessorPil,
+        ResNetConfig,
+    )
+
+    torch.manual_seed(0)
+    backbone = ResNetConfig(
+        embedding_size=8, hidden_sizes=[8, 8, 8, 16], depths=[1] * 4, out_features=["stage4"]
+    )
+    config = DetrConfig(
+        use_timm_backbone=False,
+        backbone=None,
+        use_pretrained_backbone=False,
+        backbone_config=backbone,
+        d_model=16,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=16,
+        decoder_ffn_dim=16,
+        num_queries=6,
+        id2label=LABELS,
+        label2id={name: number for number, name in LABELS.items()},
+    )
+    folder = tmp_path_factory.mktemp("detr")
+    DetrForObjectDetection(config).save_pretrained(folder)
+    sizes = {"shortest_edge": 64, "longest_edge": 96}
+    DetrImageProcessorPil(size=sizes).save_pretrained(folder)
+    return str(folder)
+
+
+def test_a_detr_says_what_is_where(detector):
+    expert = DetectionExpert(detector, confidence=0.0)
+    images = [Image.new("RGB", (64, 48), (200, 30, 30)), Image.new("RGB", (48, 64))]
+    report = expert.consult(images, "what is there?")
+    assert {finding.picture for finding in report.findings} == {0, 1}
+    assert report.text.startswith("Picture 1: In the picture: ")
+    for finding in report.findings:
+        assert finding.kind == "object"
+        assert any(label in finding.text for label in ("dog", "ball"))
+        left, top, right, bottom = finding.box
+        assert left <= right
+        assert top <= bottom
+    assert expert.traits.version is not None
+    assert expert.traits.asks is False
+
+
+def test_nothing_sure_enough_is_said(detector):
+    report = DetectionExpert(detector, confidence=1.0).consult([Image.new("RGB", (64, 48))], "?")
+    assert report.text == ""
+    assert report.notes == ("nothing seen with a confidence of 1 or more",)
+
+
+def test_what_cannot_detect_is_refused(detector, adapter_dir, tmp_path):
+    with pytest.raises(ExpertError, match="cannot be loaded"):
+        DetectionExpert(str(tmp_path))
+    with pytest.raises(ExpertError, match="no usable object-detection model"):
+        DetectionExpert(str(adapter_dir.parent / "base"))
+    with pytest.raises(ExpertError, match="labels are for zero-shot"):
+        DetectionExpert(detector, labels=["cat"])
+    with pytest.raises(ExpertError, match="confidence must be"):
+        DetectionExpert(detector, confidence=-1)
+
+
+def test_nouns_are_what_a_zero_shot_detector_looks_for():
+    assert nouns("Where is the red umbrella?") == ("red", "umbrella")
+    assert nouns("What do you see?") == ()

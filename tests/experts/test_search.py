@@ -1,0 +1,202 @@
+"""Passages of the user's own texts: found, kept up to date, and never in the way."""
+
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from typing import ClassVar
+
+import pytest
+
+pytest.importorskip("bm25s")
+
+from llama_adapter.errors import ExpertError
+from llama_adapter.experts import Finding, Report
+from llama_adapter.experts.search import SearchExpert
+from llama_adapter.experts.search_index import FolderIndex
+from llama_adapter.experts.web_search import WebSearchExpert
+
+
+@pytest.fixture
+def folder(tmp_path):
+    folder = tmp_path / "notes"
+    (folder / "more").mkdir(parents=True)
+    (folder / "hotels.md").write_text(
+        "# Hotels\n\nThe Pacific opens at seven.\n\n# Banks\n\nBanks close on Sundays.\n"
+    )
+    (folder / "more" / "faq.jsonl").write_text(
+        json.dumps({"question": "How warm is the pool?", "answer": "Twenty-eight degrees."})
+        + "\n\n"
+        + json.dumps({"text": "Batteries are charged in the cellar."})
+        + "\n"
+    )
+    (folder / "long.txt").write_text(
+        "\n\n".join(
+            f"Room {i} has {i} windows. " + "Filler words follow here. " * 40 for i in range(9)
+        )
+    )
+    (folder / ".hidden.txt").write_text("secret pool")
+    return folder
+
+
+def sources(report):
+    return [finding.source for finding in report.findings]
+
+
+def test_passages_come_with_their_place(folder):
+    report = SearchExpert(folder, passages=1).consult([], "When does the Pacific open?")
+    assert sources(report) == ["hotels.md:1"]
+    assert "opens at seven" in report.text
+    assert sources(SearchExpert(folder, passages=1).consult([], "warm pool?")) == [
+        "more/faq.jsonl:1"
+    ]
+    assert sources(SearchExpert(folder, passages=1).consult([], "battery")) == ["more/faq.jsonl:3"]
+    assert all(
+        len(f.text.split()) <= 240 for f in SearchExpert(folder).consult([], "room").findings
+    )
+
+
+def test_what_others_read_in_the_picture_is_looked_up(folder):
+    read = Report(expert="ocr", findings=(Finding(text="HOTEL PACIFIC", kind="line"),))
+    report = SearchExpert(folder, passages=1).consult_after("What should I know?", [read])
+    assert sources(report) == ["hotels.md:1"]
+
+
+def test_the_index_lies_beside_the_folder_and_follows_it(folder):
+    assert "4 of" not in str(SearchExpert(folder).consult([], "pool").notes)
+    directory = folder.parent / ".notes.llama-adapter-index"
+    assert (directory / "files.json").exists()
+    assert SearchExpert(folder).consult([], "pool").notes == (), "nothing changed"
+    (folder / "new.txt").write_text("Zebras graze.")
+    (folder / "hotels.md").unlink()
+    expert = SearchExpert(folder)
+    report = expert.consult([], "zebra")
+    assert report.notes == ("index brought up to date: 1 of 3 files read, 1 gone",)
+    assert sources(report) == ["new.txt:1"]
+    assert expert.consult([], "Pacific").findings == ()
+
+
+@pytest.mark.parametrize("damage", [b"", b"{}", b'{"hotels.md": 3}', b"\x00\xff" * 50])
+def test_a_damaged_index_is_made_anew_and_says_so(folder, damage):
+    SearchExpert(folder).consult([], "pool")
+    (folder.parent / ".notes.llama-adapter-index" / "files.json").write_bytes(damage)
+    report = SearchExpert(folder).consult([], "pool")
+    assert sources(report) == ["more/faq.jsonl:1"]
+    assert any("was damaged and is made anew" in note for note in report.notes)
+    assert SearchExpert(folder).consult([], "pool").notes == ()
+
+
+def test_files_that_cannot_be_read_are_named_and_left_out(folder):
+    (folder / "bad.jsonl").write_text('{"text": "fine"}\nnot json\n')
+    (folder / "bad.pdf").write_bytes(b"no pdf at all")
+    (folder / "binary.txt").write_bytes(b"\x00\x01\x02")
+    notes = " ".join(SearchExpert(folder).consult([], "pool").notes)
+    assert "bad.jsonl: line 2 is no JSON" in notes
+    assert "bad.pdf" in notes
+    assert "binary.txt: is no text" in notes
+
+
+def test_a_pdf_is_searched_page_by_page(folder):
+    pytest.importorskip("pypdf")
+    (folder / "manual.pdf").write_bytes(_pdf("Press the violet button twice"))
+    report = SearchExpert(folder, passages=1).consult([], "violet button")
+    assert sources(report) == ["manual.pdf, page 1"]
+
+
+def test_folders_without_text_are_refused(tmp_path):
+    (tmp_path / "photo.png").write_bytes(b"x")
+    with pytest.raises(ExpertError, match="holds no txt, md, json, jsonl or pdf file"):
+        FolderIndex(tmp_path).search("x", count=1)
+    (tmp_path / "empty.txt").write_text("\n")
+    with pytest.raises(ExpertError, match="no text in the 1 files"):
+        FolderIndex(tmp_path).search("x", count=1)
+
+
+def test_no_shared_word_is_said(folder):
+    report = SearchExpert(folder).consult([], "xylophone")
+    assert report.findings == ()
+    assert report.notes[-1].startswith("no passage shares a word")
+
+
+def _pdf(text):
+    """A one-page PDF, written by hand."""
+    stream = f"BT /F1 12 Tf 20 100 Td ({text}) Tj ET".encode()
+    objects = [
+        b"<< /Type /Catalog /Pages 2 0 R >>",
+        b"<< /Type /Pages /Kids [3 0 R] /Count 1 >>",
+        b"<< /Type /Page /Parent 2 0 R /MediaBox [0 0 300 200] /Contents 4 0 R"
+        b" /Resources << /Font << /F1 5 0 R >> >> >>",
+        b"<< /Length %d >>\nstream\n%s\nendstream" % (len(stream), stream),
+        b"<< /Type /Font /Subtype /Type1 /BaseFont /Helvetica >>",
+    ]
+    out, places = b"%PDF-1.4\n", []
+    for number, body in enumerate(objects, start=1):
+        places.append(len(out))
+        out += b"%d 0 obj\n%s\nendobj\n" % (number, body)
+    start = len(out)
+    out += b"xref\n0 6\n0000000000 65535 f \n"
+    out += b"".join(b"%010d 00000 n \n" % place for place in places)
+    return out + b"trailer << /Size 6 /Root 1 0 R >>\nstartxref\n%d\n%%%%EOF" % start
+
+
+# --- the web, if the user names a service -------------------------------------------------------
+
+
+class Service(BaseHTTPRequestHandler):
+    replies: ClassVar[dict[str, tuple[int, bytes]]] = {}
+    asked: ClassVar[list[str]] = []
+
+    def do_GET(self):
+        path = self.path.partition("?")[0]
+        self.asked.append(self.path)
+        status, body = self.replies[path]
+        self.send_response(status)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture(scope="module")
+def service():
+    results = [{"title": "Star", "content": "A shape.", "url": "https://a.example"}, "plain", {}]
+    Service.replies = {
+        "/search": (200, json.dumps({"results": results}).encode()),
+        "/broken": (200, b"<html>"),
+        "/refused": (403, b""),
+        "/empty": (200, b"[]"),
+    }
+    server = HTTPServer(("127.0.0.1", 0), Service)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def test_results_are_findings_and_the_picture_stays_private(service):
+    read = Report(expert="ocr", findings=(Finding(text="PRIVATE", kind="line"),))
+    report = WebSearchExpert(f"{service}/search").consult_after("what is a star?", [read])
+    assert [f.text for f in report.findings] == ["Star: A shape.", "plain"]
+    assert report.findings[0].source == "https://a.example"
+    assert "PRIVATE" not in Service.asked[-1]
+    shared = WebSearchExpert(f"{service}/search?k={{query}}", with_findings=True)
+    shared.consult_after("what?", [read])
+    assert Service.asked[-1] == "/search?k=what%3F%20PRIVATE"
+
+
+@pytest.mark.parametrize(
+    ("path", "words"), [("/broken", "other than JSON"), ("/refused", "answers 403")]
+)
+def test_a_service_that_misbehaves_is_reported(service, path, words):
+    with pytest.raises(ExpertError, match=words):
+        WebSearchExpert(service + path).consult([], "x")
+
+
+def test_no_results_and_no_service(service):
+    assert WebSearchExpert(f"{service}/empty").consult([], "x").notes[-1] == "no results"
+    with pytest.raises(ExpertError, match="cannot be reached"):
+        WebSearchExpert("http://127.0.0.1:9/").consult([], "x")
+    with pytest.raises(ExpertError, match="must start with http"):
+        WebSearchExpert("file:///etc/passwd")
