@@ -6,6 +6,7 @@ import csv
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -144,8 +145,20 @@ class CocoSource:
     def groups(self) -> np.ndarray | None:
         if self.layout.form != "coco":
             return self._record
-        ids = [self.records[i].get("image_id") for i in range(len(self.records))]
-        return np.unique(np.array([str(i) for i in ids]), return_inverse=True)[1]
+        return self._groups
+
+    @cached_property
+    def _groups(self) -> np.ndarray:
+        """Which annotations are of one picture; those that cannot be read make one group."""
+        ids = np.fromiter(map(self._image_id, range(len(self))), dtype=np.int64, count=len(self))
+        return np.unique(ids, return_inverse=True)[1]
+
+    def _image_id(self, index: int) -> int:
+        try:
+            found = self.records[index].get("image_id")
+        except DataError:
+            return -1
+        return found if isinstance(found, int) else -1
 
     def fingerprint(self) -> str:
         return f"{self.options!r}{self.records.file.version}"
