@@ -1,7 +1,12 @@
-"""Small real things that the tests share: tokenizers, an image processor, a whole adapter."""
+"""What the tests share: the program itself, tokenizers, an image processor, a whole adapter."""
 
 from __future__ import annotations
 
+import contextlib
+import io
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +33,34 @@ INST = (
     "{% else %} {{ message.content }}{{ eos_token }}{% endif %}{% endfor %}"
 )
 """In the manner of Llama 2: turns marked by ordinary text."""
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What a run of the program left behind."""
+
+    status: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture
+def cli(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Finished]:
+    """Run the program in this process; `stdin` is what the user types."""
+    from llama_adapter.cli import main
+
+    def run(*arguments: object, stdin: str = "") -> Finished:
+        monkeypatch.setattr(sys, "argv", ["llama-adapter", *map(str, arguments)])
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        out, err, status = io.StringIO(), io.StringIO(), 0
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                main()
+            except SystemExit as error:
+                status = int(error.code or 0)
+        return Finished(status, out.getvalue(), err.getvalue())
+
+    return run
 
 
 @pytest.fixture(scope="session")

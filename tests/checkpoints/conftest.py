@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import random
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -237,31 +234,6 @@ def make_world(tmp_path: Path) -> Callable[..., World]:
 @pytest.fixture
 def world(make_world: Callable[..., World]) -> World:
     return make_world()
-
-
-@dataclass(frozen=True)
-class Finished:
-    status: int
-    stdout: str
-    stderr: str
-
-
-@pytest.fixture
-def cli(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Finished]:
-    """Run the program in this process."""
-    from llama_adapter.cli import main
-
-    def run(*arguments: object) -> Finished:
-        monkeypatch.setattr(sys, "argv", ["llama-adapter", *map(str, arguments)])
-        out, err, status = io.StringIO(), io.StringIO(), 0
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            try:
-                main()
-            except SystemExit as error:
-                status = int(error.code or 0)
-        return Finished(status, out.getvalue(), err.getvalue())
-
-    return run
 
 
 SENTENCES = (

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from llama_adapter.errors import EvaluationError
 from llama_adapter.evaluation.judges import LocalJudge
@@ -16,46 +15,18 @@ from llama_adapter.evaluation.judging import judge_rows
 from llama_adapter.evaluation.records import Record, Row
 from llama_adapter.evaluation.tasks import find_task
 
+from .byheart import fresh, learn
+
 GOOD = "Yes, score: 4"
-ROWS = [Row(record=Record(id=str(i), questions=("who?",), gold="a"), answers=("a",)) for i in (0, 1)]
-
-
-def build(tokenizer: Any, folder: Path) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=2048,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    tokenizer.save_pretrained(folder)
-    return LlamaForCausalLM(config)
+ROWS = [
+    Row(record=Record(id=str(i), questions=("who?",), gold="a"), answers=("a",)) for i in (0, 1)
+]
 
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory, bytes_tokenizer: Any) -> Path:
     folder = tmp_path_factory.mktemp("judge")
-    model = build(bytes_tokenizer, folder)
-    reply = bytes_tokenizer(GOOD, return_tensors="pt").input_ids
-    start = bytes_tokenizer("<|im_start|>assistant\n", return_tensors="pt").input_ids
-    end = torch.tensor([[bytes_tokenizer.eos_token_id]])
-    text = torch.cat([start, reply, end], dim=1)
-    # at many places, so that the reply does not hang on the length of the prompt
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(150):
-        places = torch.randint(0, 1500, (8, 1), generator=generator)
-        position_ids = places + torch.arange(text.shape[1])
-        batch = text.expand(8, -1)
-        loss = model(input_ids=batch, position_ids=position_ids, labels=batch).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    model.save_pretrained(folder)
-    return folder
+    return learn(bytes_tokenizer, folder, after="<|im_start|>assistant\n", say=GOOD)
 
 
 def test_it_judges_through_its_chat_template(directory: Path, tmp_path: Path) -> None:
@@ -71,7 +42,7 @@ def test_it_judges_through_its_chat_template(directory: Path, tmp_path: Path) ->
 
 
 def test_what_a_judge_without_a_clue_says_is_listed(bytes_tokenizer: Any, tmp_path: Path) -> None:
-    build(bytes_tokenizer, tmp_path / "judge").save_pretrained(tmp_path / "judge")
+    fresh(bytes_tokenizer, tmp_path / "judge").save_pretrained(tmp_path / "judge")
     judge = LocalJudge(str(tmp_path / "judge"), max_tokens=4)
     report = judge_rows(find_task("msvd-qa"), ROWS[:1], judge, tmp_path)
     assert report.unreadable == ("0/answer",)
