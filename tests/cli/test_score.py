@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from tests.evaluation.servers import serving
+
 Cli = Callable[..., Any]
 
 
@@ -103,3 +105,22 @@ def test_eval_refuses(cli: Cli, tmp_path: Path, options: tuple[str, ...], messag
     done = cli("eval", "vqa", "--data", data, "--out", tmp_path / "out", *options)
     assert done.status == 2
     assert message in done.stderr
+
+
+def test_shards_of_an_endpoint_merge_into_the_whole(cli: Cli, tmp_path: Path) -> None:
+    pytest.importorskip("openai")
+    data = tmp_path / "questions.jsonl"
+    lines = [{"id": i, "question": f"what is {i}?", "answer": str(i % 3)} for i in range(5)]
+    data.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    common = ("eval", "vqa", "--judge", "exact-match", "--json")
+    asked = (*common, "--data", data, "--model", "m", "--endpoint")
+    with serving(lambda *_: "1") as served:
+        whole = cli(*asked, served.url, "--out", tmp_path / "whole")
+        for shard in ("1/2", "2/2"):
+            done = cli(*asked, served.url, "--out", tmp_path / "parts", "--shard", shard)
+            assert done.status == 0, done.stderr
+    merged = cli(*common, "--out", tmp_path / "parts", "--merge")
+    assert merged.status == 0, merged.stderr
+    found, expected = json.loads(merged.stdout), json.loads(whole.stdout)
+    assert (found["n"], found["metrics"]) == (expected["n"], expected["metrics"])
+    assert found["metrics"]["exact-match:accuracy"] == 40
