@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from PIL import Image
@@ -12,7 +12,7 @@ from PIL import Image
 from llama_adapter.errors import ExpertError
 from llama_adapter.experts.base import Finding, Report, Traits
 from llama_adapter.experts.pipelines import load_pipeline, pipeline_version
-from llama_adapter.experts.positions import Group, Seen, group
+from llama_adapter.experts.positions import Box, Group, Seen, group
 
 DEFAULT_CONFIDENCE = 0.5
 ZERO_SHOT_CONFIDENCE = 0.15
@@ -109,10 +109,21 @@ class DetectionExpert:
             Seen(
                 label=str(found["label"]),
                 confidence=float(found["score"]),
-                box=tuple(float(found["box"][side]) for side in ("xmin", "ymin", "xmax", "ymax")),  # type: ignore[arg-type]
+                box=_within(found["box"], image.size),
             )
             for found in self._pipeline(image, **options)
         ]
+
+
+def _within(box: Mapping[str, float], size: tuple[int, int]) -> Box:
+    """A pipeline's box, as far as it lies in the picture."""
+    width, height = size
+    return (
+        min(max(float(box["xmin"]), 0.0), width),
+        min(max(float(box["ymin"]), 0.0), height),
+        min(max(float(box["xmax"]), 0.0), width),
+        min(max(float(box["ymax"]), 0.0), height),
+    )
 
 
 def nouns(question: str) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ def load_pipeline(task: str, model: str, *, expert: str, device: str | None = No
     """The pipeline of a model by name or directory; it never needs torchvision if it can do
     without. Raises ExpertError saying what is wrong.
     """
-    from transformers import pipeline
+    from transformers import AutoConfig, pipeline
 
     path = Path(model).expanduser()
     if path.exists() and not (path / "config.json").is_file():
@@ -26,6 +26,9 @@ def load_pipeline(task: str, model: str, *, expert: str, device: str | None = No
     try:
         # transformers imports modules as they are needed, which two threads must not do at once
         with _LOADING:
+            kind = AutoConfig.from_pretrained(where).model_type
+            if kind not in _model_types(task):
+                raise ValueError(f"transformers has no such task for models of type {kind!r}")
             return pipeline(task, model=where, device=device or "cpu")
     except (OSError, ValueError, ImportError, KeyError, AttributeError, RuntimeError) as error:
         reason = " ".join(str(error).split())
@@ -37,6 +40,14 @@ def load_pipeline(task: str, model: str, *, expert: str, device: str | None = No
         raise ExpertError(
             f"expert {expert!r}: {model!r} is no usable {task} model: {reason[:300]}"
         ) from error
+
+
+def _model_types(task: str) -> frozenset[str]:
+    """Types of models that transformers has the task for."""
+    from transformers.models.auto import modeling_auto
+
+    name = f"MODEL_FOR_{task.upper().replace('-', '_')}_MAPPING_NAMES"
+    return frozenset(getattr(modeling_auto, name))
 
 
 def pipeline_version(pipeline: Any, *settings: Any) -> str:
