@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any
 
@@ -25,7 +26,7 @@ from llama_adapter.training.held_out import CaptionScorer, HeldOutScorer
 from llama_adapter.training.measures import Row
 from llama_adapter.training.recipe import Recipe, SourceTypes
 from llama_adapter.training.run import Outcome, TrainingRun, Watcher
-from llama_adapter.training.run_directory import RunDirectory
+from llama_adapter.training.run_directory import BROKEN, JsonLines, RunDirectory
 from llama_adapter.training.streams import RecipeData, open_data
 
 TRACKER_PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio"}
@@ -62,6 +63,8 @@ def train(
                 pin_memory=accelerator.device.type == "cuda",
                 opened=watcher.stage if accelerator.is_main_process else None,
             )
+        if accelerator.is_main_process:
+            _list_broken(recipe, data, watcher)
         with _closing(data):
             sharded = is_sharded(recipe.compute.strategy, accelerator)
             built = build(recipe, device=accelerator.device, on_device=not sharded)
@@ -78,7 +81,8 @@ def train(
             )
             if accelerator.is_main_process:
                 watcher.say(_summary(run, engine, accelerator))
-            return run.run(resume=resume)
+            outcome = run.run(resume=resume)
+            return replace(outcome, broken=outcome.broken + len(data.broken))
 
 
 @contextmanager
@@ -163,6 +167,16 @@ def _flat(values: Any, key: str = "") -> Iterator[tuple[str, Any]]:
             yield from _flat(value, f"{key}.{name}" if key else str(name))
     elif values is not None:
         yield key, values
+
+
+def _list_broken(recipe: Recipe, data: RecipeData, watcher: Watcher) -> None:
+    """Write down once which records are in no row; those that break later are added there."""
+    listed = JsonLines(recipe.out / BROKEN)
+    if data.broken and not any(listed.rows()):
+        for fault in data.broken:
+            listed.append({"step": 0, **fault.to_dict()})
+    if data.broken:
+        watcher.say(f"{len(data.broken)} broken records are left out, listed in {listed.path}")
 
 
 def _summary(run: TrainingRun, engine: Engine, accelerator: Accelerator) -> str:

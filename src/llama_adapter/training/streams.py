@@ -11,6 +11,7 @@ import numpy as np
 from llama_adapter.data import (
     SOURCES,
     BatchStream,
+    Broken,
     Kind,
     Part,
     Sample,
@@ -51,6 +52,8 @@ class RecipeData:
     streams: Mapping[Kind, BatchStream]
     held_out: Mapping[str, HeldOut]
     """By the source's type; a second source of a type is called `type-2`."""
+    broken: tuple[Broken, ...] = ()
+    """Records of which no sample could be made: they are in no row."""
 
 
 def open_data(
@@ -92,7 +95,9 @@ def open_data(
             max_broken=recipe.data.max_broken,
             pin_memory=pin_memory,
         )
-    return RecipeData(streams=streams, held_out=held_out)
+    parts_of_all = (part for stream in streams.values() for part in stream.parts)
+    broken = tuple(fault for part in parts_of_all for fault in part.pieces.broken)
+    return RecipeData(streams=streams, held_out=held_out, broken=broken)
 
 
 def encoder_of(
