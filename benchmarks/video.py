@@ -6,6 +6,7 @@ python -m benchmarks.video                        # speed and the table of damag
 from __future__ import annotations
 
 import argparse
+import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -28,6 +29,7 @@ def make(
     size: tuple[int, int],
     rate: int = 30,
     codec: str = "libx264",
+    gop: int | None = None,
     faststart: bool = False,
 ) -> Path:
     """A clip of moving noise that compresses like film: a drifting gradient with grain."""
@@ -40,7 +42,7 @@ def make(
         stream = container.add_stream(codec, rate=rate)
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         if codec == "libx264":
-            stream.options = {"preset": "ultrafast"}
+            stream.options = {"preset": "ultrafast", **({} if gop is None else {"g": str(gop)})}
         for i in range(max(1, round(seconds * rate))):
             pixels = np.roll(ramp, 3 * i, axis=1) + np.roll(grain, i, axis=0)
             frame = av.VideoFrame.from_ndarray(pixels.astype(np.uint8), format="rgb24")
@@ -70,18 +72,56 @@ def decode_all(path: Path) -> int:
         return sum(1 for _ in container.decode(video=0))
 
 
-def timed(action: Callable[[], object], *, times: int = 3) -> dict[str, float]:
-    """The best of several runs, in seconds: by the clock, and of processor time.
+def decode_way(path: Path, *, frames: int = 8) -> int:
+    """Decode what leads from a key frame to each moment and nothing more: the least there is to do.
+
+    Returns how many frames that is.
+    """
+    count = 0
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        stream.thread_type = "AUTO"
+        base, seconds = stream.time_base, float(stream.duration * stream.time_base)
+        for moment in (seconds * (i + 0.5) / frames for i in range(frames)):
+            container.seek(int(moment / base), stream=stream)
+            for frame in container.decode(stream):
+                count += 1
+                if frame.time >= moment:
+                    frame.to_image()
+                    break
+    return count
+
+
+def timed(action: Callable[[], object], *, times: int = 5) -> dict[str, float]:
+    """The median of several runs, in seconds: by the clock, and of processor time.
 
     Processor time does not count what other processes of a busy machine took.
     """
-    wall = cpu = float("inf")
+    walls, cpus = [], []
     for _ in range(times):
         started, spent = time.perf_counter(), time.process_time()
         action()
-        wall = min(wall, time.perf_counter() - started)
-        cpu = min(cpu, time.process_time() - spent)
-    return {"wall_s": round(wall, 3), "cpu_s": round(cpu, 3)}
+        walls.append(time.perf_counter() - started)
+        cpus.append(time.process_time() - spent)
+    return {
+        "wall_s": round(statistics.median(walls), 3),
+        "cpu_s": round(statistics.median(cpus), 3),
+    }
+
+
+def speed(clip: Path) -> dict[str, object]:
+    """Seconds for one clip, and how they relate."""
+    seek, way = timed(lambda: load_video(clip, frames=8)), timed(lambda: decode_way(clip))
+    whole = timed(lambda: decode_all(clip), times=1)
+    return {
+        "clip": describe(clip),
+        "seek_8_frames": seek,
+        "frames_on_the_way": decode_way(clip),
+        "bare_decoding_of_the_way": way,
+        "decode_all": whole,
+        "seek_over_bare_decoding": round(seek["cpu_s"] / way["cpu_s"], 2),
+        "seek_over_decode_all": round(seek["cpu_s"] / whole["cpu_s"], 3),
+    }
 
 
 def odd_files(folder: Path) -> dict[str, Path]:
@@ -150,22 +190,23 @@ def main() -> None:
     """Measure, print and store."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=120.0, help="length of the 720p clip")
-    parser.add_argument("--clip", type=Path, help="measure this one instead of making one")
+    parser.add_argument(
+        "--clip", type=Path, action="append", help="measure these instead of making two"
+    )
     parser.add_argument("--out", type=Path, help="also write the JSON there")
     parser.set_defaults(device="cpu")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        clip = arguments.clip
-        if clip is None:
-            clip = make(folder / "720p.mp4", seconds=arguments.seconds, size=(1280, 720))
+        seconds, size = arguments.seconds, (1280, 720)
+        clips = arguments.clip or [
+            make(folder / f"{gop}.mp4", seconds=seconds, size=size, gop=gop) for gop in (30, 250)
+        ]
         result: dict[str, object] = {
-            "clip": describe(clip),
-            "seek_8_frames": timed(lambda: load_video(clip, frames=8)),
-            "seek_100_frames": timed(lambda: load_video(clip, frames=100), times=1),
-            "decode_all": timed(lambda: decode_all(clip), times=1),
+            "speed": [speed(clip) for clip in clips],
             "odd_files": {what: behaviour(path) for what, path in odd_files(folder).items()},
         }
+        arguments.clip = [clip.name for clip in clips]
     report("video", result, targets={}, options=arguments)
 
 

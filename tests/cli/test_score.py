@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 from PIL import Image
-
 from tests.evaluation.servers import serving
 
 Cli = Callable[..., Any]

@@ -107,6 +107,7 @@ def test_what_judging_took_stands_in_the_result(
     assert len(served.bodies) == 4
     assert first == again
     took = first["judging"]
+    assert (took["unreadable"], took["unavailable"]) == ([], [])
     # three replies and one that was asked for again, 10 + 3 tokens each
     assert (took["replies"], took["prompt_tokens"], took["completion_tokens"]) == (4, 40, 12)
     assert took["cost"] == pytest.approx((40 * 1000 + 12 * 2000) / 1e6)

@@ -216,7 +216,7 @@ class _Plan:
             emit({**result, "out": str(folder)})
             return
         print_report(report)
-        if usage is not None and "cost" in usage:
+        if usage and "cost" in usage:
             typer.echo(f"judging cost {usage['cost']:.4f} for {usage['replies']} replies")
 
 

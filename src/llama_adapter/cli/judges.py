@@ -13,6 +13,7 @@ from llama_adapter.errors import ConfigError
 
 if TYPE_CHECKING:
     from llama_adapter.evaluation.judges import Judge
+    from llama_adapter.evaluation.judging import JudgeReport
     from llama_adapter.evaluation.tasks.base import Task
 
 KINDS = ("local", "exact-match", "synonym-match")
@@ -78,11 +79,16 @@ def judge_answers(
     if choice.kind in WORD_JUDGES:
         compare_words(task, rows, str(choice.kind), folder)
     else:
-        _ask(task, folder, choice, rows, device=device)
+        report = _ask(task, folder, choice, rows, device=device)
+        listed = {"unreadable": report.unreadable, "unavailable": report.unavailable}
+        usage = judge_usage(folder, prices=prices) or {}
+        return {**usage, **{name: list(labels) for name, labels in listed.items()}}
     return judge_usage(folder, prices=prices)
 
 
-def _ask(task: Task, folder: Path, choice: JudgeChoice, rows: Any, *, device: str | None) -> None:
+def _ask(
+    task: Task, folder: Path, choice: JudgeChoice, rows: Any, *, device: str | None
+) -> JudgeReport:
     from llama_adapter.cli.progress import stages
     from llama_adapter.evaluation.judging import judge_rows, read_judge_prompts
 
@@ -96,3 +102,6 @@ def _ask(task: Task, folder: Path, choice: JudgeChoice, rows: Any, *, device: st
         f"{len(report.unavailable)} without a reply",
         err=True,
     )
+    for label in (*report.unreadable, *report.unavailable)[:5]:
+        typer.echo(f"  {label}", err=True)
+    return report
