@@ -103,3 +103,15 @@ def test_too_many_broken_records_stop_before_the_first_step(
     recipe = recipe_of(tmp_path, instructions=instructions, data={"max_broken": 0.01})
     with pytest.raises(DataError, match=r"1 of 30 records are broken, more than the 1.0%"):
         opened(recipe)
+
+
+def test_flash_attention_gets_one_long_row(tmp_path: Path, instructions: dict[str, Any]) -> None:
+    """In several rows it would silently let samples attend to each other."""
+    flash = {"model": DECODER, "attention": "flash_attention_2"}
+    instructions["rows"] = 2
+    batches = [
+        next(opened(recipe_of(tmp_path, instructions=instructions, **base)).streams["instruction"])
+        for base in ({}, {"base": flash})
+    ]
+    assert [b.inputs["position_ids"].shape for b in batches] == [(2, 128), (1, 256)]
+    assert batches[0].sample_ids == batches[1].sample_ids

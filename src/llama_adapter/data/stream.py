@@ -76,7 +76,8 @@ class BatchStream:
 
     Every rank draws the same plan from the seed; of each global micro-batch of `rows` rows, rank
     r takes rows r, r + world, ... The plan of an epoch lays all pieces into rows once, in an order
-    of its own. An epoch that ends within a batch is continued by the next one.
+    of its own. An epoch that ends within a batch is continued by the next one. With `join_rows` a
+    packed batch comes as one long row: see `TrainBatch.joined`.
     """
 
     def __init__(
@@ -93,6 +94,7 @@ class BatchStream:
         world: int = 1,
         workers: int = 0,
         max_broken: float = 0.01,
+        join_rows: bool = False,
         pin_memory: bool = False,
     ) -> None:
         if rows < world:
@@ -105,6 +107,7 @@ class BatchStream:
         self.rows, self.row_length, self.padding = rows, row_length, padding
         self.seed, self.rank, self.world, self.workers = seed, rank, world, workers
         self.max_broken = max_broken
+        self.join_rows = join_rows
         self.pin_memory = pin_memory
         self._trained = tuple(part.trained() for part in parts)
         for part, trained in zip(self.parts, self._trained, strict=True):
@@ -249,6 +252,7 @@ class _Builder(Dataset[Any]):
         self.kind = stream.kind
         self.encoder = stream.encoder
         self.padding, self.row_length = stream.padding, stream.row_length
+        self.join_rows = stream.join_rows
 
     def __getitem__(self, task: _Task) -> Any:
         try:
@@ -272,7 +276,7 @@ class _Builder(Dataset[Any]):
             tokens=sum(len(p.encoded) for p in prepared),
             broken=tuple(fault for _, fault in broken),
         )
-        return task.after, batch, broken
+        return task.after, batch.joined() if self.join_rows else batch, broken
 
     def _read(self, number: int, broken: list[tuple[int, Broken]]) -> Prepared | None:
         """A piece; or None, and an entry in the list, where it cannot be read any more."""

@@ -6,7 +6,6 @@ An unknown or misspelt key is an error with a suggestion. Values may be changed 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -384,8 +383,3 @@ def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
         yield annotation
     for inner in getattr(annotation, "__args__", ()):
         yield from _models_in(inner)
-
-
-def recipe_json(recipe: Recipe) -> str:
-    """The resolved recipe as one line: two runs with the same line train the same."""
-    return json.dumps(recipe.model_dump(mode="json"), sort_keys=True)
