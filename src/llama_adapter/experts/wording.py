@@ -173,9 +173,11 @@ def _words(text: str) -> list[str]:
 
 
 def _akin(one: str, other: str) -> bool:
-    """The same word, or the same but for its ending."""
+    """The same word, the same but for its ending, or one within the other."""
     short, long = sorted((one, other), key=len)
-    return short == long or (len(short) >= 4 and long.startswith(short[: max(4, len(short) - 2)]))
+    if short == long:
+        return True
+    return len(short) >= 4 and (short in long or long.startswith(short[: max(4, len(short) - 2)]))
 
 
 def _height(finding: Finding) -> float:
