@@ -119,6 +119,17 @@ def test_nothing_is_said_of_the_colors_of_a_picture_in_unnamed_colors():
             assert said - {"<eos>"}
 
 
+def test_dropout_takes_whole_channels_and_keeps_the_mean(train_pool):
+    plan = LessonPlan(batch_size=16, feature_dropout=0.5)
+    batch = Lessons(toy_processor(V2), train_pool, plan=plan, seed=0).captions(3)
+    dropped_BC = (batch["visual_features"] == 0).all(1)
+    assert 0.4 < dropped_BC.float().mean() < 0.6
+    kept = LessonPlan(batch_size=16, feature_dropout=0.0)
+    whole = Lessons(toy_processor(V2), train_pool, plan=kept, seed=0).captions(3)
+    twice = 2 * whole["visual_features"] * ~dropped_BC[:, None]
+    assert torch.equal(batch["visual_features"], twice)
+
+
 def test_collated_slots_are_where_the_placeholder_stands():
     processor = toy_processor(V2)
     conversation = Conversation.ask("what do you see?", images=[PICTURE], answer="a star.")

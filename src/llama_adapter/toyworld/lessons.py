@@ -9,6 +9,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from llama_adapter.conversation import Conversation, ImageRef
@@ -53,8 +54,11 @@ class LessonPlan:
     """Instructions a step."""
     caption_weight: float = 4.0
     """How often the full caption is asked for, against 1 for every other way to describe."""
-    strange_share: float = 0.12
+    strange_share: float = 0.2
     """Share of the pictures in colours without a name, described by all but their colours."""
+    feature_dropout: float = 0.35
+    """Share of each picture's feature channels set to zero in training. What is read off single
+    channels then counts less, and what adds up more: combinations never seen are read better."""
     fair_captions: bool = True
     """Whether words that are held out with what is described are not scored as false."""
     distractor_share: float = 0.45
@@ -84,7 +88,10 @@ class Lessons:
         rng = random.Random(f"captions/{self.seed}/{step}")
         drawn = [self._caption(rng) for _ in range(self.plan.batch_size)]
         indices, conversations = zip(*drawn, strict=True)
-        batch = collate(self.processor, conversations, features=self.pool.features(indices))
+        features_BPC = self.pool.features(indices)
+        if self.plan.feature_dropout:
+            features_BPC = _without_some_channels(features_BPC, self.plan.feature_dropout, rng)
+        batch = collate(self.processor, conversations, features=features_BPC)
         if self.plan.fair_captions:
             scenes = [self.pool.scenes[index] for index in indices]
             batch[UNSCORED] = unscored_tokens(batch["labels"], scenes, self.processor.tokenizer)
@@ -122,3 +129,11 @@ class Lessons:
             other = sample_training_scene(rng)
             context = f"{passage(other, rng)} {context}"
         return Conversation.ask(drawn.instruction, context=context, answer=drawn.answer)
+
+
+def _without_some_channels(features_BPC: Tensor, share: float, rng: random.Random) -> Tensor:
+    """Dropout of whole channels, the same ones for all patches of a picture."""
+    generator = torch.Generator().manual_seed(rng.getrandbits(63))
+    shape = (len(features_BPC), 1, features_BPC.shape[-1])
+    kept_B1C = torch.rand(shape, generator=generator) >= share
+    return features_BPC * kept_B1C / (1 - share)

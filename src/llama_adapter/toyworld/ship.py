@@ -37,7 +37,7 @@ class ShipSettings:
     """A name in `recipes.COURSES`."""
     steps: int
     seed: int = 0
-    pictures: int = 12_000
+    pictures: int = 24_000
     checkpoint_every: int = 200
     measure_every: int = 1000
     test_pictures: int = 200
@@ -136,7 +136,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, help="by default the recipe's")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--pictures", type=int, default=12_000)
+    parser.add_argument("--pictures", type=int, default=24_000)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--resume", action="store_true")
     options = parser.parse_args(arguments)
