@@ -251,6 +251,13 @@ def test_the_processor_takes_experts(loaded):
     assert paneled.contexts[1] == ()
 
 
+def test_half_of_the_context_stays_free(loaded):
+    _, processor = loaded
+    panel = Panel.beside(processor, [Sayer()], max_tokens=100_000)
+    assert panel.max_tokens == processor.context_length // 2
+    assert panel.count("star star") == processor.count_tokens("star star") > 0
+
+
 def test_training_gets_text_for_a_fraction_of_samples():
     mixer = ExpertTextMixer(fraction=0.3, texts=("a sign says stop.", "two dogs, left."), seed=1)
     plain = Conversation.ask("what is two?", answer="a number", context="numbers")

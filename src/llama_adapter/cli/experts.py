@@ -47,15 +47,13 @@ class PanelChoice:
         """The panel for MODEL, which is loaded already or answers elsewhere."""
         from llama_adapter.experts import Panel, make_experts
         from llama_adapter.experts.cache import ReportCache, default_cache_file
-        from llama_adapter.experts.wording import rough_tokens
 
-        around = surroundings(model, loaded, processor, device)
-        return Panel(
-            make_experts(self.names, around),
-            timeout=self.timeout,
-            max_tokens=self.max_tokens,
-            count=rough_tokens if processor is None else processor.count_tokens,
-            cache=ReportCache(default_cache_file()) if self.cache and self.names else None,
+        experts = make_experts(self.names, surroundings(model, loaded, processor, device))
+        cache = ReportCache(default_cache_file()) if self.cache and self.names else None
+        if processor is None:
+            return Panel(experts, timeout=self.timeout, max_tokens=self.max_tokens, cache=cache)
+        return Panel.beside(
+            processor, experts, timeout=self.timeout, max_tokens=self.max_tokens, cache=cache
         )
 
 

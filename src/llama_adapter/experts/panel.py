@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Self
 
 from PIL import Image
 
@@ -24,6 +25,7 @@ from llama_adapter.experts.base import (
 )
 from llama_adapter.experts.cache import ReportCache
 from llama_adapter.experts.wording import CountTokens, deduplicate, fit, rough_tokens
+from llama_adapter.processing.processor import LlamaAdapterProcessor
 
 Picture = Image.Image | Sequence[Image.Image]
 """A picture, or the frames of a video."""
@@ -83,6 +85,26 @@ class Panel:
         self.count = count
         self.cache = cache
         self._late: dict[int, _Call] = {}
+
+    @classmethod
+    def beside(
+        cls,
+        processor: LlamaAdapterProcessor,
+        experts: Sequence[Expert],
+        *,
+        timeout: float = 30.0,
+        max_tokens: int = 512,
+        cache: ReportCache | None = None,
+    ) -> Self:
+        """A panel that counts with a processor's tokenizer and leaves half of the context free."""
+        room = processor.context_length
+        return cls(
+            experts,
+            timeout=timeout,
+            max_tokens=max_tokens if room is None else min(max_tokens, max(1, room // 2)),
+            count=processor.count_tokens,
+            cache=cache,
+        )
 
     def consult(
         self, images: Sequence[Picture], question: str, *, known: Sequence[Report] = ()

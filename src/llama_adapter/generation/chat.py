@@ -82,9 +82,7 @@ class ChatSession:
     ) -> None:
         self.model = model
         self.processor = processor
-        self.panel = (
-            experts if isinstance(experts, Panel) else Panel(experts, count=processor.count_tokens)
-        )
+        self.panel = experts if isinstance(experts, Panel) else Panel.beside(processor, experts)
         self.settings = settings or GenerationSettings()
         self.conversation: Conversation | None = None
         self._given_context = context
