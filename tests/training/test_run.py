@@ -179,8 +179,9 @@ def test_bfloat16_autocast_keeps_trainables_in_float32(recipe_file: Recipe) -> N
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
 
 
-def test_a_plot_and_a_page_of_a_run(recipe_file: Recipe, tmp_path: Path) -> None:
-    run(recipe_file(steps=4))
+def test_a_tracker_a_plot_and_a_page_of_a_run(recipe_file: Recipe, tmp_path: Path) -> None:
+    run(recipe_file(steps=4), "logging.tracker=tensorboard")
+    assert list((tmp_path / "run").rglob("events.out.tfevents.*"))
     png, page = plot_run(tmp_path / "run")
     with Image.open(png) as picture:
         assert picture.size[0] > 800

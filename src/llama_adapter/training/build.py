@@ -32,8 +32,11 @@ class Built:
 
 def load_processor(recipe: Recipe) -> LlamaAdapterProcessor:
     """The processor of a recipe's adapter; CheckpointError where a part of it is not there."""
-    if recipe.adapter.start is not None:
-        return LlamaAdapterProcessor.from_pretrained(recipe.adapter.start)
+    start = recipe.adapter.start
+    if start is not None:
+        if not start.is_dir():
+            raise CheckpointError(f"adapter.start: {start} is no adapter directory")
+        return LlamaAdapterProcessor.from_pretrained(start)
     semantics = recipe.adapter.semantics()
     base = resolve_reference(recipe.base.model)
     try:
@@ -75,6 +78,9 @@ def build(recipe: Recipe, *, device: torch.device, on_device: bool = True) -> Bu
             LlamaAdapterConfig(adapter=recipe.adapter.semantics()),
             seed=recipe.seed,
         )
+    if lora is not None:
+        for factor in lora.named_parameters().values():
+            factor.requires_grad_(True)  # frozen with the base just now; replicas must sync it
     if on_device and recipe.base.quantization == "none":
         model.to(device)
     model.train()

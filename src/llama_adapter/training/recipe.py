@@ -200,7 +200,7 @@ class LoggingSection(Section):
     """What is written beside metrics.jsonl, which always is."""
 
     every: int = Field(default=10, ge=1)
-    """Steps between rows of metrics.jsonl and of trackers."""
+    """Steps between rows of trackers, and between rows of metrics.jsonl that hold the gates."""
     tracker: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
 
 

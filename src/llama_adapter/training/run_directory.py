@@ -29,6 +29,7 @@ BROKEN = "broken.jsonl"
 ADAPTER = "adapter"
 BEST = "best"
 STATE = "state.pt"
+CACHE = "cache"
 _STEP = re.compile(r"step-(\d+)")
 _FREE = (
     "out", "checkpoint_every", "keep_checkpoints", "logging", "evaluation", "data.workers",
@@ -54,8 +55,12 @@ class RunDirectory:
             )
         if stored.exists():
             self._check_same(recipe, stored)
-        elif self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+        elif self.path.exists() and (not self.path.is_dir() or self._holds_more_than_lengths()):
             raise TrainingError(f"{self.path} exists and holds no run; choose another out=")
+
+    def _holds_more_than_lengths(self) -> bool:
+        """Whether there is anything but the lengths of samples, which data leaves when opened."""
+        return any(path.name != CACHE for path in self.path.iterdir())
 
     def open(self, recipe: Recipe, *, resume: bool) -> None:
         """Take the directory for this recipe.
