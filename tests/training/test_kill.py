@@ -18,7 +18,7 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(
     recipe_file: Callable[..., Path], losses: Any, tmp_path: Path
 ) -> None:
     path = recipe_file(
-        steps=24, checkpoint_every=3, data__workers=1, compute__threads=1, captions__start=0.2
+        steps=18, checkpoint_every=3, data__workers=1, compute__threads=1, captions__start=0.2
     )
     whole = train(load_recipe(path, [f"out={tmp_path}/whole"]))
     run = tmp_path / "killed"

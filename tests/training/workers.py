@@ -12,7 +12,7 @@ from pathlib import Path
 from queue import Empty
 from typing import Any
 
-SECONDS = 240
+SECONDS = 600
 """How long a run may take on a busy machine."""
 
 
