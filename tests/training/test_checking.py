@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from llama_adapter import LlamaAdapterProcessor
-from llama_adapter.errors import DataError
+from llama_adapter.errors import CheckpointError, DataError
 from llama_adapter.toyworld.shipped import DECODER, SLOT_TEXT, VISION, toy_processor
 from llama_adapter.toyworld.sources import SOURCES_WITH_MINIATURES
+from llama_adapter.training.build import load_processor
 from llama_adapter.training.checking import CheckReport, check_recipe
 from llama_adapter.training.recipe import Recipe, load_recipe, parse_recipe
 
@@ -125,3 +126,10 @@ def test_warnings(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", [GOOD] * 500)
     report = check(recipe_of(path, steps=1))
     assert any("steps go through" in warning for warning in report.warnings)
+
+
+def test_a_start_that_is_not_there(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", [GOOD] * 8)
+    recipe = recipe_of(path, adapter={"start": str(tmp_path / "absent")}, prompt={})
+    with pytest.raises(CheckpointError, match=r"adapter.start: .*absent is no adapter directory"):
+        load_processor(recipe)
