@@ -36,16 +36,16 @@ def measure_receipts(root: Path, *, expert: OcrExpert | None = None) -> dict[str
 def _folder(folder: Path, records: Sequence[dict[str, Any]], reader: OcrExpert) -> dict[str, Any]:
     receipts: dict[str, Any] = {}
     totals = {"errors": 0, "errors_with_spaces": 0, "letters": 0, "letters_with_spaces": 0}
-    seconds = 0.0
+    seconds = processor_seconds = 0.0
     with Image.open(folder / records[0]["image"]) as first:
         reader.consult([first.convert("RGB").crop((0, 0, 200, 200))], "")  # loads the models
     for record in records:
         with Image.open(folder / record["image"]) as opened:
             image = opened.convert("RGB")
-        started = time.perf_counter()
+        started, spent = time.perf_counter(), time.process_time()
         findings = reader.consult([image], "").findings
-        took = time.perf_counter() - started
-        seconds += took
+        took, used = time.perf_counter() - started, time.process_time() - spent
+        seconds, processor_seconds = seconds + took, processor_seconds + used
         counted = _count(findings, record["lines"])
         receipts[record["image"]] = {
             "character_error_rate": round(counted["errors"] / counted["letters"], 4),
@@ -53,6 +53,7 @@ def _folder(folder: Path, records: Sequence[dict[str, Any]], reader: OcrExpert) 
             "letters_beside_the_given_lines": counted["beside"],
             "reading_order": round(counted["order"], 4),
             "seconds": round(took, 2),
+            "processor_seconds": round(used, 2),
         }
         for name in totals:
             totals[name] += counted[name]
@@ -63,6 +64,8 @@ def _folder(folder: Path, records: Sequence[dict[str, Any]], reader: OcrExpert) 
         "character_error_rate": round(rate, 4),
         "with_spaces": round(spaced, 4),
         "seconds_per_image": round(seconds / len(records), 2),
+        # on a busy machine the fairer of the two
+        "processor_seconds_per_image": round(processor_seconds / len(records), 2),
         "target": 0.10,
         "met": rate <= 0.10,
     }
@@ -120,7 +123,10 @@ def _shared(one: Box, other: Box) -> float:
 
 
 def _in_order(order: Sequence[int]) -> float:
-    """Share of pairs of lines that are read in the given order (1: all of them)."""
+    """Share of pairs of lines that are read in the given order (1: all of them).
+
+    Some transcripts give the names of all items before all prices; ours is row by row.
+    """
     pairs = [(a, b) for i, a in enumerate(order) for b in order[i + 1 :] if a != b]
     return sum(a < b for a, b in pairs) / len(pairs) if pairs else 1.0
 

@@ -231,6 +231,16 @@ def test_later_pictures_are_counted_on_and_passages_renewed(loaded):
     assert len(passages) == 1
 
 
+def test_frames_of_a_clip_are_looked_at_in_a_chat_and_by_the_processor(loaded):
+    clip = [PICTURE, Image.new("RGB", (9, 9)), PICTURE]
+    settings = GenerationSettings(max_new_tokens=2)
+    chat = ChatSession(*loaded, experts=[Sayer()], settings=settings)
+    [report] = chat.ask("what?", images=[clip]).contexts
+    assert [(f.text, f.frame) for f in report.findings] == [("12 wide", 0), ("9 wide", 1)]
+    told = loaded[1](Conversation.ask("what?", images=[clip]), experts=[Sayer()])
+    assert told.contexts[0][0].text == "9 wide", "an expert alone sees the middle frame"
+
+
 def test_a_caption_that_takes_too_long_leaves_the_model_as_it_was(loaded):
     model, processor = loaded
     expert = CaptionExpert(model, processor, max_new_tokens=900)

@@ -113,7 +113,7 @@ def test_text_is_noticed():
 @pytest.mark.parametrize(
     ("question", "sign", "expected"),
     [
-        ("What does the sign say?", "hotel", {"ocr"}),
+        ("What does the sign say?", "hotel", {"caption", "ocr"}),
         ("What does the sign say?", None, {"caption", "ocr"}),
         ("How many stars are there?", None, {"caption", "detection"}),
         ("What colour is it?", None, {"caption"}),
