@@ -10,7 +10,6 @@ not there: real clips stand in for them, under their names.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import shutil
 import subprocess
@@ -20,19 +19,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tests.evaluation.servers import serving
+from tests.evaluation.servers import grade, serving
 
 from benchmarks.measuring import report
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "real"
-
-
-def grade(prompt: str, _: int) -> str:
-    """A judge without a mind but with a memory."""
-    value = int(hashlib.sha256(prompt.encode()).hexdigest(), 16)
-    if "from 0 to 1" in prompt:
-        return json.dumps({"score": value % 5 / 4})
-    return json.dumps({"pred": "yes" if value % 2 else "no", "score": value % 6})
 
 
 def stand_in_videos(questions: Path, clips: Path, folder: Path, *, names: int) -> Path:

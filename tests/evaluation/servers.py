@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 import threading
@@ -14,6 +15,14 @@ from typing import Any
 
 Behaviour = Callable[[str, int], Any]
 """From a prompt and how often it came before to a reply: text, or (status, headers, body)."""
+
+
+def grade(prompt: str, _: int) -> str:
+    """A judge without a mind but with a memory: the same prompt always gets the same grade."""
+    value = int(hashlib.sha256(prompt.encode()).hexdigest(), 16)
+    if "from 0 to 1" in prompt:
+        return json.dumps({"score": value % 5 / 4})
+    return json.dumps({"pred": "yes" if value % 2 else "no", "score": value % 6})
 
 
 class Served:
@@ -40,6 +49,18 @@ class _Server(ThreadingHTTPServer):
             super().handle_error(request, client_address)
 
 
+def _completion(text: str, *, model: str) -> dict[str, Any]:
+    message = {"role": "assistant", "content": text}
+    return {
+        "id": "x",
+        "object": "chat.completion",
+        "created": 0,
+        "model": model,
+        "choices": [{"index": 0, "message": message, "finish_reason": "stop"}],
+        "usage": {"prompt_tokens": 10, "completion_tokens": 3, "total_tokens": 13},
+    }
+
+
 @contextmanager
 def serving(behave: Behaviour, *, seconds: float = 0.0) -> Iterator[Served]:
     class Handler(BaseHTTPRequestHandler):
@@ -59,23 +80,7 @@ def serving(behave: Behaviour, *, seconds: float = 0.0) -> Iterator[Served]:
             with served.lock:
                 served.at_once -= 1
             if isinstance(reply, str):
-                message = {"role": "assistant", "content": reply}
-                choice = {"index": 0, "message": message, "finish_reason": "stop"}
-                usage = {"prompt_tokens": 10, "completion_tokens": 3, "total_tokens": 13}
-                reply = (
-                    200,
-                    {},
-                    json.dumps(
-                        {
-                            "id": "x",
-                            "object": "chat.completion",
-                            "created": 0,
-                            "model": body["model"],
-                            "choices": [choice],
-                            "usage": usage,
-                        }
-                    ),
-                )
+                reply = 200, {}, json.dumps(_completion(reply, model=body["model"]))
             self._send(*reply)
 
         def _send(self, status: int, headers: dict[str, str], text: str) -> None:

@@ -61,3 +61,16 @@ def test_samples_leave_the_random_state_of_others_alone(directory: Path) -> None
 def test_a_folder_without_a_model_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(EvaluationError, match=r"judge .* cannot be loaded"):
         LocalJudge(str(tmp_path / "nothing"))
+
+
+def test_on_the_command_line(
+    cli: Any, write: Any, directory: Path, adapter_dir: Path, tmp_path: Path
+) -> None:
+    data = write("questions.jsonl", [{"question": "what?", "answer": "x"}])
+    asked = ("eval", "vqa", "--data", data, "--model", adapter_dir, "--max-new-tokens", 2)
+    judged = ("--judge", "local", "--judge-model", directory, "--device", "cpu", "--json")
+    done = cli(*asked, *judged, "--out", tmp_path / "out")
+    assert done.status == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert (found["metrics"]["accuracy"], found["metrics"]["score"]) == (100, 4)
+    assert found["judging"]["judge"] == f"local:{directory}"

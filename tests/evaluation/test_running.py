@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import io
 import json
 import signal
@@ -24,7 +23,7 @@ from llama_adapter.evaluation.running import Selection, merge_shards, run
 from llama_adapter.evaluation.tasks import find_task
 from llama_adapter.evaluation.tasks.base import Generation, Inputs
 
-from .servers import serving
+from .servers import grade, serving
 
 pytest.importorskip("openai")
 VQA = find_task("vqa")
@@ -191,14 +190,6 @@ def test_files_are_found_by_the_names_that_benchmarks_give(tmp_path: Path) -> No
 
 
 # The program as a whole: real data, a judge over HTTP, a kill in the middle.
-
-
-def grade(prompt: str, _: int) -> str:
-    """A judge without a mind but with a memory: the same prompt always gets the same grade."""
-    value = int(hashlib.sha256(prompt.encode()).hexdigest(), 16)
-    if "from 0 to 1" in prompt:
-        return json.dumps({"score": value % 5 / 4})
-    return json.dumps({"pred": "yes" if value % 2 else "no", "score": value % 6})
 
 
 def evaluate(arguments: Sequence[object]) -> dict[str, Any]:
