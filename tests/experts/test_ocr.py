@@ -11,6 +11,8 @@ from llama_adapter.errors import ExpertError
 from llama_adapter.experts import Panel
 from llama_adapter.experts.ocr import OcrExpert
 from llama_adapter.experts.ocr_engine import _spans, _tiles
+from llama_adapter.toyworld.pictures import picture
+from llama_adapter.toyworld.scenes import Scene, Thing
 
 LINES = ["CORNER SHOP", "TEA 9.00", "COFFEE 12.50", "TOTAL 21.50"]
 
@@ -74,6 +76,18 @@ def test_no_text_is_said(reader):
     report = reader.consult([Image.new("RGB", (300, 200), (90, 140, 60))], "")
     assert (report.findings, report.text) == ((), "")
     assert report.notes == ("no text found",)
+
+
+def test_a_strip_too_thin_for_letters_is_said(reader):
+    report = reader.consult([Image.new("RGB", (3000, 2), "white")], "")
+    assert report.notes == ("3000x2 pixels are too thin for letters", "no text found")
+
+
+def test_a_sign_of_the_miniature_world_is_read_and_its_cross_is_not():
+    things = (Thing(shape="cross", color="orange", size="large", place="north"),)
+    image = picture(Scene(things=things, sign="hotel"), seed=1, index=0, size=256)
+    expert = OcrExpert(languages=["en"], wording="a sign says {}.")
+    assert expert.consult([image], "").text.lower() == "a sign says hotel."
 
 
 def test_what_is_unclear_is_left_out_and_counted():

@@ -35,6 +35,8 @@ MAX_TILES = 64
 SMALL_SIDE = 96
 """A picture whose shorter side is smaller is read in several ways, enlarged among them."""
 MAX_FACTOR = 6
+THINNEST = 6
+"""Pixels under which no letter fits."""
 MARGIN = 24
 """White around an enlarged picture: text that touches the edge is not found."""
 SMALL_LETTERS = 14
@@ -100,6 +102,9 @@ class OcrEngine:
     def read(self, image: Image.Image, *, deadline: float | None = None) -> Page:
         """Every line of the picture; ExpertError where not even one tile is read in time."""
         image = image.convert("RGB")
+        if min(image.size) < THINNEST:
+            size = f"{image.width}x{image.height}"
+            return Page(lines=(), notes=(f"{size} pixels are too thin for letters",))
         page = self._read_upright(image, deadline=deadline)
         turn = self._turn(image, page.lines)
         if turn:
