@@ -262,9 +262,10 @@ def test_72821_records_take_seconds(write: Any) -> None:
     rng = np.random.default_rng(0)
     said = [{"pred": ("yes", "no")[int(x)], "score": int(x)} for x in rng.integers(0, 2, 72_821)]
     path = write("results.json", video_chatgpt(said))
-    started = time.perf_counter()
+    # processor time: a busy machine takes the rest
+    started = time.process_time()
     found = score("msrvtt-qa", path)
-    assert time.perf_counter() - started < 10
+    assert time.process_time() - started < 10
     low, high = found.intervals["accuracy"]
     # the interval of a proportion near one half
     assert high - low == pytest.approx(2 * 1.96 * 100 * 0.5 / math.sqrt(72_821), rel=0.15)
