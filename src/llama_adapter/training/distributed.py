@@ -114,6 +114,9 @@ class Replicated(Rendezvous):
         assert isinstance(self.module, nn.parallel.DistributedDataParallel)
         return nullcontext() if is_last else self.module.no_sync()
 
+    def gather_root(self) -> None:
+        pass
+
     def whole(self, tensor: Tensor) -> Tensor:
         return tensor
 
@@ -155,8 +158,13 @@ class Sharded(Rendezvous):
         self.sharded.reshard()
 
     def last_of_its_kind(self, is_last: bool) -> AbstractContextManager[Any]:
+        # what a pass without gradients left gathered would learn as it did before that pass
+        self.sharded.reshard()
         self.sharded.set_requires_gradient_sync(is_last)
         return nullcontext()
+
+    def gather_root(self) -> None:
+        self.sharded.unshard()
 
     def whole(self, tensor: Tensor) -> Tensor:
         return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

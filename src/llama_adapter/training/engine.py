@@ -42,6 +42,10 @@ class Engine(Meeting, Protocol):
         """Surrounds a forward and its backward; gradients need to meet in the last one only."""
         ...
 
+    def gather_root(self) -> None:
+        """Make whole what belongs to no layer, for work outside of a forward pass."""
+        ...
+
     def whole(self, tensor: Tensor) -> Tensor:
         """A tensor that may be spread over processes, in one piece."""
         ...
@@ -62,6 +66,9 @@ class OneProcess:
 
     def last_of_its_kind(self, is_last: bool) -> AbstractContextManager[Any]:  # noqa: ARG002
         return nullcontext()
+
+    def gather_root(self) -> None:
+        pass
 
     def total(self, values: Tensor) -> Tensor:
         return values

@@ -101,10 +101,13 @@ class HeldOutScorer:
         section = self.recipe.evaluation
         assert section is not None
         inputs = self.processor(list(questions)).to(self.model.device)
-        options: dict[str, Any] = {}
+        # made here, for `generate` would use layers beyond a forward pass, where they are in shards
+        self.engine.gather_root()
+        visual = self.model.encode_visual(inputs.pop("pixel_values"))
+        options: dict[str, Any] = {"visual_prompts": visual}
         stops = self.processor.stop_strings
         if stops:
-            options = {"stop_strings": stops, "tokenizer": self.processor.tokenizer}
+            options |= {"stop_strings": stops, "tokenizer": self.processor.tokenizer}
         if self.engine.world_size > 1:
             options["synced_gpus"] = True
         tokenizer = self.processor.tokenizer
