@@ -64,6 +64,8 @@ def test_a_folder_is_no_file(tmp_path: Path) -> None:
     [
         ("alpaca", '{"instruction": "a", "output": }', "malformed JSON"),
         ("alpaca", '"just text"', "expected an object, found str"),
+        ("alpaca", '{"instruction": ' + "9" * 5000 + "}", "malformed JSON: Exceeds the limit"),
+        ("alpaca", '{"a": ' + "[" * 99_999 + "]" * 99_999 + "}", "malformed JSON: maximum"),
         ("alpaca", '{"instruction": "a"}', "lacks 'output'; its keys: 'instruction'"),
         ("alpaca", '{"instruction": "a", "output": ["b"]}', "'output' must be text, found list"),
         ("alpaca", '{"instruction": " ", "output": "b"}', "'instruction' is empty"),
@@ -107,6 +109,7 @@ def test_records_that_are_broken(tmp_path: Path, type_: str, line: str, message:
     [
         ({"image": "absent.jpg"}, "image 'absent.jpg' is not in"),
         ({"image": 7}, "image must be a file name, found 7"),
+        ({"image": "a text, " * 1000}, "File name too long"),
         ({}, "has 1 <image> marks, but 0 images"),
     ],
 )
@@ -235,3 +238,45 @@ def test_several_pictures_for_a_model_that_reads_one(
     assert "holds 2 images, but visual_scope 'all' reads one" in refusal(
         lambda: encoder.cut(source[0])
     )
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"\n\n\n", "holds blank lines alone, expected a header and rows"),
+        (b"url\tcapt\xffion\na.png\tNoise.\n", "line 1: 'utf-8' codec can't decode"),
+    ],
+)
+def test_tables_without_a_header_that_can_be_read(
+    tmp_path: Path, content: bytes, message: str
+) -> None:
+    path = tmp_path / "p.tsv"
+    path.write_bytes(content)
+    assert message in refusal(lambda: open_source("pairs", "caption", path=path))
+
+
+def test_a_caption_keeps_unicode_s_other_line_ends(tmp_path: Path) -> None:
+    [name] = write_pictures(tmp_path, 1)
+    path = tmp_path / "p.csv"
+    path.write_text(f"image,caption\n{name},one\u2028two\n{name},one\x0ctwo\n")
+    source = open_source("pairs", "caption", path=path)
+    captions = [source[i].conversation.turns[-1].text.split() for i in range(2)]
+    assert captions == [["one", "two"], ["one", "two"]]
+
+
+def test_numbers_that_name_no_picture(tmp_path: Path) -> None:
+    [name] = write_pictures(tmp_path, 1)
+    images = [{"id": 1, "file_name": name}, {"id": 10**25, "file_name": name}]
+    captions = [{"image_id": n, "caption": "Noise."} for n in (1, 10**25)]
+    path = write(tmp_path / "c.json", {"images": images, "annotations": captions})
+    source = open_source("coco_captions", "caption", path=path, images=tmp_path)
+    assert source.groups().tolist() == [1, 0]
+    assert source[0].conversation.turns[-1].text == "Noise."
+    assert "is none of the file's images" in refusal(lambda: source[1])
+
+
+def test_no_shards_at_all() -> None:
+    for path in ([], "shards-{5..2}.tar"):
+        assert "means no shard" in refusal(
+            lambda p=path: open_source("webdataset", "caption", path=p)
+        )

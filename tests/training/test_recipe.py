@@ -113,6 +113,11 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"adapter": {"start": "runs/a", "preset": "v2"}}, "start brings its own settings"),
     ({"vision": None}, "captions need a vision tower"),
     ({"captions": None, "instructions": None}, "needs captions, instructions, or both"),
+    ({"seed": -1}, "seed: .*greater than or equal to 0, got -1"),
+    (
+        {"instructions": {"sources": [{"type": "alpaca", "path": "a", "weight": float("inf")}]}},
+        "instructions.sources.0.weight: .*finite number",
+    ),
     ({"steps": 0}, "steps: .*greater than or equal to 1, got 0"),
     ({"data": {"padding": "pad"}}, "data.padding: .*'packed'.*got 'pad'"),
     ({"optimizer": {"vision_lr": "fast"}}, "optimizer.vision_lr: .*number.*got 'fast'"),
@@ -136,6 +141,7 @@ def test_what_is_wrong_is_named(changes: dict[str, Any], message: str, tmp_path:
         ("captions.sources.4.path=x", "captions.sources is a list of 1"),
         ("steps.more=1", "steps is 10, which has no keys"),
         ("data.workers=[1", "holds no valid value"),
+        ("seed=2020-13-45", "holds no valid value"),
     ],
 )
 def test_bad_overrides_are_refused(override: str, message: str, tmp_path: Path) -> None:
@@ -150,6 +156,8 @@ def test_bad_overrides_are_refused(override: str, message: str, tmp_path: Path) 
         ("- a\n- b\n", "must hold keys and values, got list"),
         ("out: a\nsteps: 1\nsteps: 2\n", "key 'steps' stands twice"),
         ("", "must hold keys and values, got NoneType"),
+        ("? [a, b]\n: 1\n", "is not valid YAML: .*unhashable key"),
+        ("out: 2020-13-45\n", "is not valid YAML: month"),
     ],
 )
 def test_files_that_are_no_recipe(text: str, message: str, tmp_path: Path) -> None:
@@ -157,6 +165,9 @@ def test_files_that_are_no_recipe(text: str, message: str, tmp_path: Path) -> No
         load_recipe(write(tmp_path / "r.yaml", text))
     with pytest.raises(ConfigError, match="cannot read recipe"):
         load_recipe(tmp_path / "absent.yaml")
+    (tmp_path / "r.yaml").write_bytes(b"out: \xff\n")
+    with pytest.raises(ConfigError, match="is not valid YAML: 'utf-8' codec"):
+        load_recipe(tmp_path / "r.yaml")
 
 
 def test_recipes_never_change() -> None:

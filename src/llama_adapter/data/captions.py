@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import csv
+import io
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 import numpy as np
 
@@ -158,7 +159,7 @@ class CocoSource:
             found = self.records[index].get("image_id")
         except DataError:
             return -1
-        return found if isinstance(found, int) else -1
+        return found if _is_id(found) else -1
 
     def fingerprint(self) -> str:
         return f"{self.options!r}{self.records.file.version}"
@@ -169,6 +170,11 @@ def _nth(record: Mapping[str, Any], key: str, number: int) -> Any:
     if not isinstance(listed, list) or not listed:
         raise DataError(f"{key!r} must be a list of captions, found {listed!r}")
     return listed[number]
+
+
+def _is_id(value: Any) -> TypeGuard[int]:
+    """Whether a value can number a picture, in 64 bits."""
+    return isinstance(value, int) and -(2**63) <= value < 2**63
 
 
 def _layout_of(path: Path) -> _Layout:
@@ -196,7 +202,7 @@ class _PictureNames:
         found: dict[int, bytes] = {}
         for number in range(len(records)):
             record = records[number]
-            if isinstance(record.get("id"), int) and isinstance(record.get("file_name"), str):
+            if _is_id(record.get("id")) and isinstance(record.get("file_name"), str):
                 found[record["id"]] = record["file_name"].encode()
         if not found:
             raise DataError(f"{path}: 'images' name no file: expected id and file_name")
@@ -204,7 +210,7 @@ class _PictureNames:
         self.names = np.array([found[int(i)] for i in self.ids])
 
     def name(self, picture: Any) -> str:
-        if isinstance(picture, int):
+        if _is_id(picture):
             at = int(np.searchsorted(self.ids, picture))
             if at < len(self.ids) and self.ids[at] == picture:
                 return bytes(self.names[at]).decode()
@@ -241,8 +247,13 @@ class PairsSource:
         self.file = RecordFile(options.path)
         self.delimiter = "," if options.path.suffix.lower() == ".csv" else "\t"
         spans = Spans.of(_rows(self.file))
+        if not len(spans):
+            raise DataError(f"{options.path} holds blank lines alone, expected a header and rows")
         start, length = int(spans.starts[0]), int(spans.lengths[0])
-        header = next(self._parse(self.file.read(start, length)), [])
+        try:
+            header = next(self._parse(self.file.read(start, length)), [])
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise DataError(f"{options.path}, line 1: {error}") from error
         self.columns = self._columns([name.strip().strip("\ufeff").lower() for name in header])
         self.spans = Spans(starts=spans.starts[1:], lengths=spans.lengths[1:])
         if not len(self.spans):
@@ -264,7 +275,8 @@ class PairsSource:
     def _parse(self, data: bytes) -> Iterator[list[str]]:
         text = data.decode("utf-8-sig")
         if self.delimiter == ",":
-            return csv.reader(text.splitlines(keepends=True))
+            # not by splitlines: a caption may hold one of Unicode's other line ends
+            return csv.reader(io.StringIO(text, newline=""))
         # as the released code writes them: tabs and line ends alone count, quotes are text
         return iter([text.split("\t")])
 

@@ -157,8 +157,11 @@ def image_in(folder: Path, name: Any) -> ImageRef:
     if not isinstance(name, str) or not name:
         raise DataError(f"image must be a file name, found {name!r}")
     for path in (folder / name, folder / Path(name).name):
-        if path.is_file():
-            return ImageRef(source=path, name=str(path))
+        try:
+            if path.is_file():
+                return ImageRef(source=path, name=str(path))
+        except OSError as error:  # such as a text, too long to be a name
+            raise DataError(f"image {name[:80]!r}: {error.strerror}") from error
     raise DataError(f"image {name!r} is not in {folder}")
 
 

@@ -134,7 +134,8 @@ class JsonRecords:
         data = self.file.read(start, length)
         try:
             record = json.loads(data)
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        except (ValueError, RecursionError) as error:
+            # no JSON, no UTF-8, a number of thousands of digits, or brackets without end
             raise DataError(f"{self.where(index)}: malformed JSON: {error}") from error
         if not isinstance(record, dict):
             raise DataError(

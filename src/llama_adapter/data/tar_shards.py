@@ -44,6 +44,8 @@ class ShardSource:
         self.kind = kind
         patterns = (options.path,) if isinstance(options.path, str) else options.path
         self.shards = [shard for pattern in patterns for shard in _expand(pattern)]
+        if not self.shards:
+            raise DataError(f"webdataset: path {options.path!r} means no shard")
         self.name = f"webdataset {Path(self.shards[0]).name}"
         if len(self.shards) > 1:
             self.name += f" and {len(self.shards) - 1} more"
@@ -84,7 +86,7 @@ class ShardSource:
                 kind=self.kind,
                 questions=self.options.questions,
             )
-        except (DataError, PromptError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        except (DataError, PromptError, ValueError, RecursionError) as error:
             raise DataError(f"{where}: {error}") from error
 
     def where(self, index: int) -> str:

@@ -6,7 +6,7 @@ An unknown or misspelt key is an error with a suggestion. Values may be changed 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -94,7 +94,7 @@ class SourceSection(BaseModel):
     model_config = ConfigDict(extra="allow", frozen=True, use_attribute_docstrings=True)
 
     type: str
-    weight: float = Field(default=1.0, gt=0)
+    weight: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     """How many times an epoch goes through the source; 0.5 takes another half each epoch."""
     held_out: int = Field(default=0, ge=0)
     """Samples kept out of training, for evaluation; all captions of a picture or none."""
@@ -209,7 +209,7 @@ class Recipe(Section):
 
     out: Path
     """The run directory."""
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=2**63)
     steps: int = Field(ge=1)
     """Optimizer steps in all."""
     checkpoint_every: int = Field(default=500, ge=1)
@@ -262,7 +262,7 @@ def load_recipe(
         values = yaml.load(path.read_text(), Loader=_StrictLoader)  # noqa: S506 (a SafeLoader)
     except OSError as error:
         raise ConfigError(f"cannot read recipe {path}: {error.strerror}") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # no YAML, no UTF-8, or a 13th month
         where = " ".join(str(error).split())
         raise ConfigError(f"{path} is not valid YAML: {where}") from error
     if not isinstance(values, dict):
@@ -300,6 +300,8 @@ class _StrictLoader(yaml.SafeLoader):
         seen = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, Hashable):
+                break  # refused below
             if key in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"key {key!r} stands twice", key_node.start_mark
@@ -316,7 +318,7 @@ def _override(values: dict[str, Any], override: str) -> None:
         raise ConfigError(f"an override is key.path=value, got {override!r}")
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         where = " ".join(str(error).split())
         raise ConfigError(f"override {override!r} holds no valid value: {where}") from error
     inner: Any = values
