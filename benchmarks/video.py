@@ -92,7 +92,7 @@ def decode_way(path: Path, *, frames: int = 8) -> int:
     return count
 
 
-def timed(action: Callable[[], object], *, times: int = 5) -> dict[str, float]:
+def timed(action: Callable[[], object], *, times: int) -> dict[str, float]:
     """The median of several runs, in seconds: by the clock, and of processor time.
 
     Processor time does not count what other processes of a busy machine took.
@@ -109,9 +109,10 @@ def timed(action: Callable[[], object], *, times: int = 5) -> dict[str, float]:
     }
 
 
-def speed(clip: Path) -> dict[str, object]:
+def speed(clip: Path, *, times: int) -> dict[str, object]:
     """Seconds for one clip, and how they relate."""
-    seek, way = timed(lambda: load_video(clip, frames=8)), timed(lambda: decode_way(clip))
+    seek = timed(lambda: load_video(clip, frames=8), times=times)
+    way = timed(lambda: decode_way(clip), times=times)
     whole = timed(lambda: decode_all(clip), times=1)
     return {
         "clip": describe(clip),
@@ -193,6 +194,7 @@ def main() -> None:
     parser.add_argument(
         "--clip", type=Path, action="append", help="measure these instead of making two"
     )
+    parser.add_argument("--times", type=int, default=5, help="runs to take the median of")
     parser.add_argument("--out", type=Path, help="also write the JSON there")
     parser.set_defaults(device="cpu")
     arguments = parser.parse_args()
@@ -203,7 +205,7 @@ def main() -> None:
             make(folder / f"{gop}.mp4", seconds=seconds, size=size, gop=gop) for gop in (30, 250)
         ]
         result: dict[str, object] = {
-            "speed": [speed(clip) for clip in clips],
+            "speed": [speed(clip, times=arguments.times) for clip in clips],
             "odd_files": {what: behaviour(path) for what, path in odd_files(folder).items()},
         }
         arguments.clip = [clip.name for clip in clips]
