@@ -1,5 +1,8 @@
 """Reading real pictures with the real engine."""
 
+import sys
+import threading
+import time
 from itertools import pairwise
 
 import pytest
@@ -70,6 +73,23 @@ def test_tiles_cover_everything_and_overlap():
         assert all(b - a <= 1600 for a, b in spans)
         assert all(b >= c + 100 for (_, b), (c, _) in pairwise(spans))
     assert len(_tiles((20_000, 4_400), 1.0)) <= 64
+
+
+def test_what_is_printed_while_models_load_is_not_swallowed():
+    before, seen = sys.stdout, set()
+    thread = threading.Thread(target=OcrExpert().consult, args=([page(["tea"])], ""))
+    thread.start()
+    while thread.is_alive():
+        seen.add(sys.stdout is before)
+        time.sleep(0.001)
+    assert seen == {True}
+
+
+def test_what_is_not_read_in_time_is_said():
+    scan = Image.new("RGB", (600, 9000), "white")
+    report = OcrExpert().consult_within([scan, scan], "", seconds=0.01)
+    assert not report.complete
+    assert any(note.startswith("time for ") for note in report.notes)
 
 
 def test_no_text_is_said(reader):

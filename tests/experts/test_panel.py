@@ -1,5 +1,6 @@
 """Experts side by side: in bounded time, whatever one of them does, and remembered."""
 
+import sqlite3
 import threading
 import time
 
@@ -110,7 +111,13 @@ def test_the_budget_holds_for_all_together():
 
 
 @pytest.mark.parametrize(
-    ("options", "words"), [({"timeout": 0}, "above 0 seconds"), ({"max_tokens": 0}, "at least 1")]
+    ("options", "words"),
+    [
+        ({"timeout": 0}, "above 0 seconds"),
+        ({"timeout": float("nan")}, "above 0 seconds"),
+        ({"timeout": float("inf")}, "above 0 seconds and at most"),
+        ({"max_tokens": 0}, "at least 1"),
+    ],
 )
 def test_bad_limits_are_refused(options, words):
     with pytest.raises(ConfigError, match=words):
@@ -165,6 +172,29 @@ def test_failures_are_not_remembered(cache):
 
     panel = Panel([Recovering(version="1")], cache=cache)
     assert panel.consult([PICTURE], "?").reports[0].problem == "OSError: not yet"
+    assert panel.consult([PICTURE], "?").reports[0].text == "12 wide"
+
+
+def test_what_was_cut_short_is_not_remembered(cache):
+    class Hasty(Sayer):
+        def consult_within(self, images, question, *, seconds):
+            found = self.consult(images, question)
+            return found if seconds > 1 else Report(expert=self.name, complete=False)
+
+    hasty = Hasty(version="1")
+    assert Panel([hasty], timeout=1.0, cache=cache).consult([PICTURE], "?").text == ""
+    assert Panel([hasty], timeout=9.0, cache=cache).consult([PICTURE], "?").text == "12 wide"
+    assert Panel([hasty], timeout=1.0, cache=cache).consult([PICTURE], "?").text == "12 wide"
+
+
+@pytest.mark.parametrize("value", ['"text"', "null", "[" * 100_000, '{"findings": [5]}'])
+def test_an_entry_that_is_no_report_is_found_anew(value, cache):
+    panel = Panel([Sayer(version="1")], cache=cache)
+    panel.consult([PICTURE], "?")
+    cache.close()
+    with sqlite3.connect(cache.path) as connection:
+        connection.execute("UPDATE reports SET value = ?", (value,))
+    connection.close()
     assert panel.consult([PICTURE], "?").reports[0].text == "12 wide"
 
 

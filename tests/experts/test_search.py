@@ -144,12 +144,16 @@ def _pdf(text):
 class Service(BaseHTTPRequestHandler):
     replies: ClassVar[dict[str, tuple[int, bytes]]] = {}
     asked: ClassVar[list[str]] = []
+    keys: ClassVar[list[str | None]] = []
 
     def do_GET(self):
         path = self.path.partition("?")[0]
         self.asked.append(self.path)
+        self.keys.append(self.headers.get("Authorization"))
         status, body = self.replies[path]
         self.send_response(status)
+        if status == 302:
+            self.send_header("Location", body.decode())
         self.end_headers()
         self.wfile.write(body)
 
@@ -165,6 +169,7 @@ def service():
         "/broken": (200, b"<html>"),
         "/refused": (403, b""),
         "/empty": (200, b"[]"),
+        "/moved": (302, b"/empty"),
     }
     server = HTTPServer(("127.0.0.1", 0), Service)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
@@ -184,6 +189,13 @@ def test_results_are_findings_and_the_picture_stays_private(service):
     shared = WebSearchExpert(f"{service}/search?k={{query}}", with_findings=True)
     shared.consult_after("what?", [read])
     assert Service.asked[-1] == "/search?k=what%3F%20PRIVATE"
+
+
+def test_the_key_goes_to_the_named_service_alone(service, monkeypatch):
+    monkeypatch.setenv("LLAMA_ADAPTER_SEARCH_KEY", "sesame")
+    WebSearchExpert(f"{service}/moved").consult([], "x")
+    assert Service.asked[-1] == "/empty"
+    assert Service.keys[-2:] == ["Bearer sesame", None]
 
 
 @pytest.mark.parametrize(

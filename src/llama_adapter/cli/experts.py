@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from threading import TIMEOUT_MAX
 from typing import TYPE_CHECKING
 
 import typer
@@ -27,8 +28,11 @@ class PanelChoice:
     cache: bool = True
 
     def __post_init__(self) -> None:
-        if self.timeout <= 0:
-            raise ConfigError(f"--expert-timeout must be above 0 seconds, got {self.timeout:g}")
+        if not 0 < self.timeout <= TIMEOUT_MAX:
+            raise ConfigError(
+                f"--expert-timeout must be above 0 seconds and at most {TIMEOUT_MAX:.0f}, "
+                f"got {self.timeout:g}"
+            )
         if self.max_tokens < 1:
             raise ConfigError(f"--expert-tokens must be at least 1, got {self.max_tokens}")
         if self.names:

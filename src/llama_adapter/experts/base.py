@@ -51,6 +51,8 @@ class Report:
     """How long it took."""
     cached: bool = False
     """Whether the findings were remembered, not found anew."""
+    complete: bool = True
+    """Whether there was time for all of the pictures; what is cut short is not remembered."""
 
     @property
     def text(self) -> str:

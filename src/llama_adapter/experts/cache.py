@@ -22,6 +22,8 @@ from PIL import Image
 from llama_adapter.experts.base import Expert, Finding, Report, traits_of
 
 DEFAULT_BYTES = 64 * 2**20
+_DAMAGE = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
+"""What an entry raises that is not one of ours."""
 _FRESH = 60.0
 """Seconds for which a use need not be noted again."""
 _SCHEMA = """
@@ -72,7 +74,7 @@ class ReportCache:
                 report = _report_from(json.loads(found[0]))
                 if time.time() - found[1] > _FRESH:
                     self._write("UPDATE reports SET used = ? WHERE key = ?", (time.time(), key))
-            except (sqlite3.DatabaseError, OSError, ValueError, KeyError, TypeError) as error:
+            except (sqlite3.DatabaseError, OSError, *_DAMAGE) as error:
                 self._recover(error)
                 return None
             return replace(report, cached=True)

@@ -76,6 +76,7 @@ class DetectionExpert:
     ) -> Report:
         findings: list[Finding] = []
         notes: list[str] = []
+        complete = True
         labels = self._labels or nouns(question)
         if self._is_zero_shot and not labels:
             notes.append("the question names nothing to look for")
@@ -83,6 +84,7 @@ class DetectionExpert:
         for index, image in enumerate(images):
             if deadline is not None and time.perf_counter() >= deadline:
                 notes.append(f"time for {index} of {len(images)} pictures only")
+                complete = False
                 break
             things = self._things(image, labels)
             if len(things) > self._max_things:
@@ -99,6 +101,7 @@ class DetectionExpert:
             wording=wording,
             between="; ",
             notes=tuple(dict.fromkeys(notes)),
+            complete=complete,
         )
 
     def _things(self, image: Image.Image, labels: Sequence[str]) -> list[Seen]:

@@ -78,11 +78,14 @@ class OcrExpert:
     def _report(self, images: Sequence[Image.Image], *, deadline: float | None) -> Report:
         findings: list[Finding] = []
         notes: list[str] = []
+        complete = True
         for index, image in enumerate(images):
             if deadline is not None and time.perf_counter() >= deadline:
                 notes.append(f"time for {index} of {len(images)} pictures only")
+                complete = False
                 break
             page = self._engine.read(image, deadline=deadline)
+            complete = complete and page.complete
             found, unsure = self._findings(page, picture=index)
             findings += found
             notes += page.notes
@@ -99,6 +102,7 @@ class OcrExpert:
             wording=self._wording,
             between="\n",
             notes=tuple(dict.fromkeys(notes)),
+            complete=complete,
         )
 
     def _findings(self, page: Page, *, picture: int) -> tuple[list[Finding], int]:

@@ -7,13 +7,11 @@ nothing is downloaded.
 
 from __future__ import annotations
 
-import contextlib
-import io
 import logging
 import math
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -60,6 +58,8 @@ class Page:
     turned: int = 0
     """Degrees, clockwise, by which the picture was turned to stand upright."""
     notes: tuple[str, ...] = ()
+    complete: bool = True
+    """Whether there was time for all of it."""
     upright: tuple[Line, ...] = ()
     """The same lines on the turned picture, for those who put them in order."""
 
@@ -100,7 +100,7 @@ class OcrEngine:
         return "-".join(["rapidocr", version("rapidocr"), *models, *self._languages])
 
     def read(self, image: Image.Image, *, deadline: float | None = None) -> Page:
-        """Every line of the picture; ExpertError where not even one tile is read in time."""
+        """Every line of the picture, or of those tiles that are read in time."""
         image = image.convert("RGB")
         if min(image.size) < THINNEST:
             size = f"{image.width}x{image.height}"
@@ -112,7 +112,7 @@ class OcrEngine:
             page = self._read_upright(turned, deadline=deadline)
             lines = tuple(_turned_back(line, turn, image.size) for line in page.lines)
             notes = (f"turned by {turn} degrees", *page.notes)
-            return Page(lines=lines, turned=turn, notes=notes, upright=page.lines)
+            return replace(page, lines=lines, turned=turn, notes=notes, upright=page.lines)
         return replace(page, upright=page.lines)
 
     def _read_upright(self, image: Image.Image, *, deadline: float | None) -> Page:
@@ -162,9 +162,11 @@ class OcrEngine:
             )
         tiles = _tiles(image.size, 1.0)
         lines: list[Line] = []
+        complete = True
         for done, (left, top, right, bottom) in enumerate(tiles):
             if deadline is not None and time.perf_counter() >= deadline:
                 notes.append(f"time for {done} of {len(tiles)} tiles only")
+                complete = False
                 break
             tile = image.crop((left, top, right, bottom))
             if not _is_blank(tile):
@@ -172,7 +174,8 @@ class OcrEngine:
                 lines = _merged(lines, found)
         notes.insert(0, f"{original[0]}x{original[1]} pixels were read in {len(tiles)} tiles")
         back = 1 / scale
-        return Page(lines=tuple(_moved(line, scale=back) for line in lines), notes=tuple(notes))
+        moved = tuple(_moved(line, scale=back) for line in lines)
+        return Page(lines=moved, notes=tuple(notes), complete=complete)
 
     def _turn(self, image: Image.Image, lines: Sequence[Line]) -> int:
         """Degrees, clockwise, that make the picture upright: 0, 90, 180 or 270."""
@@ -246,16 +249,16 @@ class OcrEngine:
             }
             for key, path in self._models.items():
                 params[key] = str(path)
-            with _quiet():
-                self._engine = engine(params=params)
+            _quieten()
+            self._engine = engine(params=params)
         return self._engine
 
 
 def import_rapidocr() -> Any:
     """RapidOCR's class, or a message that says how to get it."""
     try:
-        with _quiet():
-            from rapidocr import RapidOCR
+        _quieten()
+        from rapidocr import RapidOCR
     except ImportError as error:
         package = error.name or "rapidocr"
         raise MissingDependencyError(
@@ -264,12 +267,12 @@ def import_rapidocr() -> Any:
     return RapidOCR
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """RapidOCR tells which models it loads; that is nobody's concern here."""
+def _quieten() -> None:
+    """RapidOCR logs which models it loads; that is nobody's concern here.
+
+    Its own logger alone: sys.stdout belongs to the threads that print an answer meanwhile.
+    """
     logging.getLogger("RapidOCR").setLevel(logging.CRITICAL)
-    with contextlib.redirect_stdout(io.StringIO()):
-        yield
 
 
 def _model_files(models: str | None) -> dict[str, Path]:

@@ -75,8 +75,11 @@ class Panel:
             count: how to count tokens; by default roughly.
             cache: where findings are remembered; None: nowhere.
         """
-        if timeout <= 0:
-            raise ConfigError(f"timeout of experts must be above 0 seconds, got {timeout}")
+        if not 0 < timeout <= threading.TIMEOUT_MAX:
+            raise ConfigError(
+                f"timeout of experts must be above 0 seconds and at most "
+                f"{threading.TIMEOUT_MAX:.0f}, got {timeout}"
+            )
         if max_tokens < 1:
             raise ConfigError(f"max_tokens of experts must be at least 1, got {max_tokens}")
         self.experts = tuple(experts)
@@ -164,7 +167,8 @@ class Panel:
         raw |= {number: self._finish(call) for number, call in calls.items()}
         for number, key in keys.items():
             report = raw[number]
-            if self.cache is not None and not report.cached and report.problem is None:
+            sound = report.problem is None and report.complete
+            if self.cache is not None and sound and not report.cached:
                 self.cache.put(key, report)
         return [(expert, raw[id(expert)]) for expert in experts]
 

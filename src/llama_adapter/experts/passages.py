@@ -19,6 +19,8 @@ PASSAGE_WORDS = 120
 
 _TEXT_KEYS = ("text", "content", "body", "passage", "answer", "output", "caption")
 _TITLE_KEYS = ("title", "question", "instruction", "name", "id")
+# What pypdf runs into in damaged files, besides errors of its own.
+_PDF_DAMAGE = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError)
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 
 
@@ -117,7 +119,7 @@ def _of_lines(path: Path, name: str) -> Iterator[Passage]:
             continue
         try:
             record = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{name}: line {number} is no JSON ({error})") from error
         yield from _of_record(record, source=f"{name}:{number}")
 
@@ -125,7 +127,7 @@ def _of_lines(path: Path, name: str) -> Iterator[Passage]:
 def _of_json(path: Path, name: str) -> Iterator[Passage]:
     try:
         content = json.loads(_read(path, name))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{name}: is no JSON ({error})") from error
     records = content if isinstance(content, list) else [content]
     for number, record in enumerate(records, start=1):
@@ -157,7 +159,7 @@ def _of_pdf(path: Path, name: str) -> Iterator[Passage]:
         ) from error
     try:
         pages = [page.extract_text() for page in pypdf.PdfReader(path).pages]
-    except (pypdf.errors.PyPdfError, OSError, ValueError, KeyError, TypeError) as error:
+    except (pypdf.errors.PyPdfError, pypdf.errors.DependencyError, *_PDF_DAMAGE) as error:
         raise DataError(f"{name}: cannot be read as a PDF ({error})") from error
     if not any(page.strip() for page in pages):
         raise DataError(f"{name}: holds pictures of text, but no text")

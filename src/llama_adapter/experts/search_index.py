@@ -157,7 +157,7 @@ class FolderIndex:
             if checksums != {"format": FORMAT, _FILES: hashlib.sha256(content).hexdigest()}:
                 raise ValueError("checksums differ")
             return {
-                name: (list(entry["stamp"]), entry["passages"])
+                name: (list(entry["stamp"]), [[text, place] for text, place in entry["passages"]])
                 for name, entry in json.loads(content).items()
             }
         except (OSError, ValueError, KeyError, TypeError, AttributeError):

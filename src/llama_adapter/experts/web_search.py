@@ -77,9 +77,10 @@ class WebSearchExpert:
         else:
             url = f"{self._url}{'&' if '?' in self._url else '?'}{urlencode({'q': query})}"
         headers = {"Accept": "application/json", "User-Agent": "llama-adapter"}
-        if key := os.environ.get(KEY_VARIABLE):
-            headers["Authorization"] = f"Bearer {key}"
         request = urllib.request.Request(url, headers=headers)  # noqa: S310  (scheme is checked)
+        if key := os.environ.get(KEY_VARIABLE):
+            # for the service that the user named, not for whomever it sends us on to
+            request.add_unredirected_header("Authorization", f"Bearer {key}")
         started = time.perf_counter()
         try:
             with urllib.request.urlopen(request, timeout=SECONDS) as reply:  # noqa: S310
