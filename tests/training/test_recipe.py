@@ -113,6 +113,14 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"adapter": {"start": "runs/a", "preset": "v2"}}, "start brings its own settings"),
     ({"vision": None}, "captions need a vision tower"),
     ({"captions": None, "instructions": None}, "needs captions, instructions, or both"),
+    ({"evaluation": {"every": 5}}, "evaluation needs samples to score: set held_out"),
+    (
+        {
+            "evaluation": {"best": "alpca.perplexity"},
+            "instructions": {"sources": [{"type": "alpaca", "path": "a", "held_out": 4}] * 2},
+        },
+        "'alpca.perplexity', but the scores are alpaca.perplexity, alpaca-2.perplexity, ...",
+    ),
     ({"seed": -1}, "seed: .*greater than or equal to 0, got -1"),
     (
         {"instructions": {"sources": [{"type": "alpaca", "path": "a", "weight": float("inf")}]}},

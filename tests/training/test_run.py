@@ -147,6 +147,38 @@ def test_held_out_scores_and_the_best_adapter(
     assert run(held, f"out={tmp_path}/unscored").checksum == scored.checksum
 
 
+def test_another_metric_of_the_best_begins_anew(recipe_file: Recipe, tmp_path: Path) -> None:
+    """A value of the metric before it is nothing to compare with."""
+    held = recipe_file(
+        instructions__sources=[
+            {
+                **yaml.safe_load(recipe_file().read_text())["instructions"]["sources"][0],
+                "held_out": 6,
+            }
+        ],
+        captions__sources=[
+            {**yaml.safe_load(recipe_file().read_text())["captions"]["sources"][0], "held_out": 6}
+        ],
+    )
+    arguments = (held, f"out={tmp_path}/run", "evaluation.every=2", "evaluation.samples=2")
+
+    def score(_captions: Any, _references: Any) -> dict[str, float]:
+        return {"cider": 0.01}
+
+    with pytest.raises(Stop):
+        run(
+            *arguments,
+            "evaluation.best=pairs.perplexity",
+            watcher=stop_at(5),
+            score_captions=score,
+        )
+    before = (tmp_path / "run/best" / ADAPTER_WEIGHTS_NAME).read_bytes()
+    with (tmp_path / "run/metrics.jsonl").open("ab") as file:
+        file.write(b'{"step": 6, "samples": ["\xc3')  # a kill may tear a letter in two
+    run(*arguments, "evaluation.best=pairs.cider", resume=True, score_captions=score)
+    assert (tmp_path / "run/best" / ADAPTER_WEIGHTS_NAME).read_bytes() != before
+
+
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # peft asks transformers by an old name
 def test_lora_beside_the_adapter(recipe_file: Recipe, workshop: Path, tmp_path: Path) -> None:
     """It learns, is counted and stored apart as peft stores it, and survives a resume."""

@@ -133,10 +133,6 @@ def _evaluation(
 ) -> HeldOutScorer | None:
     if recipe.evaluation is None:
         return None
-    if not data.held_out:
-        raise ConfigError(
-            "evaluation is asked for, but no source holds samples out: set held_out of a source"
-        )
     return HeldOutScorer(
         recipe=recipe,
         model=model,

@@ -1,7 +1,7 @@
 """LoRA on the base through `peft`, beside our own groups; counted and saved apart.
 
 It goes in before the adapter wraps the base's linears, learns with LANGUAGE, and is stored as a
-peft adapter of the plain base: `PeftModel.from_pretrained(base, run / "lora")`.
+peft adapter of the plain base: `PeftModel.from_pretrained(base, run / "adapter/lora")`.
 """
 
 from __future__ import annotations

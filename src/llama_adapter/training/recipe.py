@@ -237,7 +237,19 @@ class Recipe(Section):
         blind = self.adapter.start is None and not self.adapter.semantics().sees
         if self.captions is not None and blind:
             raise ValueError("captions are of no use to an adapter with fusion 'none'")
+        if self.evaluation is not None:
+            self._check_scored(self.evaluation.best)
         return self
+
+    def _check_scored(self, best: str | None) -> None:
+        """Now, not hours later when held-out samples are scored for the first time."""
+        types = [s.type for part in self.streams.values() for s in part.sources if s.held_out]
+        if not types:
+            raise ValueError("evaluation needs samples to score: set held_out of a source")
+        names = [f"{t}-{types[:i].count(t) + 1}".removesuffix("-1") for i, t in enumerate(types)]
+        if best is not None and best.rpartition(".")[0] not in names:
+            known = ", ".join(f"{name}.perplexity" for name in names)
+            raise ValueError(f"evaluation.best names {best!r}, but the scores are {known}, ...")
 
     @property
     def streams(self) -> dict[Kind, StreamSection]:

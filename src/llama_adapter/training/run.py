@@ -110,6 +110,7 @@ class TrainingRun:
         self._bad_steps = 0
         self._broken = 0
         self._best: float | None = None
+        self._best_of = None if recipe.evaluation is None else recipe.evaluation.best
 
     def run(self, *, resume: bool = False) -> Outcome:
         """Train to the last step and write the final adapter.
@@ -241,6 +242,7 @@ class TrainingRun:
             "bad_steps": self._bad_steps,
             "broken": self._broken,
             "best": self._best,
+            "best_of": self._best_of,
         }
         write = self.snapshots.checkpoint_writer(own)
         keep = self.recipe.keep_checkpoints
@@ -269,7 +271,9 @@ class TrainingRun:
         for kind, stream in self.streams.items():
             stream.load_state_dict(own["streams"][kind])
         self._bad_steps, self._broken = own["bad_steps"], own["broken"]
-        self._best = own["best"]
+        # a run may be resumed with another metric, of which nothing is known yet
+        if own.get("best_of", self._best_of) == self._best_of:
+            self._best = own["best"]
         if own["world_size"] != self.engine.world_size:
             self._say(
                 f"the checkpoint is of {own['world_size']} process(es), this run has "

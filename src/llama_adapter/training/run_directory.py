@@ -154,11 +154,11 @@ class JsonLines:
         """Every whole row."""
         if not self.path.exists():
             return
-        with self.path.open() as file:
+        with self.path.open("rb") as file:
             for line in file:
                 try:
                     yield json.loads(line)
-                except json.JSONDecodeError:
+                except ValueError:
                     return  # torn when the process was killed; what follows is of no run
 
     def forget_after(self, step: int) -> None:
