@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -147,6 +148,26 @@ def test_held_out_scores_and_the_best_adapter(
     assert run(held, f"out={tmp_path}/unscored").checksum == scored.checksum
 
 
+def test_broken_pictures_held_out_do_not_end_a_run(
+    recipe_file: Recipe, workshop: Path, losses: Any, tmp_path: Path
+) -> None:
+    data = shutil.copytree(workshop / "data", tmp_path / "data")
+    for number in range(0, 24, 2):
+        (data / f"{number}.png").write_bytes(b"no picture")
+    source = {"type": "pairs", "path": str(data / "captions.tsv"), "held_out": 12}
+    asked: list[int] = []
+
+    def score(captions: Any, references: Any) -> dict[str, float]:
+        asked.append(len(captions))
+        return {"cider": 0.0}
+
+    evaluation = "evaluation={every: 2, samples: 12, max_new_tokens: 4}"
+    path = recipe_file(captions__sources=[source], steps=2)
+    run(path, "data.max_broken=1.0", evaluation, score_captions=score)
+    assert 0 < asked[0] < 12
+    assert losses(tmp_path / "run")[-1]["held_out/pairs.perplexity"] > 1
+
+
 def test_another_metric_of_the_best_begins_anew(recipe_file: Recipe, tmp_path: Path) -> None:
     """A value of the metric before it is nothing to compare with."""
     held = recipe_file(
@@ -175,6 +196,8 @@ def test_another_metric_of_the_best_begins_anew(recipe_file: Recipe, tmp_path: P
     before = (tmp_path / "run/best" / ADAPTER_WEIGHTS_NAME).read_bytes()
     with (tmp_path / "run/metrics.jsonl").open("ab") as file:
         file.write(b'{"step": 6, "samples": ["\xc3')  # a kill may tear a letter in two
+    for kept in (tmp_path / "run/cache").iterdir():
+        kept.write_bytes(b"torn")
     run(*arguments, "evaluation.best=pairs.cider", resume=True, score_captions=score)
     assert (tmp_path / "run/best" / ADAPTER_WEIGHTS_NAME).read_bytes() != before
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,17 +79,11 @@ def measure(
     `cache` is a folder where they are kept; a change of source, processor or row finds none.
     """
     kept = None if cache is None else cache / f"pieces-{_key(source, encoder)}.npz"
-    if kept is not None and kept.exists():
-        with np.load(kept, allow_pickle=False) as stored:
-            listed = json.loads(str(stored["broken"]))
-            pieces = Pieces(
-                table=stored["table"],
-                broken=tuple(Broken(**each) for each in listed),
-                num_samples=len(source),
-            )
+    found = None if kept is None else _kept(kept, num_samples=len(source))
+    if found is not None:
         if progress is not None:
             progress(len(source))
-        return pieces
+        return found
     pieces = _measure(source, encoder, workers=workers, progress=progress)
     if kept is not None:
         _keep(pieces, kept)
@@ -153,6 +148,20 @@ def _key(source: Source, encoder: SampleEncoder) -> str:
         encoder.overlong,
     )
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
+
+
+def _kept(path: Path, *, num_samples: int) -> Pieces | None:
+    """What `_keep` wrote; None where there is nothing, or nothing whole."""
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            listed = json.loads(str(stored["broken"]))
+            return Pieces(
+                table=stored["table"].reshape(-1, len(COLUMNS)),
+                broken=tuple(Broken(**each) for each in listed),
+                num_samples=num_samples,
+            )
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):
+        return None
 
 
 def _keep(pieces: Pieces, path: Path) -> None:

@@ -98,7 +98,9 @@ class ShardSource:
         return None
 
     def fingerprint(self) -> str:
-        return f"{self.options!r}{self.shards}{self._places[-1].tolist()}{len(self)}"
+        local = [Path(shard).stat() for shard in self.shards if "://" not in shard]
+        versions = [(status.st_size, status.st_mtime_ns) for status in local]
+        return f"{self.options!r}{self.shards}{versions}{self._places[-1].tolist()}{len(self)}"
 
 
 def _expand(pattern: str) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +12,9 @@ import torch
 from llama_adapter.conversation import Conversation
 from llama_adapter.data import Sample
 from llama_adapter.data.packing import assemble
-from llama_adapter.errors import DataError
+from llama_adapter.errors import DataError, LlamaAdapterError
 from llama_adapter.model import LlamaAdapterForConditionalGeneration, scored_positions
+from llama_adapter.processing.images import load_image
 from llama_adapter.processing.processor import LlamaAdapterProcessor
 from llama_adapter.training.engine import Engine
 from llama_adapter.training.recipe import Recipe
@@ -49,7 +50,9 @@ class HeldOutScorer:
         scores = {}
         with torch.autocast(device, torch.bfloat16, enabled=half):
             for name, held_out in self.held_out.items():
-                samples = [held_out[i] for i in range(min(section.samples, len(held_out)))]
+                samples = _sound(held_out, range(min(section.samples, len(held_out))))
+                if not samples:
+                    continue
                 scores[f"{name}.perplexity"] = self._perplexity(held_out, samples)
                 if held_out.kind == "caption" and self.score_captions is not None:
                     found = self._captions(held_out)
@@ -144,7 +147,25 @@ def _pictures(held_out: HeldOut, most: int) -> list[list[Sample]]:
     numbers: dict[int, list[int]] = {}
     for number, group in enumerate(groups):
         numbers.setdefault(group, []).append(number)
-    return [[held_out[n] for n in some] for some in list(numbers.values())[:most]]
+    found = []
+    for some in list(numbers.values())[:most]:
+        if asked := _sound(held_out, some[:1]):
+            found.append(asked + [held_out[n] for n in some[1:]])
+    return found
+
+
+def _sound(held_out: HeldOut, numbers: Iterable[int]) -> list[Sample]:
+    """Those of the samples whose pictures can be read: others are left out, as in training."""
+    found = []
+    for number in numbers:
+        try:
+            sample = held_out[number]
+            for ref in sample.conversation.images:
+                load_image(ref)
+        except LlamaAdapterError:
+            continue
+        found.append(sample)
+    return found
 
 
 def _question(sample: Sample) -> Conversation:

@@ -79,7 +79,7 @@ class RunDirectory:
     def _check_same(self, recipe: Recipe, stored: Path) -> None:
         try:
             before = yaml.safe_load(stored.read_text())
-        except (OSError, yaml.YAMLError) as error:
+        except (OSError, ValueError, yaml.YAMLError) as error:
             raise TrainingError(f"{stored} cannot be read: {error}") from error
         now = recipe.model_dump(mode="json")
         for key, old, new in _differences(before, now):
@@ -157,9 +157,12 @@ class JsonLines:
         with self.path.open("rb") as file:
             for line in file:
                 try:
-                    yield json.loads(line)
+                    row = json.loads(line)
                 except ValueError:
+                    row = None
+                if not isinstance(row, dict) or "step" not in row:
                     return  # torn when the process was killed; what follows is of no run
+                yield row
 
     def forget_after(self, step: int) -> None:
         """Keep rows up to a step: those after it will be written again."""
