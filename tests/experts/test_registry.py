@@ -51,6 +51,10 @@ def test_other_packages_add_experts(other_package):
     other_package("echoing:BROKEN")
     with pytest.raises(ExpertError, match="must name an ExpertKind, got str"):
         registry.kinds()
+    for value in ("no_such_package:KIND", "echoing:NO_SUCH"):
+        other_package(value)
+        with pytest.raises(ExpertError, match=r"entry point 'echo' in .* cannot be loaded"):
+            registry.kinds()
 
 
 @pytest.mark.parametrize(

@@ -214,6 +214,8 @@ def test_lora_beside_the_adapter(recipe_file: Recipe, workshop: Path, tmp_path: 
     assert all(tensor.abs().sum() > 0 for tensor in factors.values())
     base = AutoModelForCausalLM.from_pretrained(workshop / "base")
     loaded = peft.PeftModel.from_pretrained(base, whole.adapter / "lora")
+    with pytest.raises(CheckpointError, match=r"was trained beside LoRA in .*lora: merge that"):
+        LlamaAdapterForConditionalGeneration.from_pretrained(whole.adapter)
     merged = loaded.merge_and_unload()
     model = LlamaAdapterForConditionalGeneration.from_pretrained(
         whole.adapter, language_model=merged

@@ -129,7 +129,12 @@ def kinds() -> dict[str, ExpertKind]:
 
     found: dict[str, ExpertKind] = {}
     for point in entry_points(group=GROUP):
-        kind = point.load()
+        try:
+            kind = point.load()
+        except (ImportError, AttributeError) as error:
+            raise ExpertError(
+                f"entry point {point.name!r} in {GROUP} cannot be loaded: {error}"
+            ) from error
         if not isinstance(kind, ExpertKind):
             raise ExpertError(
                 f"entry point {point.name!r} in {GROUP} must name an ExpertKind, "

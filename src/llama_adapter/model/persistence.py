@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from llama_adapter.model.adapted import LlamaAdapterForConditionalGeneration
 
 ADAPTER_WEIGHTS_NAME = "adapter_model.safetensors"
+LORA_FOLDER = "lora"
+"""Where peft's factors lie in an adapter directory that was trained beside them."""
 
 _IGNORED_LOADING_KEYWORDS = frozenset(
     {"adapter_kwargs", "config", "trust_remote_code", "code_revision", "_commit_hash", "_from_auto",
@@ -91,6 +93,7 @@ class AdapterPersistence:
         config.base = _absolute(config.base, directory)
         config.vision = _absolute(config.vision, directory)
         if language_model is None:
+            _refuse_lora(directory)
             language_model = load_language_model(
                 _reference(config.base, "base", directory),
                 dtype=dtype,
@@ -120,6 +123,7 @@ class AdapterPersistence:
         if adapter_name in model.adapters:
             raise ConfigError(f"an adapter named {adapter_name!r} is loaded already")
         directory = Path(directory)
+        _refuse_lora(directory)
         config = LlamaAdapterConfig.from_dict(read_adapter_config(directory))
         assert isinstance(config, LlamaAdapterConfig)
         with model.adapters_disabled():
@@ -137,6 +141,15 @@ class AdapterPersistence:
             finally:
                 adapter.detach()
         model._adapters[adapter_name] = adapter
+
+
+def _refuse_lora(directory: Path) -> None:
+    """CheckpointError where the adapter was trained beside LoRA, which only its base can hold."""
+    if (directory / LORA_FOLDER).is_dir():
+        raise CheckpointError(
+            f"{directory} was trained beside LoRA in {directory / LORA_FOLDER}: merge that into "
+            "the base with peft, and pass the result as language_model="
+        )
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

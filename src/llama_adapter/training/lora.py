@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from llama_adapter.errors import ConfigError, MissingDependencyError
+from llama_adapter.model.persistence import LORA_FOLDER
 
 if TYPE_CHECKING:
     from llama_adapter.training.recipe import LoraSection
 
-FOLDER = "lora"
 _WEIGHTS = "adapter_model.safetensors"
 _PEFT_PREFIX = "base_model.model."
 
@@ -40,7 +40,7 @@ class Lora:
 
     def save(self, directory: Path, state: Mapping[str, Tensor]) -> None:
         """Write `lora` into a directory, as peft loads it; `state` holds whole tensors."""
-        folder = directory / FOLDER
+        folder = directory / LORA_FOLDER
         folder.mkdir(parents=True, exist_ok=True)
         self.config.save_pretrained(folder)
         tensors = {name: state[name].detach().cpu().contiguous() for name in self.factors}
@@ -48,7 +48,7 @@ class Lora:
 
     def read(self, directory: Path) -> dict[str, Tensor]:
         """What `save` wrote."""
-        return load_file(directory / FOLDER / _WEIGHTS)
+        return load_file(directory / LORA_FOLDER / _WEIGHTS)
 
 
 def add_lora(language_model: PreTrainedModel, section: LoraSection, *, seed: int) -> Lora:
