@@ -224,6 +224,12 @@ def test_lora_beside_the_adapter(recipe_file: Recipe, workshop: Path, tmp_path: 
     path = recipe_file(lora__rank=2, lora__targets=["q_proj", "v_proj"], steps=4)
     with pytest.raises(Stop):
         run(path, f"out={tmp_path}/parts", watcher=stop_at(3))
+    torn = tmp_path / "parts/checkpoints/step-00000002/adapter/lora/adapter_model.safetensors"
+    content = torn.read_bytes()
+    torn.write_bytes(content[:50])
+    with pytest.raises(CheckpointError, match="lora"):
+        run(path, f"out={tmp_path}/parts", resume=True)
+    torn.write_bytes(content)
     parts = run(path, f"out={tmp_path}/parts", resume=True)
     assert parts.checksum == whole.checksum
     again = read_tensors(parts.adapter / "lora" / "adapter_model.safetensors")

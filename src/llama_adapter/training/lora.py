@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from llama_adapter.errors import ConfigError, MissingDependencyError
-from llama_adapter.model.persistence import LORA_FOLDER
+from llama_adapter.model.persistence import LORA_FOLDER, read_tensors
 
 if TYPE_CHECKING:
     from llama_adapter.training.recipe import LoraSection
@@ -47,8 +47,8 @@ class Lora:
         save_file(tensors, folder / _WEIGHTS, metadata={"format": "pt"})
 
     def read(self, directory: Path) -> dict[str, Tensor]:
-        """What `save` wrote."""
-        return load_file(directory / LORA_FOLDER / _WEIGHTS)
+        """What `save` wrote; CheckpointError where that is missing or damaged."""
+        return read_tensors(directory / LORA_FOLDER / _WEIGHTS)
 
 
 def add_lora(language_model: PreTrainedModel, section: LoraSection, *, seed: int) -> Lora:
