@@ -6,7 +6,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from llama_adapter.toyworld.captions import describe_tasks, passage
+from llama_adapter.toyworld.captions import describe_tasks, passage, sign_sentence
 from llama_adapter.toyworld.questions import QUESTION_TYPES, QuestionAnswer, ask
 from llama_adapter.toyworld.scenes import (
     COLORS,
@@ -39,6 +39,9 @@ KNOWLEDGE: tuple[tuple[str, str], ...] = (
     ("thank you.", "you are welcome."),
 )
 """Questions that need no scene."""
+
+SIGN_ALONE = 0.4
+"""Share of questions about a sign whose text is of nothing else, as what OCR reads is."""
 
 TYPE_WEIGHTS: dict[str, float] = {
     "color": 2, "shape": 2, "size": 2, "where": 2, "where_color": 3, "count": 3,
@@ -96,6 +99,8 @@ def sample_instruction(
             kind="describe",
         )
     asked = sample_question(scene, rng, one_word=one_word)
+    if asked.kind == "sign" and rng.random() < SIGN_ALONE:
+        context = sign_sentence(scene)
     return Instruction(
         instruction=asked.question, context=context, answer=asked.answer, kind=asked.kind
     )
