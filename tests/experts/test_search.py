@@ -3,6 +3,7 @@
 import json
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 from typing import ClassVar
 
 import pytest
@@ -11,6 +12,7 @@ pytest.importorskip("bm25s")
 
 from llama_adapter.errors import ExpertError
 from llama_adapter.experts import Finding, Report
+from llama_adapter.experts.passages import text_files
 from llama_adapter.experts.search import SearchExpert
 from llama_adapter.experts.search_index import FolderIndex
 from llama_adapter.experts.web_search import WebSearchExpert
@@ -212,3 +214,14 @@ def test_no_results_and_no_service(service):
         WebSearchExpert("http://127.0.0.1:9/").consult([], "x")
     with pytest.raises(ExpertError, match="must start with http"):
         WebSearchExpert("file:///etc/passwd")
+
+
+def test_links_that_lead_out_of_the_folder_are_not_followed(tmp_path: Path) -> None:
+    outside = tmp_path / "outside.txt"
+    outside.write_text("the password is swordfish\n")
+    folder = tmp_path / "notes"
+    folder.mkdir()
+    (folder / "inside.txt").write_text("the pool opens at nine\n")
+    (folder / "again.txt").symlink_to(folder / "inside.txt")
+    (folder / "secret.txt").symlink_to(outside)
+    assert [path.name for path in text_files(folder)] == ["again.txt", "inside.txt"]

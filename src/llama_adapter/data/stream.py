@@ -150,6 +150,9 @@ class BatchStream:
             name = part.source.name
             if found:
                 refuse_broken(faults, total, max_broken=self.max_broken, name=name)
+                # of several processes each sees its share of the rows, and of what is broken
+                share = max(1, total // self.world)
+                refuse_broken(tuple(found), share, max_broken=self.max_broken, name=name)
 
     # --- the plan ---------------------------------------------------------------------------
 

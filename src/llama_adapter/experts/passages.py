@@ -34,12 +34,18 @@ class Passage:
 
 
 def text_files(folder: Path) -> list[Path]:
-    """Every file below the folder that holds text, hidden ones apart, in order."""
+    """Every file below the folder that holds text, in order.
+
+    Hidden ones are left out, and links that lead out of the folder: who may write into the
+    folder could otherwise have any file of this machine read.
+    """
+    home = folder.resolve()
     return sorted(
         path
         for path in folder.rglob("*")
         if path.suffix.lower() in SUFFIXES
         and path.is_file()
+        and path.resolve().is_relative_to(home)
         and not any(part.startswith(".") for part in path.relative_to(folder).parts)
     )
 

@@ -109,6 +109,7 @@ class TrainingRun:
         self._track = track
         self._bad_steps = 0
         self._broken = 0
+        self._listed: set[str] = set()
         self._best: float | None = None
         self._best_of = None if recipe.evaluation is None else recipe.evaluation.best
 
@@ -172,7 +173,13 @@ class TrainingRun:
 
     def _list_broken(self, batches: Sequence[TrainBatch], step: int) -> None:
         own = [broken.to_dict() for batch in batches for broken in batch.broken]
-        found = [one for of_rank in self.engine.gather(own) for one in of_rank]
+        found = [
+            one
+            for of_rank in self.engine.gather(own)
+            for one in of_rank
+            if one["where"] not in self._listed
+        ]
+        self._listed.update(one["where"] for one in found)
         self._broken += len(found)
         if self.engine.rank == 0:
             for one in found:
