@@ -70,7 +70,10 @@ class Snapshots:
             state = torch.load(path, weights_only=True, map_location="cpu")
         except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
             message = str(error).splitlines()[0]
-            raise CheckpointError(f"{path} cannot be read: {message}") from error
+            raise CheckpointError(
+                f"{path} cannot be read: {message} (remove {checkpoint} to go on from the "
+                "checkpoint before it)"
+            ) from error
         tensors = read_tensors(checkpoint / ADAPTER / ADAPTER_WEIGHTS_NAME)
         if self.built.lora is not None:
             tensors |= self.built.lora.read(checkpoint / ADAPTER)
