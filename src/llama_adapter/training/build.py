@@ -131,7 +131,7 @@ def _quantization(recipe: Recipe) -> Any:
 
 def _random_decoder(recipe: Recipe, device: torch.device, attention: str | None) -> PreTrainedModel:
     """Random numbers in the shape of the base, for measuring; its adapters name no base."""
-    config = _config(recipe.base.model, "base")
+    config = read_config(recipe.base.model, "base")
     options: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
     if recipe.base.dtype != "auto":
         options["dtype"] = getattr(torch, recipe.base.dtype)
@@ -145,14 +145,15 @@ def _vision(recipe: Recipe, device: torch.device) -> nn.Module:
     assert recipe.vision is not None
     if not recipe.vision.random_weights:
         return load_vision(recipe.vision.model, device=device)
-    config = _config(recipe.vision.model, "vision tower")
+    config = read_config(recipe.vision.model, "vision tower")
     with _seeded(recipe.seed):
         model = AutoModel.from_config(config)
     model.config._name_or_path = ""
     return model.to(device)
 
 
-def _config(name: str, what: str) -> Any:
+def read_config(name: str, what: str) -> Any:
+    """The config of a base or tower by name or path; CheckpointError if it cannot be read."""
     try:
         return AutoConfig.from_pretrained(resolve_reference(name))
     except (OSError, ValueError) as error:

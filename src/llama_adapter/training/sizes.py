@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM
 
 from llama_adapter.errors import CheckpointError
 from llama_adapter.model import LlamaAdapterConfig, LlamaAdapterForConditionalGeneration
-from llama_adapter.model.references import resolve_reference
+from llama_adapter.training.build import read_config
 from llama_adapter.training.recipe import Recipe
 
 _BYTES = {"float32": 4.0, "float16": 2.0, "bfloat16": 2.0}
@@ -54,10 +54,10 @@ def sizes_of(recipe: Recipe, *, world: int = 1) -> Sizes:
     a config cannot be read.
     """
     with torch.device("meta"):
-        base = AutoModelForCausalLM.from_config(_config(recipe.base.model, "base"))
+        base = AutoModelForCausalLM.from_config(read_config(recipe.base.model, "base"))
         vision = None
         if recipe.vision is not None:
-            vision = AutoModel.from_config(_config(recipe.vision.model, "vision tower"))
+            vision = AutoModel.from_config(read_config(recipe.vision.model, "vision tower"))
         base_count = _count(base)
         semantics = _semantics(recipe)
         model = LlamaAdapterForConditionalGeneration.from_base(base, vision, semantics)
@@ -117,16 +117,6 @@ def _semantics(recipe: Recipe) -> LlamaAdapterConfig:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"adapter.start: cannot read {start}: {error}") from error
     return LlamaAdapterConfig(adapter=config.adapter_config)
-
-
-def _config(name: str, what: str) -> Any:
-    try:
-        return AutoConfig.from_pretrained(resolve_reference(name))
-    except (OSError, ValueError) as error:
-        message = str(error).splitlines()[0]
-        raise CheckpointError(
-            f"cannot load the config of the {what} {name!r}: {message}"
-        ) from error
 
 
 def _count(model: nn.Module) -> int:
