@@ -311,3 +311,10 @@ def test_training_gets_text_for_a_fraction_of_samples():
     assert told.context == "12 wide"
     with pytest.raises(ConfigError, match="from 0 to 1"):
         ExpertTextMixer(fraction=2)
+
+
+def test_what_was_read_in_pictures_is_for_its_owner_alone(tmp_path):
+    cache = ReportCache(tmp_path / "experts.sqlite")
+    assert len(cache) == 0
+    assert cache.path.stat().st_mode & 0o077 == 0
+    cache.close()

@@ -109,6 +109,8 @@ class ReportCache:
     def _open(self) -> sqlite3.Connection:
         if self._connection is None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            # what was read in somebody's pictures is nobody else's business
+            self.path.touch(mode=0o600)
             self._connection = sqlite3.connect(self.path, timeout=2.0, check_same_thread=False)
             # what a power cut takes away can be found again
             self._connection.execute("PRAGMA synchronous = OFF")
