@@ -120,6 +120,14 @@ def _status(field: str) -> int:
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field + ":"))
 
 
+def _anywhere(setting: Any) -> Any:
+    """A setting as it is on any machine: of a path the part below the repository, or its name."""
+    if not isinstance(setting, Path) or not setting.is_absolute():
+        return setting
+    root = Path(__file__).resolve().parents[1]
+    return str(setting.relative_to(root)) if setting.is_relative_to(root) else setting.name
+
+
 def report(
     name: str,
     results: dict[str, Any],
@@ -136,7 +144,7 @@ def report(
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "device": device_name(options.device),
         "versions": _versions("torch", "transformers", "peft", "llama-adapter"),
-        "settings": {k: v for k, v in vars(options).items() if k != "out"},
+        "settings": {k: _anywhere(v) for k, v in vars(options).items() if k != "out"},
         "results": results,
     }
     text = json.dumps(document, indent=2, default=str)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ SPEAKERS: dict[str, Role] = {
 """Whom ShareGPT's and OpenAI's files name as speaker, and who that is."""
 
 
-class JsonSource:
+class JsonSource(ABC):
     """Conversations from JSON records, one sample a record."""
 
     def __init__(self, options: SourceOptions, path: Path, kind: Kind, *, type_: str) -> None:
@@ -53,9 +54,9 @@ class JsonSource:
                 message if message.startswith(where) else f"{where}: {error}"
             ) from error
 
+    @abstractmethod
     def read(self, record: Mapping[str, Any]) -> Conversation:
         """What one record says; DataError or PromptError if it cannot be learned from."""
-        raise NotImplementedError
 
     def where(self, index: int) -> str:
         return self.records.where(index)

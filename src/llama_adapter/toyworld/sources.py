@@ -6,6 +6,7 @@ Sample number n is always the same one for the same seed.
 from __future__ import annotations
 
 import random
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Literal
 
@@ -30,7 +31,7 @@ class MiniatureOptions(SourceOptions):
     """`test`: every scene holds a shape in a colour that training never shows it in."""
 
 
-class MiniatureSource:
+class MiniatureSource(ABC):
     """Samples drawn by number."""
 
     def __init__(self, options: MiniatureOptions, kind: Kind, *, name: str) -> None:
@@ -49,9 +50,9 @@ class MiniatureSource:
         conversation = self.draw(index, rng)
         return Sample(id=self.where(index), kind=self.kind, conversation=conversation)
 
+    @abstractmethod
     def draw(self, index: int, rng: random.Random) -> Conversation:
         """The conversation of one sample."""
-        raise NotImplementedError
 
     def where(self, index: int) -> str:
         return f"{self.name}:{index + 1}"
