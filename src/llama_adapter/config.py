@@ -20,6 +20,7 @@ FORMAT_VERSION = 1
 CHOICES: dict[str, tuple[str, ...]] = {
     "fusion": ("early", "late", "none"),
     "visual_scope": ("all", "slots"),
+    "slot_reads": ("all", "own"),
     "projector": ("query_transformer", "linear", "mlp"),
     "gate": ("tanh", "raw"),
     "scale_side": ("output", "input"),
@@ -65,6 +66,9 @@ class AdapterConfig:
     """How many of the first decoder layers read visual prompts (early fusion)."""
     visual_scope: str = "all"
     """Which positions attend to visual prompts: `all` text tokens, or only placeholder `slots`."""
+    slot_reads: str = "all"
+    """What a placeholder slot attends to: `all` visual prompts of its picture, or its `own` alone,
+    the i-th slot the i-th prompt. Which thing stands in which slot need then not be learned."""
     projector: str = "query_transformer"
     """How vision features become visual prompts; see `model.visual_prompts.PROJECTORS`."""
     projector_width: int = 512
@@ -146,11 +150,23 @@ class AdapterConfig:
                     f"visual_prompt_length must be 1 or {self.prompt_length}, "
                     f"got {self.visual_prompt_length}"
                 )
+        if self.slot_reads == "own":
+            self._check_own_slots()
         if self.projector == "query_transformer" and self.projector_width % self.projector_heads:
             raise ConfigError(
                 f"projector_width {self.projector_width} is not a multiple of "
                 f"projector_heads {self.projector_heads}"
             )
+
+    def _check_own_slots(self) -> None:
+        needs = {"fusion": "early", "visual_scope": "slots"}
+        for name, value in needs.items():
+            if getattr(self, name) != value:
+                raise ConfigError(
+                    f"slot_reads 'own' needs {name} {value!r}, got {getattr(self, name)!r}"
+                )
+        if self.frame_rule == "concat":
+            raise ConfigError("slot_reads 'own' has no slots for frame_rule 'concat'")
 
     @property
     def sees(self) -> bool:

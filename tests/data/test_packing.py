@@ -165,8 +165,9 @@ def test_packed_captions_equal_padded_ones(
     assert_same(model, packed, rows_of(samples, short_processor, "padded"))
 
 
+@pytest.mark.parametrize("slot_reads", ["all", "own"])
 def test_packed_captions_read_through_slots(
-    toy_tokenizer: Any, image_processor: Any, tmp_path: Path
+    slot_reads: str, toy_tokenizer: Any, image_processor: Any, tmp_path: Path
 ) -> None:
     processor = LlamaAdapterProcessor(
         image_processor,
@@ -177,7 +178,7 @@ def test_packed_captions_read_through_slots(
     )
     source = open_source("pairs", "caption", path=write_pairs(tmp_path, 12))
     samples = prepare(source, processor)
-    model = adapted("llama", visual_scope="slots")
+    model = adapted("llama", visual_scope="slots", slot_reads=slot_reads)
     packed = rows_of(samples, processor, "packed")
     assert int(packed["visual_mask"].sum()) == 2 * len(samples)
     assert_same(model, packed, rows_of(samples, processor, "padded"))

@@ -11,6 +11,7 @@ from llama_adapter import ConfigError, TrainingError
 SETTINGS = [
     ("v2", {}),
     ("v2", {"visual_layers": 2, "visual_scope": "slots"}),
+    ("v2", {"visual_layers": 2, "visual_scope": "slots", "slot_reads": "own"}),
     ("v2", {"lora_rank": 3, "gate_scale": True}),
     ("v1", {}),
     ("v1-multimodal", {}),

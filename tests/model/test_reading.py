@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from torch.testing import assert_close
@@ -10,6 +12,7 @@ from transformers import StaticCache
 from llama_adapter import ConfigError
 
 FUSIONS = [("v2", {}), ("v1-multimodal", {})]
+SLOTTED = [*FUSIONS, ("v2", {"slot_reads": "own"})]
 EXACT = {"rtol": 1e-5, "atol": 1e-5}
 
 
@@ -157,8 +160,46 @@ def test_only_slots_read(build, ids, pictures, preset, overrides):
         model(ids, pixel_values=pictures)
 
 
+def test_a_slot_may_read_its_own_prompt_alone(build, ids, pictures):
+    model = build(visual_scope="slots", slot_reads="own")
+    mask = torch.zeros_like(ids, dtype=torch.bool)
+    mask[:, 1:5] = True
+    with torch.no_grad():
+        visual = model.encode_visual(pictures)
+        before = model(ids, visual_prompts=visual, visual_mask=mask).logits
+        for number in range(4):
+            changed = visual.prompts_IMd.clone()
+            changed[:, number] += 1
+            other = dataclasses.replace(visual, prompts_IMd=changed)
+            after = model(ids, visual_prompts=other, visual_mask=mask).logits
+            slot = 1 + number
+            assert torch.equal(after[:, :slot], before[:, :slot])
+            assert (after - before)[:, slot].abs().max() > 1e-4
+        # two pictures in a row of tokens: each begins with its own first prompt
+        index = torch.tensor([[-1, 0, 0, 1, 1, -1, -1]] * 3)
+        packed = model(ids, visual_prompts=visual, image_index=index, visual_mask=mask).logits
+        swapped = dataclasses.replace(visual, prompts_IMd=visual.prompts_IMd[:, :2])
+        assert_close(
+            model(ids, visual_prompts=swapped, image_index=index, visual_mask=mask).logits, packed
+        )
+
+
+def test_each_slot_reads_what_a_single_prompt_would_give(build, ids, pictures):
+    own = build(visual_scope="slots", slot_reads="own")
+    mask = torch.zeros_like(ids, dtype=torch.bool)
+    mask[:, 2] = True
+    with torch.no_grad():
+        visual = own.encode_visual(pictures)
+        first = dataclasses.replace(
+            visual, prompts_IMd=visual.prompts_IMd[:, :1].contiguous(), own_slots=False
+        )
+        # a softmax over one key is 1
+        expected = own(ids, visual_prompts=first, visual_mask=mask).logits
+        assert_close(own(ids, visual_prompts=visual, visual_mask=mask).logits, expected, **EXACT)
+
+
 @pytest.mark.parametrize("per_token", [False, True])
-@pytest.mark.parametrize(("preset", "overrides"), FUSIONS)
+@pytest.mark.parametrize(("preset", "overrides"), SLOTTED)
 def test_generated_tokens_are_no_slots(build, ids, pictures, preset, overrides, per_token):
     model = build(preset, visual_scope="slots", **overrides)
     mask = torch.zeros_like(ids, dtype=torch.bool)

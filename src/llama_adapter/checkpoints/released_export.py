@@ -148,6 +148,7 @@ _VISUAL = (
     *_OPEN_IN_V2[2:],
     "visual_layers",
     "visual_scope",
+    "slot_reads",
     "projector",
     "vision_feature",
     "channel_order",

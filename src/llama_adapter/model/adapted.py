@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -230,7 +231,8 @@ class LlamaAdapterForConditionalGeneration(
             )
         prompts_IMd = self.visual(visual_features)
         prompts_IMd = prompts_IMd.to(self.language_model.get_input_embeddings().weight.device)
-        visual = VisualPrompts(prompts_IMd=prompts_IMd)
+        own_slots = self.adapter_config.slot_reads == "own"
+        visual = VisualPrompts(prompts_IMd=prompts_IMd, own_slots=own_slots)
         return self._with_keys(visual) if cache else visual
 
     @torch.no_grad()
@@ -248,7 +250,7 @@ class LlamaAdapterForConditionalGeneration(
                 entries = adaption.entries_EMd(source)
                 assert entries is not None
                 keys_values[adaption.layer_index] = adaption.keys_values(attention, entries)
-        return VisualPrompts(prompts_IMd=visual.prompts_IMd, keys_values=keys_values)
+        return replace(visual, keys_values=keys_values)
 
     # --- parameters -------------------------------------------------------------------------
 

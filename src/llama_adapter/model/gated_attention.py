@@ -37,6 +37,8 @@ class VisualPrompts:
     """Which picture each token reads, -1 for none: for packed rows."""
     mask_BT: Tensor | None = None
     """Which tokens read visual prompts at all; None: every token."""
+    own_slots: bool = False
+    """Whether the i-th of the reading tokens in a row reads the i-th prompt alone."""
     keys_values: dict[int, KeysValues] | None = None
     """Keys and gated values per layer, made once for a whole generation."""
 
@@ -207,6 +209,8 @@ def _attend_visual(
 
     With a static entry (late fusion) a token without a picture reads the static prompts alone.
     """
+    if visual.own_slots:
+        return _read_own(query_BHTD, values_EHMD, visual)
     if visual.token_BT is not None or (has_static_entry and visual.mask_BT is not None):
         return _attend_packed(
             query_BHTD, keys_EHMD, values_EHMD, visual, scaling, softcap, has_static_entry
@@ -224,6 +228,45 @@ def _attend_visual(
     if reads_BT is None or has_static_entry:
         return added_BHTD
     return added_BHTD * reads_BT[:, None, :, None].to(added_BHTD.dtype)
+
+
+def _read_own(query_BHTD: Tensor, values_EHMD: Tensor, visual: VisualPrompts) -> Tensor:
+    """Each slot reads one prompt: a softmax over a single key is 1, whatever the key."""
+    num_entries, num_heads, length, head_size = values_EHMD.shape
+    reads_BT = visual.mask_BT
+    assert reads_BT is not None  # the model asks for it
+    reads_BT = reads_BT.to(query_BHTD.device)
+    token_BT, row_B = visual.token_BT, visual.row_B
+    if token_BT is not None:
+        token_BT = token_BT.to(query_BHTD.device)
+        reads_BT = reads_BT & (token_BT >= 0)
+    elif row_B is not None:
+        row_B = row_B.to(query_BHTD.device)
+        reads_BT = reads_BT & (row_B >= 0).unsqueeze(1)
+        values_EHMD = values_EHMD[row_B]
+    ordinal_BT = _places_in_runs(reads_BT, token_BT)
+    prompts_M = torch.arange(length, device=query_BHTD.device)
+    weights_BTM = (ordinal_BT[..., None] == prompts_M) & reads_BT[..., None]
+    if token_BT is None:
+        return weights_BTM.unsqueeze(1).to(values_EHMD.dtype) @ values_EHMD
+    entries_E = torch.arange(num_entries, device=query_BHTD.device)
+    weights_BTEM = weights_BTM[:, :, None] & (token_BT[..., None, None] == entries_E[:, None])
+    values = values_EHMD.transpose(0, 1).reshape(1, num_heads, num_entries * length, head_size)
+    return weights_BTEM.flatten(2).unsqueeze(1).to(values.dtype) @ values
+
+
+def _places_in_runs(reads_BT: Tensor, token_BT: Tensor | None) -> Tensor:
+    """How many tokens of the same run of slots stand before each, whole runs at a time.
+
+    A run is what stands together and reads one picture, so that every picture begins anew.
+    """
+    goes_on_BT = reads_BT[:, 1:] & reads_BT[:, :-1]
+    if token_BT is not None:
+        goes_on_BT = goes_on_BT & (token_BT[:, 1:] == token_BT[:, :-1])
+    begins_BT = torch.cat([torch.ones_like(reads_BT[:, :1]), ~goes_on_BT], dim=1)
+    place_T = torch.arange(reads_BT.shape[1], device=reads_BT.device)
+    start_BT = (place_T * begins_BT).cummax(1).values
+    return place_T - start_BT
 
 
 def _attend_packed(
