@@ -54,7 +54,7 @@ def test_every_word_of_the_world_is_one_token(tokenizer):
     spelt = set(range(3 + NUM_SLOTS, tokenizer.convert_tokens_to_ids("z") + 1))
     for _ in range(300):
         instruction = sample_instruction(rng)
-        text = " ".join(piece.text for piece in sample_document(rng))
+        text = " ".join(piece.text for piece in sample_document(rng).pieces)
         ids = tokenizer(f"{text} {instruction.instruction} {instruction.answer}").input_ids
         assert not spelt & set(ids)
 

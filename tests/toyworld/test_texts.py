@@ -181,7 +181,7 @@ def held_out_pairs(text: str) -> list[tuple[str, str]]:
 def test_no_training_text_contains_a_held_out_combination():
     rng = random.Random(0)
     for _ in range(300):
-        document = " ".join(piece.text for piece in sample_document(rng))
+        document = " ".join(piece.text for piece in sample_document(rng).pieces)
         talk = sample_talk(rng)
         instruction = sample_instruction(rng)
         texts = [document, talk.context, *itertools.chain(*talk.turns)]
@@ -193,7 +193,7 @@ def test_no_training_text_contains_a_held_out_combination():
 def test_pretraining_never_shows_the_template_of_instructions():
     rng = random.Random(0)
     for _ in range(300):
-        text = " ".join(piece.text for piece in sample_document(rng))
+        text = " ".join(piece.text for piece in sample_document(rng).pieces)
         assert not {"###", "instruction", "response", "input"} & set(re.findall(r"\w+|###", text))
 
 

@@ -45,9 +45,7 @@ def variants() -> dict[str, Course]:
     return {
         "reference": reference,
         "naive joint": replace(reference, joint="naive"),
-        "captions scored unfairly": replace(
-            reference, plan=replace(reference.plan, fair_captions=False)
-        ),
+        "scored unfairly": replace(reference, plan=replace(reference.plan, fair=False)),
         "LANGUAGE keeps moving": replace(reference, language_rest=1.0, instruction_every=1),
         "late fusion": _adapted(reference, **late, visual_scope="all"),
         "late fusion, naive joint": replace(

@@ -34,7 +34,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from llama_adapter.toyworld.captions import describe_tasks, passage
-from llama_adapter.toyworld.pretraining_text import Piece, course, sample_document
+from llama_adapter.toyworld.fairness import unscored_tokens, without_unscored
+from llama_adapter.toyworld.pretraining_text import Document, Piece, course, sample_document
 from llama_adapter.toyworld.questions import ONE_WORD_TYPES, QUESTION_TYPES, ask
 from llama_adapter.toyworld.scenes import Split, sample_scene
 from llama_adapter.toyworld.tokenizer import build_tokenizer
@@ -76,11 +77,14 @@ class Batch:
     weights: Tensor
     """Weight of each token in the loss."""
     segments: Tensor
+    unscored: Tensor
+    """The token left out of the softmax where a token is predicted, -1: none (`fairness`)."""
 
 
-def collate(documents: list[list[Piece]], tokenizer: PreTrainedTokenizerFast) -> Batch:
+def collate(documents: Sequence[Document], tokenizer: PreTrainedTokenizerFast) -> Batch:
     rows = []
-    for pieces in documents:
+    for document in documents:
+        pieces = document.pieces
         ids, weights, segments = [tokenizer.bos_token_id], [0.0], [0]
         encoded = tokenizer.backend_tokenizer.encode_batch(
             [p.text for p in pieces], add_special_tokens=False
@@ -95,8 +99,12 @@ def collate(documents: list[list[Piece]], tokenizer: PreTrainedTokenizerFast) ->
     def padded(column: int, fill: float) -> Tensor:
         return torch.tensor([row[column] + [fill] * (length - len(row[0])) for row in rows])
 
+    tokens = padded(0, tokenizer.pad_token_id)
     return Batch(
-        tokens=padded(0, tokenizer.pad_token_id), weights=padded(1, 0.0), segments=padded(2, -1)
+        tokens=tokens,
+        weights=padded(1, 0.0),
+        segments=padded(2, -1),
+        unscored=unscored_tokens(tokens, [d.scene for d in documents], tokenizer),
     )
 
 
@@ -113,9 +121,8 @@ def weighted_loss(model: LlamaForCausalLM, batch: Batch, *, gathering_layers: in
         input_ids=tokens, gathering_mask=mask, gathering_layers=gathering_layers, use_cache=False
     ).logits
     weights = batch.weights[:, 1:].flatten()
-    losses = F.cross_entropy(
-        logits.float().flatten(0, 1), batch.tokens[:, 1:].flatten(), reduction="none"
-    )
+    logits = without_unscored(logits.float(), batch.unscored[:, 1:])
+    losses = F.cross_entropy(logits.flatten(0, 1), batch.tokens[:, 1:].flatten(), reduction="none")
     return (losses * weights).sum() / weights.sum()
 
 
@@ -215,9 +222,7 @@ READING_TASKS = (*QUESTION_TYPES, "one_word", "describe")
 """What reading is measured on: the question types, short answers and descriptions."""
 
 
-def _reading_document(
-    rng: random.Random, task: str, *, split: Split, repeats: float
-) -> list[Piece]:
+def _reading_document(rng: random.Random, task: str, *, split: Split, repeats: float) -> Document:
     """A passage, a question and its answer; the answer alone has weight."""
     while True:
         scene = sample_scene(rng, split=split)
@@ -231,10 +236,8 @@ def _reading_document(
             question, answer = asked.question, asked.answer
             break
     text = f"{passage(scene, rng, repeats=repeats)} question: {question} answer:"
-    return [
-        Piece(text=text, weight=0.0, segment=0),
-        Piece(text=answer, weight=1.0, segment=0),
-    ]
+    question_piece = Piece(text=text, weight=0.0, segment=0)
+    return Document(pieces=(question_piece, Piece(text=answer, weight=1.0, segment=0)))
 
 
 @torch.no_grad()

@@ -6,7 +6,12 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from llama_adapter.toyworld.captions import describe_tasks, passage, sign_sentence
+from llama_adapter.toyworld.captions import (
+    DescribeTask,
+    describe_tasks,
+    passage,
+    sign_sentence,
+)
 from llama_adapter.toyworld.questions import QUESTION_TYPES, QuestionAnswer, ask
 from llama_adapter.toyworld.scenes import (
     COLORS,
@@ -15,7 +20,6 @@ from llama_adapter.toyworld.scenes import (
     Scene,
     Split,
     sample_scene,
-    sample_training_scene,
 )
 
 KNOWLEDGE: tuple[tuple[str, str], ...] = (
@@ -43,14 +47,16 @@ KNOWLEDGE: tuple[tuple[str, str], ...] = (
 SIGN_ALONE = 0.4
 """Share of questions about a sign whose text is of nothing else, as what OCR reads is."""
 
+DESCRIBED = 0.4
+"""Share of instructions that ask for a description."""
+
+CAPTION_WEIGHT = 4.0
+"""How often the full caption is asked for, against 1 for every other way to describe."""
+
 TYPE_WEIGHTS: dict[str, float] = {
     "color": 2, "shape": 2, "size": 2, "where": 2, "where_color": 3, "count": 3,
     "exist": 4, "at": 4, "colors": 4, "relation": 3, "compare": 3, "sign": 3,
 }  # fmt: skip
-
-
-def _sample(rng: random.Random, split: Split) -> Scene:
-    return sample_training_scene(rng) if split is Split.TRAIN else sample_scene(rng, split=split)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,6 +68,8 @@ class Instruction:
     answer: str
     kind: str
     """A question type, "describe" or "knowledge"."""
+    scene: Scene | None = None
+    """What the text is about."""
 
 
 def sample_question(
@@ -80,6 +88,17 @@ def sample_question(
             return asked
 
 
+def sample_task(
+    rng: random.Random, *, caption_weight: float = CAPTION_WEIGHT, names_colors: bool = True
+) -> DescribeTask:
+    """A way to describe, the first of them more often: it says most.
+
+    Without `names_colors` only of those that leave colours out.
+    """
+    tasks = [task for task in describe_tasks() if names_colors or not task.names_colors]
+    return rng.choices(tasks, [caption_weight] + [1.0] * (len(tasks) - 1))[0]
+
+
 def sample_instruction(
     rng: random.Random, *, split: Split = Split.TRAIN, one_word: float = 0.1
 ) -> Instruction:
@@ -88,21 +107,26 @@ def sample_instruction(
     if u < 0.05:
         question, answer = rng.choice(KNOWLEDGE)
         return Instruction(instruction=question, context=None, answer=answer, kind="knowledge")
-    scene = _sample(rng, split)
+    scene = sample_scene(rng, split=split)
     context = passage(scene, rng)
-    if u < 0.3:
-        task = rng.choice(describe_tasks())
+    if u < 0.05 + DESCRIBED:
+        task = sample_task(rng)
         return Instruction(
             instruction=rng.choice(task.instructions),
             context=context,
             answer=task.write(scene, rng),
             kind="describe",
+            scene=scene,
         )
     asked = sample_question(scene, rng, one_word=one_word)
     if asked.kind == "sign" and rng.random() < SIGN_ALONE:
         context = sign_sentence(scene)
     return Instruction(
-        instruction=asked.question, context=context, answer=asked.answer, kind=asked.kind
+        instruction=asked.question,
+        context=context,
+        answer=asked.answer,
+        kind=asked.kind,
+        scene=scene,
     )
 
 
@@ -113,19 +137,20 @@ class Talk:
     context: str
     turns: tuple[tuple[str, str], ...]
     """What the user says and what is answered."""
+    scene: Scene
 
 
 def sample_talk(rng: random.Random, *, split: Split = Split.TRAIN) -> Talk:
     """Two to four turns: questions, perhaps a description, perhaps thanks."""
-    scene = _sample(rng, split)
+    scene = sample_scene(rng, split=split)
     turns = []
     for _ in range(rng.randint(2, 4)):
         if rng.random() < 0.2:
-            task = rng.choice(describe_tasks())
+            task = sample_task(rng)
             turns.append((rng.choice(task.instructions), task.write(scene, rng)))
         elif rng.random() < 0.05:
             turns.append(rng.choice(KNOWLEDGE))
         else:
             asked = sample_question(scene, rng)
             turns.append((asked.question, asked.answer))
-    return Talk(context=passage(scene, rng), turns=tuple(turns))
+    return Talk(context=passage(scene, rng), turns=tuple(turns), scene=scene)

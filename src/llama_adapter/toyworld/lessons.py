@@ -15,11 +15,11 @@ from torch import Tensor
 from llama_adapter.conversation import Conversation, ImageRef
 from llama_adapter.processing.encoding import pad
 from llama_adapter.processing.processor import LlamaAdapterProcessor
-from llama_adapter.toyworld.captions import describe_tasks, passage
+from llama_adapter.toyworld.captions import passage
 from llama_adapter.toyworld.fairness import UNSCORED, unscored_tokens
-from llama_adapter.toyworld.instructions import sample_instruction, sample_talk
+from llama_adapter.toyworld.instructions import sample_instruction, sample_talk, sample_task
 from llama_adapter.toyworld.pictures import PicturePool
-from llama_adapter.toyworld.scenes import sample_training_scene
+from llama_adapter.toyworld.scenes import Scene, sample_scene
 
 PICTURE = ImageRef(source=None, name="picture")
 """Stands for a picture whose features are at hand."""
@@ -59,7 +59,7 @@ class LessonPlan:
     feature_dropout: float = 0.35
     """Share of each picture's feature channels set to zero in training. What is read off single
     channels then counts less, and what adds up more: combinations never seen are read better."""
-    fair_captions: bool = True
+    fair: bool = True
     """Whether words that are held out with what is described are not scored as false."""
     distractor_share: float = 0.45
     """Share of passages that follow another scene's passage: the last one counts."""
@@ -92,17 +92,15 @@ class Lessons:
         if self.plan.feature_dropout:
             features_BPC = _without_some_channels(features_BPC, self.plan.feature_dropout, rng)
         batch = collate(self.processor, conversations, features=features_BPC)
-        if self.plan.fair_captions:
-            scenes = [self.pool.scenes[index] for index in indices]
-            batch[UNSCORED] = unscored_tokens(batch["labels"], scenes, self.processor.tokenizer)
-        return batch
+        return self._scored(batch, [self.pool.scenes[index] for index in indices])
 
     def _caption(self, rng: random.Random) -> tuple[int, Conversation]:
         index = rng.randrange(len(self.pool))
-        tasks = [t for t in describe_tasks() if not (self.pool.strange[index] and t.names_colors)]
-        # the first of the tasks says most: the caption, or all but the colours
-        weights = [self.plan.caption_weight] + [1.0] * (len(tasks) - 1)
-        task = rng.choices(tasks, weights)[0]
+        task = sample_task(
+            rng,
+            caption_weight=self.plan.caption_weight,
+            names_colors=not self.pool.strange[index],
+        )
         text = task.write(self.pool.scenes[index], rng)
         return index, Conversation.ask(rng.choice(task.instructions), images=[PICTURE], answer=text)
 
@@ -111,24 +109,33 @@ class Lessons:
         rng = random.Random(f"instructions/{self.seed}/{step}")
         size, bands = self.plan.instruction_batch_size, 4
         drawn = [self._instruction(rng) for _ in range(size * bands)]
-        drawn.sort(key=lambda c: len(c.context or "") + sum(len(m.text) for m in c.messages))
+        drawn.sort(key=lambda d: len(d[0].context or "") + sum(len(m.text) for m in d[0].messages))
         band = rng.randrange(bands)
-        return collate(self.processor, drawn[band * size : (band + 1) * size])
+        conversations, scenes = zip(*drawn[band * size : (band + 1) * size], strict=True)
+        return self._scored(collate(self.processor, conversations), scenes)
 
-    def _instruction(self, rng: random.Random) -> Conversation:
+    def _scored(
+        self, batch: dict[str, Tensor], scenes: Sequence[Scene | None]
+    ) -> dict[str, Tensor]:
+        if self.plan.fair:
+            batch[UNSCORED] = unscored_tokens(batch["labels"], scenes, self.processor.tokenizer)
+        return batch
+
+    def _instruction(self, rng: random.Random) -> tuple[Conversation, Scene | None]:
         if rng.random() < self.plan.talk_share:
             talk = sample_talk(rng)
             (question, answer), *later = talk.turns
             conversation = Conversation.ask(question, context=talk.context, answer=answer)
             for question, answer in later:
                 conversation = conversation.user(question).assistant(answer)
-            return conversation
+            return conversation, talk.scene
         drawn = sample_instruction(rng)
         context = drawn.context
         if context is not None and rng.random() < self.plan.distractor_share:
-            other = sample_training_scene(rng)
+            other = sample_scene(rng)
             context = f"{passage(other, rng)} {context}"
-        return Conversation.ask(drawn.instruction, context=context, answer=drawn.answer)
+        asked = Conversation.ask(drawn.instruction, context=context, answer=drawn.answer)
+        return asked, drawn.scene
 
 
 def _without_some_channels(features_BPC: Tensor, share: float, rng: random.Random) -> Tensor:

@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 
 from llama_adapter.toyworld.captions import (
     count_sentence,
-    describe_tasks,
     passage,
     relation_sentences,
     with_article,
@@ -20,9 +19,10 @@ from llama_adapter.toyworld.captions import (
 from llama_adapter.toyworld.instructions import (
     KNOWLEDGE,
     sample_question,
+    sample_task,
 )
 from llama_adapter.toyworld.questions import QUESTION_TYPES
-from llama_adapter.toyworld.scenes import Scene, sample_training_scene
+from llama_adapter.toyworld.scenes import Scene, sample_scene
 
 CHANCE_WEIGHT = 0.03
 """Weight of text that cannot be foreseen: passages and questions."""
@@ -45,6 +45,14 @@ class Piece:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Document:
+    """A text to read, in pieces, and the scene it is about."""
+
+    pieces: tuple[Piece, ...]
+    scene: Scene | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Curriculum:
     """How hard the documents are."""
 
@@ -64,6 +72,8 @@ class Curriculum:
     """Share of scenes with a sign."""
     crowded: float = 0.0
     """Share of scenes that hold three things for certain."""
+    caption_weight: float = 1.0
+    """How often the full caption is asked for, against 1 for every other way to describe."""
 
 
 EASY = Curriculum(
@@ -112,16 +122,26 @@ FINISH = Curriculum(
 """Three things at once, and mostly said only once."""
 
 
+DESCRIBING = Curriculum(
+    repeats=0.3,
+    kinds=(*QUESTION_TYPES, "where", "where_color", "at", "relation"),
+    describing=0.65,
+    crowded=0.5,
+    caption_weight=5.0,
+)
+"""Whole scenes, thing after thing in reading order, whatever the order of the passage."""
+
+
 def course(done: float) -> Curriculum:
     """What to read after a share of the run: the longer, the less is said twice."""
     stages = (
-        (0.735, FINISH), (0.485, HARDEST), (0.412, LAST), (0.103, LATE), (0.041, STANDARD),
-        (0.0, EASY),
+        (0.567, DESCRIBING), (0.417, FINISH), (0.275, HARDEST), (0.233, LAST), (0.058, LATE),
+        (0.023, STANDARD), (0.0, EASY),
     )  # fmt: skip
     stage = next(stage for start, stage in stages if done >= start)
-    if stage in (EASY, FINISH):
+    if stage in (EASY, FINISH, DESCRIBING):
         return stage
-    return replace(stage, repeats=max(0.4, 0.95 - (done - 0.041) * 3.4))
+    return replace(stage, repeats=max(0.4, 0.95 - (done - 0.023) * 6.0))
 
 
 def _fact(scene: Scene, rng: random.Random) -> str:
@@ -162,11 +182,11 @@ def _knowledge_document(rng: random.Random) -> list[Piece]:
     return pieces
 
 
-def sample_document(rng: random.Random, curriculum: Curriculum = STANDARD) -> list[Piece]:
-    """One document, as pieces in order."""
+def sample_document(rng: random.Random, curriculum: Curriculum = STANDARD) -> Document:
+    """One document about one scene; now and then one about no scene."""
     if rng.random() < 0.03:
-        return _knowledge_document(rng)
-    scene = sample_training_scene(
+        return Document(pieces=tuple(_knowledge_document(rng)))
+    scene = sample_scene(
         rng,
         sign_probability=curriculum.signs,
         num_things=3 if rng.random() < curriculum.crowded else None,
@@ -177,17 +197,16 @@ def sample_document(rng: random.Random, curriculum: Curriculum = STANDARD) -> li
         pieces.append(Piece(text="in other words:", weight=CHANCE_WEIGHT, segment=1))
         while _length(pieces) < DOCUMENT_LENGTH:
             pieces.append(Piece(text=_fact(scene, rng), weight=0.5, segment=1))
-        return pieces
     segment = 0
     while _length(pieces) < DOCUMENT_LENGTH:
         segment += 1
-        if rng.random() < curriculum.describing:
-            task = rng.choice(describe_tasks())
-            question, answer = rng.choice(task.instructions), task.write(scene, rng)
-        else:
-            asked = sample_question(
-                scene, rng, one_word=curriculum.one_word, kinds=curriculum.kinds
-            )
-            question, answer = asked.question, asked.answer
-        pieces += _question_pieces(question, answer, segment)
-    return pieces
+        pieces += _question_pieces(*_question(scene, rng, curriculum), segment)
+    return Document(pieces=tuple(pieces), scene=scene)
+
+
+def _question(scene: Scene, rng: random.Random, curriculum: Curriculum) -> tuple[str, str]:
+    if rng.random() < curriculum.describing:
+        task = sample_task(rng, caption_weight=curriculum.caption_weight)
+        return rng.choice(task.instructions), task.write(scene, rng)
+    asked = sample_question(scene, rng, one_word=curriculum.one_word, kinds=curriculum.kinds)
+    return asked.question, asked.answer

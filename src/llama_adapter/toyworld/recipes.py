@@ -18,6 +18,7 @@ V2 = AdapterConfig.preset(
     visual_layers=3,
     visual_prompt_length=16,
     visual_scope="slots",
+    slot_reads="own",
     **PROJECTOR,
 )
 """The paper's V2 at toy size; K = N/2 layers read the picture, through placeholder slots."""

@@ -15,10 +15,9 @@ from pydantic import Field
 
 from llama_adapter.conversation import Conversation, ImageRef
 from llama_adapter.data import SOURCES, Kind, Sample, SourceOptions
-from llama_adapter.toyworld.captions import describe_tasks
-from llama_adapter.toyworld.instructions import sample_instruction, sample_talk
+from llama_adapter.toyworld.instructions import sample_instruction, sample_talk, sample_task
 from llama_adapter.toyworld.pictures import picture
-from llama_adapter.toyworld.scenes import Split, sample_scene, sample_training_scene
+from llama_adapter.toyworld.scenes import Split, sample_scene
 
 
 class MiniatureOptions(SourceOptions):
@@ -82,11 +81,8 @@ class MiniatureCaptions(MiniatureSource):
     options: MiniatureCaptionsOptions
 
     def draw(self, index: int, rng: random.Random) -> Conversation:
-        in_training = self.split is Split.TRAIN
-        scene = sample_training_scene(rng) if in_training else sample_scene(rng, split=self.split)
-        tasks = describe_tasks()
-        weights = [self.options.caption_weight] + [1.0] * (len(tasks) - 1)
-        task = rng.choices(tasks, weights)[0]
+        scene = sample_scene(rng, split=self.split)
+        task = sample_task(rng, caption_weight=self.options.caption_weight)
         drawn = picture(scene, seed=self.options.seed, index=index, size=self.options.size)
         return Conversation.ask(
             rng.choice(task.instructions),

@@ -33,7 +33,6 @@ from llama_adapter.toyworld.questions import (
     ask,
     key_positions,
 )
-from llama_adapter.toyworld.scenes import sample_training_scene
 
 __all__ = [
     "CAPTION_TASK",
@@ -58,6 +57,5 @@ __all__ = [
     "sample_instruction",
     "sample_question",
     "sample_talk",
-    "sample_training_scene",
     "sign_sentence",
 ]

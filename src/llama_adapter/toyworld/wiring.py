@@ -25,7 +25,7 @@ from llama_adapter.toyworld.tokenizer import MAX_LENGTH
 class PretrainSettings:
     """Everything that decides the outcome of a run."""
 
-    steps: int = 3400
+    steps: int = 6000
     seed: int = 0
     documents: int = 16
     """Documents a step."""
@@ -41,12 +41,14 @@ class PretrainSettings:
     other_lr: float = 3e-3
     warmup_steps: int = 30
     rates: tuple[tuple[float, float], ...] = (
-        (0.041, 1.0),
-        (0.265, 0.4),
-        (0.485, 0.13),
-        (0.491, 0.3),
-        (0.735, 0.0),
-        (0.745, 0.3),
+        (0.023, 1.0),
+        (0.150, 0.4),
+        (0.275, 0.13),
+        (0.278, 0.3),
+        (0.417, 0.0),
+        (0.422, 0.3),
+        (0.567, 0.0),
+        (0.573, 0.4),
         (1.0, 0.0),
     )
     """Learning rates as shares of their peaks, at shares of the run, straight in between; each
