@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any, ClassVar
 
 import torch
@@ -31,6 +31,13 @@ from llama_adapter.model.visual_prompts import (
     vision_features,
     vision_tower_of,
 )
+
+CACHE = (
+    "cache"
+    if any(field.name == "cache" for field in fields(CausalLMOutputWithPast))
+    else "past_key_values"
+)
+"""What the installed transformers calls the keys and values of earlier tokens."""
 
 
 class LlamaAdapterForConditionalGeneration(
@@ -136,6 +143,7 @@ class LlamaAdapterForConditionalGeneration(
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         past_key_values: Any = None,
+        cache: Any = None,
         inputs_embeds: Tensor | None = None,
         pixel_values: Tensor | None = None,
         visual_features: Tensor | None = None,
@@ -157,8 +165,12 @@ class LlamaAdapterForConditionalGeneration(
         The loss is cross-entropy over answer tokens (labels other than -100, shifted here),
         divided by `num_answer_tokens` (default: those of this batch). With labels and
         `logits_to_keep` left at 0, all logits are returned; with places [B, T] (bool) those
-        of the N true ones, as [1, N, vocab].
+        of the N true ones, as [1, N, vocab]. `cache` and `past_key_values` are two names of one
+        thing: transformers renamed it in 5.24.
         """
+        known = past_key_values if cache is None else cache
+        if known is not None:
+            kwargs[CACHE] = known
         if visual_prompts is None and (pixel_values is not None or visual_features is not None):
             visual_prompts = self.encode_visual(pixel_values, visual_features=visual_features)
         if visual_prompts is not None:
@@ -172,7 +184,6 @@ class LlamaAdapterForConditionalGeneration(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
-                past_key_values=past_key_values,
                 inputs_embeds=inputs_embeds,
                 use_cache=use_cache,
                 logits_to_keep=0 if is_places(logits_to_keep) else logits_to_keep,
