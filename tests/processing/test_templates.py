@@ -56,7 +56,7 @@ def test_further_turns_repeat_instruction_and_response(toy_tokenizer: Any) -> No
 def test_a_slot_stands_at_the_start_of_the_input(toy_tokenizer: Any) -> None:
     talk = Conversation.ask("who?", context="a star", images=["a.png"])
     renderer = PromptRenderer("toy", tokenizer=toy_tokenizer, slot_text="<|slot_0|> <|slot_1|>")
-    assert renderer.render(talk).startswith("### input : <|slot_0|> <|slot_1|> a star\n")
+    assert renderer.render(talk).startswith("### input : <|slot_0|> <|slot_1|> text : a star\n")
     alone = renderer.render(talk.with_context(None))
     assert alone.startswith("### input : <|slot_0|> <|slot_1|>\n### instruction")
     [(start, end)] = alone.slots

@@ -168,6 +168,8 @@ class LineTemplate:
     """What untrusted text must not contain."""
     end: str | None = None
     """What ends an answer, and generation with it; None: the tokenizer's eos_token."""
+    after_slots: str = " "
+    """What parts placeholders of pictures from a context that follows them."""
 
     def lay_out(
         self,
@@ -205,7 +207,7 @@ class LineTemplate:
         if self.system_with_context is None:
             texts.insert(0, conversation.system)
         context = "\n".join(text for text in texts if text)
-        slots = slot_pieces(first, slot_text, after=" " if context else "")
+        slots = slot_pieces(first, slot_text, after=self.after_slots if context else "")
         has_context = bool(context or slots)
         default = self.system_with_context if has_context else self.system_without_context
         if conversation.system is not None:
@@ -361,6 +363,8 @@ TEMPLATES: dict[str, LineTemplate | ChatTemplate] = {
         system_with_context=None,
         system_without_context=None,
         markers=_HEADINGS,
+        # a picture is a text of its own; the bases know the word for what comes after one
+        after_slots=" text : ",
     ),
     "chat": ChatTemplate(),
 }

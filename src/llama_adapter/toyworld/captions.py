@@ -17,6 +17,9 @@ from dataclasses import dataclass
 
 from llama_adapter.toyworld.scenes import COLORS, PLACES, SHAPES, SIZES, Scene, Thing
 
+NEXT_TEXT = "text:"
+"""Stands between a picture or an earlier text and the text that questions are about."""
+
 NUMBERS = ("zero", "one", "two", "three")
 
 RELATIONS: dict[str, Callable[[Thing, Thing], bool]] = {

@@ -34,7 +34,7 @@ class Course:
     joint: str = "disjoint"
     captions: bool = True
     instructions: bool = True
-    language_first: float = 0.3
+    language_first: float = 0.15
     """First share of the steps with instructions alone: captions then have something to talk to."""
     language_rest: float = 0.1
     """What LANGUAGE's learning rates have fallen to by then. A picture is read by a moving

@@ -15,7 +15,7 @@ from torch import Tensor
 from llama_adapter.conversation import Conversation, ImageRef
 from llama_adapter.processing.encoding import pad
 from llama_adapter.processing.processor import LlamaAdapterProcessor
-from llama_adapter.toyworld.captions import passage
+from llama_adapter.toyworld.captions import NEXT_TEXT, passage
 from llama_adapter.toyworld.fairness import UNSCORED, unscored_tokens
 from llama_adapter.toyworld.instructions import sample_instruction, sample_talk, sample_task
 from llama_adapter.toyworld.pictures import PicturePool
@@ -56,7 +56,7 @@ class LessonPlan:
     """How often the full caption is asked for, against 1 for every other way to describe."""
     strange_share: float = 0.2
     """Share of the pictures in colours without a name, described by all but their colours."""
-    feature_dropout: float = 0.35
+    feature_dropout: float = 0.1
     """Share of each picture's feature channels set to zero in training. What is read off single
     channels then counts less, and what adds up more: combinations never seen are read better."""
     fair: bool = True
@@ -133,7 +133,7 @@ class Lessons:
         context = drawn.context
         if context is not None and rng.random() < self.plan.distractor_share:
             other = sample_scene(rng)
-            context = f"{passage(other, rng)} {context}"
+            context = f"{passage(other, rng)} {NEXT_TEXT} {context}"
         asked = Conversation.ask(drawn.instruction, context=context, answer=drawn.answer)
         return asked, drawn.scene
 

@@ -11,6 +11,7 @@ import random
 from dataclasses import dataclass, replace
 
 from llama_adapter.toyworld.captions import (
+    NEXT_TEXT,
     count_sentence,
     passage,
     relation_sentences,
@@ -74,6 +75,8 @@ class Curriculum:
     """Share of scenes that hold three things for certain."""
     caption_weight: float = 1.0
     """How often the full caption is asked for, against 1 for every other way to describe."""
+    distracted: float = 0.0
+    """Share of documents in which another scene's passage comes first; the last one counts."""
 
 
 EASY = Curriculum(
@@ -132,16 +135,20 @@ DESCRIBING = Curriculum(
 """Whole scenes, thing after thing in reading order, whatever the order of the passage."""
 
 
+DISTRACTED = replace(DESCRIBING, describing=0.4, distracted=0.55)
+"""Two passages, of which the last one counts."""
+
+
 def course(done: float) -> Curriculum:
     """What to read after a share of the run: the longer, the less is said twice."""
     stages = (
-        (0.567, DESCRIBING), (0.417, FINISH), (0.275, HARDEST), (0.233, LAST), (0.058, LATE),
-        (0.023, STANDARD), (0.0, EASY),
+        (0.882, DISTRACTED), (0.5, DESCRIBING), (0.368, FINISH), (0.243, HARDEST), (0.206, LAST),
+        (0.051, LATE), (0.02, STANDARD), (0.0, EASY),
     )  # fmt: skip
     stage = next(stage for start, stage in stages if done >= start)
-    if stage in (EASY, FINISH, DESCRIBING):
+    if stage not in (STANDARD, LATE, LAST, HARDEST):
         return stage
-    return replace(stage, repeats=max(0.4, 0.95 - (done - 0.023) * 6.0))
+    return replace(stage, repeats=max(0.4, 0.95 - (done - 0.02) * 6.8))
 
 
 def _fact(scene: Scene, rng: random.Random) -> str:
@@ -192,12 +199,18 @@ def sample_document(rng: random.Random, curriculum: Curriculum = STANDARD) -> Do
         num_things=3 if rng.random() < curriculum.crowded else None,
     )
     text = passage(scene, rng, repeats=curriculum.repeats, styles=curriculum.styles)
-    pieces = [Piece(text=text, weight=CHANCE_WEIGHT, segment=0)]
+    pieces = []
+    if rng.random() < curriculum.distracted:
+        other = passage(sample_scene(rng), rng, repeats=curriculum.repeats)
+        pieces.append(Piece(text=other, weight=CHANCE_WEIGHT, segment=0))
+        text = f"{NEXT_TEXT} {text}"
+    segment = len(pieces)
+    pieces.append(Piece(text=text, weight=CHANCE_WEIGHT, segment=segment))
     if rng.random() < curriculum.restated:
-        pieces.append(Piece(text="in other words:", weight=CHANCE_WEIGHT, segment=1))
+        segment += 1
+        pieces.append(Piece(text="in other words:", weight=CHANCE_WEIGHT, segment=segment))
         while _length(pieces) < DOCUMENT_LENGTH:
-            pieces.append(Piece(text=_fact(scene, rng), weight=0.5, segment=1))
-    segment = 0
+            pieces.append(Piece(text=_fact(scene, rng), weight=0.5, segment=segment))
     while _length(pieces) < DOCUMENT_LENGTH:
         segment += 1
         pieces += _question_pieces(*_question(scene, rng, curriculum), segment)

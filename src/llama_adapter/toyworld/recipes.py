@@ -31,7 +31,7 @@ CAPTION = AdapterConfig.preset(
 )
 """The paper's default caption expert at toy size: late fusion, captions only."""
 
-V2_COURSE = Course(adapter=V2, steps=4000)
+V2_COURSE = Course(adapter=V2, steps=3000)
 CAPTION_COURSE = Course(
     adapter=CAPTION, steps=2600, joint="naive", instructions=False, language_first=0.0
 )

@@ -25,7 +25,7 @@ from llama_adapter.toyworld.tokenizer import MAX_LENGTH
 class PretrainSettings:
     """Everything that decides the outcome of a run."""
 
-    steps: int = 6000
+    steps: int = 6800
     seed: int = 0
     documents: int = 16
     """Documents a step."""
@@ -41,14 +41,16 @@ class PretrainSettings:
     other_lr: float = 3e-3
     warmup_steps: int = 30
     rates: tuple[tuple[float, float], ...] = (
-        (0.023, 1.0),
-        (0.150, 0.4),
-        (0.275, 0.13),
-        (0.278, 0.3),
-        (0.417, 0.0),
-        (0.422, 0.3),
-        (0.567, 0.0),
-        (0.573, 0.4),
+        (0.020, 1.0),
+        (0.132, 0.4),
+        (0.243, 0.13),
+        (0.245, 0.3),
+        (0.368, 0.0),
+        (0.372, 0.3),
+        (0.500, 0.0),
+        (0.505, 0.4),
+        (0.882, 0.0),
+        (0.888, 0.3),
         (1.0, 0.0),
     )
     """Learning rates as shares of their peaks, at shares of the run, straight in between; each
