@@ -8,6 +8,7 @@ batches in the same order. Every finished run is kept, so an interrupted ablatio
 
 from __future__ import annotations
 
+import hashlib
 import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +21,7 @@ from transformers import PreTrainedModel
 
 from llama_adapter.config import AdapterConfig
 from llama_adapter.errors import ConfigError
+from llama_adapter.model.references import fingerprint
 from llama_adapter.toyworld.course import Course, run_course
 from llama_adapter.toyworld.demo import TEST_SEED, Stage, shipped_captions
 from llama_adapter.toyworld.exam import Exam
@@ -41,18 +43,20 @@ def variants() -> dict[str, Course]:
     """Every variant by name; the first is the reference."""
     reference = V2_COURSE
     late = {"fusion": "late", "visual_prompt_length": reference.adapter.prompt_length}
+    everywhere = {"visual_scope": "all", "slot_reads": "all"}
     no_linears = {"bias_targets": "none", "scale_targets": "none"}
     return {
         "reference": reference,
+        "slots read all prompts": _adapted(reference, slot_reads="all"),
         "naive joint": replace(reference, joint="naive"),
         "scored unfairly": replace(reference, plan=replace(reference.plan, fair=False)),
         "LANGUAGE keeps moving": replace(reference, language_rest=1.0, instruction_every=1),
-        "late fusion": _adapted(reference, **late, visual_scope="all"),
+        "late fusion": _adapted(reference, **late, **everywhere),
         "late fusion, naive joint": replace(
-            _adapted(reference, **late, visual_scope="all"), joint="naive"
+            _adapted(reference, **late, **everywhere), joint="naive"
         ),
         "no bias and scale": _adapted(reference, **no_linears),
-        "all tokens attend": _adapted(reference, visual_scope="all"),
+        "all tokens attend": _adapted(reference, **everywhere),
         "K = 1": _adapted(reference, visual_layers=1),
     }
 
@@ -84,9 +88,10 @@ def run_ablation(
 ) -> dict[str, list[dict[str, Any]]]:
     """Train and measure every variant with every seed; results by variant, one per seed.
 
-    Finished runs are read back from `out`/runs if their settings are the same.
+    Finished runs are read back from `out`/runs if settings and bases are the same.
     """
     decoder, tower = load_decoder(), load_tower()
+    bases = [fingerprint(base) for base in (decoder, tower)]
     test = V2_COURSE.pictures(
         tower,
         count=settings.test_pictures,
@@ -103,6 +108,7 @@ def run_ablation(
             path = out / "runs" / f"{name.replace(' ', '-').replace(',', '')}-{seed}.json"
             key = {"variant": name, "seed": seed, "steps": settings.steps}
             key |= {"pictures": settings.pictures, "questions": settings.questions}
+            key |= {"made_of": _digest(repr((course, bases)))}
             row = _finished(path, key)
             if row is None:
                 if pool is None:
@@ -118,6 +124,10 @@ def run_ablation(
                 _write(path, row)
             results.setdefault(name, []).append(row)
     return results
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _run(
