@@ -1,6 +1,8 @@
-"""Captions score no word as false that is held out with what they describe."""
+"""Captions and other texts score no word as false that is held out with what they describe."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,11 +10,20 @@ import torch
 from llama_adapter.conversation import Conversation
 from llama_adapter.model import LlamaAdapterConfig, LlamaAdapterForConditionalGeneration
 from llama_adapter.toyworld.captions import CAPTION_TASK
-from llama_adapter.toyworld.fairness import UNSCORED, FairlyScored, unscored_tokens
-from llama_adapter.toyworld.lessons import PICTURE, collate
+from llama_adapter.toyworld.decoder import collate as pretraining_batch
+from llama_adapter.toyworld.fairness import (
+    UNSCORED,
+    FairlyScored,
+    unscored_tokens,
+    without_unscored,
+)
+from llama_adapter.toyworld.lessons import PICTURE, LessonPlan, Lessons, collate
+from llama_adapter.toyworld.pictures import make_pool
+from llama_adapter.toyworld.pretraining_text import Document, Piece
 from llama_adapter.toyworld.recipes import V2
-from llama_adapter.toyworld.scenes import HELD_OUT, Scene, Thing
+from llama_adapter.toyworld.scenes import HELD_OUT, Scene, Split, Thing
 from llama_adapter.toyworld.shipped import load_decoder, load_tower, toy_processor
+from llama_adapter.toyworld.tokenizer import build_tokenizer
 
 SCENE = Scene(
     things=(
@@ -48,6 +59,44 @@ def test_just_the_held_out_words_are_left_out(processor, batch):
     assert ("square", "yellow") in HELD_OUT
     assert ("circle", "green") in HELD_OUT
     assert ("star", "blue") in HELD_OUT
+
+
+def test_lessons_about_texts_leave_the_same_words_out(processor):
+    pool = make_pool(load_tower(), processor, V2, count=4, seed=0, split=Split.TRAIN)
+    plan = LessonPlan(batch_size=2, instruction_batch_size=16)
+    fair = Lessons(processor, pool, plan=plan, seed=0)
+    unfair = Lessons(processor, pool, plan=replace(plan, fair=False), seed=0)
+    held_out = {frozenset(pair) for pair in HELD_OUT}
+    for step in range(4):
+        batch = fair.instructions(step)
+        left_out_BT = batch.pop(UNSCORED)
+        assert (left_out_BT >= 0).any()
+        named = left_out_BT[left_out_BT >= 0], batch["labels"][left_out_BT >= 0]
+        assert all(token != label for token, label in zip(*named, strict=True))
+        plain = unfair.instructions(step)
+        assert UNSCORED not in plain
+        assert all(torch.equal(batch[name], plain[name]) for name in plain)
+        words = {processor.decode([token]) for token in named[0]}
+        assert words <= set().union(*held_out)
+
+
+def test_the_decoder_reads_fairly():
+    tokenizer = build_tokenizer()
+    answer = Piece(text="the square is green. a white star.", weight=1.0, segment=0)
+    batch = pretraining_batch([Document(pieces=(answer,), scene=SCENE)], tokenizer)
+    found = {
+        tokenizer.decode([label]): tokenizer.decode([token])
+        for label, token in zip(batch.tokens[0], batch.unscored[0], strict=True)
+        if token >= 0
+    }
+    assert found == {"square": "circle", "green": "yellow", "white": "blue"}
+    nothing = pretraining_batch([Document(pieces=(answer,))], tokenizer)
+    assert (nothing.unscored == -1).all()
+
+    logits_BTV = torch.zeros(*batch.tokens.shape, len(tokenizer))
+    scored_BTV = without_unscored(logits_BTV, batch.unscored)
+    assert int(scored_BTV.isinf().sum()) == 3
+    assert not logits_BTV.isinf().any()
 
 
 def test_the_loss_is_cross_entropy_over_the_words_that_are_left(processor, batch):

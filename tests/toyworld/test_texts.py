@@ -5,9 +5,12 @@ from __future__ import annotations
 import itertools
 import random
 import re
+from dataclasses import replace
 
 import pytest
 
+from llama_adapter.toyworld.captions import NEXT_TEXT
+from llama_adapter.toyworld.pretraining_text import DISTRACTED
 from llama_adapter.toyworld.scenes import (
     COLORS,
     HELD_OUT,
@@ -188,6 +191,22 @@ def test_no_training_text_contains_a_held_out_combination():
         texts += [instruction.instruction, instruction.context or "", instruction.answer]
         for text in texts:
             assert held_out_pairs(text) == []
+
+
+def test_the_text_that_counts_comes_last_and_marked():
+    rng = random.Random(0)
+    alone = replace(DISTRACTED, distracted=0.0, restated=0.0)
+    behind = replace(DISTRACTED, distracted=1.0, restated=0.0)
+    for _ in range(50):
+        document = sample_document(rng, alone)
+        assert NEXT_TEXT not in " ".join(piece.text for piece in document.pieces)
+        document = sample_document(rng, behind)
+        if document.scene is None:
+            continue
+        other, own, *_ = document.pieces
+        assert own.text.startswith(NEXT_TEXT)
+        assert (other.segment, own.segment) == (0, 1)
+        assert all(thing.shape in own.text for thing in document.scene.things)
 
 
 def test_pretraining_never_shows_the_template_of_instructions():

@@ -16,7 +16,7 @@ def ablate(
         Path | None,
         typer.Option(help="Where the table and the plot go; by default OUT.", show_default=False),
     ] = None,
-    steps: Annotated[int, typer.Option(help="Optimizer steps of every run.")] = 600,
+    steps: Annotated[int, typer.Option(help="Optimizer steps of every run.")] = 300,
     seeds: Annotated[int, typer.Option(help="How many seeds, from 0.", min=1)] = 3,
     only: Annotated[
         list[str] | None,

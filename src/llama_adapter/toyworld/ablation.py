@@ -27,7 +27,7 @@ from llama_adapter.toyworld.demo import TEST_SEED, Stage, shipped_captions
 from llama_adapter.toyworld.exam import Exam
 from llama_adapter.toyworld.measure import CLAIMS, measure
 from llama_adapter.toyworld.pictures import PicturePool
-from llama_adapter.toyworld.recipes import V2_COURSE
+from llama_adapter.toyworld.recipes import ABLATION_COURSE
 from llama_adapter.toyworld.scenes import Split
 from llama_adapter.toyworld.shipped import load_decoder, load_tower
 
@@ -41,7 +41,7 @@ def _adapted(course: Course, **changes: Any) -> Course:
 
 def variants() -> dict[str, Course]:
     """Every variant by name; the first is the reference."""
-    reference = V2_COURSE
+    reference = ABLATION_COURSE
     late = {"fusion": "late", "visual_prompt_length": reference.adapter.prompt_length}
     everywhere = {"visual_scope": "all", "slot_reads": "all"}
     no_linears = {"bias_targets": "none", "scale_targets": "none"}
@@ -65,7 +65,7 @@ def variants() -> dict[str, Course]:
 class AblationSettings:
     """How large the ablation is."""
 
-    steps: int = 600
+    steps: int = 300
     seeds: tuple[int, ...] = (0, 1, 2)
     pictures: int = 4000
     test_pictures: int = 200
@@ -92,7 +92,7 @@ def run_ablation(
     """
     decoder, tower = load_decoder(), load_tower()
     bases = [fingerprint(base) for base in (decoder, tower)]
-    test = V2_COURSE.pictures(
+    test = ABLATION_COURSE.pictures(
         tower,
         count=settings.test_pictures,
         seed=TEST_SEED,

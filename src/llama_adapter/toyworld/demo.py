@@ -24,7 +24,7 @@ from llama_adapter.toyworld.course import Class, run_course
 from llama_adapter.toyworld.exam import Exam, write_captions
 from llama_adapter.toyworld.measure import Measured, measure
 from llama_adapter.toyworld.pictures import PicturePool
-from llama_adapter.toyworld.recipes import V2_COURSE
+from llama_adapter.toyworld.recipes import LIVE_COURSE
 from llama_adapter.toyworld.scenes import Split
 from llama_adapter.toyworld.shipped import load_decoder, load_shipped, load_tower
 
@@ -97,7 +97,7 @@ def run_demo(settings: DemoSettings, *, stage: Stage) -> DemoResult:
     started = time.perf_counter()
     with _threads(settings.threads):
         decoder, tower = load_decoder(), load_tower()
-        test = V2_COURSE.pictures(
+        test = LIVE_COURSE.pictures(
             tower,
             count=settings.test_pictures,
             seed=TEST_SEED,
@@ -113,7 +113,7 @@ def run_demo(settings: DemoSettings, *, stage: Stage) -> DemoResult:
         model.disable_adapters()
         tick(1)
         training_started = time.perf_counter()
-        pool = V2_COURSE.pictures(
+        pool = LIVE_COURSE.pictures(
             tower,
             count=settings.pictures,
             seed=settings.seed,
@@ -152,7 +152,7 @@ def _train(
             shown = now
 
     return run_course(
-        replace(V2_COURSE, steps=100_000),
+        replace(LIVE_COURSE, steps=100_000),
         decoder=decoder,
         tower=tower,
         pool=pool,

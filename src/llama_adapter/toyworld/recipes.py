@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from llama_adapter.config import AdapterConfig
 from llama_adapter.toyworld.course import Course
 
@@ -32,6 +34,10 @@ CAPTION = AdapterConfig.preset(
 """The paper's default caption expert at toy size: late fusion, captions only."""
 
 V2_COURSE = Course(adapter=V2, steps=3000)
+LIVE_COURSE = replace(V2_COURSE, language_first=0.25)
+"""For minutes instead of an hour: LANGUAGE needs its 150 steps, however few there are in all."""
+ABLATION_COURSE = replace(V2_COURSE, language_first=0.4)
+"""For a few hundred steps."""
 CAPTION_COURSE = Course(
     adapter=CAPTION, steps=2600, joint="naive", instructions=False, language_first=0.0
 )
