@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+from PIL import Image
 
 from llama_adapter.errors import ConfigError
 from llama_adapter.toyworld.ablation import AblationSettings, run_ablation, write_results
@@ -43,6 +44,8 @@ def test_the_report_is_one_page_with_pictures_and_curves(saved):
     assert "http" not in page.replace("http-equiv", "")
     for claim in CLAIMS:
         assert f"<td>{claim}</td>" in page
+    with Image.open(saved / "pictures.png") as sheet:
+        assert sheet.width > sheet.height
 
 
 def test_the_fresh_adapter_loads_and_answers(saved):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from llama_adapter.toyworld.exam import Exam, Score, score, score_captions
 from llama_adapter.toyworld.lessons import PICTURE, LessonPlan, Lessons, collate
 from llama_adapter.toyworld.pictures import make_pool, picture
 from llama_adapter.toyworld.recipes import V2
-from llama_adapter.toyworld.scenes import COLORS, HELD_OUT, Split
+from llama_adapter.toyworld.scenes import COLORS, HELD_OUT, SHAPES, Split
 from llama_adapter.toyworld.shipped import load_shipped, load_tower, toy_processor
 
 
@@ -110,13 +111,28 @@ def test_nothing_is_said_of_the_colors_of_a_picture_in_unnamed_colors():
     )
     assert all(pool.strange)
     processor = toy_processor(V2)
-    lessons = Lessons(processor, pool, plan=LessonPlan(batch_size=32), seed=0)
+    plan = LessonPlan(batch_size=32, beside_share=0.0)
+    lessons = Lessons(processor, pool, plan=plan, seed=0)
     for step in range(5):
         batch = lessons.captions(step)
         for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True):
             said = set(processor.decode(ids[labels != -100]).replace(".", " ").split())
             assert not said & set(COLORS)
             assert said - {"<eos>"}
+
+
+def test_a_text_beside_a_picture_is_what_is_described(train_pool):
+    processor = toy_processor(V2)
+    plan = LessonPlan(batch_size=16, beside_share=1.0)
+    batch = Lessons(processor, train_pool, plan=plan, seed=0).captions(0)
+    assert batch["visual_mask"].any(1).all()
+    for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True):
+        prompt = processor.decode(ids[(labels == -100) & (ids != 0)], skip_special_tokens=True)
+        _, text, instruction = re.split(r"text ?:|### ?instruction ?:", prompt)
+        assert "picture" not in instruction
+        answer = processor.decode(ids[labels != -100], skip_special_tokens=True)
+        said = set(re.findall(r"[a-z]+", answer)) & {*SHAPES, *COLORS}
+        assert said <= set(re.findall(r"[a-z]+", text))
 
 
 def test_dropout_takes_whole_channels_and_keeps_the_mean(train_pool):

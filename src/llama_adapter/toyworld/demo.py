@@ -31,6 +31,9 @@ from llama_adapter.toyworld.shipped import load_decoder, load_shipped, load_towe
 TEST_SEED = 20_000
 """Seed of test pictures; training pictures are drawn from the run's own seed."""
 
+ON_SHEET = 4
+"""Pictures on the sheet beside the report."""
+
 Stage = Callable[[str, int], Callable[[int], None]]
 """Opens a progress bar (label, total); what it returns takes the number of things just done."""
 
@@ -171,8 +174,11 @@ def shipped_captions(test: PicturePool, *, decoder: Any, tower: Any) -> list[str
 
 
 def save_demo(result: DemoResult, out: Path) -> None:
-    """Write `results.json`, `report.html`, the loss curve and the fresh adapter."""
+    """Write `results.json`, `report.html`, the loss curve, the fresh adapter, and what the
+    shipped one says of some test pictures.
+    """
     from llama_adapter.toyworld.report import write_report
+    from llama_adapter.toyworld.sheet import show, write_sheet
 
     out.mkdir(parents=True, exist_ok=True)
     adapter = out / "adapter"
@@ -187,6 +193,9 @@ def save_demo(result: DemoResult, out: Path) -> None:
         temporary.write_text(text)
         temporary.replace(out / name)
     write_report(result, out / "report.html")
+    model, processor = load_shipped("v2")
+    shown = show(model, processor, result.test, count=ON_SHEET, seed=TEST_SEED)
+    write_sheet(tuple(shown), out / "pictures.png")
 
 
 @contextmanager

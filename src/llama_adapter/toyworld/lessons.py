@@ -1,6 +1,7 @@
 """Batches to learn from: captions of pictures, and instructions about texts. Nothing else.
 
-No lesson holds a question about a picture. What a step sees depends on seed and step alone.
+No lesson holds a question about a picture, or a question beside one. What a step sees depends
+on seed and step alone.
 """
 
 from __future__ import annotations
@@ -61,6 +62,9 @@ class LessonPlan:
     channels then counts less, and what adds up more: combinations never seen are read better."""
     fair: bool = True
     """Whether words that are held out with what is described are not scored as false."""
+    beside_share: float = 0.15
+    """Share of the pictures that stand beside a text about another scene, which is described
+    instead: what a picture says must not drown what is read beside it."""
     distractor_share: float = 0.45
     """Share of passages that follow another scene's passage: the last one counts."""
     talk_share: float = 0.1
@@ -87,22 +91,29 @@ class Lessons:
         """Pictures, instructions to describe them, and descriptions."""
         rng = random.Random(f"captions/{self.seed}/{step}")
         drawn = [self._caption(rng) for _ in range(self.plan.batch_size)]
-        indices, conversations = zip(*drawn, strict=True)
+        indices, scenes, conversations = zip(*drawn, strict=True)
         features_BPC = self.pool.features(indices)
         if self.plan.feature_dropout:
             features_BPC = _without_some_channels(features_BPC, self.plan.feature_dropout, rng)
-        batch = collate(self.processor, conversations, features=features_BPC)
-        return self._scored(batch, [self.pool.scenes[index] for index in indices])
+        return self._scored(collate(self.processor, conversations, features=features_BPC), scenes)
 
-    def _caption(self, rng: random.Random) -> tuple[int, Conversation]:
+    def _caption(self, rng: random.Random) -> tuple[int, Scene, Conversation]:
+        """A picture's number, the scene that is described, and how."""
         index = rng.randrange(len(self.pool))
+        if rng.random() < self.plan.beside_share:
+            return index, *_beside_a_picture(rng)
         task = sample_task(
             rng,
             caption_weight=self.plan.caption_weight,
             names_colors=not self.pool.strange[index],
         )
-        text = task.write(self.pool.scenes[index], rng)
-        return index, Conversation.ask(rng.choice(task.instructions), images=[PICTURE], answer=text)
+        scene = self.pool.scenes[index]
+        instruction = rng.choice(task.instructions)
+        return (
+            index,
+            scene,
+            Conversation.ask(instruction, images=[PICTURE], answer=task.write(scene, rng)),
+        )
 
     def instructions(self, step: int) -> dict[str, Tensor]:
         """Instructions with and without a passage, and talks; of similar length in a batch."""
@@ -136,6 +147,18 @@ class Lessons:
             context = f"{passage(other, rng)} {NEXT_TEXT} {context}"
         asked = Conversation.ask(drawn.instruction, context=context, answer=drawn.answer)
         return asked, drawn.scene
+
+
+def _beside_a_picture(rng: random.Random) -> tuple[Scene, Conversation]:
+    """A text to describe, in words that do not ask for the picture beside it."""
+    scene, task = sample_scene(rng), sample_task(rng)
+    wordings = [w for w in task.instructions if "picture" not in w and "see" not in w]
+    return scene, Conversation.ask(
+        rng.choice(wordings),
+        images=[PICTURE],
+        context=passage(scene, rng),
+        answer=task.write(scene, rng),
+    )
 
 
 def _without_some_channels(features_BPC: Tensor, share: float, rng: random.Random) -> Tensor:

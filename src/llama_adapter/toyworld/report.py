@@ -4,24 +4,20 @@ from __future__ import annotations
 
 import base64
 import io
-import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, PackageLoader, select_autoescape
 from PIL import Image
 
-from llama_adapter.generation.chat import ChatSession, GenerationSettings
-from llama_adapter.toyworld.exam import UNSEEN
 from llama_adapter.toyworld.measure import CLAIMS
-from llama_adapter.toyworld.pictures import picture
-from llama_adapter.toyworld.questions import QUESTION_TYPES, ask
+from llama_adapter.toyworld.sheet import show
 
 if TYPE_CHECKING:
     from llama_adapter.toyworld.demo import DemoResult
 
 SHOWN_PICTURES = 8
-PICTURE_SIZE = 192
 
 
 def write_report(result: DemoResult, path: Path) -> None:
@@ -44,32 +40,18 @@ def write_report(result: DemoResult, path: Path) -> None:
     temporary.replace(path)
 
 
-def _gallery(result: DemoResult) -> Any:
+def _gallery(result: DemoResult) -> Iterator[dict[str, Any]]:
     from llama_adapter.toyworld.demo import TEST_SEED
 
-    session = ChatSession(
-        result.school.model,
-        result.school.processor,
-        settings=GenerationSettings(max_new_tokens=72),
-    )
-    rng = random.Random("gallery")
-    kinds = [kind for kind in QUESTION_TYPES if kind not in UNSEEN]
-    for index in range(min(SHOWN_PICTURES, len(result.test))):
-        scene = result.test.scenes[index]
-        image = picture(scene, seed=TEST_SEED, index=index, size=PICTURE_SIZE)
-        seen = picture(scene, seed=TEST_SEED, index=index)
-        asked = [a for kind in rng.sample(kinds, 5) if (a := ask(scene, rng, kind)) is not None]
-        answers = []
-        for question in asked[:3]:
-            session.reset()
-            answer = session.ask(question.question, images=[seen]).text
-            answers.append((question.question, answer, question.answer))
+    school = result.school
+    shown = show(school.model, school.processor, result.test, count=SHOWN_PICTURES, seed=TEST_SEED)
+    for index, one in enumerate(shown):
         yield {
-            "image": _data_url(_png(image)),
+            "image": _data_url(_png(one.image)),
             "shipped": result.shipped.captions[index],
             "expert": result.expert_captions[index],
             "trained": result.trained.captions[index],
-            "answers": answers,
+            "answers": one.answers,
         }
 
 
