@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import resource
 import shutil
 from collections.abc import Callable
@@ -166,6 +167,33 @@ def test_broken_pictures_held_out_do_not_end_a_run(
     run(path, "data.max_broken=1.0", evaluation, score_captions=score)
     assert 0 < asked[0] < 12
     assert losses(tmp_path / "run")[-1]["held_out/pairs.perplexity"] > 1
+
+
+def test_broken_pictures_are_counted_once_over_a_resume(
+    recipe_file: Recipe, workshop: Path, tmp_path: Path
+) -> None:
+    data = shutil.copytree(workshop / "data", tmp_path / "data")
+    source = {"type": "pairs", "path": str(data / "captions.tsv")}
+    # 24 captions of about 10 tokens: six steps are an epoch
+    path = recipe_file(captions__sources=[source], data__max_broken=0.5, steps=18)
+    broken = (0, 7, 13)
+
+    def spoil() -> None:
+        for number in broken:
+            (data / f"{number}.png").write_bytes(b"no picture")
+
+    def spoil_then_stop(row: dict[str, Any]) -> None:
+        spoil()
+        if row["step"] == 9:
+            raise Stop
+
+    with pytest.raises(Stop):
+        run(path, watcher=Watcher(step=spoil_then_stop))
+    outcome = run(path, resume=True)
+    listed = [json.loads(line) for line in (tmp_path / "run/broken.jsonl").read_text().splitlines()]
+    where = [row["where"] for row in listed]
+    assert sorted(where) == sorted(f"{data / 'captions.tsv'}:{n + 2}" for n in broken)
+    assert outcome.broken == len(broken)
 
 
 def test_another_metric_of_the_best_begins_anew(recipe_file: Recipe, tmp_path: Path) -> None:
