@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import shutil
 from collections.abc import Callable
@@ -95,6 +96,25 @@ def test_another_recipe_is_refused(recipe_file: Recipe, tmp_path: Path) -> None:
     (tmp_path / "other" / "thesis.txt").write_text("mine")
     with pytest.raises(TrainingError, match="exists and holds no run"):
         run(path, f"out={tmp_path}/other")
+
+
+def test_two_runs_in_one_directory_are_refused(recipe_file: Recipe, tmp_path: Path) -> None:
+    path = recipe_file(steps=4)
+    whole = run(path, f"out={tmp_path}/whole")
+    out = f"out={tmp_path}/run"
+    message = rf"run is in use: process {os.getpid()} on .* trains there; .*choose another out="
+
+    def intrude(row: dict[str, Any]) -> None:
+        for resume in (False, True):
+            with pytest.raises(TrainingError, match=message):
+                run(path, out, resume=resume)
+        if row["step"] == 3:
+            raise Stop
+
+    with pytest.raises(Stop):
+        run(path, out, watcher=Watcher(step=intrude))
+    # let go by the first run, although that failed
+    assert run(path, out, resume=True).checksum == whole.checksum
 
 
 def test_a_full_disk_leaves_the_checkpoint_before_it_whole(

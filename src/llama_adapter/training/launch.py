@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any
@@ -49,9 +49,9 @@ def train(
     watcher = watcher or Watcher()
     if recipe.compute.threads is not None:
         torch.set_num_threads(recipe.compute.threads)
-    with _processes(recipe) as accelerator:
+    with ExitStack() as held, _processes(recipe) as accelerator:
         meeting = Rendezvous(accelerator.device)
-        on_rank_0(meeting, lambda: RunDirectory(recipe.out).open(recipe, resume=resume))
+        on_rank_0(meeting, lambda: _take_directory(recipe, held, watcher, resume=resume))
         processor = load_processor(recipe)
         with accelerator.main_process_first():  # it leaves the samples' lengths for the others
             data = open_data(
@@ -83,6 +83,11 @@ def train(
                 watcher.say(_summary(run, engine, accelerator))
             outcome = run.run(resume=resume)
             return replace(outcome, broken=outcome.broken + len(data.broken))
+
+
+def _take_directory(recipe: Recipe, held: ExitStack, watcher: Watcher, *, resume: bool) -> None:
+    if not held.enter_context(RunDirectory(recipe.out).held(recipe, resume=resume)):
+        watcher.say(f"{recipe.out} cannot be locked: see that no other run writes there")
 
 
 @contextmanager
