@@ -76,7 +76,7 @@ def test_a_directory_in_use_is_refused(cli, small, tmp_path, mode):
         ("optimiser.vision_lr=1", "did you mean 'optimizer'"),
         ("captions.sources.0.type=miniature_caption", "did you mean 'miniature_captions'"),
         ("compute.device=tpu", "compute.device must be cpu or cuda, got 'tpu'"),
-        ("base.model=/no/such/base", "cannot load the tokenizer of '/no/such/base'"),
+        ("base.model=/no/such/base", "cannot load the base '/no/such/base': there is no such"),
         ("adapter.visual_layers=7", "visual_layers is 7, but the base has 6 layers"),
     ],
 )

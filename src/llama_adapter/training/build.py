@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 
 from llama_adapter.errors import CheckpointError, ConfigError
 from llama_adapter.model import LlamaAdapterConfig, LlamaAdapterForConditionalGeneration
-from llama_adapter.model.references import load_language_model, load_vision, resolve_reference
+from llama_adapter.model.references import load_language_model, load_vision, locate
 from llama_adapter.processing.image_processors import load_image_processor
 from llama_adapter.processing.processor import LlamaAdapterProcessor
 from llama_adapter.training.distributed import decoder_layers
@@ -38,7 +38,7 @@ def load_processor(recipe: Recipe) -> LlamaAdapterProcessor:
             raise CheckpointError(f"adapter.start: {start} is no adapter directory")
         return LlamaAdapterProcessor.from_pretrained(start)
     semantics = recipe.adapter.semantics()
-    base = resolve_reference(recipe.base.model)
+    base = locate(recipe.base.model, what="base")
     try:
         tokenizer = AutoTokenizer.from_pretrained(base)
     except (OSError, ValueError) as error:
@@ -46,7 +46,7 @@ def load_processor(recipe: Recipe) -> LlamaAdapterProcessor:
         raise CheckpointError(f"cannot load the tokenizer of {base!r}: {message}") from error
     sees = recipe.vision is not None and semantics.sees
     return LlamaAdapterProcessor(
-        load_image_processor(resolve_reference(recipe.vision.model))
+        load_image_processor(locate(recipe.vision.model, what="vision tower"))
         if sees and recipe.vision is not None
         else None,
         tokenizer,
@@ -154,8 +154,9 @@ def _vision(recipe: Recipe, device: torch.device) -> nn.Module:
 
 def read_config(name: str, what: str) -> Any:
     """The config of a base or tower by name or path; CheckpointError if it cannot be read."""
+    path = locate(name, what=what)
     try:
-        return AutoConfig.from_pretrained(resolve_reference(name))
+        return AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
         message = str(error).splitlines()[0]
         raise CheckpointError(
