@@ -17,7 +17,7 @@ from PIL import Image
 from transformers import AutoModelForCausalLM
 
 from llama_adapter import LlamaAdapterForConditionalGeneration, LlamaAdapterProcessor
-from llama_adapter.errors import CheckpointError, TrainingError
+from llama_adapter.errors import CheckpointError, ConfigError, TrainingError
 from llama_adapter.model.persistence import ADAPTER_WEIGHTS_NAME, read_tensors
 from llama_adapter.training.launch import train
 from llama_adapter.training.plot import plot_run
@@ -282,6 +282,36 @@ def test_lora_beside_the_adapter(recipe_file: Recipe, workshop: Path, tmp_path: 
     assert parts.checksum == whole.checksum
     again = read_tensors(parts.adapter / "lora" / "adapter_model.safetensors")
     assert all(torch.equal(again[name], tensor) for name, tensor in factors.items())
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # peft asks transformers by an old name
+def test_a_start_brings_its_lora(recipe_file: Recipe, tmp_path: Path) -> None:
+    """Its other numbers were learnt beside these factors, and mean little without them."""
+    pytest.importorskip("peft")
+    targets = ["q_proj", "v_proj"]
+    first = run(recipe_file(lora__rank=2, lora__targets=targets, steps=2), f"out={tmp_path}/first")
+    factors = read_tensors(first.adapter / "lora" / "adapter_model.safetensors")
+    still = {"vision_lr": 0, "language_lr": 0, "gate_lr": 0}
+    path = recipe_file(adapter={"start": str(first.adapter)}, optimizer=still, steps=1)
+    for number, lora in enumerate(("lora=null", f"lora={{rank: 2, targets: {targets}}}")):
+        second = run(path, f"out={tmp_path}/{number}", lora)
+        assert second.trained == first.trained
+        assert second.checksum == first.checksum
+        kept = read_tensors(second.adapter / "lora" / "adapter_model.safetensors")
+        assert all(torch.equal(kept[name], tensor) for name, tensor in factors.items())
+    # and it goes on learning
+    third = run(path, f"out={tmp_path}/third", "optimizer.language_lr=0.01")
+    moved = read_tensors(third.adapter / "lora" / "adapter_model.safetensors")
+    assert all(not torch.equal(moved[name], tensor) for name, tensor in factors.items())
+
+    other = f"out={tmp_path}/other"
+    with pytest.raises(ConfigError, match=r"lora\.rank is 4, but adapter.start has LoRA of rank 2"):
+        run(path, f"{other}1", f"lora={{rank: 4, targets: {targets}}}")
+    with pytest.raises(CheckpointError, match=r"lora holds another LoRA than the recipe asks for"):
+        run(path, f"{other}2", "lora={rank: 2, targets: [k_proj]}")
+    (first.adapter / "lora" / "adapter_config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"adapter_config\.json is missing"):
+        run(path, f"{other}3")
 
 
 def test_bfloat16_autocast_keeps_trainables_in_float32(recipe_file: Recipe) -> None:

@@ -13,11 +13,12 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 
 from llama_adapter.errors import CheckpointError, ConfigError
 from llama_adapter.model import LlamaAdapterConfig, LlamaAdapterForConditionalGeneration
+from llama_adapter.model.persistence import LORA_FOLDER
 from llama_adapter.model.references import load_language_model, load_vision, locate
 from llama_adapter.processing.image_processors import load_image_processor
 from llama_adapter.processing.processor import LlamaAdapterProcessor
 from llama_adapter.training.distributed import decoder_layers
-from llama_adapter.training.lora import Lora, add_lora
+from llama_adapter.training.lora import Lora, add_lora, continue_lora
 from llama_adapter.training.recipe import Recipe
 
 
@@ -27,7 +28,7 @@ class Built:
 
     model: LlamaAdapterForConditionalGeneration
     lora: Lora | None
-    """Set where the recipe puts LoRA into the base."""
+    """Set where the recipe, or the adapter it starts from, puts LoRA into the base."""
 
 
 def load_processor(recipe: Recipe) -> LlamaAdapterProcessor:
@@ -65,7 +66,7 @@ def build(recipe: Recipe, *, device: torch.device, on_device: bool = True) -> Bu
     """
     base = _language_model(recipe, device=device, on_device=on_device)
     vision = None if recipe.vision is None else _vision(recipe, device)
-    lora = None if recipe.lora is None else add_lora(base, recipe.lora, seed=recipe.seed)
+    lora = _lora(recipe, base)
     start = recipe.adapter.start
     if start is not None:
         model = LlamaAdapterForConditionalGeneration.from_pretrained(
@@ -91,6 +92,14 @@ def build(recipe: Recipe, *, device: torch.device, on_device: bool = True) -> Bu
         for layer in decoder_layers(model):
             layer.compile()
     return Built(model=model, lora=lora)
+
+
+def _lora(recipe: Recipe, base: PreTrainedModel) -> Lora | None:
+    start = recipe.adapter.start
+    if start is not None and (start / LORA_FOLDER).is_dir():
+        # the adapter's numbers mean something beside these factors alone
+        return continue_lora(base, start, section=recipe.lora, seed=recipe.seed)
+    return None if recipe.lora is None else add_lora(base, recipe.lora, seed=recipe.seed)
 
 
 def _language_model(recipe: Recipe, *, device: torch.device, on_device: bool) -> PreTrainedModel:
