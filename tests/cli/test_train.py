@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from llama_adapter.training.directory_lock import locked
+
 TOY = Path("recipes/toy.yaml")
 SMALL = ("captions.rows=1", "instructions.rows=1", "captions.start=0", "captions.row_length=128")
 FEW = ("captions.sources.0.count=12", "instructions.sources.0.count=12")
@@ -58,13 +60,23 @@ def test_a_check_trains_nothing(cli, small, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("mode", [(), ("--resume",), ("--check",)])
+def test_a_directory_in_use_is_refused(cli, small, tmp_path, mode):
+    (tmp_path / "run").mkdir()
+    with locked(tmp_path / "run"):
+        refused = cli("train", *small, "steps=1", *mode)
+    assert refused.status == 2
+    assert "run is in use: process" in refused.stderr
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ("optimiser.vision_lr=1", "did you mean 'optimizer'"),
         ("captions.sources.0.type=miniature_caption", "did you mean 'miniature_captions'"),
         ("compute.device=tpu", "compute.device must be cpu or cuda, got 'tpu'"),
-        ("base.model=/no/such/base", "cannot load the tokenizer of '/no/such/base'"),
+        ("base.model=/no/such/base", "cannot load the base '/no/such/base': there is no such"),
         ("adapter.visual_layers=7", "visual_layers is 7, but the base has 6 layers"),
     ],
 )

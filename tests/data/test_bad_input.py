@@ -227,6 +227,32 @@ def test_pictures_that_break_in_training_are_skipped_and_listed(
     assert "4 of 10 records are broken" in found
 
 
+def test_the_limit_of_broken_pictures_goes_on_after_a_resume(
+    processor: LlamaAdapterProcessor, tmp_path: Path
+) -> None:
+    path = write_pairs(tmp_path, 10, pictures=5)
+    source = open_source("pairs", "caption", path=path)
+    before, after = (
+        stream_of(source, processor, "caption", rows=4, max_broken=0.2) for _ in range(2)
+    )
+    first, second = (tmp_path / "pictures" / f"picture{number}.png" for number in (1, 2))
+    content = first.read_bytes()
+    first.write_bytes(b"damaged")
+    next(before)
+    assert len(before.broken) == 2
+    after.load_state_dict(before.state_dict())
+    assert after.broken == before.broken
+    # found broken again, they count once
+    assert all(next(after) for _ in range(4))
+    assert len(after.broken) == 2
+    first.write_bytes(content)
+    after.load_state_dict(before.state_dict())
+    second.unlink()
+    found = refusal(lambda: [next(after) for _ in range(4)])
+    assert "of 10 records are broken, more than the 20.0%" in found
+    assert f"{path}:3" in found
+
+
 def test_several_pictures_for_a_model_that_reads_one(
     processor: LlamaAdapterProcessor, tmp_path: Path
 ) -> None:

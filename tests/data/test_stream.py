@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from tests.data.files import open_source, stream_of, write_alpaca, write_pairs
 from llama_adapter import LlamaAdapterProcessor
 from llama_adapter.data import BatchStream, Part, SampleEncoder, Source, TrainBatch, measure
 from llama_adapter.errors import ConfigError, DataError, TrainingError
+from llama_adapter.processing.templates import TEMPLATES
 
 
 @pytest.fixture
@@ -155,3 +157,18 @@ def test_lengths_are_kept_and_found_again(
     measure(texts, SampleEncoder(processor, row_length=128), cache=tmp_path / "cache")
     assert len(list((tmp_path / "cache").iterdir())) == 2
     assert np.array_equal(measure(texts, encoder, workers=2).table, first.table)
+
+
+def test_lengths_are_not_found_again_in_other_words_of_the_template(
+    texts: Source,
+    processor: LlamaAdapterProcessor,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of an earlier version of this package, say: rows planned by them would overflow."""
+    before = measure(texts, SampleEncoder(processor, row_length=256), cache=tmp_path)
+    longer = replace(TEMPLATES["alpaca"], respond="### And now for the response:")
+    monkeypatch.setitem(TEMPLATES, "alpaca", longer)
+    changed = LlamaAdapterProcessor(processor.image_processor, processor.tokenizer)
+    after = measure(texts, SampleEncoder(changed, row_length=256), cache=tmp_path)
+    assert (after.column("tokens") > before.column("tokens")).all()

@@ -51,19 +51,19 @@ def run(path: Path, bad: Iterable[int]) -> list[str]:
     import torch
 
     recipe = load_recipe(path)
-    RunDirectory(recipe.out).open(recipe, resume=False)
-    processor = load_processor(recipe)
-    streams = dict(open_data(recipe, processor).streams)
-    built = build(recipe, device=torch.device("cpu"))
     said: list[str] = []
-    TrainingRun(
-        recipe,
-        built,
-        processor=processor,
-        streams={**streams, "caption": Spoilt(streams["caption"], bad)},
-        engine=OneProcess(built.model),
-        watcher=Watcher(say=said.append),
-    ).run()
+    with RunDirectory(recipe.out).held(recipe, resume=False):
+        processor = load_processor(recipe)
+        streams = dict(open_data(recipe, processor).streams)
+        built = build(recipe, device=torch.device("cpu"))
+        TrainingRun(
+            recipe,
+            built,
+            processor=processor,
+            streams={**streams, "caption": Spoilt(streams["caption"], bad)},
+            engine=OneProcess(built.model),
+            watcher=Watcher(say=said.append),
+        ).run()
     return said
 
 

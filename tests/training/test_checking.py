@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from llama_adapter import LlamaAdapterProcessor
 from llama_adapter.errors import CheckpointError, DataError
@@ -120,6 +122,24 @@ def test_every_error_is_found_at_once(tmp_path: Path) -> None:
     assert "captions.sources.0: cannot read" in message
     assert "instructions.sources.0: cannot read" in message
     assert "visual_layers 4 + prompt_layers 5 exceed the base's 6 layers" in message
+
+
+def test_a_device_and_a_tracker_that_are_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    path = write(tmp_path / "a.jsonl", [GOOD] * 30)
+    wants = {"compute": {"device": "cuda:1"}, "logging": {"tracker": "wandb"}}
+    report = check(recipe_of(path, **wants))
+    assert len(report.errors) == 2
+    assert "compute.device is 'cuda:1', but this machine has 1 GPU(s)" in report.errors[0]
+    assert "logging.tracker 'wandb' needs the package 'wandb'" in report.errors[1]
+    check(recipe_of(path, compute={"device": "cuda:0"})).refuse()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(DataError, match=r"compute\.device is 'cuda:1', but no GPU can be used"):
+        check(recipe_of(path, **wants)).refuse()
 
 
 def test_warnings(tmp_path: Path) -> None:

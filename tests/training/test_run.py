@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import resource
 import shutil
 from collections.abc import Callable
@@ -15,7 +17,7 @@ from PIL import Image
 from transformers import AutoModelForCausalLM
 
 from llama_adapter import LlamaAdapterForConditionalGeneration, LlamaAdapterProcessor
-from llama_adapter.errors import CheckpointError, TrainingError
+from llama_adapter.errors import CheckpointError, ConfigError, TrainingError
 from llama_adapter.model.persistence import ADAPTER_WEIGHTS_NAME, read_tensors
 from llama_adapter.training.launch import train
 from llama_adapter.training.plot import plot_run
@@ -96,6 +98,25 @@ def test_another_recipe_is_refused(recipe_file: Recipe, tmp_path: Path) -> None:
         run(path, f"out={tmp_path}/other")
 
 
+def test_two_runs_in_one_directory_are_refused(recipe_file: Recipe, tmp_path: Path) -> None:
+    path = recipe_file(steps=4)
+    whole = run(path, f"out={tmp_path}/whole")
+    out = f"out={tmp_path}/run"
+    message = rf"run is in use: process {os.getpid()} on .* trains there; .*choose another out="
+
+    def intrude(row: dict[str, Any]) -> None:
+        for resume in (False, True):
+            with pytest.raises(TrainingError, match=message):
+                run(path, out, resume=resume)
+        if row["step"] == 3:
+            raise Stop
+
+    with pytest.raises(Stop):
+        run(path, out, watcher=Watcher(step=intrude))
+    # let go by the first run, although that failed
+    assert run(path, out, resume=True).checksum == whole.checksum
+
+
 def test_a_full_disk_leaves_the_checkpoint_before_it_whole(
     recipe_file: Recipe, tmp_path: Path
 ) -> None:
@@ -168,6 +189,33 @@ def test_broken_pictures_held_out_do_not_end_a_run(
     assert losses(tmp_path / "run")[-1]["held_out/pairs.perplexity"] > 1
 
 
+def test_broken_pictures_are_counted_once_over_a_resume(
+    recipe_file: Recipe, workshop: Path, tmp_path: Path
+) -> None:
+    data = shutil.copytree(workshop / "data", tmp_path / "data")
+    source = {"type": "pairs", "path": str(data / "captions.tsv")}
+    # 24 captions of about 10 tokens: six steps are an epoch
+    path = recipe_file(captions__sources=[source], data__max_broken=0.5, steps=18)
+    broken = (0, 7, 13)
+
+    def spoil() -> None:
+        for number in broken:
+            (data / f"{number}.png").write_bytes(b"no picture")
+
+    def spoil_then_stop(row: dict[str, Any]) -> None:
+        spoil()
+        if row["step"] == 9:
+            raise Stop
+
+    with pytest.raises(Stop):
+        run(path, watcher=Watcher(step=spoil_then_stop))
+    outcome = run(path, resume=True)
+    listed = [json.loads(line) for line in (tmp_path / "run/broken.jsonl").read_text().splitlines()]
+    where = [row["where"] for row in listed]
+    assert sorted(where) == sorted(f"{data / 'captions.tsv'}:{n + 2}" for n in broken)
+    assert outcome.broken == len(broken)
+
+
 def test_another_metric_of_the_best_begins_anew(recipe_file: Recipe, tmp_path: Path) -> None:
     """A value of the metric before it is nothing to compare with."""
     held = recipe_file(
@@ -234,6 +282,36 @@ def test_lora_beside_the_adapter(recipe_file: Recipe, workshop: Path, tmp_path: 
     assert parts.checksum == whole.checksum
     again = read_tensors(parts.adapter / "lora" / "adapter_model.safetensors")
     assert all(torch.equal(again[name], tensor) for name, tensor in factors.items())
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # peft asks transformers by an old name
+def test_a_start_brings_its_lora(recipe_file: Recipe, tmp_path: Path) -> None:
+    """Its other numbers were learnt beside these factors, and mean little without them."""
+    pytest.importorskip("peft")
+    targets = ["q_proj", "v_proj"]
+    first = run(recipe_file(lora__rank=2, lora__targets=targets, steps=2), f"out={tmp_path}/first")
+    factors = read_tensors(first.adapter / "lora" / "adapter_model.safetensors")
+    still = {"vision_lr": 0, "language_lr": 0, "gate_lr": 0}
+    path = recipe_file(adapter={"start": str(first.adapter)}, optimizer=still, steps=1)
+    for number, lora in enumerate(("lora=null", f"lora={{rank: 2, targets: {targets}}}")):
+        second = run(path, f"out={tmp_path}/{number}", lora)
+        assert second.trained == first.trained
+        assert second.checksum == first.checksum
+        kept = read_tensors(second.adapter / "lora" / "adapter_model.safetensors")
+        assert all(torch.equal(kept[name], tensor) for name, tensor in factors.items())
+    # and it goes on learning
+    third = run(path, f"out={tmp_path}/third", "optimizer.language_lr=0.01")
+    moved = read_tensors(third.adapter / "lora" / "adapter_model.safetensors")
+    assert all(not torch.equal(moved[name], tensor) for name, tensor in factors.items())
+
+    other = f"out={tmp_path}/other"
+    with pytest.raises(ConfigError, match=r"lora\.rank is 4, but adapter.start has LoRA of rank 2"):
+        run(path, f"{other}1", f"lora={{rank: 4, targets: {targets}}}")
+    with pytest.raises(CheckpointError, match=r"lora holds another LoRA than the recipe asks for"):
+        run(path, f"{other}2", "lora={rank: 2, targets: [k_proj]}")
+    (first.adapter / "lora" / "adapter_config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"adapter_config\.json is missing"):
+        run(path, f"{other}3")
 
 
 def test_bfloat16_autocast_keeps_trainables_in_float32(recipe_file: Recipe) -> None:

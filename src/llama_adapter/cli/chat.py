@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,62 +19,67 @@ if TYPE_CHECKING:
 _HELP = "/image FILE shows a picture with the next question, /reset forgets, /quit leaves."
 
 
+_Images = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--image",
+        help="A picture to look at; may be repeated.",
+        metavar="FILE",
+        show_default=False,
+    ),
+]
+_Video = Annotated[
+    Path | None, typer.Option(help="A video to look at.", metavar="FILE", show_default=False)
+]
+_Experts = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--expert",
+        help="An expert that describes the picture in words: caption, ocr, detection=MODEL, "
+        "search=FOLDER, web=URL or auto; may be repeated. Options follow after commas.",
+        metavar="NAME[=VALUE]",
+        show_default=False,
+    ),
+]
+_ExpertTokens = Annotated[
+    int, typer.Option(help="Most tokens of what all experts say in a prompt.")
+]
+_ExpertCache = Annotated[
+    bool, typer.Option(help="Remember on disk what experts found in a picture.")
+]
+_Context = Annotated[
+    str | None, typer.Option(help="Text that the answer may draw on.", show_default=False)
+]
+_Prompt = Annotated[
+    str | None,
+    typer.Option(help="Answer this once and exit; otherwise a conversation.", show_default=False),
+]
+_Temperature = Annotated[
+    float, typer.Option(help="0: always the likeliest word; higher: more varied.")
+]
+_Device = Annotated[
+    str | None,
+    typer.Option(help="cpu, cuda, cuda:1, …; by default the best there is.", show_default=False),
+]
+_AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object; needs --prompt.")]
+
+
 def chat(
     model: Annotated[str, typer.Argument(help=MODEL_HELP, metavar="MODEL", show_default=False)],
-    image: Annotated[
-        list[Path] | None,
-        typer.Option(
-            "--image",
-            help="A picture to look at; may be repeated.",
-            metavar="FILE",
-            show_default=False,
-        ),
-    ] = None,
-    video: Annotated[
-        Path | None,
-        typer.Option(help="A video to look at.", metavar="FILE", show_default=False),
-    ] = None,
+    image: _Images = None,
+    video: _Video = None,
     frames: Annotated[int, typer.Option(help="Frames to take from the video.")] = 8,
-    expert: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--expert",
-            help="An expert that describes the picture in words: caption, ocr, detection=MODEL, "
-            "search=FOLDER, web=URL or auto; may be repeated. Options follow after commas.",
-            metavar="NAME[=VALUE]",
-            show_default=False,
-        ),
-    ] = None,
+    expert: _Experts = None,
     expert_timeout: Annotated[float, typer.Option(help="Seconds that each expert has.")] = 30.0,
-    expert_tokens: Annotated[
-        int, typer.Option(help="Most tokens of what all experts say in a prompt.")
-    ] = 512,
-    expert_cache: Annotated[
-        bool, typer.Option(help="Remember on disk what experts found in a picture.")
-    ] = True,
-    context: Annotated[
-        str | None, typer.Option(help="Text that the answer may draw on.", show_default=False)
-    ] = None,
-    prompt: Annotated[
-        str | None,
-        typer.Option(
-            help="Answer this once and exit; otherwise a conversation.", show_default=False
-        ),
-    ] = None,
+    expert_tokens: _ExpertTokens = 512,
+    expert_cache: _ExpertCache = True,
+    context: _Context = None,
+    prompt: _Prompt = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 256,
-    temperature: Annotated[
-        float, typer.Option(help="0: always the likeliest word; higher: more varied.")
-    ] = 0.0,
+    temperature: _Temperature = 0.0,
     seed: Annotated[int, typer.Option(help="Makes sampled answers repeatable.")] = 0,
-    device: Annotated[
-        str | None,
-        typer.Option(
-            help="cpu, cuda, cuda:1, …; by default the best there is.", show_default=False
-        ),
-    ] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object; needs --prompt.")
-    ] = False,
+    device: _Device = None,
+    as_json: _AsJson = False,
 ) -> None:
     """Ask a model about pictures, once or in a conversation.
 
@@ -98,9 +104,7 @@ def chat(
         max_tokens=expert_tokens,
         cache=expert_cache,
     )
-    images: list[Any] = [_checked(path) for path in image or ()]
-    if video is not None:
-        images.append(_frames_of(video, frames))
+    images = _shown(image or (), video, frames=frames)
     with json_only(as_json) as emit:
         session = _open_session(
             model,
@@ -119,8 +123,16 @@ def chat(
             _print_answer(session, prompt, images)
 
 
+def _shown(images: Sequence[Path], video: Path | None, *, frames: int) -> list[Any]:
+    """What the first question looks at, so that a bad file is refused before a model is loaded."""
+    shown: list[Any] = [_checked(path) for path in images]
+    if video is not None:
+        shown.append(_frames_of(video, frames))
+    return shown
+
+
 def _checked(path: Path) -> Path:
-    """The path, so that a bad picture is refused before a model is loaded."""
+    """The path of a picture that can be read."""
     from llama_adapter.processing.images import load_image
 
     load_image(path)

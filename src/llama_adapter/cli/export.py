@@ -9,25 +9,28 @@ import typer
 
 from llama_adapter.cli.models import MODEL_HELP
 
+_Format = Annotated[
+    str,
+    typer.Option(
+        "--format",
+        help="`merged`: a stock Hugging Face checkpoint. `released`: the authors' adapter.pth.",
+        metavar="merged|released",
+    ),
+]
+_Partial = Annotated[
+    bool,
+    typer.Option(
+        "--partial",
+        help="Fold linears and norms into OUT/base, keep prompts and vision as an adapter.",
+    ),
+]
+
 
 def export(
     model: Annotated[str, typer.Argument(help=MODEL_HELP, metavar="MODEL", show_default=False)],
     out: Annotated[Path, typer.Option(help="The directory to write.", metavar="DIR")],
-    format_: Annotated[
-        str,
-        typer.Option(
-            "--format",
-            help="`merged`: a stock Hugging Face checkpoint. `released`: the authors' adapter.pth.",
-            metavar="merged|released",
-        ),
-    ] = "merged",
-    partial: Annotated[
-        bool,
-        typer.Option(
-            "--partial",
-            help="Fold linears and norms into OUT/base, keep prompts and vision as an adapter.",
-        ),
-    ] = False,
+    format_: _Format = "merged",
+    partial: _Partial = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the model directory at --out.")
     ] = False,
@@ -46,8 +49,6 @@ def export(
     """
     from transformers.utils import logging
 
-    from llama_adapter.checkpoints.merging import export_merged
-    from llama_adapter.checkpoints.released_export import export_released
     from llama_adapter.cli.models import adapter_directory
     from llama_adapter.cli.output import json_only
     from llama_adapter.errors import ConfigError
@@ -60,21 +61,31 @@ def export(
     directory = adapter_directory(model)
     with json_only(as_json) as emit:
         if format_ == "released":
-            path = export_released(directory, out=out, overwrite=overwrite)
-            result: dict[str, Any] = {"out": str(out), "format": format_, "file": str(path)}
-            shown = str(path)
+            result, shown = _released(directory, out, overwrite=overwrite)
         else:
-            report = export_merged(directory, out=out, partial=partial, overwrite=overwrite)
-            result = {
-                "out": str(out),
-                "format": format_,
-                "folded": report.folded,
-                "kept": list(report.kept),
-            }
-            shown = f"{out}: {report.folded} linears and norms folded"
-            if report.kept:
-                shown += f"; kept as an adapter: {', '.join(report.kept)}"
+            result, shown = _merged(directory, out, partial=partial, overwrite=overwrite)
     if as_json:
-        emit(result)
+        emit({"out": str(out), "format": format_, **result})
     else:
         typer.echo(shown)
+
+
+def _released(directory: Path, out: Path, *, overwrite: bool) -> tuple[dict[str, Any], str]:
+    """What was written, for programs and for people."""
+    from llama_adapter.checkpoints.released_export import export_released
+
+    path = export_released(directory, out=out, overwrite=overwrite)
+    return {"file": str(path)}, str(path)
+
+
+def _merged(
+    directory: Path, out: Path, *, partial: bool, overwrite: bool
+) -> tuple[dict[str, Any], str]:
+    """What was written, for programs and for people."""
+    from llama_adapter.checkpoints.merging import export_merged
+
+    report = export_merged(directory, out=out, partial=partial, overwrite=overwrite)
+    shown = f"{out}: {report.folded} linears and norms folded"
+    if report.kept:
+        shown += f"; kept as an adapter: {', '.join(report.kept)}"
+    return {"folded": report.folded, "kept": list(report.kept)}, shown

@@ -6,54 +6,63 @@ import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from llama_adapter.checkpoints import ImportReport
+
+
+_Base = Annotated[
+    Path,
+    typer.Option(
+        help="LLaMA in Meta's layout (params.json, consolidated.*.pth) or a Hugging Face "
+        "directory.",
+        metavar="DIR",
+        show_default=False,
+    ),
+]
+_Vision = Annotated[
+    Path | None,
+    typer.Option(
+        help="OpenAI's CLIP (ViT-L-14.pt, or safetensors) or a Hugging Face CLIP directory.",
+        metavar="FILE|DIR",
+    ),
+]
+_Gate = Annotated[
+    str,
+    typer.Option(
+        help="V1 only: `tanh` as in its training code, `raw` as in its inference code.",
+        metavar="tanh|raw",
+    ),
+]
+_PromptLength = Annotated[
+    int | None, typer.Option(min=1, help="Prompts per layer, where the file does not say (V1).")
+]
+_VisualHeads = Annotated[
+    int | None, typer.Option(min=1, help="Heads of the visual blocks, if not the authors' 16.")
+]
+_AllowOtherBase = Annotated[
+    bool, typer.Option("--allow-other-base", help="Import onto a base it was not trained for.")
+]
+_Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace the model directory at --out.")
+]
 
 
 def import_(
     checkpoint: Annotated[
         Path, typer.Argument(help="A released .pth file.", metavar="CHECKPOINT", show_default=False)
     ],
-    base: Annotated[
-        Path,
-        typer.Option(
-            help="LLaMA in Meta's layout (params.json, consolidated.*.pth) or a Hugging Face "
-            "directory.",
-            metavar="DIR",
-            show_default=False,
-        ),
-    ],
+    base: _Base,
     out: Annotated[Path, typer.Option(help="The adapter directory to write.", metavar="DIR")],
-    vision: Annotated[
-        Path | None,
-        typer.Option(
-            help="OpenAI's CLIP (ViT-L-14.pt, or safetensors) or a Hugging Face CLIP directory.",
-            metavar="FILE|DIR",
-        ),
-    ] = None,
-    gate: Annotated[
-        str,
-        typer.Option(
-            help="V1 only: `tanh` as in its training code, `raw` as in its inference code.",
-            metavar="tanh|raw",
-        ),
-    ] = "tanh",
-    prompt_length: Annotated[
-        int | None,
-        typer.Option(min=1, help="Prompts per layer, where the file does not say (V1)."),
-    ] = None,
-    visual_heads: Annotated[
-        int | None,
-        typer.Option(min=1, help="Heads of the visual blocks, if not the authors' 16."),
-    ] = None,
-    allow_other_base: Annotated[
-        bool,
-        typer.Option("--allow-other-base", help="Import onto a base it was not trained for."),
-    ] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the model directory at --out.")
-    ] = False,
+    vision: _Vision = None,
+    gate: _Gate = "tanh",
+    prompt_length: _PromptLength = None,
+    visual_heads: _VisualHeads = None,
+    allow_other_base: _AllowOtherBase = False,
+    overwrite: _Overwrite = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Turn a released LLaMA-Adapter checkpoint into an adapter directory.
@@ -88,9 +97,17 @@ def import_(
     for warning in report.warnings:
         typer.echo(f"warning: {warning}", err=True)
     if as_json:
-        values = {f.name: getattr(report, f.name) for f in dataclasses.fields(report)}
-        emit({**values, "config": report.config.to_dict()})
-        return
+        emit(_as_json(report))
+    else:
+        _print(report)
+
+
+def _as_json(report: ImportReport) -> dict[str, Any]:
+    values = {f.name: getattr(report, f.name) for f in dataclasses.fields(report)}
+    return {**values, "config": report.config.to_dict()}
+
+
+def _print(report: ImportReport) -> None:
     typer.echo(f"{report.out}: {report.kind}, {report.num_tensors} tensors, base {report.base}")
     if report.unused:
         typer.echo(f"without effect in this setting: {', '.join(report.unused)}")

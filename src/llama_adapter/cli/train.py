@@ -12,7 +12,7 @@ import typer
 
 if TYPE_CHECKING:
     from llama_adapter.training.recipe import Recipe, SourceTypes
-    from llama_adapter.training.run import Watcher
+    from llama_adapter.training.run import Outcome, Watcher
 
 
 def train(
@@ -68,18 +68,20 @@ def train(
         if os.environ.get("RANK", "0") != "0":
             return
         if as_json:
-            emit(
-                {
-                    "adapter": str(outcome.adapter),
-                    "checksum": outcome.checksum,
-                    "steps": outcome.steps,
-                    "started_at": outcome.started_at,
-                    "broken": outcome.broken,
-                    "trained": outcome.trained,
-                }
-            )
+            emit(_as_json(outcome))
         else:
             typer.echo(f"{outcome.adapter}  sha256 {outcome.checksum}")
+
+
+def _as_json(outcome: Outcome) -> dict[str, Any]:
+    return {
+        "adapter": str(outcome.adapter),
+        "checksum": outcome.checksum,
+        "steps": outcome.steps,
+        "started_at": outcome.started_at,
+        "broken": outcome.broken,
+        "trained": outcome.trained,
+    }
 
 
 def source_types() -> SourceTypes:

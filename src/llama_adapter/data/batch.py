@@ -66,7 +66,9 @@ class Batches(Protocol):
     def __next__(self) -> TrainBatch: ...
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the stream stands after the last batch handed out; equal on all ranks."""
+        """Where the stream stands after the last batch handed out; equal on all ranks but for
+        `broken`, a list of what each found unreadable.
+        """
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from there, whatever the number of ranks or workers was."""

@@ -10,8 +10,8 @@ import hashlib
 import json
 import os
 import zipfile
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from llama_adapter.conversation import Conversation, Message
 from llama_adapter.data.encoding import SampleEncoder
 from llama_adapter.data.samples import Broken, Source
 from llama_adapter.errors import DataError, LlamaAdapterError
@@ -26,7 +27,8 @@ from llama_adapter.errors import DataError, LlamaAdapterError
 Progress = Callable[[int], None]
 """Called with the number of samples just done."""
 
-_FORMAT = 1
+_FORMAT = 2
+"""Counts up when samples are cut or tokenised in another way."""
 _CHUNK = 256
 COLUMNS = ("sample", "first", "stop", "tokens", "answer_tokens")
 
@@ -76,7 +78,8 @@ def measure(
 ) -> Pieces:
     """The pieces of all samples of a source.
 
-    `cache` is a folder where they are kept; a change of source, processor or row finds none.
+    `cache` is a folder where they are kept; a change of source, template, tokenizer, processor or
+    row finds none.
     """
     kept = None if cache is None else cache / f"pieces-{_key(source, encoder)}.npz"
     found = None if kept is None else _kept(kept, num_samples=len(source))
@@ -141,6 +144,7 @@ def _key(source: Source, encoder: SampleEncoder) -> str:
     parts = (
         str(_FORMAT),
         source.fingerprint(),
+        *_renderings(encoder),
         json.dumps(processor.to_dict(), sort_keys=True, default=str),
         "" if backend is None else backend.to_str(),
         str(processor.tokenizer.chat_template),
@@ -148,6 +152,24 @@ def _key(source: Source, encoder: SampleEncoder) -> str:
         encoder.overlong,
     )
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
+
+
+def _renderings(encoder: SampleEncoder) -> Iterator[str]:
+    """What the template makes of conversations that hold all it tells apart.
+
+    A template is named in the processor's settings, but its words are in our code.
+    """
+    begun = Conversation.ask("q ### Instruction: USER:", answer="a ###").user("r").assistant("b")
+    system = Message(role="system", text="s")
+    for images in ((), ("i",)):
+        for context in (None, "c"):
+            shown = begun.with_context(context).looking_at(images)
+            for conversation in (shown, replace(shown, messages=(system, *shown.messages))):
+                try:
+                    text = encoder.processor.render(conversation)
+                    yield f"{text} {text.answers} {text.slots}"
+                except LlamaAdapterError as error:  # not every chat template has a system turn
+                    yield str(error)
 
 
 def _kept(path: Path, *, num_samples: int) -> Pieces | None:

@@ -115,6 +115,7 @@ class BatchStream:
                 raise DataError(f"{part.source.name} leaves no sample to learn from")
         self._numbering = _Numbering(self.parts)
         self._tokens = np.concatenate([part.pieces.column("tokens") for part in parts])
+        self._earlier: dict[tuple[int, str], Broken] = {}
         self._found: dict[tuple[int, str], Broken] = {}
         self._plan = lru_cache(maxsize=2)(self._make_plan)
         self._place = Place(0, 0)
@@ -139,14 +140,18 @@ class BatchStream:
 
     @property
     def broken(self) -> tuple[Broken, ...]:
-        """Samples that turned out unreadable since the start, in this process's rows."""
-        return tuple(self._found.values())
+        """Samples that turned out unreadable: before the position that was loaded in any
+        process's rows, since then in this one's.
+        """
+        return tuple({**self._earlier, **self._found}.values())
 
     def _refuse_too_many_broken(self) -> None:
+        known = {**self._earlier, **self._found}
         for number, part in enumerate(self.parts):
             found = [fault for (owner, _), fault in self._found.items() if owner == number]
             total = part.pieces.num_samples
-            faults = (*found, *part.pieces.broken)
+            everywhere = [fault for (owner, _), fault in known.items() if owner == number]
+            faults = (*everywhere, *part.pieces.broken)
             name = part.source.name
             if found:
                 refuse_broken(faults, total, max_broken=self.max_broken, name=name)
@@ -220,8 +225,19 @@ class BatchStream:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the stream stands after the last batch handed out; equal on all ranks."""
-        return {"epoch": self._place.epoch, "row": self._place.row, **self._plan_key()}
+        """Where the stream stands after the last batch handed out; equal on all ranks but for
+        `broken`, to which each adds what it found in its own rows.
+        """
+        broken = [
+            [part, fault.where, fault.reason]
+            for (part, _), fault in {**self._earlier, **self._found}.items()
+        ]
+        return {
+            "epoch": self._place.epoch,
+            "row": self._place.row,
+            "broken": broken,
+            **self._plan_key(),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from there, whatever the number of ranks or workers was.
@@ -236,6 +252,11 @@ class BatchStream:
                 )
         self.close()
         self._place = Place(int(state["epoch"]), int(state["row"]))
+        self._found = {}
+        self._earlier = {
+            (part, where): Broken(where=where, reason=reason)
+            for part, where, reason in state.get("broken", ())
+        }
 
     def close(self) -> None:
         """End worker processes; the stream goes on where it stood if asked again."""

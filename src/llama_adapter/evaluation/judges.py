@@ -116,6 +116,11 @@ class LocalJudge:
     def __init__(self, path: str, *, device: str = "cpu", max_tokens: int = 128) -> None:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
+        from llama_adapter.model.hub import why_missing
+
+        reason = why_missing(path)
+        if reason is not None:
+            raise EvaluationError(f"judge {path!r} cannot be loaded: {reason}")
         try:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(path)
             self._model: Any = AutoModelForCausalLM.from_pretrained(path, device_map=device)

@@ -163,6 +163,11 @@ def _load(model: str, *, device: str | None) -> tuple[Any, bool]:
         MODEL_FOR_ZERO_SHOT_OBJECT_DETECTION_MAPPING_NAMES as ZERO_SHOT,
     )
 
+    from llama_adapter.model.hub import why_missing
+
+    reason = why_missing(model)
+    if reason is not None:
+        raise ExpertError(f"expert 'detection': {model!r} cannot be loaded: {reason}")
     try:
         kind = AutoConfig.from_pretrained(model).model_type
     except (OSError, ValueError) as error:

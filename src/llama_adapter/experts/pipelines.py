@@ -19,10 +19,15 @@ def load_pipeline(task: str, model: str, *, expert: str, device: str | None = No
     """
     from transformers import AutoConfig, pipeline
 
+    from llama_adapter.model.hub import why_missing
+
     path = Path(model).expanduser()
     if path.exists() and not (path / "config.json").is_file():
         raise ExpertError(f"expert {expert!r}: {model!r} holds no model (no config.json)")
     where = str(path) if path.exists() else model
+    missing = why_missing(where)
+    if missing is not None:
+        raise ExpertError(f"expert {expert!r}: {model!r} is no usable {task} model: {missing}")
     try:
         # transformers imports modules as they are needed, which two threads must not do at once
         with _LOADING:

@@ -23,6 +23,7 @@ from llama_adapter.model.gated_attention import VisualPrompts
 from llama_adapter.model.groups import Group
 from llama_adapter.model.loss import answer_loss, is_places, logits_at
 from llama_adapter.model.persistence import AdapterPersistence
+from llama_adapter.model.quantised import keep_unpacked
 from llama_adapter.model.references import describe_model, load_language_model, load_vision
 from llama_adapter.model.visual_generation import VisualGenerationMixin
 from llama_adapter.model.visual_prompts import (
@@ -73,7 +74,7 @@ class LlamaAdapterForConditionalGeneration(
         self.generation_config = language_model.generation_config
         self._no_split_modules = getattr(language_model, "_no_split_modules", None)
         self.all_tied_weights_keys: dict[str, str] = {}
-        _keep_unpacked(language_model)
+        keep_unpacked(language_model)
         self._adapters: dict[str, Adapter] = {}
         self.active_adapter: str = "default"
         self.visual: nn.Module | None = None
@@ -336,7 +337,7 @@ class LlamaAdapterForConditionalGeneration(
                 "call prepare_for_training() first"
             )
         super().train(mode)
-        _keep_unpacked(self.language_model)
+        keep_unpacked(self.language_model)
         if self.vision is not None:
             self.vision.eval()  # the tower is frozen, dropout included
         return self
@@ -383,17 +384,6 @@ class LlamaAdapterForConditionalGeneration(
     @property
     def dtype(self) -> torch.dtype:
         return self.language_model.dtype
-
-
-def _keep_unpacked(language_model: nn.Module) -> None:
-    """Keep 4-bit linears able to pass gradients, in evaluation too.
-
-    On a CPU bitsandbytes repacks their weights for good in the first pass in evaluation mode, and
-    from then on their inputs silently get no gradient.
-    """
-    for module in language_model.modules():
-        if type(module).__name__ == "Linear4bit":
-            module.training = True
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 from llama_adapter.errors import CheckpointError
+from llama_adapter.model.hub import why_missing
 from llama_adapter.model.visual_prompts import vision_tower_of
 
 PACKAGE_SCHEME = "package:"
@@ -39,6 +40,15 @@ def resolve_reference(reference: str, *, directory: Path | None = None) -> str:
         if inside.is_dir():
             return str(inside)
     return reference
+
+
+def locate(reference: str, *, what: str) -> str:
+    """As `resolve_reference`; CheckpointError at once where there can be no model of that name."""
+    path = resolve_reference(reference)
+    reason = why_missing(path)
+    if reason is not None:
+        raise CheckpointError(f"cannot load the {what} {reference!r}: {reason}")
+    return path
 
 
 def package_reference(path: str) -> str:
@@ -116,7 +126,7 @@ def check_reference(model: nn.Module, expected: dict[str, Any], *, what: str, so
 def load_language_model(reference: str, **options: Any) -> PreTrainedModel:
     """A frozen decoder by name or path; CheckpointError if there is none there."""
     options = {key: value for key, value in options.items() if value is not None}
-    path = resolve_reference(reference)
+    path = locate(reference, what="base")
     try:
         model = AutoModelForCausalLM.from_pretrained(path, **options)
     except (ImportError, OSError, ValueError) as error:
@@ -126,7 +136,7 @@ def load_language_model(reference: str, **options: Any) -> PreTrainedModel:
 
 def load_vision(reference: str, *, device: torch.device | None = None) -> nn.Module:
     """The visual half of a CLIP or SigLIP model by name or path, in its own dtype."""
-    path = resolve_reference(reference)
+    path = locate(reference, what="vision tower")
     try:
         config = AutoConfig.from_pretrained(path)
         model = _vision_class(config).from_pretrained(path)

@@ -13,11 +13,12 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 
 from llama_adapter.errors import CheckpointError, ConfigError
 from llama_adapter.model import LlamaAdapterConfig, LlamaAdapterForConditionalGeneration
-from llama_adapter.model.references import load_language_model, load_vision, resolve_reference
+from llama_adapter.model.persistence import LORA_FOLDER
+from llama_adapter.model.references import load_language_model, load_vision, locate
 from llama_adapter.processing.image_processors import load_image_processor
 from llama_adapter.processing.processor import LlamaAdapterProcessor
 from llama_adapter.training.distributed import decoder_layers
-from llama_adapter.training.lora import Lora, add_lora
+from llama_adapter.training.lora import Lora, add_lora, continue_lora
 from llama_adapter.training.recipe import Recipe
 
 
@@ -27,7 +28,7 @@ class Built:
 
     model: LlamaAdapterForConditionalGeneration
     lora: Lora | None
-    """Set where the recipe puts LoRA into the base."""
+    """Set where the recipe, or the adapter it starts from, puts LoRA into the base."""
 
 
 def load_processor(recipe: Recipe) -> LlamaAdapterProcessor:
@@ -38,7 +39,7 @@ def load_processor(recipe: Recipe) -> LlamaAdapterProcessor:
             raise CheckpointError(f"adapter.start: {start} is no adapter directory")
         return LlamaAdapterProcessor.from_pretrained(start)
     semantics = recipe.adapter.semantics()
-    base = resolve_reference(recipe.base.model)
+    base = locate(recipe.base.model, what="base")
     try:
         tokenizer = AutoTokenizer.from_pretrained(base)
     except (OSError, ValueError) as error:
@@ -46,7 +47,7 @@ def load_processor(recipe: Recipe) -> LlamaAdapterProcessor:
         raise CheckpointError(f"cannot load the tokenizer of {base!r}: {message}") from error
     sees = recipe.vision is not None and semantics.sees
     return LlamaAdapterProcessor(
-        load_image_processor(resolve_reference(recipe.vision.model))
+        load_image_processor(locate(recipe.vision.model, what="vision tower"))
         if sees and recipe.vision is not None
         else None,
         tokenizer,
@@ -65,7 +66,7 @@ def build(recipe: Recipe, *, device: torch.device, on_device: bool = True) -> Bu
     """
     base = _language_model(recipe, device=device, on_device=on_device)
     vision = None if recipe.vision is None else _vision(recipe, device)
-    lora = None if recipe.lora is None else add_lora(base, recipe.lora, seed=recipe.seed)
+    lora = _lora(recipe, base)
     start = recipe.adapter.start
     if start is not None:
         model = LlamaAdapterForConditionalGeneration.from_pretrained(
@@ -91,6 +92,14 @@ def build(recipe: Recipe, *, device: torch.device, on_device: bool = True) -> Bu
         for layer in decoder_layers(model):
             layer.compile()
     return Built(model=model, lora=lora)
+
+
+def _lora(recipe: Recipe, base: PreTrainedModel) -> Lora | None:
+    start = recipe.adapter.start
+    if start is not None and (start / LORA_FOLDER).is_dir():
+        # the adapter's numbers mean something beside these factors alone
+        return continue_lora(base, start, section=recipe.lora, seed=recipe.seed)
+    return None if recipe.lora is None else add_lora(base, recipe.lora, seed=recipe.seed)
 
 
 def _language_model(recipe: Recipe, *, device: torch.device, on_device: bool) -> PreTrainedModel:
@@ -154,8 +163,9 @@ def _vision(recipe: Recipe, device: torch.device) -> nn.Module:
 
 def read_config(name: str, what: str) -> Any:
     """The config of a base or tower by name or path; CheckpointError if it cannot be read."""
+    path = locate(name, what=what)
     try:
-        return AutoConfig.from_pretrained(resolve_reference(name))
+        return AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
         message = str(error).splitlines()[0]
         raise CheckpointError(

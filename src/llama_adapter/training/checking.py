@@ -18,6 +18,7 @@ from llama_adapter.data import (
 from llama_adapter.errors import DataError, LlamaAdapterError
 from llama_adapter.processing.encoding import IGNORED, Encoded
 from llama_adapter.processing.processor import LlamaAdapterProcessor
+from llama_adapter.training.machine import missing_here
 from llama_adapter.training.recipe import Recipe, SourceTypes, StreamSection
 from llama_adapter.training.sizes import Sizes, sizes_of
 from llama_adapter.training.streams import choose_held_out, encoder_of
@@ -124,6 +125,7 @@ def check_recipe(
         if all(source.pieces for source in found):
             kinds[kind] = _reckon(recipe, section, found)
     errors = [f"{s.place}: {s.error}" for s in sources if s.error is not None]
+    errors += missing_here(recipe)
     sizes = None
     try:
         sizes = sizes_of(recipe, world=world)

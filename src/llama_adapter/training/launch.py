@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 
 from llama_adapter.data import SOURCES
-from llama_adapter.errors import ConfigError, MissingDependencyError
 from llama_adapter.training.build import build, load_processor
 from llama_adapter.training.distributed import (
     Rendezvous,
@@ -23,14 +21,12 @@ from llama_adapter.training.distributed import (
 )
 from llama_adapter.training.engine import Engine, on_rank_0
 from llama_adapter.training.held_out import CaptionScorer, HeldOutScorer
+from llama_adapter.training.machine import require_tracker, wants_cpu
 from llama_adapter.training.measures import Row
 from llama_adapter.training.recipe import Recipe, SourceTypes
 from llama_adapter.training.run import Outcome, TrainingRun, Watcher
 from llama_adapter.training.run_directory import BROKEN, JsonLines, RunDirectory
 from llama_adapter.training.streams import RecipeData, open_data
-
-TRACKER_PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio"}
-"""What each tracker needs installed."""
 
 
 def train(
@@ -49,9 +45,9 @@ def train(
     watcher = watcher or Watcher()
     if recipe.compute.threads is not None:
         torch.set_num_threads(recipe.compute.threads)
-    with _processes(recipe) as accelerator:
+    with ExitStack() as held, _processes(recipe) as accelerator:
         meeting = Rendezvous(accelerator.device)
-        on_rank_0(meeting, lambda: RunDirectory(recipe.out).open(recipe, resume=resume))
+        on_rank_0(meeting, lambda: _take_directory(recipe, held, watcher, resume=resume))
         processor = load_processor(recipe)
         with accelerator.main_process_first():  # it leaves the samples' lengths for the others
             data = open_data(
@@ -85,33 +81,23 @@ def train(
             return replace(outcome, broken=outcome.broken + len(data.broken))
 
 
+def _take_directory(recipe: Recipe, held: ExitStack, watcher: Watcher, *, resume: bool) -> None:
+    if not held.enter_context(RunDirectory(recipe.out).held(recipe, resume=resume)):
+        watcher.say(f"{recipe.out} cannot be locked: see that no other run writes there")
+
+
 @contextmanager
 def _processes(recipe: Recipe) -> Iterator[Accelerator]:
     tracker = recipe.logging.tracker
-    if tracker != "none" and find_spec(TRACKER_PACKAGES[tracker]) is None:
-        raise MissingDependencyError(
-            TRACKER_PACKAGES[tracker], extra="train", purpose=f"logging.tracker {tracker!r}"
-        )
+    require_tracker(recipe)
     accelerator = start_processes(
-        cpu=_wants_cpu(recipe),
+        cpu=wants_cpu(recipe),
         trackers=() if tracker == "none" else (tracker,),
         log_dir=str(recipe.out),
     )
     yield accelerator
     # after an error nobody waits: the launcher ends the others
     finish(accelerator)
-
-
-def _wants_cpu(recipe: Recipe) -> bool:
-    device = recipe.compute.device
-    if device is None:
-        return not torch.cuda.is_available()
-    kind = device.partition(":")[0]
-    if kind not in ("cpu", "cuda"):
-        raise ConfigError(f"compute.device must be cpu or cuda, got {device!r}")
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"compute.device is {device!r}, but no GPU can be used here")
-    return kind == "cpu"
 
 
 @contextmanager

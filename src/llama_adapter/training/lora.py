@@ -16,13 +16,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from llama_adapter.errors import ConfigError, MissingDependencyError
+from llama_adapter.errors import CheckpointError, ConfigError, MissingDependencyError
 from llama_adapter.model.persistence import LORA_FOLDER, read_tensors
 
 if TYPE_CHECKING:
     from llama_adapter.training.recipe import LoraSection
 
 _WEIGHTS = "adapter_model.safetensors"
+_CONFIG = "adapter_config.json"
 _PEFT_PREFIX = "base_model.model."
 
 
@@ -50,17 +51,29 @@ class Lora:
         """What `save` wrote; CheckpointError where that is missing or damaged."""
         return read_tensors(directory / LORA_FOLDER / _WEIGHTS)
 
+    @torch.no_grad()
+    def take_over(self, directory: Path) -> None:
+        """Set the factors to what `save` wrote; CheckpointError where that is of another LoRA."""
+        stored, own = self.read(directory), self.named_parameters()
+        found = {name: tuple(tensor.shape) for name, tensor in stored.items()}
+        expected = {name: tuple(parameter.shape) for name, parameter in own.items()}
+        other = sorted(n for n in found | expected if found.get(n) != expected.get(n))
+        if other:
+            name = other[0]
+            raise CheckpointError(
+                f"{directory / LORA_FOLDER} holds another LoRA than the recipe asks for: {name} "
+                f"is {found.get(name, 'missing')} there and {expected.get(name, 'missing')} here"
+            )
+        for name, parameter in own.items():
+            parameter.copy_(stored[name])
+
 
 def add_lora(language_model: PreTrainedModel, section: LoraSection, *, seed: int) -> Lora:
     """Put LoRA into a base; it changes nothing yet, for the second factor is zero.
 
     Raises ConfigError where the base has none of the targets.
     """
-    try:
-        from peft import LoraConfig, inject_adapter_in_model
-    except ImportError as error:
-        raise MissingDependencyError("peft", extra="train", purpose="LoRA on the base") from error
-    config = LoraConfig(
+    config = _peft().LoraConfig(
         r=section.rank,
         lora_alpha=2 * section.rank if section.alpha is None else section.alpha,
         target_modules=(
@@ -69,12 +82,59 @@ def add_lora(language_model: PreTrainedModel, section: LoraSection, *, seed: int
         task_type="CAUSAL_LM",
         base_model_name_or_path=str(language_model.name_or_path),
     )
+    try:
+        return _inject(config, language_model, seed=seed)
+    except ValueError as error:
+        raise ConfigError(f"lora.targets {section.targets!r}: {error}") from error
+
+
+def continue_lora(
+    language_model: PreTrainedModel, start: Path, *, section: LoraSection | None, seed: int
+) -> Lora:
+    """Put the LoRA of an adapter directory into its base, with the numbers it has there.
+
+    Raises ConfigError where `section` asks for another one than that, and CheckpointError where
+    it is damaged or does not fit the base.
+    """
+    folder = start / LORA_FOLDER
+    if not (folder / _CONFIG).is_file():  # peft would ask the hub for it
+        raise CheckpointError(f"{folder / _CONFIG} is missing")
+    try:
+        stored = _peft().LoraConfig.from_pretrained(folder)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{folder / _CONFIG} cannot be read: {error}") from error
+    if section is None:
+        try:
+            lora = _inject(stored, language_model, seed=seed)
+        except ValueError as error:
+            raise CheckpointError(f"{folder} does not fit the base: {error}") from error
+    else:
+        lora = add_lora(language_model, section, seed=seed)
+        for name, asked, found in (
+            ("rank", section.rank, stored.r),
+            ("alpha", lora.config.lora_alpha, stored.lora_alpha),
+        ):
+            if asked != found:
+                raise ConfigError(
+                    f"lora.{name} is {asked}, but adapter.start has LoRA of {name} {found} in "
+                    f"{folder}; leave lora out to go on with that"
+                )
+    lora.take_over(start)
+    return lora
+
+
+def _peft() -> Any:
+    try:
+        import peft
+    except ImportError as error:
+        raise MissingDependencyError("peft", extra="train", purpose="LoRA on the base") from error
+    return peft
+
+
+def _inject(config: Any, language_model: PreTrainedModel, *, seed: int) -> Lora:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        try:
-            inject_adapter_in_model(config, language_model)
-        except ValueError as error:
-            raise ConfigError(f"lora.targets {section.targets!r}: {error}") from error
+        _peft().inject_adapter_in_model(config, language_model)
     factors = {}
     for name, module in language_model.named_modules():
         parent, _, last = name.rpartition(".")

@@ -55,7 +55,7 @@ class AdapterSection(BaseModel):
 
     preset: str = "v2"
     start: Path | None = None
-    """An adapter directory whose numbers and semantics training starts from."""
+    """An adapter directory whose numbers and semantics training starts from, LoRA included."""
 
     @model_validator(mode="after")
     def _known(self) -> Self:

@@ -108,7 +108,6 @@ class TrainingRun:
         self._evaluate = evaluate
         self._track = track
         self._bad_steps = 0
-        self._broken = 0
         self._listed: set[str] = set()
         self._best: float | None = None
         self._best_of = None if recipe.evaluation is None else recipe.evaluation.best
@@ -173,16 +172,12 @@ class TrainingRun:
 
     def _list_broken(self, batches: Sequence[TrainBatch], step: int) -> None:
         own = [broken.to_dict() for batch in batches for broken in batch.broken]
-        found = [
-            one
-            for of_rank in self.engine.gather(own)
-            for one in of_rank
-            if one["where"] not in self._listed
-        ]
-        self._listed.update(one["where"] for one in found)
-        self._broken += len(found)
+        # a sample cut into pieces may turn up twice in one step
+        found = {one["where"]: one for of_rank in self.engine.gather(own) for one in of_rank}
+        new = {where: one for where, one in found.items() if where not in self._listed}
+        self._listed.update(new)
         if self.engine.rank == 0:
-            for one in found:
+            for one in new.values():
                 self.broken_file.append({"step": step, **one})
 
     def _watch_losses(self, row: Row, report: StepReport, batches: Sequence[TrainBatch]) -> None:
@@ -244,10 +239,10 @@ class TrainingRun:
 
     def _save(self) -> None:
         own = {
-            "streams": {kind: stream.state_dict() for kind, stream in self.streams.items()},
+            "streams": {kind: self._position(stream) for kind, stream in self.streams.items()},
             "world_size": self.engine.world_size,
             "bad_steps": self._bad_steps,
-            "broken": self._broken,
+            "listed": sorted(self._listed),
             "best": self._best,
             "best_of": self._best_of,
         }
@@ -255,6 +250,13 @@ class TrainingRun:
         keep = self.recipe.keep_checkpoints
         step = self.trainer.step_count
         on_rank_0(self.engine, lambda: self.directory.save(step, write, keep=keep))
+
+    def _position(self, stream: Batches) -> dict[str, Any]:
+        """Where a stream stands, with the broken samples that any process found."""
+        state = stream.state_dict()
+        of_ranks = self.engine.gather(state.get("broken", []))
+        every = {(part, where): reason for of_rank in of_ranks for part, where, reason in of_rank}
+        return {**state, "broken": [[*key, reason] for key, reason in every.items()]}
 
     def _publish(self, name: str) -> None:
         write = self.snapshots.adapter_writer()
@@ -277,7 +279,8 @@ class TrainingRun:
     def _take(self, own: Mapping[str, Any]) -> None:
         for kind, stream in self.streams.items():
             stream.load_state_dict(own["streams"][kind])
-        self._bad_steps, self._broken = own["bad_steps"], own["broken"]
+        self._bad_steps = own["bad_steps"]
+        self._listed = set(own.get("listed", ()))
         # a run may be resumed with another metric, of which nothing is known yet
         if own.get("best_of", self._best_of) == self._best_of:
             self._best = own["best"]
@@ -302,7 +305,7 @@ class TrainingRun:
             adapter=adapter,
             checksum=hashlib.sha256(content).hexdigest(),
             started_at=began,
-            broken=self._broken,
+            broken=len(self._listed),
             trained=self.trained(),
         )
 

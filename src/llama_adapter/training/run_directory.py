@@ -5,6 +5,7 @@ metrics.jsonl          a row for each step
 broken.jsonl           records that could not be learned from
 checkpoints/step-…     the newest few; each holds a loadable `adapter` and `state.pt`
 adapter, best          the final adapter; the best one by the recipe's metric
+.lock                  held by the process that writes here
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ import yaml
 from safetensors import SafetensorError
 
 from llama_adapter.errors import CheckpointError, TrainingError
+from llama_adapter.training.directory_lock import LOCK, locked, refuse_locked
 from llama_adapter.training.recipe import Recipe
 
 RECIPE = "recipe.yaml"
@@ -47,7 +50,11 @@ class RunDirectory:
         self.checkpoints = path / "checkpoints"
 
     def check(self, recipe: Recipe, *, resume: bool) -> None:
-        """Refuse what `open` would refuse, and leave no trace."""
+        """Refuse what `held` would refuse, and leave no trace."""
+        refuse_locked(self.path)
+        self._check_free(recipe, resume=resume)
+
+    def _check_free(self, recipe: Recipe, *, resume: bool) -> None:
         stored = self.path / RECIPE
         if stored.exists() and not resume:
             raise TrainingError(
@@ -60,21 +67,29 @@ class RunDirectory:
 
     def _holds_more_than_lengths(self) -> bool:
         """Whether there is anything but the lengths of samples, which data leaves when opened."""
-        return any(path.name != CACHE for path in self.path.iterdir())
+        return any(path.name not in (CACHE, LOCK) for path in self.path.iterdir())
 
-    def open(self, recipe: Recipe, *, resume: bool) -> None:
-        """Take the directory for this recipe.
+    @contextmanager
+    def held(self, recipe: Recipe, *, resume: bool) -> Iterator[bool]:
+        """Take the directory for this recipe, within a block; False where it cannot be locked.
 
-        Raises TrainingError where it holds a run already and `resume` is not asked for, or,
-        with `resume`, where that run's recipe is another one.
+        Raises TrainingError where another process trains there, where it holds a run already and
+        `resume` is not asked for, or, with `resume`, where that run's recipe is another one.
         """
         self.check(recipe, resume=resume)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            if not (self.path / RECIPE).exists():
-                write_whole(self.path / RECIPE, recipe.to_yaml().encode())
         except OSError as error:
             raise TrainingError(f"cannot write {self.path}: {error.strerror}") from error
+        with locked(self.path) as is_locked:
+            # a run that began and ended just now was not there before
+            self._check_free(recipe, resume=resume)
+            try:
+                if not (self.path / RECIPE).exists():
+                    write_whole(self.path / RECIPE, recipe.to_yaml().encode())
+            except OSError as error:
+                raise TrainingError(f"cannot write {self.path}: {error.strerror}") from error
+            yield is_locked
 
     def _check_same(self, recipe: Recipe, stored: Path) -> None:
         try:

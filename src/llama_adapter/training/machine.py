@@ -1,0 +1,51 @@
+"""What a recipe asks of the machine it trains on: a device, and its tracker's package."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+import torch
+
+from llama_adapter.errors import ConfigError, LlamaAdapterError, MissingDependencyError
+from llama_adapter.training.recipe import Recipe
+
+TRACKER_EXTRAS = {"tensorboard": "train", "wandb": "wandb", "trackio": "trackio"}
+"""Each tracker, whose package bears its name, and the extra that installs it."""
+
+
+def wants_cpu(recipe: Recipe) -> bool:
+    """Whether to train on the CPU; ConfigError where the recipe's device is not there."""
+    device = recipe.compute.device
+    if device is None:
+        return not torch.cuda.is_available()
+    kind, _, index = device.partition(":")
+    if kind not in ("cpu", "cuda"):
+        raise ConfigError(f"compute.device must be cpu or cuda, got {device!r}")
+    if kind == "cpu":
+        return True
+    if not torch.cuda.is_available():
+        raise ConfigError(f"compute.device is {device!r}, but no GPU can be used here")
+    count = torch.cuda.device_count()
+    if index and not (index.isdecimal() and int(index) < count):
+        raise ConfigError(f"compute.device is {device!r}, but this machine has {count} GPU(s)")
+    return False
+
+
+def require_tracker(recipe: Recipe) -> None:
+    """MissingDependencyError where the recipe's tracker is not installed."""
+    tracker = recipe.logging.tracker
+    if tracker != "none" and find_spec(tracker) is None:
+        raise MissingDependencyError(
+            tracker, extra=TRACKER_EXTRAS[tracker], purpose=f"logging.tracker {tracker!r}"
+        )
+
+
+def missing_here(recipe: Recipe) -> list[str]:
+    """Why the recipe cannot be trained on this machine, a line for each reason."""
+    reasons = []
+    for require in (wants_cpu, require_tracker):
+        try:
+            require(recipe)
+        except LlamaAdapterError as error:
+            reasons.append(str(error))
+    return reasons
