@@ -25,6 +25,7 @@ from benchmarks.measuring import (
     synchronised,
 )
 from llama_adapter import LlamaAdapterConfig, LlamaAdapterForConditionalGeneration
+from llama_adapter.model.visual_generation import CACHE
 
 TARGETS = {"decode": 1.05, "prefill": 1.10}
 
@@ -84,13 +85,14 @@ def _decode(
     """One greedy token a call, after a prefill; the static cache keeps its size."""
     length = ids.shape[1]
     cache = StaticCache(config=model.config, max_cache_len=length + rounds + 16)
-    model(ids, past_key_values=cache, use_cache=True, **extra)
+    known = {CACHE: cache, "use_cache": True}
+    model(ids, **known, **extra)
     position = torch.full((1, 1), length, device=ids.device)
     token = ids[:, -1:]
 
     def step() -> None:
         nonlocal token, position
-        output = model(token, past_key_values=cache, position_ids=position, use_cache=True, **extra)
+        output = model(token, position_ids=position, **known, **extra)
         token = output.logits[:, -1:].argmax(-1)
         position = position + 1
 

@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, StaticCache
 
 from llama_adapter import LlamaAdapterConfig, LlamaAdapterForConditionalGeneration
 from llama_adapter.model.self_check import oracle_difference
+from llama_adapter.model.visual_generation import CACHE
 
 VOCABULARY = 97
 BEGIN, END = "<!-- begin families -->", "<!-- end families -->"
@@ -154,12 +155,12 @@ def cache_difference(family: str, implementation: str | None = None) -> float:
         for piece in ids.split([4] + [1] * 6, dim=1):
             output = model(
                 piece,
-                past_key_values=past,
+                cache=past,
                 visual_prompts=visual,
                 image_index=rows,
                 use_cache=True,
             )
-            past = output.past_key_values
+            past = output[CACHE]
             parts.append(output.logits)
     return float((torch.cat(parts, dim=1) - whole).abs().max())
 
@@ -190,7 +191,7 @@ def compile_difference(family: str, *, backend: str = "inductor") -> float:
         for step in (compiled, forward):
             cache = StaticCache(config=model.config, max_cache_len=16)
             position = torch.arange(9)[None].expand(2, -1)
-            options = {"visual_prompts": visual, "past_key_values": cache, "use_cache": True}
+            options = {"visual_prompts": visual, "cache": cache, "use_cache": True}
             forward(ids[:, :9], position_ids=position, **options)
             logits.append(step(ids[:, 9:], position_ids=position[:, :1] + 9, **options))
     return max(worst, _gap(*logits))

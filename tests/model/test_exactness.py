@@ -7,6 +7,7 @@ import torch
 from torch.testing import assert_close
 
 from llama_adapter import ConfigError, TrainingError
+from llama_adapter.model.visual_generation import CACHE
 
 SETTINGS = [
     ("v2", {}),
@@ -46,9 +47,7 @@ def test_a_fresh_adapter_changes_nothing(build, base, ids, pictures, preset, ove
     output = model(**inputs, use_cache=True)
 
     assert_close(output.logits, expected.logits, rtol=0, atol=0)
-    for ours, theirs in zip(
-        output.past_key_values.layers, expected.past_key_values.layers, strict=True
-    ):
+    for ours, theirs in zip(output[CACHE].layers, expected[CACHE].layers, strict=True):
         assert_close(ours.keys, theirs.keys, rtol=0, atol=0)
         assert_close(ours.values, theirs.values, rtol=0, atol=0)
     tokens = model.generate(**inputs, max_new_tokens=5, do_sample=False)

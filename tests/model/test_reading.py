@@ -10,6 +10,7 @@ from torch.testing import assert_close
 from transformers import StaticCache
 
 from llama_adapter import ConfigError
+from llama_adapter.model.visual_generation import CACHE
 
 FUSIONS = [("v2", {}), ("v1-multimodal", {})]
 SLOTTED = [*FUSIONS, ("v2", {"slot_reads": "own"})]
@@ -55,14 +56,23 @@ def test_step_by_step_logits_agree_with_one_pass(build, ids, pictures, preset, o
                 rows = torch.arange(len(ids))
                 output = model(
                     piece,
-                    past_key_values=past,
+                    cache=past,
                     visual_prompts=visual,
                     image_index=rows,
                     use_cache=True,
                 )
-                past = output.past_key_values
+                past = output[CACHE]
                 parts.append(output.logits)
             assert_close(torch.cat(parts, dim=1), whole, **EXACT)
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_earlier_tokens_go_by_either_name(build, ids, name):
+    model = build("v2")
+    with torch.no_grad():
+        known = model(ids[:, :3], use_cache=True)[CACHE]
+        continued = model(ids[:, 3:], use_cache=True, **{name: known}).logits
+        assert_close(continued, model(ids).logits[:, 3:], **EXACT)
 
 
 @pytest.mark.parametrize(("preset", "overrides"), FUSIONS)

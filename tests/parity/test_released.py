@@ -22,6 +22,7 @@ from llama_adapter import LlamaAdapterForConditionalGeneration
 from llama_adapter.checkpoints import ImportReport, import_released
 from llama_adapter.checkpoints.layout import BaseShape, Entry, layout
 from llama_adapter.model.scaled_linear import LearnedNorm
+from llama_adapter.model.visual_generation import CACHE
 
 FIXTURES = Path(__file__).resolve().parents[3] / "shared" / "fixtures" / "released"
 LOGITS, GRADIENTS = 2e-5, 1e-5
@@ -154,9 +155,7 @@ def test_the_last_position_from_a_cache(case: Case) -> None:
     last = case.expected.get("last_logits_inference", case.expected["logits"][:, -1])
     with torch.no_grad():
         start = case.model(input_ids=case.tokens[:, :-1], use_cache=True, **case.visual)
-        end = case.model(
-            input_ids=case.tokens[:, -1:], past_key_values=start.past_key_values, **case.visual
-        )
+        end = case.model(input_ids=case.tokens[:, -1:], cache=start[CACHE], **case.visual)
     close(end.logits[:, -1], last)
 
 

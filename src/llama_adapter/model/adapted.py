@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -25,20 +25,13 @@ from llama_adapter.model.loss import answer_loss, is_places, logits_at
 from llama_adapter.model.persistence import AdapterPersistence
 from llama_adapter.model.quantised import keep_unpacked
 from llama_adapter.model.references import describe_model, load_language_model, load_vision
-from llama_adapter.model.visual_generation import VisualGenerationMixin
+from llama_adapter.model.visual_generation import CACHE, VisualGenerationMixin
 from llama_adapter.model.visual_prompts import (
     VisionTower,
     vision_feature_size,
     vision_features,
     vision_tower_of,
 )
-
-CACHE = (
-    "cache"
-    if any(field.name == "cache" for field in fields(CausalLMOutputWithPast))
-    else "past_key_values"
-)
-"""What the installed transformers calls the keys and values of earlier tokens."""
 
 
 class LlamaAdapterForConditionalGeneration(
@@ -144,7 +137,6 @@ class LlamaAdapterForConditionalGeneration(
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         past_key_values: Any = None,
-        cache: Any = None,
         inputs_embeds: Tensor | None = None,
         pixel_values: Tensor | None = None,
         visual_features: Tensor | None = None,
@@ -155,6 +147,7 @@ class LlamaAdapterForConditionalGeneration(
         num_answer_tokens: Tensor | int | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        cache: Any = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Logits [B, T, vocab], and the loss if `labels` [B, T] are given.
@@ -166,8 +159,7 @@ class LlamaAdapterForConditionalGeneration(
         The loss is cross-entropy over answer tokens (labels other than -100, shifted here),
         divided by `num_answer_tokens` (default: those of this batch). With labels and
         `logits_to_keep` left at 0, all logits are returned; with places [B, T] (bool) those
-        of the N true ones, as [1, N, vocab]. `cache` and `past_key_values` are two names of one
-        thing: transformers renamed it in 5.24.
+        of the N true ones, as [1, N, vocab]. `cache` is the name of `past_key_values` since 5.24.
         """
         known = past_key_values if cache is None else cache
         if known is not None:

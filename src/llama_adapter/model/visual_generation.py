@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import GenerationMixin
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from llama_adapter.model.gated_attention import VisualPrompts
+
+CACHE = (
+    "cache"
+    if any(field.name == "cache" for field in fields(CausalLMOutputWithPast))
+    else "past_key_values"
+)
+"""What the installed transformers calls the keys and values of earlier tokens: it renamed them in
+5.24, and warns of the old name, as an input and on an output."""
 
 
 class VisualGenerationMixin(GenerationMixin):
