@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from llama_adapter.errors import UnsupportedModelError
 from llama_adapter.model.groups import AdapterModule, Group
+from llama_adapter.model.rms_norm import rms_epsilon, rms_norm
 
 
 class ScaledLinear(AdapterModule):
@@ -87,7 +88,7 @@ class ScaledLinear(AdapterModule):
             return y if self.bias_shift is None else (y + self.bias_shift).to(y.dtype)
         if self.bias_shift is None:
             return (y * scale).to(y.dtype)
-        if y.requires_grad and scale.requires_grad and not torch.compiler.is_compiling():
+        if y.requires_grad and _learns(scale):
             return cast(Tensor, _ScaleAndShift.apply(y, scale, self.bias_shift))
         return _scaled_and_shifted(y, scale, self.bias_shift)
 
@@ -122,6 +123,11 @@ class ScaledLinear(AdapterModule):
         parts = [f"{self.in_features} -> {self.out_features}"]
         parts += [n for n in ("bias_shift", "scale", "lora_up") if getattr(self, n) is not None]
         return ", ".join(parts)
+
+
+def _learns(parameter: Tensor) -> bool:
+    """Whether a backward pass of our own pays; a compiler fuses what autograd derives."""
+    return parameter.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
 def _scaled_and_shifted(y: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
@@ -194,6 +200,7 @@ class LearnedNorm(AdapterModule):
         if not any(True for _ in base_layer.parameters()):
             raise UnsupportedModelError(f"norm {type(base_layer).__name__} has no weight to learn")
         self.norm = copy.deepcopy(base_layer).float().requires_grad_(True)
+        self.rms_epsilon = rms_epsilon(base_layer)
 
     @property
     def weight(self) -> Tensor:
@@ -203,6 +210,8 @@ class LearnedNorm(AdapterModule):
         if isinstance(self.norm, nn.LayerNorm):
             # layer_norm wants input and weights of one dtype
             return self.norm(x.float()).to(x.dtype)
+        if self.rms_epsilon is not None and _learns(self.weight):
+            return rms_norm(x, self.norm, self.rms_epsilon)
         # an RMS norm multiplies in the wider dtype; going back rounds as the base would
         return cast(Tensor, self.norm(x)).to(x.dtype)
 
