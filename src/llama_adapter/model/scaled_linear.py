@@ -136,7 +136,7 @@ def _scaled_and_shifted(y: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
 
 
 class _ScaleAndShift(torch.autograd.Function):
-    """`s ⊙ (y + b)` that keeps its output for the backward pass, not `y`.
+    """`s ⊙ (y + b)` that keeps its output for the backward pass, not `y`, whose place it takes.
 
     What follows a linear mostly keeps that output too, so it costs no memory; and
     `y + b = out / s` gives the gradient of the scale. A scale of exactly 0 gets none.
@@ -144,7 +144,12 @@ class _ScaleAndShift(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-        out = _scaled_and_shifted(y, scale, shift)
+        if y._base is None:
+            out = torch.addcmul(scale * shift, scale, y, out=y)
+            ctx.mark_dirty(y)
+        else:
+            # a linear with a bias returns a view, which autograd would copy
+            out = _scaled_and_shifted(y, scale, shift)
         ctx.save_for_backward(out, scale)
         return out
 
