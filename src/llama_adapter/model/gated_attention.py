@@ -185,6 +185,8 @@ def _attend(
     scaling: float,
     softcap: float | None,
 ) -> Tensor:
+    if len(keys_EHMD) == 1 and mask is None and query_BHTD.device.type == "cpu":
+        return _attend_together(query_BHTD, keys_EHMD[0], values_EHMD[0], scaling, softcap)
     keys = keys_EHMD.expand(query_BHTD.shape[0], -1, -1, -1)
     values = values_EHMD.expand(query_BHTD.shape[0], -1, -1, -1)
     if softcap is None:
@@ -194,6 +196,27 @@ def _attend(
     if mask is not None:
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     return scores.float().softmax(-1).to(query_BHTD.dtype) @ values
+
+
+def _attend_together(
+    query_BHTD: Tensor,
+    keys_HMD: Tensor,
+    values_HMD: Tensor,
+    scaling: float,
+    softcap: float | None,
+) -> Tensor:
+    """The same where all rows read one entry: a head's tokens of all rows in one product.
+
+    A CPU's attention kernel is slow with so few keys, and its softmax along so short a dimension.
+    """
+    batch, _, length, _ = query_BHTD.shape
+    query_HDN = query_BHTD.permute(1, 3, 0, 2).flatten(2)
+    scores_HMN = (keys_HMD * scaling) @ query_HDN
+    if softcap is not None:
+        scores_HMN = torch.tanh(scores_HMN / softcap) * softcap
+    weights_HMN = scores_HMN.float().softmax(1).to(query_BHTD.dtype)
+    added_HND = weights_HMN.transpose(1, 2) @ values_HMD
+    return added_HND.unflatten(1, (batch, length)).transpose(0, 1)
 
 
 def _attend_visual(

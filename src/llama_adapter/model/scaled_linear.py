@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from llama_adapter.errors import UnsupportedModelError
 from llama_adapter.model.groups import AdapterModule, Group
+from llama_adapter.model.rms_norm import rms_epsilon, rms_norm
 
 
 class ScaledLinear(AdapterModule):
@@ -87,7 +88,7 @@ class ScaledLinear(AdapterModule):
             return y if self.bias_shift is None else (y + self.bias_shift).to(y.dtype)
         if self.bias_shift is None:
             return (y * scale).to(y.dtype)
-        if y.requires_grad and scale.requires_grad and not torch.compiler.is_compiling():
+        if y.requires_grad and _learns(scale):
             return cast(Tensor, _ScaleAndShift.apply(y, scale, self.bias_shift))
         return _scaled_and_shifted(y, scale, self.bias_shift)
 
@@ -124,13 +125,18 @@ class ScaledLinear(AdapterModule):
         return ", ".join(parts)
 
 
+def _learns(parameter: Tensor) -> bool:
+    """Whether a backward pass of our own pays; a compiler fuses what autograd derives."""
+    return parameter.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
 def _scaled_and_shifted(y: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     # one fused pass over the activations
     return torch.addcmul(scale * shift, scale, y).to(y.dtype)
 
 
 class _ScaleAndShift(torch.autograd.Function):
-    """`s ⊙ (y + b)` that keeps its output for the backward pass, not `y`.
+    """`s ⊙ (y + b)` that keeps its output for the backward pass, not `y`, whose place it takes.
 
     What follows a linear mostly keeps that output too, so it costs no memory; and
     `y + b = out / s` gives the gradient of the scale. A scale of exactly 0 gets none.
@@ -138,7 +144,12 @@ class _ScaleAndShift(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-        out = _scaled_and_shifted(y, scale, shift)
+        if y._base is None:
+            out = torch.addcmul(scale * shift, scale, y, out=y)
+            ctx.mark_dirty(y)
+        else:
+            # a linear with a bias returns a view, which autograd would copy
+            out = _scaled_and_shifted(y, scale, shift)
         ctx.save_for_backward(out, scale)
         return out
 
@@ -146,18 +157,20 @@ class _ScaleAndShift(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         out, scale = ctx.saved_tensors
-        rows = tuple(range(grad.ndim - 1))
-        grad_y = grad_scale = grad_shift = None
-        product = torch.empty_like(out)  # one buffer for two products
-        if ctx.needs_input_grad[1]:
-            torch.mul(grad, out, out=product)
-            by_scale = product.sum(rows, dtype=scale.dtype) / scale
-            grad_scale = torch.where(scale == 0, 0.0, by_scale)
-        if ctx.needs_input_grad[2]:
-            grad_shift = scale * grad.sum(rows, dtype=scale.dtype)
+        scale_C = scale.to(torch.promote_types(grad.dtype, torch.float32))
+        zero_C, one_C = torch.zeros_like(scale_C), torch.ones_like(scale_C)
+        grad_NC, out_NC = grad.reshape(-1, len(scale)), out.reshape(-1, len(scale))
+        # a batch norm with fixed statistics has these gradients; in two passes over activations
+        grad_y, by_scale, by_shift = torch.ops.aten.native_batch_norm_backward(
+            grad_NC, out_NC, scale_C, zero_C, one_C, None, None, False, 0.0, ctx.needs_input_grad
+        )
         if ctx.needs_input_grad[0]:
-            grad_y = torch.mul(grad, scale, out=product)
-        return grad_y, grad_scale, grad_shift
+            grad_y = grad_y.view_as(grad)
+        if ctx.needs_input_grad[1]:
+            by_scale = torch.where(scale_C == 0, 0.0, by_scale / scale_C).to(scale.dtype)
+        if ctx.needs_input_grad[2]:
+            by_shift = (by_shift * scale_C).to(scale.dtype)
+        return grad_y, by_scale, by_shift
 
 
 class FoldedLinear(nn.Linear):
@@ -194,6 +207,7 @@ class LearnedNorm(AdapterModule):
         if not any(True for _ in base_layer.parameters()):
             raise UnsupportedModelError(f"norm {type(base_layer).__name__} has no weight to learn")
         self.norm = copy.deepcopy(base_layer).float().requires_grad_(True)
+        self.rms_epsilon = rms_epsilon(base_layer)
 
     @property
     def weight(self) -> Tensor:
@@ -203,6 +217,8 @@ class LearnedNorm(AdapterModule):
         if isinstance(self.norm, nn.LayerNorm):
             # layer_norm wants input and weights of one dtype
             return self.norm(x.float()).to(x.dtype)
+        if self.rms_epsilon is not None and _learns(self.weight):
+            return rms_norm(x, self.norm, self.rms_epsilon)
         # an RMS norm multiplies in the wider dtype; going back rounds as the base would
         return cast(Tensor, self.norm(x)).to(x.dtype)
 

@@ -1,0 +1,118 @@
+"""Backward passes of our own give what autograd derives from the formula."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.testing import assert_close
+from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+from llama_adapter.model.gated_attention import _attend
+from llama_adapter.model.loss import answer_loss
+from llama_adapter.model.rms_norm import rms_epsilon
+from llama_adapter.model.scaled_linear import LearnedNorm, ScaledLinear
+
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+
+
+def _random(*shape, dtype=torch.float32, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def _close(found, expected, dtype):
+    scale = expected.abs().max().item()
+    assert_close(found, expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype] * scale)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("bias", [False, True])
+def test_bias_and_scale(bias, dtype):
+    base = nn.Linear(6, 5, bias=bias).to(dtype).requires_grad_(False)
+    module = ScaledLinear(base)
+    with torch.no_grad():
+        module.scale.copy_(_random(5))
+        module.bias_shift.copy_(_random(5, seed=1))
+    gradient = _random(2, 3, 5, dtype=dtype, seed=3)
+    found, expected = [], []
+    for results, forward in (
+        (found, module),
+        (expected, lambda x: (module.scale * (base(x) + module.bias_shift)).to(dtype)),
+    ):
+        x = _random(2, 3, 6, dtype=dtype, seed=2).requires_grad_()
+        # the output is kept: its place must not be written over by the backward pass
+        y = forward(x)
+        results.append(y.detach())
+        results += torch.autograd.grad(y, (x, module.scale, module.bias_shift), gradient)
+    for ours, theirs in zip(found, expected, strict=True):
+        _close(ours, theirs, dtype)
+
+
+def test_a_scale_of_zero_gets_no_gradient():
+    module = ScaledLinear(nn.Linear(6, 5).requires_grad_(False))
+    nn.init.zeros_(module.scale)
+    module(_random(3, 6).requires_grad_()).sum().backward()
+    assert_close(module.scale.grad, torch.zeros(5), rtol=0, atol=0)
+    assert_close(module.bias_shift.grad, torch.zeros(5), rtol=0, atol=0)
+
+
+def test_an_rms_norm_is_known_by_what_it_computes():
+    assert rms_epsilon(LlamaRMSNorm(8, eps=1e-5)) == 1e-5
+    assert rms_epsilon(nn.RMSNorm(8, eps=1e-5)) == 1e-5
+    assert rms_epsilon(Gemma3RMSNorm(8)) is None  # (1 + w) ⊙ x / √(…)
+    assert rms_epsilon(nn.LayerNorm(8, bias=False)) is None
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_rms_norm(dtype):
+    module = LearnedNorm(LlamaRMSNorm(8))
+    assert module.rms_epsilon is not None
+    with torch.no_grad():
+        module.weight.copy_(_random(8))
+    gradient = _random(2, 3, 8, dtype=dtype, seed=2)
+    found, expected = [], []
+    for results, forward in ((found, module), (expected, lambda x: module.norm(x).to(dtype))):
+        x = (3 * _random(2, 3, 8, seed=1)).to(dtype).requires_grad_()
+        y = forward(x)
+        results.append(y.detach())
+        results += torch.autograd.grad(y, (x, module.weight), gradient)
+    assert_close(found[0], expected[0], rtol=0, atol=0)
+    for ours, theirs in zip(found, expected, strict=True):
+        _close(ours, theirs, dtype)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_loss(dtype):
+    labels = torch.tensor([[3, -100, 5, 7], [-100, -100, 0, 1]])
+    targets = F.pad(labels[:, 1:], (0, 1), value=-100)
+    logits = _random(2, 4, 11, dtype=dtype).requires_grad_()
+    loss = answer_loss(logits, labels)
+    expected = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+    assert_close(loss, expected)
+    (found,) = torch.autograd.grad(loss, logits, retain_graph=True)
+    (wanted,) = torch.autograd.grad(expected, logits)
+    _close(found, wanted, dtype)
+    (again,) = torch.autograd.grad(loss, logits)
+    assert_close(again, found, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_rows_that_read_one_prompt_together_read_it_alike(softcap):
+    query = _random(3, 7, 4, 8).transpose(1, 2).requires_grad_()
+    keys = _random(1, 4, 5, 8, seed=1).requires_grad_()
+    values = _random(1, 4, 5, 8, seed=2).requires_grad_()
+    gradient = _random(3, 4, 7, 8, seed=3)
+    together = _attend(query, keys, values, None, 0.3, softcap)
+    apart = _attend(
+        query, keys.expand(3, -1, -1, -1), values.expand(3, -1, -1, -1), None, 0.3, softcap
+    )
+    assert_close(together, apart)
+    inputs = (query, keys, values)
+    for ours, theirs in zip(
+        torch.autograd.grad(together, inputs, gradient),
+        torch.autograd.grad(apart, inputs, gradient),
+        strict=True,
+    ):
+        assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
