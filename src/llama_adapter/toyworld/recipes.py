@@ -33,7 +33,7 @@ CAPTION = AdapterConfig.preset(
 )
 """The paper's default caption expert at toy size: late fusion, captions only."""
 
-V2_COURSE = Course(adapter=V2, steps=3000)
+V2_COURSE = Course(adapter=V2, steps=3300)
 LIVE_COURSE = replace(V2_COURSE, language_first=0.25)
 """For minutes instead of an hour: LANGUAGE needs its 150 steps, however few there are in all."""
 ABLATION_COURSE = replace(V2_COURSE, language_first=0.4)
