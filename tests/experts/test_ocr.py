@@ -65,6 +65,16 @@ def test_a_scan_of_20000_pixels_is_read_in_tiles_and_says_so(reader):
     assert any("600x20000 pixels were read in" in note for note in report.notes)
 
 
+def test_a_long_thin_strip_is_read_in_tiles_too_and_says_so(reader):
+    """As a whole the engine would reduce it, without a word, until nothing can be read."""
+    strip = Image.new("RGB", (7000, 60), "white")
+    strip.paste(page(["first word"], size=(300, 60), at=(20, 14)), (0, 0))
+    strip.paste(page(["last word"], size=(300, 60), at=(20, 14)), (6700, 0))
+    report = reader.consult([strip], "")
+    assert [t.replace(" ", "") for t in said(report)] == ["firstword", "lastword"]
+    assert any("7000x60 pixels were read in" in note for note in report.notes)
+
+
 def test_tiles_cover_everything_and_overlap():
     for length in (100, 1600, 1601, 5000, 20_000):
         spans = _spans(length, 1600)

@@ -14,7 +14,7 @@ from llama_adapter.experts.ocr_engine import OcrEngine, Page
 from llama_adapter.experts.reading_order import rows_of
 
 DEFAULT_WORDING = 'Text in the picture: "{}"'
-_LAYOUT = "3"
+_LAYOUT = "4"
 """Counts up when what is done with the engine's lines changes."""
 
 _EAST_ASIAN = frozenset({"ch", "chinese_cht", "japan"})

@@ -116,10 +116,10 @@ class OcrEngine:
         return replace(page, upright=page.lines)
 
     def _read_upright(self, image: Image.Image, *, deadline: float | None) -> Page:
-        if min(image.size) < SMALL_SIDE:
-            return self._small(image)
         if len(_tiles(image.size, 1.0)) > 1:
             return self._tiled(image, deadline=deadline)
+        if min(image.size) < SMALL_SIDE:
+            return self._small(image)
         lines = self._lines(image)
         heights = sorted(_height(line) for line in lines)
         if heights and heights[len(heights) // 2] < SMALL_LETTERS and max(image.size) * 2 <= TILE:
@@ -170,8 +170,10 @@ class OcrEngine:
                 break
             tile = image.crop((left, top, right, bottom))
             if not _is_blank(tile):
-                found = [_moved(line, dx=left, dy=top) for line in self._lines(tile)]
-                lines = _merged(lines, found)
+                # a strip's tiles are as thin as it is
+                thin = min(tile.size) < SMALL_SIDE
+                read = self._small(tile).lines if thin else self._lines(tile)
+                lines = _merged(lines, [_moved(line, dx=left, dy=top) for line in read])
         notes.insert(0, f"{original[0]}x{original[1]} pixels were read in {len(tiles)} tiles")
         back = 1 / scale
         moved = tuple(_moved(line, scale=back) for line in lines)
