@@ -41,8 +41,8 @@ layers: install
 
 bench: install
 	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints-cpu.txt -e '.[bench]'
-	$(BIN)/python benchmarks/step.py
-	$(BIN)/python benchmarks/decode.py
+	$(BIN)/python -m benchmarks.step
+	$(BIN)/python -m benchmarks.decode
 
 docs: install
 	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints-cpu.txt -e '.[docs]'
