@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 
 import pytest
 import torch
@@ -73,6 +74,13 @@ def test_earlier_tokens_go_by_either_name(build, ids, name):
         known = model(ids[:, :3], use_cache=True)[CACHE]
         continued = model(ids[:, 3:], use_cache=True, **{name: known}).logits
         assert_close(continued, model(ids).logits[:, 3:], **EXACT)
+
+
+def test_generating_warns_of_nothing(build, ids, pictures):
+    """transformers 5.24 does where the old name of its cache comes, or both names."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        build().generate(input_ids=ids, pixel_values=pictures, max_new_tokens=3, do_sample=False)
 
 
 @pytest.mark.parametrize(("preset", "overrides"), FUSIONS)
