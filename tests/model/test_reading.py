@@ -202,6 +202,23 @@ def test_a_slot_may_read_its_own_prompt_alone(build, ids, pictures):
         )
 
 
+def test_own_slots_are_whole_in_one_pass(build, ids, pictures):
+    model = build(visual_scope="slots", slot_reads="own")
+    mask = torch.zeros_like(ids, dtype=torch.bool)
+    mask[:, 1:4] = True
+    rows = torch.arange(len(ids))
+    with torch.no_grad():
+        whole = model(ids, pixel_values=pictures, visual_mask=mask).logits
+        visual = model.encode_visual(pictures, cache=True)
+        options = {"visual_prompts": visual, "image_index": rows, "use_cache": True}
+        start = model(ids[:, :4], visual_mask=mask[:, :4], **options)
+        rest = model(ids[:, 4:], visual_mask=mask[:, 4:], cache=start[CACHE], **options)
+        assert_close(torch.cat([start.logits, rest.logits], dim=1), whole, **EXACT)
+        cut = model(ids[:, :2], visual_mask=mask[:, :2], **options)
+        with pytest.raises(ConfigError, match="all slots of a picture in one pass"):
+            model(ids[:, 2:], visual_mask=mask[:, 2:], cache=cut[CACHE], **options)
+
+
 def test_each_slot_reads_what_a_single_prompt_would_give(build, ids, pictures):
     own = build(visual_scope="slots", slot_reads="own")
     mask = torch.zeros_like(ids, dtype=torch.bool)

@@ -11,6 +11,7 @@ from llama_adapter.errors import ConfigError
 from llama_adapter.toyworld.ablation import AblationSettings, run_ablation, write_results
 from llama_adapter.toyworld.demo import DemoSettings, run_demo, save_demo
 from llama_adapter.toyworld.measure import CLAIMS
+from llama_adapter.toyworld.sheet import Shown, lines_of
 
 
 def quiet(label, total):
@@ -46,6 +47,17 @@ def test_the_report_is_one_page_with_pictures_and_curves(saved):
         assert f"<td>{claim}</td>" in page
     with Image.open(saved / "pictures.png") as sheet:
         assert sheet.width > sheet.height
+
+
+def test_the_sheet_says_what_is_wrong():
+    shown = Shown(
+        image=Image.new("RGB", (4, 4)),
+        caption=("a star.", "a circle."),
+        answers=(("where?", "here.", "here."), ("what?", "this.", "that.")),
+    )
+    wrong = [text for text, is_right in lines_of(shown) if not is_right]
+    assert wrong == ["“a star.”", "→ this."]
+    assert len(lines_of(shown)) == 5
 
 
 def test_the_fresh_adapter_loads_and_answers(saved):

@@ -72,12 +72,32 @@ def test_lessons_about_texts_leave_the_same_words_out(processor):
         left_out_BT = batch.pop(UNSCORED)
         assert (left_out_BT >= 0).any()
         named = left_out_BT[left_out_BT >= 0], batch["labels"][left_out_BT >= 0]
-        assert all(token != label for token, label in zip(*named, strict=True))
+        pairs = {
+            frozenset({processor.decode([token]), processor.decode([label])})
+            for token, label in zip(*named, strict=True)
+        }
+        assert not pairs & held_out  # the partner of what is left out stands beside the label
         plain = unfair.instructions(step)
         assert UNSCORED not in plain
         assert all(torch.equal(batch[name], plain[name]) for name in plain)
         words = {processor.decode([token]) for token in named[0]}
         assert words <= set().union(*held_out)
+
+
+def test_what_is_left_out_beside_a_picture_goes_by_the_text(processor):
+    pool = make_pool(load_tower(), processor, V2, count=4, seed=0, split=Split.TRAIN)
+    plan = LessonPlan(batch_size=32, beside_share=1.0)
+    batch = Lessons(processor, pool, plan=plan, seed=0).captions(0)
+    partner = {w: v for pair in HELD_OUT for v, w in (pair, pair[::-1])}
+    shown = 0
+    for labels_T, left_out_T in zip(batch["labels"], batch[UNSCORED], strict=True):
+        said = processor.decode(labels_T[labels_T != -100], skip_special_tokens=True).split()
+        if said[0] != "a" or len(said) not in (8, 7):  # one thing, in a caption
+            continue
+        for place in (left_out_T >= 0).nonzero().flatten():
+            shown += 1
+            assert partner[processor.decode([left_out_T[place]])] in " ".join(said)
+    assert shown
 
 
 def test_the_decoder_reads_fairly():

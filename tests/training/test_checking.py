@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from llama_adapter import LlamaAdapterProcessor
-from llama_adapter.errors import CheckpointError, DataError
+from llama_adapter.errors import CheckpointError, ConfigError, DataError
 from llama_adapter.toyworld.shipped import DECODER, SLOT_TEXT, VISION, toy_processor
 from llama_adapter.toyworld.sources import SOURCES_WITH_MINIATURES
 from llama_adapter.training.build import load_processor
@@ -106,6 +106,14 @@ def test_broken_records_are_listed_and_too_many_refused(tmp_path: Path) -> None:
     strict = check(recipe_of(path))
     with pytest.raises(DataError, match=r"instructions.sources.0: .*1 of 61 records read"):
         strict.refuse()
+
+
+def test_own_slots_are_as_many_as_visual_prompts(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", [GOOD] * 8)
+    own = {"visual_scope": "slots", "slot_reads": "own"}
+    load_processor(recipe_of(path, adapter={**own, "visual_prompt_length": 16}))
+    with pytest.raises(ConfigError, match=r"slot_text is 16 tokens, .* each of the 20 visual"):
+        load_processor(recipe_of(path, adapter=own))
 
 
 def test_every_error_is_found_at_once(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ def demo(
     """Watch a frozen text model learn to see, on this machine.
 
     Measures the shipped adapters, trains a fresh one on captions and text instructions, and
-    measures that too; writes report.html, results.json and the adapter.
+    measures that too; writes report.html, pictures.png, results.json and the adapter.
 
     \b
     Examples:

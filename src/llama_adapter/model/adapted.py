@@ -19,7 +19,7 @@ from llama_adapter.config import AdapterConfig
 from llama_adapter.errors import ConfigError, TrainingError
 from llama_adapter.model.attach import Adapter
 from llama_adapter.model.configuration import LlamaAdapterConfig
-from llama_adapter.model.gated_attention import VisualPrompts
+from llama_adapter.model.gated_attention import VisualPrompts, begins_among_slots
 from llama_adapter.model.groups import Group
 from llama_adapter.model.loss import answer_loss, is_places, logits_at
 from llama_adapter.model.persistence import AdapterPersistence
@@ -169,7 +169,7 @@ class LlamaAdapterForConditionalGeneration(
         if visual_prompts is not None:
             rows = input_ids if input_ids is not None else inputs_embeds
             num_rows = 0 if rows is None else rows.shape[0]
-            visual_prompts = self._read(visual_prompts, num_rows, image_index, visual_mask)
+            visual_prompts = self._read(visual_prompts, num_rows, image_index, visual_mask, known)
         if visual_prompts is not None:
             kwargs["visual_prompts"] = visual_prompts
         with logits_at(self.get_output_embeddings(), logits_to_keep):
@@ -194,6 +194,7 @@ class LlamaAdapterForConditionalGeneration(
         num_rows: int,
         image_index: Tensor | None,
         visual_mask: Tensor | None,
+        known: Any,
     ) -> VisualPrompts:
         """The prompts with what reads them; ConfigError where that would be a guess."""
         num_pictures = len(visual.prompts_IMd)
@@ -204,6 +205,11 @@ class LlamaAdapterForConditionalGeneration(
             )
         if visual_mask is None and self.adapter_config.visual_scope == "slots":
             raise ConfigError("visual_scope is 'slots': visual_mask must say which tokens are")
+        if self.adapter_config.slot_reads == "own" and begins_among_slots(known, visual_mask):
+            raise ConfigError(
+                "slot_reads is 'own': a pass must not begin with a slot behind cached tokens: "
+                "slots are counted from the first; give all slots of a picture in one pass"
+            )
         packed = image_index is not None and image_index.ndim == 2
         return visual.reading(
             row_B=None if packed else image_index,

@@ -14,6 +14,7 @@ I pictures, E prompt entries (pictures, or pictures and "no picture"), d hidden 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -276,6 +277,13 @@ def _read_own(query_BHTD: Tensor, values_EHMD: Tensor, visual: VisualPrompts) ->
     weights_BTEM = weights_BTM[:, :, None] & (token_BT[..., None, None] == entries_E[:, None])
     values = values_EHMD.transpose(0, 1).reshape(1, num_heads, num_entries * length, head_size)
     return weights_BTEM.flatten(2).unsqueeze(1).to(values.dtype) @ values
+
+
+def begins_among_slots(cache: Any, mask_BT: Tensor | None) -> bool:
+    """Whether a pass begins with a slot behind cached tokens, which may be of the same run."""
+    if cache is None or mask_BT is None or torch.compiler.is_compiling():
+        return False
+    return bool(cache.get_seq_length() > 0 and mask_BT[:, 0].any())
 
 
 def _places_in_runs(reads_BT: Tensor, token_BT: Tensor | None) -> Tensor:

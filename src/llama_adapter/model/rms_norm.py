@@ -29,9 +29,10 @@ def rms_epsilon(norm: nn.Module) -> float | None:
     weight = cast(Tensor, trial.weight)
     if weight.ndim != 1:
         return None
-    x_d = torch.linspace(-1, 2, weight.shape[0]).unsqueeze(0)
+    # by name: models are also built under another default device, such as meta
+    x_d = torch.linspace(-1, 2, weight.shape[0], device="cpu").unsqueeze(0)
     with torch.no_grad():
-        weight.copy_(torch.linspace(0.5, 3, weight.shape[0]))
+        weight.copy_(torch.linspace(0.5, 3, weight.shape[0], device="cpu"))
         # the class's function: an instance's may be one that fetches offloaded numbers
         found = type(trial).forward(trial, x_d)
         expected = weight * x_d * torch.rsqrt(x_d.square().mean() + epsilon)

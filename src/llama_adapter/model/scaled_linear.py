@@ -88,7 +88,8 @@ class ScaledLinear(AdapterModule):
             return y if self.bias_shift is None else (y + self.bias_shift).to(y.dtype)
         if self.bias_shift is None:
             return (y * scale).to(y.dtype)
-        if y.requires_grad and _learns(scale):
+        # whoever hooks the frozen linear may keep its output, whose place would be taken
+        if y.requires_grad and _learns(scale) and not self.base_layer._forward_hooks:
             return cast(Tensor, _ScaleAndShift.apply(y, scale, self.bias_shift))
         return _scaled_and_shifted(y, scale, self.bias_shift)
 

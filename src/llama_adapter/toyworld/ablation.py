@@ -2,8 +2,8 @@
 
     llama-adapter ablate
 
-Variants differ in one setting from the reference; with the same seed all of them see the same
-batches in the same order. Every finished run is kept, so an interrupted ablation goes on.
+Variants differ from the reference in what their names say; with the same seed all of them see
+the same batches in the same order. Every finished run is kept, so an interrupted ablation goes on.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def run_ablation(
             path = out / "runs" / f"{name.replace(' ', '-').replace(',', '')}-{seed}.json"
             key = {"variant": name, "seed": seed, "steps": settings.steps}
             key |= {"pictures": settings.pictures, "questions": settings.questions}
-            key |= {"made_of": _digest(repr((course, bases)))}
+            key |= {"made_of": _digest(repr((course, bases, expert)))}
             row = _finished(path, key)
             if row is None:
                 if pool is None:

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from llama_adapter.config import AdapterConfig
 from llama_adapter.toyworld.course import Course
+from llama_adapter.toyworld.lessons import LessonPlan
 
 PROJECTOR = {
     "projector": "query_transformer",
@@ -35,11 +36,17 @@ CAPTION = AdapterConfig.preset(
 
 V2_COURSE = Course(adapter=V2, steps=3300)
 LIVE_COURSE = replace(V2_COURSE, language_first=0.25)
-"""For minutes instead of an hour: LANGUAGE needs its 150 steps, however few there are in all."""
+"""For minutes instead of an hour: of fewer steps LANGUAGE needs a larger share."""
 ABLATION_COURSE = replace(V2_COURSE, language_first=0.4)
-"""For a few hundred steps."""
+"""For a few hundred steps: a larger one still."""
 CAPTION_COURSE = Course(
-    adapter=CAPTION, steps=2600, joint="naive", instructions=False, language_first=0.0
+    adapter=CAPTION,
+    steps=2600,
+    joint="naive",
+    instructions=False,
+    language_first=0.0,
+    # it captions pictures, whatever stands beside them
+    plan=LessonPlan(beside_share=0.0),
 )
 COURSES = {"v2": V2_COURSE, "caption": CAPTION_COURSE}
 """How each shipped adapter was made."""

@@ -27,7 +27,8 @@ class Shown:
     """A picture, and questions about it with the model's answers and the right ones."""
 
     image: Image.Image
-    caption: str
+    caption: tuple[str, str]
+    """What the model says, and what is right."""
     answers: tuple[tuple[str, str, str], ...]
 
 
@@ -54,11 +55,20 @@ def show(
 
         yield Shown(
             image=picture(scene, seed=seed, index=index, size=PICTURE_SIZE),
-            caption=answer(CAPTION_TASK.instructions[0]),
+            caption=(answer(CAPTION_TASK.instructions[0]), CAPTION_TASK.write(scene, rng)),
             answers=tuple(
                 (a.question, answer(a.question), a.answer) for a in drawn[:QUESTIONS_EACH]
             ),
         )
+
+
+def lines_of(shown: Shown) -> list[tuple[str, bool]]:
+    """What stands below a picture, and whether it is right."""
+    said, true = shown.caption
+    lines = [(f"“{said}”", said == true)]
+    for question, given, right in shown.answers:
+        lines += [(question, True), (f"→ {given}", given == right)]
+    return lines
 
 
 def write_sheet(shown: Sequence[Shown], path: Path) -> None:
@@ -71,10 +81,7 @@ def write_sheet(shown: Sequence[Shown], path: Path) -> None:
         axes.imshow(one.image)
         axes.set_axis_off()
         height = 0.42
-        texts = [(f"“{one.caption}”", True)]
-        for question, given, right in one.answers:
-            texts += [(question, True), (f"→ {given}", given == right)]
-        for text, is_right in texts:
+        for text, is_right in lines_of(one):
             lines = textwrap.wrap(text, 36)
             color = "black" if is_right else "#b42318"
             x = column / len(shown) + 0.012

@@ -1,4 +1,4 @@
-"""Make the shipped adapters again: the live demonstration's courses with a larger budget.
+"""Make the shipped adapters again: V2 by the live demonstration's recipe with a larger budget.
 
     python -m llama_adapter.toyworld.ship v2 --out DIR
     python -m llama_adapter.toyworld.ship caption --out DIR

@@ -46,6 +46,8 @@ def load_processor(recipe: Recipe) -> LlamaAdapterProcessor:
         message = str(error).splitlines()[0]
         raise CheckpointError(f"cannot load the tokenizer of {base!r}: {message}") from error
     sees = recipe.vision is not None and semantics.sees
+    if sees and semantics.slot_reads == "own":
+        _check_slots(recipe, tokenizer, semantics.visual_prompt_length)
     return LlamaAdapterProcessor(
         load_image_processor(locate(recipe.vision.model, what="vision tower"))
         if sees and recipe.vision is not None
@@ -56,6 +58,16 @@ def load_processor(recipe: Recipe) -> LlamaAdapterProcessor:
         slot_text=recipe.prompt.slot_text if sees else None,
         channel_order=semantics.channel_order,
     )
+
+
+def _check_slots(recipe: Recipe, tokenizer: Any, length: int) -> None:
+    text = recipe.prompt.slot_text or ""
+    found = len(tokenizer(text, add_special_tokens=False)["input_ids"])
+    if found != length:
+        raise ConfigError(
+            f"prompt.slot_text is {found} tokens, but with adapter.slot_reads 'own' there must be "
+            f"one for each of the {length} visual prompts"
+        )
 
 
 def build(recipe: Recipe, *, device: torch.device, on_device: bool = True) -> Built:

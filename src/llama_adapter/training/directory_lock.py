@@ -51,18 +51,18 @@ def refuse_locked(directory: Path) -> None:
     except OSError:  # nobody ever held it, or it is not ours to write: said when that is tried
         return
     try:
-        _lock(descriptor, path)
+        _lock(descriptor, path, shared=True)  # so that two who look do not refuse one another
     finally:
         os.close(descriptor)
 
 
-def _lock(descriptor: int, path: Path) -> bool:
+def _lock(descriptor: int, path: Path, *, shared: bool = False) -> bool:
     if sys.platform == "win32":  # without flock
         return False
     import fcntl
 
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError as error:
         holder = path.read_text(errors="replace").strip() or "another process"
         raise TrainingError(
