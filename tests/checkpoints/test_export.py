@@ -110,7 +110,7 @@ def test_partial_keeps_prompts_as_a_smaller_adapter(kind: str, world: Any, tmp_p
     smaller = LlamaAdapterForConditionalGeneration.from_pretrained(tmp_path / "out")
     with torch.no_grad():
         torch.testing.assert_close(
-            smaller(**given).logits, model(**given).logits, rtol=0, atol=1e-5
+            smaller(**given).logits, model(**given).logits, rtol=1e-5, atol=1e-5
         )
         # a row without a picture goes through the same base, too
         alone = {"input_ids": given["input_ids"]}
