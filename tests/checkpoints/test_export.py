@@ -115,7 +115,7 @@ def test_partial_keeps_prompts_as_a_smaller_adapter(kind: str, world: Any, tmp_p
         # a row without a picture goes through the same base, too
         alone = {"input_ids": given["input_ids"]}
         torch.testing.assert_close(
-            smaller(**alone).logits, model(**alone).logits, rtol=0, atol=1e-5
+            smaller(**alone).logits, model(**alone).logits, rtol=1e-5, atol=1e-5
         )
     names = load_file(tmp_path / "out" / "adapter_model.safetensors").keys()
     assert not any(n.endswith((".scale", "norm.weight")) and "visual" not in n for n in names)

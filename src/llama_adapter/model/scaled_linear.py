@@ -159,12 +159,18 @@ class _ScaleAndShift(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         out, scale = ctx.saved_tensors
         scale_C = scale.to(torch.promote_types(grad.dtype, torch.float32))
-        zero_C, one_C = torch.zeros_like(scale_C), torch.ones_like(scale_C)
         grad_NC, out_NC = grad.reshape(-1, len(scale)), out.reshape(-1, len(scale))
-        # a batch norm with fixed statistics has these gradients; in two passes over activations
-        grad_y, by_scale, by_shift = torch.ops.aten.native_batch_norm_backward(
-            grad_NC, out_NC, scale_C, zero_C, one_C, None, None, False, 0.0, ctx.needs_input_grad
-        )
+        if grad.device.type == "cpu" and len(grad_NC):
+            zero_C, one_C = torch.zeros_like(scale_C), torch.ones_like(scale_C)
+            # a batch norm with fixed statistics has these gradients; in two passes over activations
+            grad_y, by_scale, by_shift = torch.ops.aten.native_batch_norm_backward(
+                grad_NC, out_NC, scale_C, zero_C, one_C, None, None, False, 0.0,
+                ctx.needs_input_grad,
+            )  # fmt: skip
+        else:
+            grad_y = (grad_NC * scale_C).to(grad.dtype)
+            by_scale = (grad_NC * out_NC).sum(0, dtype=scale_C.dtype)
+            by_shift = grad_NC.sum(0, dtype=scale_C.dtype)
         if ctx.needs_input_grad[0]:
             grad_y = grad_y.view_as(grad)
         if ctx.needs_input_grad[1]:
