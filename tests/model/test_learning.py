@@ -111,6 +111,41 @@ def test_loss_counts_answer_tokens_only(build, ids):
     assert_close(model(ids, labels=labels, logits_to_keep=4).loss, expected / 6)
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("kept_of", [adapter_model.scored_positions, adapter_model.scored_places])
+def test_logits_where_they_count_give_the_same_gradients(build, ids, kept_of, checkpointing):
+    model = build("v2-chat").train()
+    labels = ids.clone()
+    labels[:, :4] = -100
+    labels[2] = -100
+    model(ids, labels=labels).loss.backward()
+    expected = {name: p.grad.clone() for name, p in model.adapter.named_parameters()}
+    model.zero_grad()
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    model(ids, labels=labels, logits_to_keep=kept_of(labels)).loss.backward()
+    for name, parameter in model.adapter.named_parameters():
+        assert_close(parameter.grad, expected[name], rtol=1e-5, atol=1e-7, msg=name)
+
+
+def test_the_last_layer_works_where_a_label_stands(build, ids):
+    model = build("v2-chat").train()
+    labels = torch.full_like(ids, -100)
+    labels[0, 4:6] = ids[0, 4:6]
+    places = adapter_model.scored_places(labels)
+    seen = []
+    linear = model.get_decoder().layers[-1].mlp.up_proj
+    hook = linear.register_forward_hook(lambda _m, inputs, _y: seen.append(inputs[0].shape[:-1]))
+    model(ids, labels=labels, logits_to_keep=places)
+    assert seen == [(1, 2)]
+    whole = model(ids, labels=labels, logits_to_keep=places, output_hidden_states=True)
+    model(ids, logits_to_keep=places)
+    assert seen[1:] == [ids.shape, ids.shape]
+    hook.remove()
+    expected = model(ids, output_hidden_states=True).hidden_states[-1]
+    assert_close(whole.hidden_states[-1], expected, rtol=0, atol=0)
+
+
 def test_a_batch_without_answers_has_loss_zero_with_a_gradient(build, ids):
     model = build("v2-chat").train()
     loss = model(ids, labels=torch.full_like(ids, -100)).loss

@@ -12,16 +12,18 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from llama_adapter.config import AdapterConfig
 from llama_adapter.errors import ConfigError, TrainingError
+from llama_adapter.model.anatomy import last_mlp
 from llama_adapter.model.attach import Adapter
 from llama_adapter.model.configuration import LlamaAdapterConfig
 from llama_adapter.model.gated_attention import VisualPrompts, begins_among_slots
 from llama_adapter.model.groups import Group
-from llama_adapter.model.loss import answer_loss, is_places, logits_at
+from llama_adapter.model.loss import answer_loss, is_places, logits_at, mlp_at
 from llama_adapter.model.persistence import AdapterPersistence
 from llama_adapter.model.quantised import keep_unpacked
 from llama_adapter.model.references import describe_model, load_language_model, load_vision
@@ -172,7 +174,10 @@ class LlamaAdapterForConditionalGeneration(
             visual_prompts = self._read(visual_prompts, num_rows, image_index, visual_mask, known)
         if visual_prompts is not None:
             kwargs["visual_prompts"] = visual_prompts
-        with logits_at(self.get_output_embeddings(), logits_to_keep):
+        asked = kwargs.get("output_hidden_states", self.language_model.config.output_hidden_states)
+        whole = labels is None or asked or is_compiling()
+        mlp = None if whole else last_mlp(self.get_decoder())
+        with logits_at(self.get_output_embeddings(), logits_to_keep), mlp_at(mlp, logits_to_keep):
             output = self.language_model(
                 input_ids=input_ids,
                 attention_mask=attention_mask,

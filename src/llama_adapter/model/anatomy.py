@@ -68,3 +68,22 @@ def decoder_norms(decoder: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, module in decoder.named_modules():
         if type(module).__name__.endswith("Norm") and any(True for _ in module.parameters()):
             yield name, module
+
+
+def last_mlp(decoder: nn.Module) -> nn.Module | None:
+    """The MLP of the last layer if it can be asked for some positions alone, else None.
+
+    A mixture of experts counts the positions that it sees; and a layer that is computed again in
+    the backward pass would then be asked for all.
+    """
+    layers = getattr(decoder, "layers", None)
+    if not isinstance(layers, nn.ModuleList) or not len(layers):
+        return None
+    mlp = getattr(layers[-1], "mlp", None)
+    if (
+        mlp is None
+        or hasattr(mlp, "experts")
+        or getattr(layers[-1], "gradient_checkpointing", False)
+    ):
+        return None
+    return cast(nn.Module, mlp)
