@@ -9,6 +9,8 @@ from dataclasses import replace
 
 import pytest
 
+from llama_adapter.config import AdapterConfig
+from llama_adapter.processing.templates import TEMPLATES
 from llama_adapter.toyworld.captions import NEXT_TEXT
 from llama_adapter.toyworld.pretraining_text import DISTRACTED
 from llama_adapter.toyworld.scenes import (
@@ -21,6 +23,7 @@ from llama_adapter.toyworld.scenes import (
     Thing,
     sample_scene,
 )
+from llama_adapter.toyworld.shipped import toy_processor
 from llama_adapter.toyworld.texts import (
     CAPTION_TASK,
     KEYWORDS,
@@ -234,3 +237,13 @@ def test_places_are_named_as_in_scenes():
     rng = random.Random(0)
     asked = {ask(sample_scene(rng), rng, "where").keywords[0].word for _ in range(300)}
     assert asked == set(PLACES)
+
+
+def test_what_stands_before_a_text_beside_a_picture_is_what_the_bases_read():
+    tokenizer = toy_processor(AdapterConfig(visual_scope="all")).tokenizer
+    ids = {
+        tuple(tokenizer(words, add_special_tokens=False).input_ids)
+        for words in (NEXT_TEXT, TEMPLATES["toy"].after_slots)
+    }
+    assert len(ids) == 1
+    assert tokenizer.unk_token_id not in ids.pop()

@@ -19,14 +19,14 @@ from llama_adapter.toyworld.exam import (
 CLAIMS: dict[str, str] = {
     "C1": "questions about a text",
     "C2": "captions: things with every attribute right",
-    "C2expert": "the same by the caption expert",
+    "C2expert": "captions by the caption expert",
     "C3": "questions about a picture, zero-shot, exact",
     "C3key": "the same, right word among its category",
     "C4": "questions about a picture with the expert's caption",
     "C5": "questions about a picture, blind",
-    "C5key": "the same, right word among its category",
+    "C5key": "blind, right word among its category",
     "C5shuffled": "questions with another scene's picture",
-    "C5shuffledkey": "the same, right word among its category",
+    "C5shuffledkey": "another scene's picture, right word among its category",
     "C6": "questions about a text beside an unrelated picture",
 }
 """What each number says."""
