@@ -128,6 +128,35 @@ def test_logits_where_they_count_give_the_same_gradients(build, ids, kept_of, ch
         assert_close(parameter.grad, expected[name], rtol=1e-5, atol=1e-7, msg=name)
 
 
+@pytest.mark.parametrize(
+    "positions", [[5, 3, 4], [-5, -3], [3, 4, 4, 5], [], [i > 2 for i in range(7)]]
+)
+def test_positions_in_any_form_give_the_gradients_of_whole_layers(build, ids, positions):
+    model = build("v2").train()
+    kept = torch.tensor(positions, dtype=torch.bool if len(positions) == 7 else torch.long)
+    _loss_at(model, ids, kept, output_hidden_states=True).backward()
+    expected = {name: p.grad.clone() for name, p in model.adapter.named_parameters("language")}
+    model.zero_grad()
+    _loss_at(model, ids, kept).backward()
+    for name, parameter in model.adapter.named_parameters("language"):
+        assert_close(parameter.grad, expected[name], rtol=1e-5, atol=1e-7, msg=name)
+
+
+def _loss_at(model, ids, kept, **asked):
+    return model(ids, labels=ids, logits_to_keep=kept, **asked).loss
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # dynamo asks for it
+def test_a_compiled_layer_works_everywhere(build, ids):
+    model = build("v2-chat").train()
+    layer = model.get_decoder().layers[-1]
+    layer.compile(backend="eager")
+    seen = []
+    layer.mlp.register_forward_hook(lambda _m, inputs, _y: seen.append(inputs[0].shape[:-1]))
+    _loss_at(model, ids, torch.tensor([3])).backward()
+    assert seen == [ids.shape]
+
+
 def test_the_last_layer_works_where_a_label_stands(build, ids):
     model = build("v2-chat").train()
     labels = torch.full_like(ids, -100)

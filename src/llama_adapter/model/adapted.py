@@ -161,7 +161,8 @@ class LlamaAdapterForConditionalGeneration(
         The loss is cross-entropy over answer tokens (labels other than -100, shifted here),
         divided by `num_answer_tokens` (default: those of this batch). With labels and
         `logits_to_keep` left at 0, all logits are returned; with places [B, T] (bool) those
-        of the N true ones, as [1, N, vocab]. `cache` is the name of `past_key_values` since 5.24.
+        of the N true ones, as [1, N, vocab]; the last layer's MLP then works there alone, unless
+        hidden states are asked for. `cache` is the name of `past_key_values` since 5.24.
         """
         known = past_key_values if cache is None else cache
         if known is not None:
@@ -174,9 +175,8 @@ class LlamaAdapterForConditionalGeneration(
             visual_prompts = self._read(visual_prompts, num_rows, image_index, visual_mask, known)
         if visual_prompts is not None:
             kwargs["visual_prompts"] = visual_prompts
-        asked = kwargs.get("output_hidden_states", self.language_model.config.output_hidden_states)
-        whole = labels is None or asked or is_compiling()
-        mlp = None if whole else last_mlp(self.get_decoder())
+        whole = kwargs.get("output_hidden_states", self.language_model.config.output_hidden_states)
+        mlp = None if labels is None or whole or is_compiling() else last_mlp(self.get_decoder())
         with logits_at(self.get_output_embeddings(), logits_to_keep), mlp_at(mlp, logits_to_keep):
             output = self.language_model(
                 input_ids=input_ids,

@@ -118,14 +118,22 @@ def mlp_at(mlp: nn.Module | None, kept: int | Tensor) -> Iterator[None]:
         return
     shapes = []
 
+    def places_in(x_BTd: Tensor) -> Tensor:
+        places = kept.to(x_BTd.device)
+        if is_places(kept):
+            return places
+        # whatever picks positions, in any order, from the end or twice
+        return torch.arange(x_BTd.shape[1], device=x_BTd.device)[places].unique()
+
     def pick(_mlp: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         x_BTd = inputs[0]
         shapes.append(x_BTd.shape)
-        places = kept.to(x_BTd.device)
+        places = places_in(x_BTd)
         return (x_BTd[places].unsqueeze(0) if is_places(kept) else x_BTd[:, places], *inputs[1:])
 
     def put_back(_mlp: nn.Module, _inputs: Any, y: Tensor) -> Tensor:
-        all_BTd, places = y.new_zeros(shapes.pop()), kept.to(y.device)
+        all_BTd = y.new_zeros(shapes.pop())
+        places = places_in(all_BTd)
         if is_places(kept):
             return all_BTd.index_put((places,), y.flatten(0, 1))
         return all_BTd.index_copy(1, places, y)
