@@ -61,7 +61,7 @@ def test_without_a_processor_it_says_what_needs_one(
     (moved / "processor_config.json").unlink()
     described = json.loads(cli("info", moved, "--json").stdout)
     assert described["processor"] is None
-    assert "chat, serve and eval need it" in described["notes"][-1]
+    assert "chat and eval need it" in described["notes"][-1]
 
 
 def test_parts_and_share_of_the_base(cli: Cli, adapter_dir: Path) -> None:
@@ -108,3 +108,4 @@ def test_shapes_and_presets_are_known_by_name(cli: Cli) -> None:
     assert "unknown preset 'v3'" in cli("info", "--shape", "7b", "--preset", "v3").stderr
     assert cli("info").status == 2
     assert cli("info", "toy", "--shape", "7b").status == 2
+    assert "an adapter has its own setting" in cli("info", "toy", "--preset", "v1").stderr

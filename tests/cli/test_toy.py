@@ -7,6 +7,7 @@ import random
 
 import pytest
 
+from llama_adapter.toyworld.ablation import variants
 from llama_adapter.toyworld.rendering import render
 from llama_adapter.toyworld.scenes import Scene, Thing
 
@@ -51,3 +52,14 @@ def test_info_knows_the_built_in_model(cli):
     done = cli("info", "toy", "--json")
     assert done.status == 0, done.stderr
     assert json.loads(done.stdout)
+
+
+def test_every_variant_of_the_ablation_is_named_in_its_help(cli):
+    said = " ".join(cli("ablate", "--help").stdout.split())
+    assert [name for name in variants() if name not in said] == []
+
+
+def test_a_folder_that_is_no_adapter_is_called_that(cli, tmp_path):
+    refused = cli("chat", tmp_path, "--prompt", "hi")
+    assert refused.status == 2
+    assert "adapter_config.json is missing" in refused.stderr

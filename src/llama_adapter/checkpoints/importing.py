@@ -253,8 +253,8 @@ def _write_processor(
 ) -> None:
     if tokenizer is None:
         warnings.append(
-            f"the base {base.directory} has no tokenizer: the adapter takes token ids only; chat, "
-            "serve and eval need tokenizer.model beside or above the base"
+            f"the base {base.directory} has no tokenizer: the adapter takes token ids only; chat "
+            "and eval need tokenizer.model beside or above the base"
         )
         return
     from transformers import CLIPImageProcessorPil

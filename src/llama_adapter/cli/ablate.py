@@ -28,7 +28,9 @@ def ablate(
 ) -> None:
     """Compare the method with its alternatives at equal steps on equal data.
 
-    Started again, it goes on where it was interrupted.
+    Started again, it goes on where it was interrupted. Variants: reference, slots read all prompts,
+    naive joint, scored unfairly, LANGUAGE keeps moving, late fusion, "late fusion, naive joint",
+    no bias and scale, all tokens attend, K = 1.
 
     \b
     Examples:

@@ -89,7 +89,7 @@ def chat(
       llama-adapter chat toy --image sign.png --expert ocr --prompt "What does the sign say?"
       llama-adapter chat toy --image scene.png --expert caption --expert search=notes/
       llama-adapter chat toy --video clip.mp4 --prompt "What happens?"
-      llama-adapter chat runs/mine/final --prompt "Describe the picture." --image a.jpg --json
+      llama-adapter chat runs/mine/adapter --prompt "Describe the picture." --image a.jpg --json
     """
     from llama_adapter.cli.experts import PanelChoice
     from llama_adapter.cli.output import json_only

@@ -117,7 +117,7 @@ def eval_(
     \b
     Examples:
       llama-adapter eval mme --model toy --expert ocr --data MME/ --out runs/mme
-      llama-adapter eval msvd-qa --model runs/mine/final --data msvd/ --out runs/msvd \\
+      llama-adapter eval msvd-qa --model runs/mine/adapter --data msvd/ --out runs/msvd \\
           --judge-url http://localhost:8000/v1 --judge-model grader
     """
     # what is wrong in the options is said before a model is loaded
@@ -157,6 +157,9 @@ class _Plan:
 
         if data is None:
             raise ConfigError("--data is needed: the benchmark's own file or folder")
+        for path in (data, baseline):
+            if path is not None and not path.exists():
+                raise ConfigError(f"{path} does not exist")
         return Inputs(data=data, baseline=baseline, split=split)
 
     @property

@@ -22,8 +22,9 @@ def info(
         ),
     ] = None,
     preset: Annotated[
-        str, typer.Option(help="With --shape: the published setting to count.", metavar="NAME")
-    ] = "v2",
+        str | None,
+        typer.Option(help="With --shape: the published setting to count; v2.", metavar="NAME"),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Show an adapter's kind, semantics, size, base and prompt template.
@@ -31,7 +32,7 @@ def info(
     \b
     Examples:
       llama-adapter info toy
-      llama-adapter info runs/mine/final --json
+      llama-adapter info runs/mine/adapter --json
       llama-adapter info --shape llama-7b
     """
     from llama_adapter.checkpoints.description import describe_shape
@@ -41,9 +42,13 @@ def info(
 
     if (model is None) == (shape is None):
         raise ConfigError("info takes an adapter directory (or `toy`), or --shape, and not both")
+    if preset is not None and shape is None:
+        raise ConfigError(
+            "--preset says what to count with --shape; an adapter has its own setting"
+        )
     with json_only(as_json) as emit:
         if shape is not None:
-            described = describe_shape(shape, preset=preset)
+            described = describe_shape(shape, preset=preset or "v2")
         else:
             described = describe(adapter_directory(str(model)))
     if as_json:
@@ -62,7 +67,7 @@ def describe(directory: Path) -> dict[str, Any]:
     has_processor = (directory / PROCESSOR_FILE).is_file()
     if not has_processor:
         described["notes"].append(
-            f"{PROCESSOR_FILE} is missing: it takes token ids only; chat, serve and eval need it"
+            f"{PROCESSOR_FILE} is missing: it takes token ids only; chat and eval need it"
         )
     processor = read_processor_options(directory) if has_processor else None
     return {"model": str(directory), **described, "processor": processor}

@@ -34,9 +34,11 @@ def load(
 ) -> tuple[LlamaAdapterForConditionalGeneration, LlamaAdapterProcessor]:
     """MODEL on its base and on a device, with its processor, ready to answer."""
     from llama_adapter.model import LlamaAdapterForConditionalGeneration
+    from llama_adapter.model.configuration import read_adapter_config
     from llama_adapter.processing.processor import LlamaAdapterProcessor
 
     directory = adapter_directory(model)
+    read_adapter_config(directory)  # a folder that is no adapter at all is called that
     processor = LlamaAdapterProcessor.from_pretrained(directory)
     options.setdefault("device_map", torch_device(device))
     loaded = LlamaAdapterForConditionalGeneration.from_pretrained(directory, **options)

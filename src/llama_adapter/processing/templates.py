@@ -291,7 +291,8 @@ class ChatTemplate:
     def _apply(tokenizer: Any, messages: list[dict[str, str]], opens_answer: bool) -> str:
         if not tokenizer.chat_template:
             raise ConfigError(
-                "template 'chat' needs a tokenizer with a chat template; this one has none"
+                "template 'chat' needs a tokenizer with a chat template; this one has none: "
+                "a base without one takes template 'alpaca'"
             )
         try:
             text: str = tokenizer.apply_chat_template(

@@ -215,9 +215,11 @@ def write_results(
     """The table, the plot and what they say, as a page and a picture."""
     plot(results, docs / "ablation.png")
     claims = "\n".join(f"- **{name}**: {CLAIMS[name]}" for name in SHOWN)
+    only = "".join(f' --only "{name}"' for name in settings.only)
+    command = f"llama-adapter ablate --steps {settings.steps} --seeds {len(settings.seeds)}{only}"
     text = (
         "# Ablation\n\n"
-        "Made by `llama-adapter ablate`; "
+        f"Made by `{command}`; "
         f"{settings.steps} steps a run, {len(settings.seeds)} seeds, the same batches in the same "
         "order for every variant of a seed. Percent right on held-out scenes: the mean over "
         "seeds, and the lowest and highest.\n\n"
