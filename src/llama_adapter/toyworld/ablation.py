@@ -190,7 +190,7 @@ def plot(results: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None
     """Bars per claim and variant, a dot for every seed, as a PNG."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 4), layout="constrained")
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
     axes = figure.subplots()
     width = 0.8 / len(results)
     for offset, (name, rows) in enumerate(results.items()):
@@ -204,7 +204,7 @@ def plot(results: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None
                 axes.plot([x] * len(values), values, ".", color="black", markersize=3)
     axes.set_xticks([i + 0.4 - width / 2 for i in range(len(SHOWN))], SHOWN)
     axes.set_ylabel("% right")
-    axes.legend(fontsize="small", ncols=2)
+    figure.legend(loc="outside upper center", fontsize="small", ncols=5)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
 
