@@ -116,24 +116,20 @@ def mlp_at(mlp: nn.Module | None, kept: int | Tensor) -> Iterator[None]:
     if mlp is None or not isinstance(kept, Tensor):
         yield
         return
-    shapes = []
-
-    def places_in(x_BTd: Tensor) -> Tensor:
-        places = kept.to(x_BTd.device)
-        if is_places(kept):
-            return places
-        # whatever picks positions, in any order, from the end or twice
-        return torch.arange(x_BTd.shape[1], device=x_BTd.device)[places].unique()
+    asked: list[tuple[torch.Size, Tensor]] = []
 
     def pick(_mlp: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         x_BTd = inputs[0]
-        shapes.append(x_BTd.shape)
-        places = places_in(x_BTd)
+        places = kept.to(x_BTd.device)
+        if not is_places(kept):
+            # whatever picks positions, in any order, from the end or twice
+            places = torch.arange(x_BTd.shape[1], device=x_BTd.device)[places].unique()
+        asked.append((x_BTd.shape, places))
         return (x_BTd[places].unsqueeze(0) if is_places(kept) else x_BTd[:, places], *inputs[1:])
 
     def put_back(_mlp: nn.Module, _inputs: Any, y: Tensor) -> Tensor:
-        all_BTd = y.new_zeros(shapes.pop())
-        places = places_in(all_BTd)
+        shape, places = asked.pop()
+        all_BTd, places = y.new_zeros(shape), places.to(y.device)
         if is_places(kept):
             return all_BTd.index_put((places,), y.flatten(0, 1))
         return all_BTd.index_copy(1, places, y)
