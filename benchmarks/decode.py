@@ -21,6 +21,7 @@ from benchmarks.measuring import (
     interleaved,
     make_llama,
     make_tower,
+    place_alike,
     report,
     synchronised,
 )
@@ -49,6 +50,7 @@ def main() -> None:
         for _, parameter in adapted.adapter.named_parameters():
             parameter.add_(torch.randn_like(parameter) * 0.02)
     adapted.prepare_for_inference()
+    place_alike(base, adapted)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(3, 1000, (1, options.prompt_tokens), generator=generator).to(options.device)
     picture = torch.randn(1, 3, 64, 64, generator=generator).to(options.device)

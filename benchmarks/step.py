@@ -32,6 +32,7 @@ from benchmarks.measuring import (
     make_llama,
     make_tower,
     peak_memory,
+    place_alike,
     report,
     reset_peak_memory,
     synchronised,
@@ -42,6 +43,7 @@ from llama_adapter.model import scored_positions
 PAIRS = {"v1": "adaption_prompt", "v2": "lora"}
 TARGETS = dict.fromkeys(PAIRS, 0.90)
 Step = Callable[[], None]
+Side = tuple[nn.Module, Step]
 
 
 def main() -> None:
@@ -57,9 +59,9 @@ def main() -> None:
         return
     results = {}
     for ours, theirs in PAIRS.items():
-        sides = {
-            name: synchronised(SIDES[name](options), options.device) for name in (theirs, ours)
-        }
+        made = {name: SIDES[name](options) for name in (theirs, ours)}
+        place_alike(*(model for model, _ in made.values()))
+        sides = {name: synchronised(step, options.device) for name, (_, step) in made.items()}
         results[ours] = interleaved(sides, over=theirs, rounds=options.rounds, warmup=2)
         grown = {name: _memory_in_a_process(name, options) for name in sides}
         results[ours]["peak_growth_mebibytes"] = {n: round(b / 2**20, 1) for n, b in grown.items()}
@@ -67,8 +69,8 @@ def main() -> None:
     report("step", results, targets=TARGETS, options=options)
 
 
-def _ours(preset: str) -> Callable[[argparse.Namespace], Step]:
-    def make(options: argparse.Namespace) -> Step:
+def _ours(preset: str) -> Callable[[argparse.Namespace], Side]:
+    def make(options: argparse.Namespace) -> Side:
         # as in the paper's 7B: the projector an eighth as wide as the decoder
         shape = {"projector_width": options.hidden // 8}
         if preset == "v1":
@@ -88,25 +90,25 @@ def _ours(preset: str) -> Callable[[argparse.Namespace], Step]:
     return make
 
 
-def _adaption_prompt(options: argparse.Namespace) -> Step:
+def _adaption_prompt(options: argparse.Namespace) -> Side:
     config = AdaptionPromptConfig(
         adapter_len=10, adapter_layers=options.layers - 1, task_type="CAUSAL_LM"
     )
     return _peft(config, options)
 
 
-def _lora(options: argparse.Namespace) -> Step:
+def _lora(options: argparse.Namespace) -> Side:
     config = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
     return _peft(config, options)
 
 
-def _peft(config: Any, options: argparse.Namespace) -> Step:
+def _peft(config: Any, options: argparse.Namespace) -> Side:
     model = get_peft_model(make_llama(options), config)
     trainable = [p for p in model.parameters() if p.requires_grad]
     return _step(model.train(), trainable, options, {})
 
 
-SIDES: dict[str, Callable[[argparse.Namespace], Step]] = {
+SIDES: dict[str, Callable[[argparse.Namespace], Side]] = {
     "v1": _ours("v1"),
     "v2": _ours("v2"),
     "adaption_prompt": _adaption_prompt,
@@ -119,8 +121,8 @@ def _step(
     trainable: list[nn.Parameter],
     options: argparse.Namespace,
     extra: dict[str, torch.Tensor],
-) -> Step:
-    """Forward, loss, backward and AdamW on one fixed batch."""
+) -> Side:
+    """The model; forward, loss, backward and AdamW on one fixed batch."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(3, 1000, (options.batch, options.tokens), generator=generator)
     ids = ids.to(options.device)
@@ -135,7 +137,7 @@ def _step(
         model(input_ids=ids, labels=labels, use_cache=False, **extra).loss.backward()
         optimizer.step()
 
-    return step
+    return model, step
 
 
 def _memory_in_a_process(side: str, options: argparse.Namespace) -> int:
@@ -147,7 +149,7 @@ def _memory_in_a_process(side: str, options: argparse.Namespace) -> int:
 
 
 def _memory_of(options: argparse.Namespace) -> int:
-    step = SIDES[options.side](options)
+    _, step = SIDES[options.side](options)
     before = reset_peak_memory(options.device)
     for _ in range(3):
         step()

@@ -23,6 +23,9 @@ from llama_adapter.model.groups import AdapterModule, Group
 from llama_adapter.model.half_precision import scaled_dot_product_attention
 from llama_adapter.model.prompt_projection import Attention, KeysValues, project_prompt
 
+FEW_TOKENS = 4
+"""Up to so many queries a pass, PyTorch's attention is the fastest on a CPU too."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VisualPrompts:
@@ -186,10 +189,13 @@ def _attend(
     scaling: float,
     softcap: float | None,
 ) -> Tensor:
-    if len(keys_EHMD) == 1 and mask is None and query_BHTD.device.type == "cpu":
+    batch, _, length, _ = query_BHTD.shape
+    shared = len(keys_EHMD) == 1 and mask is None
+    # for a token or a few, the time goes into the number of calls, not into their work
+    if shared and query_BHTD.device.type == "cpu" and batch * length > FEW_TOKENS:
         return _attend_together(query_BHTD, keys_EHMD[0], values_EHMD[0], scaling, softcap)
-    keys = keys_EHMD.expand(query_BHTD.shape[0], -1, -1, -1)
-    values = values_EHMD.expand(query_BHTD.shape[0], -1, -1, -1)
+    keys = keys_EHMD.expand(batch, -1, -1, -1)
+    values = values_EHMD.expand(batch, -1, -1, -1)
     if softcap is None:
         return scaled_dot_product_attention(query_BHTD, keys, values, mask=mask, scale=scaling)
     scores = query_BHTD @ keys.transpose(-1, -2) * scaling
