@@ -162,17 +162,31 @@ def test_the_last_layer_works_where_a_label_stands(build, ids):
     labels = torch.full_like(ids, -100)
     labels[0, 4:6] = ids[0, 4:6]
     places = adapter_model.scored_places(labels)
-    seen = []
-    linear = model.get_decoder().layers[-1].mlp.up_proj
-    hook = linear.register_forward_hook(lambda _m, inputs, _y: seen.append(inputs[0].shape[:-1]))
-    model(ids, labels=labels, logits_to_keep=places)
-    assert seen == [(1, 2)]
-    whole = model(ids, labels=labels, logits_to_keep=places, output_hidden_states=True)
-    model(ids, logits_to_keep=places)
-    assert seen[1:] == [ids.shape, ids.shape]
-    hook.remove()
-    expected = model(ids, output_hidden_states=True).hidden_states[-1]
-    assert_close(whole.hidden_states[-1], expected, rtol=0, atol=0)
+    layer, seen = model.get_decoder().layers[-1], {}
+    for name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.o_proj", "mlp.up_proj"):
+        layer.get_submodule(name).register_forward_hook(
+            lambda _m, inputs, _y, name=name: seen.update({name: inputs[0].shape[:-1]})
+        )
+    kept = model(ids, labels=labels, logits_to_keep=places)
+    assert seen.pop("self_attn.k_proj") == ids.shape
+    assert len(seen) == 3
+    assert set(seen.values()) == {(1, 2)}
+    for asked in ({"output_hidden_states": True}, {"output_attentions": True}, {"labels": None}):
+        whole = model(ids, **{"labels": labels, "logits_to_keep": places, **asked})
+        assert set(seen.values()) == {ids.shape}
+        assert_close(whole.logits, kept.logits)
+
+
+def test_what_is_shown_of_the_last_layer_is_whole(build, ids):
+    model = build("v2-chat").train()
+    model.set_attn_implementation("llama_adapter_eager")
+    asked = {"output_hidden_states": True, "output_attentions": True}
+    places = adapter_model.scored_places(ids)
+    shown, expected = (
+        model(ids, labels=labels, logits_to_keep=places, **asked) for labels in (ids, None)
+    )
+    assert_close(shown.hidden_states[-1], expected.hidden_states[-1], rtol=0, atol=0)
+    assert_close(shown.attentions[-1], expected.attentions[-1], rtol=0, atol=0)
 
 
 def test_a_batch_without_answers_has_loss_zero_with_a_gradient(build, ids):

@@ -12,6 +12,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from llama_adapter import LlamaAdapterForConditionalGeneration, UnsupportedModelError
+from llama_adapter.model import scored_places, scored_positions
 from llama_adapter.model.attention_registry import IMPLEMENTATIONS, PREFIX
 
 ROUTES = [(family, name) for family in FAMILIES for name in implementations(family)]
@@ -56,6 +57,24 @@ def test_every_trainable_learns_and_a_picture_is_seen(family):
         assert parameter.grad is not None, name
         assert parameter.grad.abs().sum() > 0, name
     assert (seen.logits - model(ids, pixel_values=pictures.flip(0)).logits).abs().max() > 1e-6
+
+
+@pytest.mark.parametrize("kept_of", [scored_places, scored_positions])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_last_layer_where_labels_stand_gives_the_gradients_of_the_whole(family, kept_of):
+    ids, pictures = families.inputs()
+    model = families.make_adapted(families.make_base(family)).train()
+    families.stir(model)
+    labels = ids.masked_fill(torch.arange(ids.shape[1]) < ids.shape[1] // 2, -100)
+    labels[0, -1] = -100
+    gradients = []
+    for whole in (True, False):
+        inputs = {"pixel_values": pictures, "labels": labels, "output_hidden_states": whole}
+        model(ids, logits_to_keep=kept_of(labels), **inputs).loss.backward()
+        gradients.append({n: p.grad.clone() for n, p in model.adapter.named_parameters()})
+        model.zero_grad()
+    for name, gradient in gradients[0].items():
+        assert_close(gradients[1][name], gradient, rtol=1e-4, atol=1e-6, msg=name)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

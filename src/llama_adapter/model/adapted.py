@@ -12,18 +12,17 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.compiler import is_compiling
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from llama_adapter.config import AdapterConfig
 from llama_adapter.errors import ConfigError, TrainingError
-from llama_adapter.model.anatomy import last_mlp
 from llama_adapter.model.attach import Adapter
 from llama_adapter.model.configuration import LlamaAdapterConfig
 from llama_adapter.model.gated_attention import VisualPrompts, begins_among_slots
 from llama_adapter.model.groups import Group
-from llama_adapter.model.loss import answer_loss, is_places, logits_at, mlp_at
+from llama_adapter.model.last_layer import last_layer_at
+from llama_adapter.model.loss import answer_loss, is_places, logits_at
 from llama_adapter.model.persistence import AdapterPersistence
 from llama_adapter.model.quantised import keep_unpacked
 from llama_adapter.model.references import describe_model, load_language_model, load_vision
@@ -161,8 +160,9 @@ class LlamaAdapterForConditionalGeneration(
         The loss is cross-entropy over answer tokens (labels other than -100, shifted here),
         divided by `num_answer_tokens` (default: those of this batch). With labels and
         `logits_to_keep` left at 0, all logits are returned; with places [B, T] (bool) those
-        of the N true ones, as [1, N, vocab]; the last layer's MLP then works there alone, unless
-        hidden states are asked for. `cache` is the name of `past_key_values` since 5.24.
+        of the N true ones, as [1, N, vocab]; the last layer then works there alone where it can,
+        unless hidden states or attentions are asked for. `cache` is the name of `past_key_values`
+        since 5.24.
         """
         known = past_key_values if cache is None else cache
         if known is not None:
@@ -175,9 +175,9 @@ class LlamaAdapterForConditionalGeneration(
             visual_prompts = self._read(visual_prompts, num_rows, image_index, visual_mask, known)
         if visual_prompts is not None:
             kwargs["visual_prompts"] = visual_prompts
-        whole = kwargs.get("output_hidden_states", self.language_model.config.output_hidden_states)
-        mlp = None if labels is None or whole or is_compiling() else last_mlp(self.get_decoder())
-        with logits_at(self.get_output_embeddings(), logits_to_keep), mlp_at(mlp, logits_to_keep):
+        scored = 0 if labels is None else logits_to_keep
+        head = self.get_output_embeddings()
+        with logits_at(head, logits_to_keep), last_layer_at(self.language_model, scored, kwargs):
             output = self.language_model(
                 input_ids=input_ids,
                 attention_mask=attention_mask,

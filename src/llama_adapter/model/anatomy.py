@@ -57,7 +57,7 @@ def decoder_linears(decoder: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
         in_layer = re.search(r"(^|\.)\d+\.", name) is not None
         in_mixture = any(name == m or name.startswith(m + ".") for m in mixtures)
         # inside a linear that peft has wrapped are further ones, which are its own
-        if _is_linear(module) and in_layer and not in_mixture and not name.startswith(found + "."):
+        if is_linear(module) and in_layer and not in_mixture and not name.startswith(found + "."):
             found = name
             yield name, cast(nn.Linear, module)
 
@@ -69,37 +69,5 @@ def decoder_norms(decoder: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
 
 
-def last_mlp(decoder: nn.Module) -> nn.Module | None:
-    """The MLP of the last layer if it can be asked for some positions alone, else None.
-
-    It can if it is made of linears: a mixture of experts counts the positions that it sees. Not
-    in a layer that is computed again in the backward pass, for which whoever asked is gone, nor in
-    a compiled one, whose graph the other layers share.
-    """
-    layers = getattr(decoder, "layers", None)
-    if not isinstance(layers, nn.ModuleList) or not len(layers):
-        return None
-    layer = layers[-1]
-    mlp = getattr(layer, "mlp", None)
-    if not isinstance(mlp, nn.Module) or hasattr(mlp, "experts"):
-        return None
-    recomputed = any(
-        getattr(module, "gradient_checkpointing", False)
-        or hasattr(module, "_checkpoint_wrapped_module")
-        for module in (decoder, layer, mlp)
-    )
-    compiled = any(
-        module._compiled_call_impl is not None or hasattr(module, "_orig_mod")
-        for module in (layer, mlp)
-    )
-    if recomputed or compiled or not all(_is_linear(m) for m in mlp.modules() if _has_numbers(m)):
-        return None
-    return mlp
-
-
-def _is_linear(module: nn.Module) -> bool:
+def is_linear(module: nn.Module) -> bool:
     return hasattr(module, "in_features") and hasattr(module, "out_features")
-
-
-def _has_numbers(module: nn.Module) -> bool:
-    return any(True for _ in module.parameters(recurse=False))

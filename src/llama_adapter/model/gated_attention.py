@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llama_adapter.model.cpu_attention import scaled_dot_product_attention
 from llama_adapter.model.groups import AdapterModule, Group
-from llama_adapter.model.half_precision import scaled_dot_product_attention
 from llama_adapter.model.prompt_projection import Attention, KeysValues, project_prompt
 
 FEW_TOKENS = 4

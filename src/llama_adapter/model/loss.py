@@ -105,38 +105,3 @@ def logits_at(head: nn.Module, kept: int | Tensor) -> Iterator[None]:
         yield
     finally:
         hook.remove()
-
-
-@contextmanager
-def mlp_at(mlp: nn.Module | None, kept: int | Tensor) -> Iterator[None]:
-    """Inside, this MLP of the last layer works where a logit is wanted alone, and adds 0 elsewhere.
-
-    It acts on each position by itself, and nothing behind it mixes them, so the logits stay right.
-    """
-    if mlp is None or not isinstance(kept, Tensor):
-        yield
-        return
-    asked: list[tuple[torch.Size, Tensor]] = []
-
-    def pick(_mlp: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        x_BTd = inputs[0]
-        places = kept.to(x_BTd.device)
-        if not is_places(kept):
-            # whatever picks positions, in any order, from the end or twice
-            places = torch.arange(x_BTd.shape[1], device=x_BTd.device)[places].unique()
-        asked.append((x_BTd.shape, places))
-        return (x_BTd[places].unsqueeze(0) if is_places(kept) else x_BTd[:, places], *inputs[1:])
-
-    def put_back(_mlp: nn.Module, _inputs: Any, y: Tensor) -> Tensor:
-        shape, places = asked.pop()
-        all_BTd, places = y.new_zeros(shape), places.to(y.device)
-        if is_places(kept):
-            return all_BTd.index_put((places,), y.flatten(0, 1))
-        return all_BTd.index_copy(1, places, y)
-
-    hooks = mlp.register_forward_pre_hook(pick), mlp.register_forward_hook(put_back)
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()

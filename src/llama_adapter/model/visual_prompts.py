@@ -13,8 +13,8 @@ from torch.nn import functional as F
 
 from llama_adapter.config import AdapterConfig
 from llama_adapter.errors import ConfigError, UnsupportedModelError
+from llama_adapter.model.cpu_attention import scaled_dot_product_attention
 from llama_adapter.model.groups import AdapterModule, Group
-from llama_adapter.model.half_precision import scaled_dot_product_attention
 
 VisionTower = Any
 """A frozen CLIP or SigLIP vision model of transformers."""
@@ -68,12 +68,13 @@ class TransformerBlock(nn.Module):
         self.fc1 = nn.Linear(width, mlp_ratio * width)
         self.fc2 = nn.Linear(mlp_ratio * width, width)
 
-    def forward(self, x_BTW: Tensor) -> Tensor:
-        batch, length, width = x_BTW.shape
+    def forward(self, x_BTW: Tensor, *, wanted: int | None = None) -> Tensor:
+        """The tokens [B, T, W] after this block, or the first `wanted` of them, which see all."""
+        batch, length, _ = x_BTW.shape
         qkv = self.qkv(self.norm1(x_BTW)).view(batch, length, 3, self.num_heads, -1)
         query, key, value = qkv.permute(2, 0, 3, 1, 4)
-        mixed = scaled_dot_product_attention(query, key, value)
-        x_BTW = x_BTW + self.proj(mixed.transpose(1, 2).reshape(batch, length, width))
+        mixed = scaled_dot_product_attention(query[:, :, :wanted], key, value)
+        x_BTW = x_BTW[:, :wanted] + self.proj(mixed.transpose(1, 2).flatten(2))
         return x_BTW + self.fc2(F.gelu(self.fc1(self.norm2(x_BTW))))
 
 
@@ -99,9 +100,11 @@ class QueryTransformer(nn.Module):
         features_IPW = self.feature_norm(self.feature_proj(features_IPC))
         query_IMW = self.query.unsqueeze(0).expand(features_IPW.shape[0], -1, -1)
         x = torch.cat([query_IMW.to(features_IPW.dtype), features_IPW], dim=1)
-        for block in self.blocks:
-            x = block(x)
-        return self.norm(self.proj(x[:, : query_IMW.shape[1]]))
+        last = len(self.blocks) - 1
+        for index, block in enumerate(self.blocks):
+            # behind the last block nothing reads the features
+            x = block(x, wanted=query_IMW.shape[1] if index == last else None)
+        return self.norm(self.proj(x))
 
 
 PROJECTORS: dict[str, type[nn.Module]] = {
