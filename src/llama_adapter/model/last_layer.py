@@ -31,9 +31,10 @@ def last_layer_at(
     `kept` are positions [T'] or places [B, T]; a number of them is left to the whole layer. So is
     a pass that is `asked` for hidden states or attentions, or compiled.
     """
-    parts = []
-    if isinstance(kept, Tensor) and not torch.compiler.is_compiling():
-        parts = [] if _shows_inside(language_model, asked) else _parts(language_model)
+    whole = torch.compiler.is_compiling() or not isinstance(kept, Tensor)
+    if whole or _shows_inside(language_model, asked):
+        yield
+        return
     places = functools.cache(functools.partial(_places, kept))
     calls: list[tuple[torch.Size, Tensor]] = []
 
@@ -49,7 +50,7 @@ def last_layer_at(
         return all_nd.index_copy(0, place_N.to(y_1Nd.device), y_1Nd[0]).unflatten(0, shape)
 
     with ExitStack() as hooks:
-        for part in parts:
+        for part in _parts(language_model):
             hooks.callback(part.register_forward_pre_hook(pick).remove)
             hooks.callback(part.register_forward_hook(put_back).remove)
         yield
