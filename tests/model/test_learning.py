@@ -147,10 +147,11 @@ def _loss_at(model, ids, kept, **asked):
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # dynamo asks for it
-def test_a_compiled_layer_works_everywhere(build, ids):
+@pytest.mark.parametrize("compiled", ["decoder", "layer"])
+def test_a_compiled_layer_works_everywhere(build, ids, compiled):
     model = build("v2-chat").train()
     layer = model.get_decoder().layers[-1]
-    layer.compile(backend="eager")
+    {"decoder": model.get_decoder(), "layer": layer}[compiled].compile(backend="eager")
     seen = []
     layer.mlp.register_forward_hook(lambda _m, inputs, _y: seen.append(inputs[0].shape[:-1]))
     _loss_at(model, ids, torch.tensor([3])).backward()

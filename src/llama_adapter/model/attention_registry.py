@@ -104,7 +104,7 @@ def _adapted_attention(implementation: str) -> Callable[..., Any]:
         scaling = kwargs.get("scaling")
         if scaling is None:
             scaling = getattr(module, "scaling", None) or query.shape[-1] ** -0.5
-        # first, while the projections of keys and values are still in the cache
+        # first, while a CPU still has at hand the weights that made keys and values
         added = adaption(
             module, query, visual_prompts, scaling=scaling, softcap=kwargs.get("softcap")
         )

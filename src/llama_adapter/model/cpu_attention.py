@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 FEW_KEYS = 128
-"""Up to so many keys, plain products learn faster than the kernel: no weights worth saving."""
+"""Up to so many keys, plain products learn faster than the kernel; their weights are small."""
 
 
 def scaled_dot_product_attention(

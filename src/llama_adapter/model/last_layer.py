@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from llama_adapter.model.anatomy import is_linear
 from llama_adapter.model.loss import is_places
+from llama_adapter.model.quantised import mixes_positions
 
 AROUND_ATTENTION = ("q_proj", "o_proj", "dense")
 """Names, in any family, of its linears that are not for keys and values too."""
@@ -78,8 +79,8 @@ def _parts(language_model: PreTrainedModel) -> list[nn.Module]:
     """Parts of the last layer that can be asked for some positions alone; empty if none can.
 
     Not in a mixture of experts, which counts the positions that it sees; not in a layer that is
-    computed again in the backward pass, for which whoever asked is gone, nor in a compiled one,
-    whose graph the other layers share.
+    computed again in the backward pass, for which whoever asked is gone; nor where a compiled graph
+    would keep the hooks of its first pass.
     """
     decoder = language_model.get_decoder()
     layers = getattr(decoder, "layers", None)
@@ -97,7 +98,7 @@ def _parts(language_model: PreTrainedModel) -> list[nn.Module]:
     )
     compiled = any(
         module._compiled_call_impl is not None or hasattr(module, "_orig_mod")
-        for module in (layer, mlp, attention)
+        for module in (language_model, decoder, layer, mlp, attention)
     )
     if recomputed or compiled or hasattr(mlp, "experts") or not _is_of_linears(mlp):
         return []
@@ -106,8 +107,9 @@ def _parts(language_model: PreTrainedModel) -> list[nn.Module]:
 
 
 def _is_of_linears(module: nn.Module) -> bool:
+    """Whether it is made of linears that take each position by itself."""
     return all(
-        is_linear(part)
+        is_linear(part) and not mixes_positions(part)
         for part in module.modules()
         if any(True for _ in part.parameters(recurse=False))
     )
