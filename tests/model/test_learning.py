@@ -190,9 +190,13 @@ def test_what_is_shown_of_the_last_layer_is_whole(build, ids):
     assert_close(shown.attentions[-1], expected.attentions[-1], rtol=0, atol=0)
 
 
-def test_a_batch_without_answers_has_loss_zero_with_a_gradient(build, ids):
+@pytest.mark.parametrize(
+    "kept_of", [lambda _: 0, adapter_model.scored_positions, adapter_model.scored_places]
+)
+def test_a_batch_without_answers_has_loss_zero_with_a_gradient(build, ids, kept_of):
     model = build("v2-chat").train()
-    loss = model(ids, labels=torch.full_like(ids, -100)).loss
+    labels = torch.full_like(ids, -100)
+    loss = model(ids, labels=labels, logits_to_keep=kept_of(labels)).loss
     loss.backward()
     assert loss == 0
     assert all((p.grad == 0).all() for p in model.group_parameters("language"))

@@ -97,17 +97,15 @@ def _adapted_attention(implementation: str) -> Callable[..., Any]:
             base = _eager_of(module)
         else:
             base = ALL_ATTENTION_FUNCTIONS[implementation]
-        adaption = getattr(module, "adaption", None)
-        if adaption is None:
-            output, weights = base(module, query, key, value, attention_mask, *args, **kwargs)
-            return output, weights
-        scaling = kwargs.get("scaling")
-        if scaling is None:
-            scaling = getattr(module, "scaling", None) or query.shape[-1] ** -0.5
-        # first, while a CPU still has at hand the weights that made keys and values
-        added = adaption(
-            module, query, visual_prompts, scaling=scaling, softcap=kwargs.get("softcap")
-        )
+        added, adaption = None, getattr(module, "adaption", None)
+        if adaption is not None:
+            scaling = kwargs.get("scaling")
+            if scaling is None:
+                scaling = getattr(module, "scaling", None) or query.shape[-1] ** -0.5
+            # first, while a CPU still has at hand the weights that made keys and values
+            added = adaption(
+                module, query, visual_prompts, scaling=scaling, softcap=kwargs.get("softcap")
+            )
         output, weights = base(module, query, key, value, attention_mask, *args, **kwargs)
         return (output if added is None else output + added), weights
 

@@ -26,8 +26,9 @@ def scaled_dot_product_attention(
     """
     if query.device.type != "cpu" or not _prefers_products(query, key):
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
-    scaled = query * (query.shape[-1] ** -0.5 if scale is None else scale)
-    scores = scaled @ key.transpose(-1, -2)
+    # the keys are the fewer
+    scaled = key * (query.shape[-1] ** -0.5 if scale is None else scale)
+    scores = query @ scaled.transpose(-1, -2)
     if mask is not None:
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     return scores.float().softmax(-1).to(query.dtype) @ value

@@ -24,7 +24,7 @@ from llama_adapter.model.groups import AdapterModule, Group
 from llama_adapter.model.prompt_projection import Attention, KeysValues, project_prompt
 
 FEW_TOKENS = 4
-"""Up to so many queries a pass, PyTorch's attention is the fastest on a CPU too."""
+"""Up to so many queries a pass, PyTorch's attention is the fastest on a CPU too (in float32)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
