@@ -99,20 +99,20 @@ def test_loss(dtype):
 
 
 @pytest.mark.parametrize("softcap", [None, 2.0])
-def test_rows_that_read_one_prompt_together_read_it_alike(softcap):
-    query = _random(3, 7, 4, 8).transpose(1, 2).requires_grad_()
-    keys = _random(1, 4, 5, 8, seed=1).requires_grad_()
-    values = _random(1, 4, 5, 8, seed=2).requires_grad_()
+@pytest.mark.parametrize("heads_together", [True, False])
+@pytest.mark.parametrize("learn", [(0, 1, 2), (0,), (0, 1), (0, 2), (1, 2)])
+def test_rows_that_read_one_prompt_together_read_it_alike(learn, heads_together, softcap):
+    query = _random(3, 7, 4, 8).transpose(1, 2)
+    query = query if heads_together else query.contiguous()
+    inputs = [query, _random(1, 4, 5, 8, seed=1), _random(1, 4, 5, 8, seed=2)]
+    learning = [inputs[i].requires_grad_() for i in learn]
     gradient = _random(3, 4, 7, 8, seed=3)
-    together = _attend(query, keys, values, None, 0.3, softcap)
-    apart = _attend(
-        query, keys.expand(3, -1, -1, -1), values.expand(3, -1, -1, -1), None, 0.3, softcap
-    )
+    together = _attend(*inputs, None, 0.3, softcap)
+    apart = _attend(query, *(x.expand(3, -1, -1, -1) for x in inputs[1:]), None, 0.3, softcap)
     assert_close(together, apart)
-    inputs = (query, keys, values)
     for ours, theirs in zip(
-        torch.autograd.grad(together, inputs, gradient),
-        torch.autograd.grad(apart, inputs, gradient),
+        torch.autograd.grad(together, learning, gradient),
+        torch.autograd.grad(apart, learning, gradient),
         strict=True,
     ):
         assert_close(ours, theirs, rtol=1e-4, atol=1e-5)

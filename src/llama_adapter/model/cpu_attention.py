@@ -1,9 +1,15 @@
-"""Attention that does not fall into the slow lanes of PyTorch's CPU kernel."""
+"""Attention that does not fall into the slow lanes of PyTorch's CPU kernel.
+
+Shapes: B batch, T tokens, N = B·T, H heads, D head size, M keys.
+"""
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 FEW_KEYS = 128
@@ -34,9 +40,74 @@ def scaled_dot_product_attention(
     return scores.float().softmax(-1).to(query.dtype) @ value
 
 
+def attend_together(
+    query_BHTD: Tensor,
+    keys_HMD: Tensor,
+    values_HMD: Tensor,
+    *,
+    scale: float,
+    softcap: float | None = None,
+) -> Tensor:
+    """Attention [B, H, T, D] of all rows to the same few keys: one product for a head's tokens.
+
+    Torch's kernel is slow with so few keys, and its softmax along so short a dimension.
+    """
+    if softcap is None and _is_plain_float32(query_BHTD) and _learns(query_BHTD):
+        return cast(Tensor, _AttendTogether.apply(query_BHTD, keys_HMD, values_HMD, scale))
+    scores_HMN = (keys_HMD * scale) @ _by_head(query_BHTD).transpose(1, 2)
+    if softcap is not None:
+        scores_HMN = torch.tanh(scores_HMN / softcap) * softcap
+    weights_HMN = scores_HMN.float().softmax(1).to(query_BHTD.dtype)
+    return _by_row(weights_HMN.transpose(1, 2) @ values_HMD, query_BHTD)
+
+
+class _AttendTogether(torch.autograd.Function):
+    """The same, with a backward pass whose products read and write the layouts they are given."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, keys_HMD: Tensor, values_HMD: Tensor, scale: float) -> Any:
+        scaled_HMD, query_HND = keys_HMD * scale, _by_head(query)
+        weights_HMN = (scaled_HMD @ query_HND.transpose(1, 2)).softmax(1)
+        ctx.save_for_backward(query, scaled_HMD, values_HMD, weights_HMN)
+        ctx.scale = scale
+        return _by_row(weights_HMN.transpose(1, 2) @ values_HMD, query)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        query, scaled_HMD, values_HMD, weights_HMN = ctx.saved_tensors
+        grad_query = grad_keys = grad_values = None
+        query_HND, grad_HND = _by_head(query), _by_head(grad)
+        grad_scores = torch.ops.aten._softmax_backward_data(
+            values_HMD @ grad_HND.transpose(1, 2), weights_HMN, 1, weights_HMN.dtype
+        )
+        if ctx.needs_input_grad[0]:
+            grad_query = _by_row(grad_scores.transpose(1, 2) @ scaled_HMD, query)
+        if ctx.needs_input_grad[1]:
+            grad_keys = (grad_scores @ query_HND).mul_(ctx.scale)
+        if ctx.needs_input_grad[2]:
+            grad_values = weights_HMN @ grad_HND
+        return grad_query, grad_keys, grad_values, None
+
+
+def _by_head(x_BHTD: Tensor) -> Tensor:
+    """[H, N, D]; without a copy where a token's heads lie together, as projections make them."""
+    return x_BHTD.transpose(1, 2).flatten(0, 1).transpose(0, 1)
+
+
+def _by_row(x_HND: Tensor, like_BHTD: Tensor) -> Tensor:
+    """Back to [B, H, T, D]."""
+    return x_HND.unflatten(1, (like_BHTD.shape[0], like_BHTD.shape[2])).transpose(0, 1)
+
+
 def _prefers_products(query: Tensor, key: Tensor) -> bool:
-    # under autocast the kernel would turn float32 into a half type by itself
-    if query.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
-        return True
-    learns = torch.is_grad_enabled() and query.requires_grad and not torch.compiler.is_compiling()
-    return learns and key.shape[-2] <= FEW_KEYS
+    return not _is_plain_float32(query) or (_learns(query) and key.shape[-2] <= FEW_KEYS)
+
+
+def _is_plain_float32(query: Tensor) -> bool:
+    # autocast turns it into a half type by itself
+    return query.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+
+
+def _learns(query: Tensor) -> bool:
+    return torch.is_grad_enabled() and query.requires_grad and not torch.compiler.is_compiling()

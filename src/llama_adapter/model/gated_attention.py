@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llama_adapter.model.cpu_attention import scaled_dot_product_attention
+from llama_adapter.model.cpu_attention import attend_together, scaled_dot_product_attention
 from llama_adapter.model.groups import AdapterModule, Group
 from llama_adapter.model.prompt_projection import Attention, KeysValues, project_prompt
 
@@ -193,7 +193,9 @@ def _attend(
     shared = len(keys_EHMD) == 1 and mask is None
     # for a token or a few, the time goes into the number of calls, not into their work
     if shared and query_BHTD.device.type == "cpu" and batch * length > FEW_TOKENS:
-        return _attend_together(query_BHTD, keys_EHMD[0], values_EHMD[0], scaling, softcap)
+        return attend_together(
+            query_BHTD, keys_EHMD[0], values_EHMD[0], scale=scaling, softcap=softcap
+        )
     keys = keys_EHMD.expand(batch, -1, -1, -1)
     values = values_EHMD.expand(batch, -1, -1, -1)
     if softcap is None:
@@ -203,27 +205,6 @@ def _attend(
     if mask is not None:
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     return scores.float().softmax(-1).to(query_BHTD.dtype) @ values
-
-
-def _attend_together(
-    query_BHTD: Tensor,
-    keys_HMD: Tensor,
-    values_HMD: Tensor,
-    scaling: float,
-    softcap: float | None,
-) -> Tensor:
-    """The same where all rows read one entry: a head's tokens of all rows in one product.
-
-    A CPU's attention kernel is slow with so few keys, and its softmax along so short a dimension.
-    """
-    batch, _, length, _ = query_BHTD.shape
-    query_HDN = query_BHTD.permute(1, 3, 0, 2).flatten(2)
-    scores_HMN = (keys_HMD * scaling) @ query_HDN
-    if softcap is not None:
-        scores_HMN = torch.tanh(scores_HMN / softcap) * softcap
-    weights_HMN = scores_HMN.float().softmax(1).to(query_BHTD.dtype)
-    added_HND = weights_HMN.transpose(1, 2) @ values_HMD
-    return added_HND.unflatten(1, (batch, length)).transpose(0, 1)
 
 
 def _attend_visual(

@@ -48,7 +48,7 @@ def last_layer_at(
     def put_back(_part: nn.Module, _inputs: Any, y_1Nd: Tensor) -> Tensor:
         shape, place_N = calls.pop()
         all_nd = y_1Nd.new_zeros(shape.numel(), y_1Nd.shape[-1])
-        return all_nd.index_copy(0, place_N.to(y_1Nd.device), y_1Nd[0]).unflatten(0, shape)
+        return all_nd.index_copy_(0, place_N.to(y_1Nd.device), y_1Nd[0]).unflatten(0, shape)
 
     with ExitStack() as hooks:
         for part in _parts(language_model):

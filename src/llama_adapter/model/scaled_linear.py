@@ -69,29 +69,29 @@ class ScaledLinear(AdapterModule):
         return self.base_layer.weight
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.without_lora(x)
-        if self.lora_down is not None and self.lora_up is not None:
-            low = F.linear(x.to(self.lora_down.dtype), self.lora_down)
-            y = y + F.linear(low, self.lora_up).to(y.dtype)
+        y, down, up = self.without_lora(x), self.lora_down, self.lora_up
+        if down is not None and up is not None:
+            y = y + F.linear(F.linear(x.to(down.dtype), down), up).to(y.dtype)
         return y
 
     def without_lora(self, x: Tensor) -> Tensor:
         """The same linear without LoRA, as prompts see it (released V2)."""
-        if self.scale_side == "input" and self.scale is not None:
-            y = self.base_layer((x * self.scale).to(x.dtype))
+        # by name once: a module looks its parameters up in Python
+        base_layer, scale, shift = self.base_layer, self.scale, self.bias_shift
+        if scale is not None and self.scale_side == "input":
+            y = base_layer((x * scale).to(x.dtype))
             scale = None
         else:
-            y = self.base_layer(x)
-            scale = self.scale
+            y = base_layer(x)
         # In float32 and rounded once: a bfloat16 scale could not move from 1 by less than 0.004.
         if scale is None:
-            return y if self.bias_shift is None else (y + self.bias_shift).to(y.dtype)
-        if self.bias_shift is None:
+            return y if shift is None else (y + shift).to(y.dtype)
+        if shift is None:
             return (y * scale).to(y.dtype)
         # whoever hooks the frozen linear may keep its output, whose place would be taken
-        if y.requires_grad and _learns(scale) and not self.base_layer._forward_hooks:
-            return cast(Tensor, _ScaleAndShift.apply(y, scale, self.bias_shift))
-        return _scaled_and_shifted(y, scale, self.bias_shift)
+        if y.requires_grad and _learns(scale) and not base_layer._forward_hooks:
+            return cast(Tensor, _ScaleAndShift.apply(y, scale, shift))
+        return _scaled_and_shifted(y, scale, shift)
 
     @torch.no_grad()
     def folded(self) -> FoldedLinear | None:
@@ -162,11 +162,8 @@ class _ScaleAndShift(torch.autograd.Function):
         grad_NC, out_NC = grad.reshape(-1, len(scale)), out.reshape(-1, len(scale))
         by_scale, by_shift = _summed_over_tokens(grad_NC, out_NC, scale_C)
         grad_y = (grad * scale_C).to(grad.dtype) if ctx.needs_input_grad[0] else None
-        if ctx.needs_input_grad[1]:
-            by_scale = torch.where(scale_C == 0, 0.0, by_scale / scale_C).to(scale.dtype)
-        if ctx.needs_input_grad[2]:
-            by_shift = (by_shift * scale_C).to(scale.dtype)
-        return grad_y, by_scale, by_shift
+        by_scale = by_scale.div_(scale_C).masked_fill_(scale_C == 0, 0.0)
+        return grad_y, by_scale.to(scale.dtype), by_shift.mul_(scale_C).to(scale.dtype)
 
 
 def _summed_over_tokens(grad_NC: Tensor, out_NC: Tensor, scale_C: Tensor) -> tuple[Tensor, Tensor]:
