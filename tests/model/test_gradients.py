@@ -28,9 +28,12 @@ def _close(found, expected, dtype):
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("watched", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
-def test_bias_and_scale(bias, dtype):
+def test_bias_and_scale(bias, watched, dtype):
     base = nn.Linear(6, 5, bias=bias).to(dtype).requires_grad_(False)
+    if watched:
+        base.register_forward_pre_hook(lambda _base, _inputs: None)
     module = ScaledLinear(base)
     with torch.no_grad():
         module.scale.copy_(_random(5))
@@ -48,6 +51,54 @@ def test_bias_and_scale(bias, dtype):
         results += torch.autograd.grad(y, (x, module.scale, module.bias_shift), gradient)
     for ours, theirs in zip(found, expected, strict=True):
         _close(ours, theirs, dtype)
+
+
+@pytest.mark.parametrize(
+    "watch",
+    [
+        "register_forward_pre_hook",
+        "register_forward_hook",
+        "register_full_backward_pre_hook",
+        "register_full_backward_hook",
+    ],
+)
+def test_whoever_watches_the_frozen_linear_sees_it_learn_with(watch):
+    base = nn.Linear(6, 5, bias=False).requires_grad_(False)
+    calls = []
+    getattr(base, watch)(lambda *_: calls.append(watch))
+    ScaledLinear(base)(_random(3, 6).requires_grad_()).sum().backward()
+    assert calls == [watch]
+
+
+def test_an_offloaded_linear_fetches_its_numbers_while_it_learns():
+    base = nn.Linear(6, 5, bias=False).requires_grad_(False)
+    base.forward = lambda x: x[..., :5] * 2.0
+    y = ScaledLinear(base)(_random(3, 6).requires_grad_())
+    assert_close(y, _random(3, 6)[:, :5] * 2.0, rtol=0, atol=0)
+
+
+def test_a_linear_without_numbers_tells_its_shape():
+    module = ScaledLinear(nn.Linear(6, 5, bias=False).requires_grad_(False)).to("meta")
+    assert module(_random(3, 6).to("meta").requires_grad_()).shape == (3, 5)
+
+
+def test_a_frozen_linear_made_to_learn_does():
+    base = nn.Linear(6, 5)
+    ScaledLinear(base)(_random(3, 6).requires_grad_()).sum().backward()
+    assert base.weight.grad is not None
+    assert base.bias.grad is not None
+
+
+def test_bias_and_scale_learn_under_autocast():
+    module = ScaledLinear(nn.Linear(6, 5).requires_grad_(False))
+    x = _random(3, 6).requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = module(x)
+    assert y.dtype == torch.bfloat16
+    y.float().sum().backward()
+    for parameter in (x, module.scale, module.bias_shift):
+        assert parameter.grad.abs().sum() > 0
+        assert parameter.grad.dtype == torch.float32
 
 
 def test_a_scale_of_zero_gets_no_gradient():

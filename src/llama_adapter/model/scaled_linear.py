@@ -78,19 +78,22 @@ class ScaledLinear(AdapterModule):
         """The same linear without LoRA, as prompts see it (released V2)."""
         # by name once: a module looks its parameters up in Python
         base_layer, scale, shift = self.base_layer, self.scale, self.bias_shift
-        if scale is not None and self.scale_side == "input":
-            y = base_layer((x * scale).to(x.dtype))
-            scale = None
-        else:
-            y = base_layer(x)
-        # In float32 and rounded once: a bfloat16 scale could not move from 1 by less than 0.004.
-        if scale is None:
+        if scale is None or self.scale_side == "input":
+            y = base_layer(x if scale is None else (x * scale).to(x.dtype))
+            # In float32 and rounded once, here and below: a bfloat16 scale could not move from 1
+            # by less than 0.004.
             return y if shift is None else (y + shift).to(y.dtype)
         if shift is None:
+            y = base_layer(x)
             return (y * scale).to(y.dtype)
+        learns = _learns(scale)
+        if learns and x.requires_grad and _is_plain(base_layer):
+            weight, bias = base_layer.weight, base_layer.bias
+            return cast(Tensor, _ScaledLinear.apply(x, weight, bias, scale, shift))
+        y = base_layer(x)
         # whoever hooks the frozen linear may keep its output, whose place would be taken
-        if y.requires_grad and _learns(scale) and not base_layer._forward_hooks:
-            return cast(Tensor, _ScaleAndShift.apply(y, scale, shift))
+        if learns and y.requires_grad and not base_layer._forward_hooks:
+            return cast(Tensor, _ScaledLinear.apply(y, None, None, scale, shift))
         return _scaled_and_shifted(y, scale, shift)
 
     @torch.no_grad()
@@ -136,34 +139,67 @@ def _scaled_and_shifted(y: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     return torch.addcmul(scale * shift, scale, y).to(y.dtype)
 
 
-class _ScaleAndShift(torch.autograd.Function):
-    """`s ⊙ (y + b)` that keeps its output for the backward pass, not `y`, whose place it takes.
+def _is_plain(linear: nn.Linear) -> bool:
+    """Whether the linear is its product and no more: nothing watches, moves or learns its parts."""
+    if type(linear) is not nn.Linear or "forward" in linear.__dict__:
+        return False
+    weight, bias = linear.weight, linear.bias
+    if weight.requires_grad or (bias is not None and bias.requires_grad):
+        return False
+    watched = (
+        linear._forward_pre_hooks
+        or linear._forward_hooks
+        or linear._backward_pre_hooks
+        or linear._backward_hooks
+    )
+    kind = weight.device.type
+    casts = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return not watched and not casts
 
-    What follows a linear mostly keeps that output too, so it costs no memory; and
-    `y + b = out / s` gives the gradient of the scale. A scale of exactly 0 gets none.
+
+class _ScaledLinear(torch.autograd.Function):
+    """`s ⊙ (y + b)` with y = W x + b₀, or the given y if there is no weight.
+
+    Keeps its output for the backward pass, not `y`, whose place it takes. What follows a linear
+    mostly keeps that output too, so it costs no memory; and `y + b = out / s` gives the gradient of
+    the scale. A scale of exactly 0 gets none.
     """
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        scale: Tensor,
+        shift: Tensor,
+    ) -> Tensor:
+        y = x if weight is None else F.linear(x, weight, bias)
         if y._base is None:
             out = torch.addcmul(scale * shift, scale, y, out=y)
-            ctx.mark_dirty(y)
+            if weight is None:
+                ctx.mark_dirty(y)
         else:
             # a linear with a bias returns a view, which autograd would copy
             out = _scaled_and_shifted(y, scale, shift)
-        ctx.save_for_backward(out, scale)
+        ctx.save_for_backward(out, scale, weight)
         return out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        out, scale = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        out, scale, weight = ctx.saved_tensors
+        size = scale.shape[0]
+        grad_NC, out_NC = grad.reshape(-1, size), out.reshape(-1, size)
         scale_C = scale.to(torch.promote_types(grad.dtype, torch.float32))
-        grad_NC, out_NC = grad.reshape(-1, len(scale)), out.reshape(-1, len(scale))
         by_scale, by_shift = _summed_over_tokens(grad_NC, out_NC, scale_C)
-        grad_y = (grad * scale_C).to(grad.dtype) if ctx.needs_input_grad[0] else None
-        by_scale = by_scale.div_(scale_C).masked_fill_(scale_C == 0, 0.0)
-        return grad_y, by_scale.to(scale.dtype), by_shift.mul_(scale_C).to(scale.dtype)
+        by_scale = by_scale.div_(scale_C).masked_fill_(scale_C == 0, 0.0).to(scale.dtype)
+        by_shift = by_shift.mul_(scale_C).to(scale.dtype)
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = (grad * scale_C).to(grad.dtype)
+            grad_x = grad_x if weight is None else grad_x @ weight
+        return grad_x, None, None, by_scale, by_shift
 
 
 def _summed_over_tokens(grad_NC: Tensor, out_NC: Tensor, scale_C: Tensor) -> tuple[Tensor, Tensor]:
