@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.testing import assert_close
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
@@ -75,6 +82,54 @@ def test_an_offloaded_linear_fetches_its_numbers_while_it_learns():
     base.forward = lambda x: x[..., :5] * 2.0
     y = ScaledLinear(base)(_random(3, 6).requires_grad_())
     assert_close(y, _random(3, 6)[:, :5] * 2.0, rtol=0, atol=0)
+
+
+class _OneProduct(torch.Tensor):
+    """A weight of a class of its own, as some quantisers make them: linears are all it can do."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func is F.linear:
+            return args[0] * 2.0
+        if "matmul" in func.__name__ or func.__name__ == "mm":
+            raise NotImplementedError(func)
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def test_a_weight_of_another_class_makes_its_own_product():
+    base = nn.Linear(6, 6, bias=False).requires_grad_(False)
+    weight = torch.Tensor._make_subclass(_OneProduct, base.weight.data)
+    base.weight = nn.Parameter(weight, requires_grad=False)
+    x = _random(3, 6).requires_grad_()
+    ScaledLinear(base)(x).sum().backward()
+    assert_close(x.grad, torch.full((3, 6), 2.0), rtol=0, atol=0)
+
+
+def test_a_weight_that_moves_between_the_passes_learns_with_what_it_was():
+    base = nn.Linear(6, 5, bias=False).requires_grad_(False)
+    x, weight = _random(3, 6).requires_grad_(), base.weight.detach().clone()
+    y = ScaledLinear(base)(x)
+    base.to(torch.bfloat16)
+    y.sum().backward()
+    assert_close(x.grad, weight.sum(0).expand(3, -1))
+
+
+def test_bias_and_scale_learn_where_a_checkpoint_keeps_products():
+    module = ScaledLinear(nn.Linear(6, 5, bias=False).requires_grad_(False))
+    nn.init.constant_(module.scale, 3.0)
+    keeps = functools.partial(
+        create_selective_checkpoint_contexts, lambda *_a, **_k: CheckpointPolicy.MUST_SAVE
+    )
+    gradients = []
+    for run in (
+        lambda x: module(x).sin(),
+        lambda x: checkpoint(lambda v: module(v).sin(), x, use_reentrant=False, context_fn=keeps),
+    ):
+        x = _random(2, 3, 6).requires_grad_()
+        inputs = (x, module.scale, module.bias_shift)
+        gradients.append(torch.autograd.grad(run(x).sum(), inputs))
+    for ours, theirs in zip(*gradients, strict=True):
+        assert_close(ours, theirs, rtol=0, atol=0)
 
 
 def test_a_linear_without_numbers_tells_its_shape():

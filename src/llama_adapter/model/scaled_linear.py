@@ -143,8 +143,10 @@ def _is_plain(linear: nn.Linear) -> bool:
     """Whether the linear is its product and no more: nothing watches, moves or learns its parts."""
     if type(linear) is not nn.Linear or "forward" in linear.__dict__:
         return False
-    weight, bias = linear.weight, linear.bias
-    if weight.requires_grad or (bias is not None and bias.requires_grad):
+    weight = linear.weight
+    # a weight of another class may be quantised, or a shard, and know one product alone
+    parts = [weight] if linear.bias is None else [weight, linear.bias]
+    if any(type(part) is not nn.Parameter or part.requires_grad for part in parts):
         return False
     watched = (
         linear._forward_pre_hooks
@@ -175,14 +177,16 @@ class _ScaledLinear(torch.autograd.Function):
         shift: Tensor,
     ) -> Tensor:
         y = x if weight is None else F.linear(x, weight, bias)
-        if y._base is None:
+        # a linear with a bias returns a view, which autograd would copy; whoever takes part in
+        # every operation, such as selective checkpointing, may keep what it has seen
+        if y._base is None and not torch._C._len_torch_dispatch_stack():
             out = torch.addcmul(scale * shift, scale, y, out=y)
             if weight is None:
                 ctx.mark_dirty(y)
         else:
-            # a linear with a bias returns a view, which autograd would copy
             out = _scaled_and_shifted(y, scale, shift)
-        ctx.save_for_backward(out, scale, weight)
+        # detached: a leaf would be whatever the module has by then
+        ctx.save_for_backward(out, scale, None if weight is None else weight.detach())
         return out
 
     @staticmethod
