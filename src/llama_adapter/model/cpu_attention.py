@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from llama_adapter.model.learning import learns
+
 FEW_KEYS = 128
 """Up to so many keys, plain products learn faster than the kernel; their weights are small."""
 
@@ -52,7 +54,7 @@ def attend_together(
 
     Torch's kernel is slow with so few keys, and its softmax along so short a dimension.
     """
-    if softcap is None and _is_plain_float32(query_BHTD) and _learns(query_BHTD):
+    if softcap is None and _is_plain_float32(query_BHTD) and learns(query_BHTD):
         return cast(Tensor, _AttendTogether.apply(query_BHTD, keys_HMD, values_HMD, scale))
     scores_HMN = (keys_HMD * scale) @ _by_head(query_BHTD).transpose(1, 2)
     if softcap is not None:
@@ -101,13 +103,9 @@ def _by_row(x_HND: Tensor, like_BHTD: Tensor) -> Tensor:
 
 
 def _prefers_products(query: Tensor, key: Tensor) -> bool:
-    return not _is_plain_float32(query) or (_learns(query) and key.shape[-2] <= FEW_KEYS)
+    return not _is_plain_float32(query) or (learns(query) and key.shape[-2] <= FEW_KEYS)
 
 
 def _is_plain_float32(query: Tensor) -> bool:
     # autocast turns it into a half type by itself
     return query.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-
-
-def _learns(query: Tensor) -> bool:
-    return torch.is_grad_enabled() and query.requires_grad and not torch.compiler.is_compiling()

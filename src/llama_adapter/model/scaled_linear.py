@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from llama_adapter.errors import UnsupportedModelError
 from llama_adapter.model.groups import AdapterModule, Group
+from llama_adapter.model.learning import learns
 from llama_adapter.model.rms_norm import rms_epsilon, rms_norm
 
 
@@ -86,13 +87,12 @@ class ScaledLinear(AdapterModule):
         if shift is None:
             y = base_layer(x)
             return (y * scale).to(y.dtype)
-        learns = _learns(scale)
-        if learns and x.requires_grad and _is_plain(base_layer):
+        if learns(scale) and x.requires_grad and _is_plain(base_layer):
             weight, bias = base_layer.weight, base_layer.bias
             return cast(Tensor, _ScaledLinear.apply(x, weight, bias, scale, shift))
         y = base_layer(x)
         # whoever hooks the frozen linear may keep its output, whose place would be taken
-        if learns and y.requires_grad and not base_layer._forward_hooks:
+        if learns(scale) and y.requires_grad and not base_layer._forward_hooks:
             return cast(Tensor, _ScaledLinear.apply(y, None, None, scale, shift))
         return _scaled_and_shifted(y, scale, shift)
 
@@ -127,11 +127,6 @@ class ScaledLinear(AdapterModule):
         parts = [f"{self.in_features} -> {self.out_features}"]
         parts += [n for n in ("bias_shift", "scale", "lora_up") if getattr(self, n) is not None]
         return ", ".join(parts)
-
-
-def _learns(parameter: Tensor) -> bool:
-    """Whether a backward pass of our own pays; a compiler fuses what autograd derives."""
-    return parameter.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
 def _scaled_and_shifted(y: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
@@ -263,7 +258,7 @@ class LearnedNorm(AdapterModule):
         if isinstance(self.norm, nn.LayerNorm):
             # layer_norm wants input and weights of one dtype
             return self.norm(x.float()).to(x.dtype)
-        if self.rms_epsilon is not None and _learns(self.weight):
+        if self.rms_epsilon is not None and learns(self.weight):
             return rms_norm(x, self.norm, self.rms_epsilon)
         # an RMS norm multiplies in the wider dtype; going back rounds as the base would
         return cast(Tensor, self.norm(x)).to(x.dtype)
