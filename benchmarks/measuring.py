@@ -64,7 +64,8 @@ def place_alike(*models: nn.Module) -> None:
     """Give the large weights of all models new memory, in turn.
 
     Reading a weight can take a tenth longer where the allocator put it later, in the heap and not
-    in pages of its own: whichever model was made last would lose.
+    in pages of its own: whichever model was made last would lose. Where pages come to lie is luck
+    all the same (two equal models differ by 2 in 100), so a long measurement does this repeatedly.
     """
     large = [[p for p in m.parameters() if p.nbytes >= LARGE] for m in models]
     for weights in zip_longest(*large):
@@ -85,9 +86,19 @@ def synchronised(work: Callable[[], Any], device: str) -> Callable[[], None]:
 
 
 def interleaved(
-    sides: dict[str, Callable[[], None]], *, over: str, rounds: int, warmup: int = 3
+    sides: dict[str, Callable[[], None]],
+    *,
+    over: str,
+    rounds: int,
+    warmup: int = 3,
+    every: int = 20,
+    between: Callable[[], None] | None = None,
 ) -> dict[str, Any]:
-    """Every side once a round, in alternating order; medians and ratios of the same round."""
+    """Every side once a round, in alternating order; medians and ratios of the same round.
+
+    `between` is called before the first round and after `every` so many, untimed; one more untimed
+    turn of each side follows it.
+    """
     for work in sides.values():
         for _ in range(warmup):
             work()
@@ -96,6 +107,10 @@ def interleaved(
         clock: {name: [] for name in sides} for clock in clocks
     }
     for turn in range(rounds):
+        if between is not None and turn % every == 0:
+            between()
+            for work in sides.values():
+                work()
         names = list(sides) if turn % 2 == 0 else list(sides)[::-1]
         for name in names:
             start = {clock: read() for clock, read in clocks.items()}

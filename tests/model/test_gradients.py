@@ -171,6 +171,18 @@ def test_an_rms_norm_is_known_by_what_it_computes():
     assert rms_epsilon(nn.LayerNorm(8, bias=False)) is None
 
 
+@pytest.mark.parametrize("norm", [LlamaRMSNorm, Gemma3RMSNorm, nn.LayerNorm])
+def test_a_folded_norm_computes_the_same(norm):
+    module = LearnedNorm(norm(8))
+    with torch.no_grad():
+        module.weight.copy_(_random(8))
+    folded = module.folded()
+    assert isinstance(folded, nn.RMSNorm if norm is LlamaRMSNorm else norm)
+    assert not any(p.requires_grad for p in folded.parameters())
+    x = 3 * _random(2, 3, 8, seed=1)
+    assert_close(folded(x), module(x), rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_rms_norm(dtype):
     module = LearnedNorm(LlamaRMSNorm(8))

@@ -169,7 +169,7 @@ class AdaptionPrompt(AdapterModule):
             if entries_EMd is None:
                 return None
             keys, values = self.keys_values(attention, entries_EMd.to(query_BHTD))
-        keys, values = keys.to(query_BHTD), values.to(query_BHTD)
+        keys, values = _like(keys, query_BHTD), _like(values, query_BHTD)
         if visual is None:
             return _attend(query_BHTD, keys, values, None, scaling, softcap).transpose(1, 2)
         return _attend_visual(
@@ -179,6 +179,12 @@ class AdaptionPrompt(AdapterModule):
     def extra_repr(self) -> str:
         length = "no own" if self.prompt is None else str(self.prompt.shape[0])
         return f"{length} prompts, {self.num_heads} gates, visual={self.visual}"
+
+
+def _like(numbers: Tensor, query: Tensor) -> Tensor:
+    """In the query's dtype and on its device; a call that changes nothing still takes time."""
+    same = numbers.dtype == query.dtype and numbers.device == query.device
+    return numbers if same else numbers.to(query)
 
 
 def _attend(
@@ -196,8 +202,9 @@ def _attend(
         return attend_together(
             query_BHTD, keys_EHMD[0], values_EHMD[0], scale=scaling, softcap=softcap
         )
-    keys = keys_EHMD.expand(batch, -1, -1, -1)
-    values = values_EHMD.expand(batch, -1, -1, -1)
+    keys, values = keys_EHMD, values_EHMD
+    if len(keys) != batch:
+        keys, values = keys.expand(batch, -1, -1, -1), values.expand(batch, -1, -1, -1)
     if softcap is None:
         return scaled_dot_product_attention(query_BHTD, keys, values, mask=mask, scale=scaling)
     scores = query_BHTD @ keys.transpose(-1, -2) * scaling
