@@ -12,7 +12,8 @@ from llama_adapter.conversation import Conversation
 from llama_adapter.generation.chat import ChatSession, GenerationSettings
 from llama_adapter.toyworld.captions import describe_tasks
 from llama_adapter.toyworld.exam import Exam, Score, score, score_captions
-from llama_adapter.toyworld.lessons import PICTURE, LessonPlan, Lessons, collate
+from llama_adapter.toyworld.fairness import FairlyScored
+from llama_adapter.toyworld.lessons import PICTURE, LessonPlan, Lessons, by_length, collate
 from llama_adapter.toyworld.pictures import make_pool, picture
 from llama_adapter.toyworld.recipes import V2
 from llama_adapter.toyworld.scenes import COLORS, HELD_OUT, SHAPES, Split
@@ -133,6 +134,35 @@ def test_a_text_beside_a_picture_is_what_is_described(train_pool):
         answer = processor.decode(ids[labels != -100], skip_special_tokens=True)
         said = set(re.findall(r"[a-z]+", answer)) & {*SHAPES, *COLORS}
         assert said <= set(re.findall(r"[a-z]+", text))
+
+
+def test_a_batch_in_parts_moves_the_adapter_as_the_whole_would(train_pool):
+    processor, plan = toy_processor(V2), LessonPlan(batch_size=24, beside_share=0.2)
+    lessons = Lessons(processor, train_pool, plan=plan, seed=0)
+    whole = lessons.captions(0)
+    short, long = by_length(whole)
+    assert short["input_ids"].shape[1] < long["input_ids"].shape[1] == whole["input_ids"].shape[1]
+    assert sum(int(x["attention_mask"].sum()) for x in (short, long)) == int(
+        whole["attention_mask"].sum()
+    )
+    assert sum(x["input_ids"].numel() for x in (short, long)) < 0.8 * whole["input_ids"].numel()
+    assert len(by_length(short)) == 1
+    assert len(by_length({name: x[:1] for name, x in whole.items()})) == 1
+    model, _ = load_shipped("v2")
+    fair, count = FairlyScored(model), (whole["labels"][:, 1:] != -100).sum()
+    gradients = []
+    for parts in ([whole], [short, long]):
+        for part in parts:
+            fair(**part, num_answer_tokens=count).loss.backward()
+        gradients.append(
+            {n: p.grad for n, p in model.adapter.named_parameters() if p.grad is not None}
+        )
+        model.zero_grad(set_to_none=True)
+    assert gradients[0].keys() == gradients[1].keys()
+    assert any(name.startswith("visual.") for name in gradients[0])
+    for name, gradient in gradients[0].items():
+        scale = float(gradient.abs().max())
+        assert torch.allclose(gradient, gradients[1][name], rtol=1e-4, atol=1e-4 * scale), name
 
 
 def test_dropout_takes_whole_channels_and_keeps_the_mean(train_pool):

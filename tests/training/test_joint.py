@@ -236,10 +236,6 @@ def test_refusals() -> None:
         JointTrainer(model, settings())
 
 
-needs_muon = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch 2.9 or newer")
-
-
-@needs_muon
 def test_muon_moves_the_projectors_matrices_and_nothing_of_language() -> None:
     model = tiny_model()
     trainer = JointTrainer(model, settings(matrix_lr=0.01))
@@ -264,7 +260,6 @@ def test_muon_moves_the_projectors_matrices_and_nothing_of_language() -> None:
     assert same(numbers(model, Group.LANGUAGE), language)
 
 
-@needs_muon
 def test_training_with_muon_goes_on_to_the_bit() -> None:
     def batches(step: int) -> dict[str, dict[str, torch.Tensor]]:
         return {

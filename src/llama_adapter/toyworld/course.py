@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -16,12 +15,13 @@ from llama_adapter.errors import ConfigError
 from llama_adapter.model import LlamaAdapterConfig, LlamaAdapterForConditionalGeneration
 from llama_adapter.processing.processor import LlamaAdapterProcessor
 from llama_adapter.toyworld.fairness import FairlyScored
-from llama_adapter.toyworld.lessons import LessonPlan, Lessons
+from llama_adapter.toyworld.lessons import LessonPlan, Lessons, by_length
 from llama_adapter.toyworld.pictures import PicturePool, Progress, make_pool
 from llama_adapter.toyworld.scenes import Split
 from llama_adapter.toyworld.shipped import toy_processor
 from llama_adapter.training.engine import OneProcess
-from llama_adapter.training.joint import JointSettings, JointTrainer, fast_dtype
+from llama_adapter.training.joint import JointSettings, JointTrainer
+from llama_adapter.training.machine import fast_dtype
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,7 +76,7 @@ class Course:
             steps=steps,
             joint=self.joint,
             vision_lr=self.vision_lr,
-            matrix_lr=self.matrix_lr if hasattr(torch.optim, "Muon") else None,
+            matrix_lr=self.matrix_lr,
             language_settles=(self.language_first, self.language_rest)
             if self.captions and self.instructions
             else None,
@@ -152,8 +152,8 @@ class Class:
         both = not captions or step % self.course.instruction_every == 0
         instructions = self.course.instructions and both
         report = self.trainer.step(
-            caption=self.lessons.captions(step) if captions else None,
-            instruction=self.lessons.instructions(step) if instructions else None,
+            caption=by_length(self.lessons.captions(step)) if captions else None,
+            instruction=by_length(self.lessons.instructions(step)) if instructions else None,
         )
         row: dict[str, Any] = {"step": step + 1, **report.losses}
         self.history.rows.append(row)

@@ -40,6 +40,7 @@ from llama_adapter.toyworld.questions import ONE_WORD_TYPES, QUESTION_TYPES, ask
 from llama_adapter.toyworld.scenes import Split, sample_scene
 from llama_adapter.toyworld.tokenizer import build_tokenizer
 from llama_adapter.toyworld.wiring import PretrainSettings, build_decoder
+from llama_adapter.training.muon import Muon
 
 _ATTENTION = "toyworld_pretraining"
 
@@ -142,7 +143,7 @@ class DecoderPretraining:
         matrices = [p for n, p in named if p.ndim == 2 and "layers" in n]
         others = [p for n, p in named if p.ndim != 2 or "layers" not in n]
         self.optimizers: tuple[torch.optim.Optimizer, ...] = (
-            torch.optim.Muon(matrices, lr=settings.matrix_lr, momentum=0.95, weight_decay=0.01),
+            Muon(matrices, lr=settings.matrix_lr, weight_decay=0.01),
             torch.optim.AdamW(others, lr=settings.other_lr, betas=(0.9, 0.98), weight_decay=0.0),
         )
 

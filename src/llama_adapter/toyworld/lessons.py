@@ -7,7 +7,7 @@ on seed and step alone.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +21,9 @@ from llama_adapter.toyworld.fairness import UNSCORED, unscored_tokens
 from llama_adapter.toyworld.instructions import sample_instruction, sample_talk, sample_task
 from llama_adapter.toyworld.pictures import PicturePool
 from llama_adapter.toyworld.scenes import Scene, sample_scene
+
+PASS_IN_TOKENS = 200
+"""About so many tokens could be computed in the time that one more pass takes on a CPU."""
 
 PICTURE = ImageRef(source=None, name="picture")
 """Stands for a picture whose features are at hand."""
@@ -43,6 +46,29 @@ def collate(
             slots_BT = pad([r.slots for r in rows], value=-1, side="right", length=length)
             batch["visual_mask"] = slots_BT >= 0
     return batch
+
+
+def by_length(batch: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
+    """The rows in two parts, short and long ones, or in one if that would save no time.
+
+    Their losses and gradients add up to the whole batch's: what is left out is padding. A batch of
+    captions was half padding.
+    """
+    lengths_B, order_B = batch["attention_mask"].sum(1).sort(stable=True)
+    lengths = lengths_B.tolist()
+    size, longest = len(lengths), lengths[-1]
+    tokens = {cut: cut * lengths[cut - 1] + (size - cut) * longest for cut in range(1, size)}
+    cut = min(tokens, key=tokens.__getitem__, default=size)
+    if cut == size or tokens[cut] + PASS_IN_TOKENS > size * longest:
+        return [dict(batch)]
+    return [_rows(batch, order_B[:cut], lengths[cut - 1]), _rows(batch, order_B[cut:], longest)]
+
+
+def _rows(batch: Mapping[str, Tensor], rows: Tensor, length: int) -> dict[str, Tensor]:
+    return {
+        name: x[rows] if name == "visual_features" else x[rows, :length]
+        for name, x in batch.items()
+    }
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -45,6 +45,7 @@ from llama_adapter.toyworld.phrases import (
 )
 from llama_adapter.toyworld.rendering import render
 from llama_adapter.toyworld.scenes import MAX_THINGS, Scene, Split, sample_scene
+from llama_adapter.training.muon import Muon
 
 # Shapes: P patches, N phrases, W words, D width.
 
@@ -225,7 +226,7 @@ class _Run:
         everything = [*self.tower.parameters(), *self.scorer.parameters()]
         others = [p for p in everything if id(p) not in chosen]
         self.optimizers: tuple[tuple[torch.optim.Optimizer, float], ...] = (
-            (torch.optim.Muon(matrices, weight_decay=0.01), training.matrix_lr),
+            (Muon(matrices, weight_decay=0.01), training.matrix_lr),
             (
                 torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=0.0),
                 training.other_lr,

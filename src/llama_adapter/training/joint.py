@@ -24,6 +24,7 @@ from llama_adapter.model import (
     scored_positions,
 )
 from llama_adapter.training.engine import Engine, OneProcess, blank_picture
+from llama_adapter.training.muon import Muon
 
 Batch = Mapping[str, Tensor]
 """Keyword arguments of the model's forward, `labels` among them."""
@@ -145,15 +146,10 @@ class JointTrainer:
         adamw = torch.optim.AdamW(groups, betas=(0.9, 0.98), eps=1e-8)
         if rate is None or not matrices:
             return (adamw,)
-        if not hasattr(torch.optim, "Muon"):
-            raise ConfigError(f"matrix_lr needs torch 2.9 or newer, this is {torch.__version__}")
         if any(hasattr(parameter, "placements") for parameter in matrices.values()):
             raise ConfigError("matrix_lr needs whole matrices; FSDP2 shards them: leave it out")
         group = {"params": list(matrices.values()), "base_lr": rate, "group": Group.VISION}
-        muon = torch.optim.Muon(
-            [group], lr=rate, momentum=0.95, weight_decay=self.settings.weight_decay
-        )
-        return adamw, muon
+        return adamw, Muon([group], lr=rate, weight_decay=self.settings.weight_decay)
 
     def step(
         self, *, caption: Batches | None = None, instruction: Batches | None = None
@@ -323,18 +319,6 @@ def _of_shape(state: Mapping[str, Tensor], name: str, parameter: Tensor) -> Tens
         shape = "missing" if found is None else f"of shape {list(found.shape)}"
         raise CheckpointError(f"tensor {name} is {shape}, expected {list(parameter.shape)}")
     return found
-
-
-def fast_dtype(device: torch.device) -> torch.dtype | None:
-    """bfloat16 where the device multiplies it faster than float32, else None.
-
-    On a CPU that takes the instructions for it: without them bfloat16 is slower.
-    """
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else None
-    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    has_bfloat16 = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
-    return torch.bfloat16 if has_bfloat16 else None
 
 
 def parameter_groups(

@@ -1,13 +1,17 @@
-"""What a recipe asks of the machine it trains on: a device, and its tracker's package."""
+"""What the machine that trains can do, and what a recipe asks of it: a device, a tracker."""
 
 from __future__ import annotations
 
+from functools import cache
 from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from llama_adapter.errors import ConfigError, LlamaAdapterError, MissingDependencyError
-from llama_adapter.training.recipe import Recipe
+
+if TYPE_CHECKING:
+    from llama_adapter.training.recipe import Recipe
 
 TRACKER_EXTRAS = {"tensorboard": "train", "wandb": "wandb", "trackio": "trackio"}
 """Each tracker, whose package bears its name, and the extra that installs it."""
@@ -49,3 +53,16 @@ def missing_here(recipe: Recipe) -> list[str]:
         except LlamaAdapterError as error:
             reasons.append(str(error))
     return reasons
+
+
+@cache
+def fast_dtype(device: torch.device) -> torch.dtype | None:
+    """bfloat16 where the device multiplies it faster than float32, else None.
+
+    On a CPU that takes the instructions for it: without them bfloat16 is slower.
+    """
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else None
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    has_bfloat16 = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
+    return torch.bfloat16 if has_bfloat16 else None
