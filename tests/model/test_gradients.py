@@ -6,6 +6,7 @@ import functools
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from torch import nn
 from torch.nn import functional as F
 from torch.testing import assert_close
@@ -181,6 +182,27 @@ def test_a_folded_norm_computes_the_same(norm):
     assert not any(p.requires_grad for p in folded.parameters())
     x = 3 * _random(2, 3, 8, seed=1)
     assert_close(folded(x), module(x), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_folded_norm_takes_what_autocast_gives_it():
+    module = LearnedNorm(LlamaRMSNorm(8))
+    x = _random(2, 3, 8, dtype=torch.bfloat16)
+    assert_close(module.folded()(x), module(x), rtol=0, atol=0)
+
+
+def test_a_folded_norm_goes_on_moving_its_input():
+    class Moved(ModelHook):
+        def pre_forward(self, module, *args, **kwargs):
+            return tuple(2 * x for x in args), kwargs
+
+    norm = LlamaRMSNorm(8)
+    norm.variance_epsilon = 10.0  # large, so that twice the input is another output
+    module = LearnedNorm(add_hook_to_module(norm, Moved()))
+    x = _random(2, 8)
+    assert module.rms_epsilon is not None
+    assert_close(module.folded()(x), norm(x), rtol=1e-6, atol=1e-6)
+    assert not torch.allclose(norm(x), LlamaRMSNorm.forward(norm, x))
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)

@@ -8,6 +8,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from llama_adapter.training import muon
+from llama_adapter.training.machine import fast_dtype
 from llama_adapter.training.muon import Muon, orthogonalised
 
 SHAPES = [(6, 6), (12, 5), (5, 12)]
@@ -54,6 +55,27 @@ def test_singular_vectors_stay_and_values_come_near_one(shape: tuple[int, int]) 
     assert_close(turned, turned.diag().diag(), rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("fast", [None, torch.bfloat16])
+def test_multiplies_in_what_the_machine_is_fast_at(
+    fast: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(muon, "fast_dtype", lambda _device: fast)
+    assert orthogonalised(matrices(0)[0]).dtype == (fast or torch.float32)
+
+
+def test_a_cpu_is_fast_at_bfloat16_if_it_has_instructions_for_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for found, dtype in (
+        ({}, None),
+        ({"avx512_bf16": False, "amx_bf16": False, "avx2": True}, None),
+        ({"avx512_bf16": True}, torch.bfloat16),
+        ({"amx_bf16": True}, torch.bfloat16),
+    ):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=found: found)
+        assert fast_dtype.__wrapped__(torch.device("cpu")) is dtype
+
+
 def test_what_has_no_gradient_stays_and_the_closure_is_called() -> None:
     still, moving = (nn.Parameter(x) for x in matrices(0)[:2])
     before = still.detach().clone()
@@ -71,5 +93,7 @@ def test_what_has_no_gradient_stays_and_the_closure_is_called() -> None:
 
 
 def test_refuses_what_is_no_matrix() -> None:
-    with pytest.raises(ValueError, match=r"moves matrices, got shape \[3\]"):
+    with pytest.raises(ValueError, match=r"real matrices, got torch\.float32 of shape \[3\]"):
         Muon([nn.Parameter(torch.zeros(3))])
+    with pytest.raises(ValueError, match=r"got torch\.complex64"):
+        Muon([nn.Parameter(torch.zeros(3, 3, dtype=torch.complex64))])

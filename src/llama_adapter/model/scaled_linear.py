@@ -267,16 +267,30 @@ class LearnedNorm(AdapterModule):
     def folded(self) -> nn.Module | None:
         """The learned norm in the base's dtype; None if the base's numbers are elsewhere.
 
-        An RMS norm becomes torch's own: one call, where a family's takes six.
+        An RMS norm becomes torch's own, one call where a family's takes six, unless someone moves
+        its input: what accelerate hangs on a module is copied with it.
         """
         parameter = next(self.base_layer.parameters())
         if parameter.is_meta:
             return None
         norm = copy.deepcopy(self.norm)
-        if self.rms_epsilon is not None:
-            norm = nn.RMSNorm(len(self.weight), eps=self.rms_epsilon, device="meta")
-            norm.weight = nn.Parameter(self.weight.detach().clone())
+        if self.rms_epsilon is not None and not hasattr(norm, "_hf_hook"):
+            norm = FoldedNorm(self.weight.detach().clone(), epsilon=self.rms_epsilon)
         return norm.to(parameter.dtype).requires_grad_(False)
+
+
+class FoldedNorm(nn.RMSNorm):
+    """What stands in for a LearnedNorm during inference, where it is an RMS norm."""
+
+    def __init__(self, weight: Tensor, *, epsilon: float) -> None:
+        super().__init__(len(weight), eps=epsilon, device="meta")
+        self.weight = nn.Parameter(weight, requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dtype == self.weight.dtype:
+            return super().forward(x)
+        # autocast hands half types to float32 weights: torch warns of that
+        return super().forward(x.to(self.weight.dtype)).to(x.dtype)
 
 
 def home_of(module: nn.Module) -> torch.device:

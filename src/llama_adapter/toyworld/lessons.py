@@ -49,7 +49,7 @@ def collate(
 
 
 def by_length(batch: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
-    """The rows in two parts, short and long ones, or in one if that would save no time.
+    """The rows that `collate` made in two parts, short and long, or in one if that saves no time.
 
     Their losses and gradients add up to the whole batch's: what is left out is padding. A batch of
     captions was half padding.

@@ -62,7 +62,7 @@ def fast_dtype(device: torch.device) -> torch.dtype | None:
     On a CPU that takes the instructions for it: without them bfloat16 is slower.
     """
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else None
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else None
     capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     has_bfloat16 = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
     return torch.bfloat16 if has_bfloat16 else None

@@ -2,7 +2,7 @@
 
 https://kellerjordan.github.io/posts/muon/. `torch.optim.Muon` always multiplies in bfloat16, which
 took half of a toy training step on a CPU without instructions for it; here it does so only where
-that is fast. Numbers, state and defaults are torch's otherwise, with torch before 2.9 too.
+that is fast. It takes the same steps otherwise, reads torch's state, and needs no torch 2.9.
 """
 
 from __future__ import annotations
@@ -26,12 +26,14 @@ class Muon(torch.optim.Optimizer):
     """Moves matrices by their Nesterov momentum, its singular values brought near 1.
 
     `params` are matrices [out, in], or groups of them with settings of their own; ValueError for
-    any other shape. `lr` counts per row of a square matrix: taller ones move √(out/in) as far.
+    anything else. `lr` is a square matrix's: taller ones move √(out/in) times as far. Step outside
+    autocast.
     """
 
     def __init__(
         self,
         params: Iterable[nn.Parameter] | Iterable[dict[str, Any]],
+        *,
         lr: float = 1e-3,
         momentum: float = 0.95,
         weight_decay: float = 0.1,
@@ -39,8 +41,11 @@ class Muon(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
         for group in self.param_groups:
             for parameter in group["params"]:
-                if parameter.ndim != 2:
-                    raise ValueError(f"Muon moves matrices, got shape {list(parameter.shape)}")
+                if parameter.ndim != 2 or not parameter.is_floating_point():
+                    raise ValueError(
+                        "Muon moves real matrices, got "
+                        f"{parameter.dtype} of shape {list(parameter.shape)}"
+                    )
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
