@@ -1,8 +1,8 @@
 """Muon, an optimizer for matrices: momentum, made orthogonal (Jordan et al. 2024).
 
 https://kellerjordan.github.io/posts/muon/. `torch.optim.Muon` always multiplies in bfloat16, which
-took half of a toy training step on a CPU without instructions for it; here it does so only where
-that is fast. It takes the same steps otherwise, reads torch's state, and needs no torch 2.9.
+took two fifths of a toy training step on a CPU without instructions for it; here it does so only
+where that is fast. It takes the same steps otherwise, reads torch's state, and needs no torch 2.9.
 """
 
 from __future__ import annotations
