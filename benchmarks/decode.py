@@ -89,6 +89,7 @@ def _decode(
 ) -> Callable[[], None]:
     """One greedy token a call, after a prefill; the static cache keeps its size."""
     length = ids.shape[1]
+    # room for the turns that are not timed: at first, and after each change of memory
     cache = StaticCache(config=model.config, max_cache_len=length + rounds + rounds // 20 + 16)
     known = {CACHE: cache, "use_cache": True}
     model(ids, **known, **extra)

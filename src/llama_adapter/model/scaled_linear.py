@@ -273,8 +273,9 @@ class LearnedNorm(AdapterModule):
         parameter = next(self.base_layer.parameters())
         if parameter.is_meta:
             return None
-        norm = copy.deepcopy(self.norm)
-        if self.rms_epsilon is not None and not hasattr(norm, "_hf_hook"):
+        if self.rms_epsilon is None or hasattr(self.norm, "_hf_hook"):
+            norm = copy.deepcopy(self.norm)
+        else:
             norm = FoldedNorm(self.weight.detach().clone(), epsilon=self.rms_epsilon)
         return norm.to(parameter.dtype).requires_grad_(False)
 
