@@ -1,0 +1,213 @@
+"""Reading files that anybody may have written, and writing files that appear whole.
+
+Reading is bounded: only regular files (a pipe would be waited for, `/dev/zero` never ends), the
+size is compared with a limit before anything is read, and JSON and YAML are refused where they
+are nested too deeply, expand through aliases or name a key twice. Every refusal is one line that
+names the file; the caller says which error of `llama_adapter.errors` it becomes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from llama_adapter.errors import LlamaAdapterError
+
+MAX_TEXT_BYTES = 1 << 26
+"""Bytes of a settings or text file (JSON, YAML, plain text); larger ones are refused."""
+MAX_YAML_BYTES = 1 << 20
+"""Bytes of a YAML file; PyYAML takes seconds for each MiB."""
+MAX_YAML_NODES = 100_000
+"""Values of a YAML document with every alias written out."""
+
+# What PyYAML raises for scalars and tags that make no sense, besides its own YAMLError.
+_YAML_FAULTS = (ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError)
+
+
+def open_regular(
+    path: Path, *, error: type[LlamaAdapterError], limit: int | None = None
+) -> BinaryIO:
+    """Open a regular file for reading; `error` for anything else, or for more than `limit` bytes.
+
+    Does not wait: opening a pipe, a socket or a device is refused at once. Symbolic links are
+    followed.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NONBLOCK", 0))
+    except (OSError, ValueError) as fault:  # ValueError: a null byte in the name
+        reason = getattr(fault, "strerror", None) or str(fault)
+        raise error(f"cannot read {_shown(path)}: {reason}") from fault
+    try:
+        status = os.fstat(descriptor)
+        if stat.S_ISDIR(status.st_mode):
+            raise error(f"cannot read {_shown(path)}: it is a folder, expected a file")
+        if not stat.S_ISREG(status.st_mode):
+            raise error(f"cannot read {_shown(path)}: it is not a regular file")
+        if limit is not None and status.st_size > limit:
+            raise error(
+                f"cannot read {_shown(path)}: it has {status.st_size} bytes, "
+                f"at most {limit} are read"
+            )
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return os.fdopen(descriptor, "rb")
+
+
+def read_bytes(path: Path, *, error: type[LlamaAdapterError], limit: int = MAX_TEXT_BYTES) -> bytes:
+    """The content of a regular file of at most `limit` bytes."""
+    with open_regular(path, error=error, limit=limit) as file:
+        try:
+            content = file.read(limit + 1)
+        except OSError as fault:
+            raise error(f"cannot read {_shown(path)}: {fault.strerror or fault}") from fault
+    if len(content) > limit:  # it grew, or a file system (/proc) does not say how long it is
+        raise error(f"cannot read {_shown(path)}: it has more than {limit} bytes")
+    return content
+
+
+def read_text(path: Path, *, error: type[LlamaAdapterError], limit: int = MAX_TEXT_BYTES) -> str:
+    """The content of a UTF-8 file, without a byte-order mark."""
+    try:
+        return read_bytes(path, error=error, limit=limit).decode("utf-8-sig")
+    except UnicodeDecodeError as fault:
+        raise error(f"{_shown(path)} is not UTF-8 text (byte {fault.start})") from fault
+
+
+def read_json(path: Path, *, error: type[LlamaAdapterError], limit: int = MAX_TEXT_BYTES) -> Any:
+    """The content of a JSON file; a key that stands twice in one object is refused."""
+    return parse_json(read_text(path, error=error, limit=limit), name=_shown(path), error=error)
+
+
+def read_json_object(
+    path: Path, *, error: type[LlamaAdapterError], limit: int = MAX_TEXT_BYTES
+) -> dict[str, Any]:
+    """As `read_json`, for a file that must hold one object."""
+    content = read_json(path, error=error, limit=limit)
+    if not isinstance(content, dict):
+        raise error(f"{_shown(path)} must hold a JSON object, found {type(content).__name__}")
+    return content
+
+
+def parse_json(text: str | bytes, *, name: str, error: type[LlamaAdapterError]) -> Any:
+    """JSON text that `name` holds; `error` where it is damaged, too deep or ambiguous."""
+    try:
+        return json.loads(text, object_pairs_hook=_unique_keys)
+    except json.JSONDecodeError as fault:
+        raise error(f"{name} is not valid JSON: {fault.msg} (line {fault.lineno})") from fault
+    except RecursionError as fault:
+        raise error(f"{name} is not usable JSON: it is nested too deeply") from fault
+    except ValueError as fault:  # a key twice, an integer of thousands of digits, bad UTF-8
+        raise error(f"{name} is not usable JSON: {fault}") from fault
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"key {twice!r} stands twice in one object")
+    return found
+
+
+def read_yaml(path: Path, *, error: type[LlamaAdapterError]) -> Any:
+    """The content of a YAML file of plain values, within `MAX_YAML_BYTES`; as `parse_yaml`."""
+    text = read_text(path, error=error, limit=MAX_YAML_BYTES)
+    return parse_yaml(text, name=_shown(path), error=error)
+
+
+def parse_yaml(text: str, *, name: str, error: type[LlamaAdapterError]) -> Any:
+    """Plain values from YAML text; no tag makes anything else.
+
+    `error` for a key that stands twice, an alias that contains itself, aliases that write out to
+    more than `MAX_YAML_NODES` values, and whatever is not YAML.
+    """
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def get_single_node(self) -> Any:
+            node = super().get_single_node()
+            _written_out(node, {}, name=name, error=error)
+            return node
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+            seen = set()
+            for key_node, _ in node.value:
+                if key_node.tag == "tag:yaml.org,2002:merge":
+                    continue  # `<<: *alias`, which the superclass writes out
+                key = self.construct_object(key_node, deep=True)
+                if not isinstance(key, Hashable):
+                    break  # the superclass refuses it with its place
+                if key in seen:
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"key {key!r} stands twice", key_node.start_mark
+                    )
+                seen.add(key)
+            return super().construct_mapping(node, deep)
+
+    try:
+        return yaml.load(text, Loader=Loader)  # noqa: S506 (a SafeLoader)
+    except RecursionError as fault:
+        raise error(f"{name} is not usable YAML: it is nested too deeply") from fault
+    except (yaml.YAMLError, *_YAML_FAULTS) as fault:
+        raise error(f"{name} is not valid YAML: {' '.join(str(fault).split())}") from fault
+
+
+def _written_out(
+    node: Any, sizes: dict[int, int | None], *, name: str, error: type[LlamaAdapterError]
+) -> int:
+    """How many values a YAML node has with its aliases written out."""
+    if node is None or isinstance(node.value, str):
+        return 1
+    if id(node) in sizes:
+        known = sizes[id(node)]
+        if known is None:
+            raise error(f"{name} is not usable YAML: an alias contains itself")
+        return known
+    sizes[id(node)] = None
+    parts = node.value
+    inner = [part for pair in parts for part in (pair if isinstance(pair, tuple) else (pair,))]
+    size = 1 + sum(_written_out(part, sizes, name=name, error=error) for part in inner)
+    if size > MAX_YAML_NODES:
+        raise error(
+            f"{name} is not usable YAML: with its aliases written out it has more than "
+            f"{MAX_YAML_NODES} values"
+        )
+    sizes[id(node)] = size
+    return size
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write into that becomes `path` when the block ends well, and else is removed.
+
+    The content is on disk before the name appears. OSError as the file system raises it.
+    """
+    temporary = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+def write_atomically(path: Path, content: bytes | str) -> None:
+    """Write a whole file; after an error the old content, or nothing, is there."""
+    with atomic_file(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+
+
+def _shown(path: Path) -> str:
+    """A path for a message: odd bytes and control characters escaped."""
+    text = str(path)
+    return text if text.isprintable() else text.encode("unicode_escape").decode("ascii")
