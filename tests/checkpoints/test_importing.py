@@ -266,5 +266,5 @@ def test_a_bad_tokenizer_is_refused_before_the_base_is_converted(
     base = tmp_path / "out" / "base"
     for content in ("{}", "no JSON"):
         (base / "tokenizer.json").write_text(content)
-        with pytest.raises(CheckpointError, match=f"the tokenizer of {base} cannot be read"):
+        with pytest.raises(CheckpointError, match=f"cannot load the tokenizer of .{base}"):
             bring_in(world, "v2-chat", tmp_path / "again", base=base)

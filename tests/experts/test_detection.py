@@ -109,7 +109,7 @@ def test_nothing_sure_enough_is_said(detector):
 
 
 def test_what_cannot_detect_is_refused(detector, adapter_dir, tmp_path):
-    with pytest.raises(ExpertError, match="cannot be loaded"):
+    with pytest.raises(ExpertError, match="cannot load the model"):
         DetectionExpert(str(tmp_path))
     with pytest.raises(ExpertError, match="no usable object-detection model"):
         DetectionExpert(str(adapter_dir.parent / "base"))

@@ -21,6 +21,7 @@ from llama_adapter.model.references import (
     is_fingerprinted,
     load_language_model,
 )
+from llama_adapter.pretrained import load_pretrained
 
 REFERENCE = "base"
 """Where a converted base stands inside an adapter directory."""
@@ -53,11 +54,7 @@ class Base:
                 f"the base {directory} has neither params.json (Meta's layout) nor config.json "
                 "(Hugging Face)"
             )
-        try:
-            config = AutoConfig.from_pretrained(directory)
-        except (OSError, ValueError) as error:
-            message = str(error).splitlines()[0]
-            raise CheckpointError(f"{directory}/config.json cannot be read: {message}") from error
+        config = load_pretrained(AutoConfig, directory, what="config.json of the base")
         text_config = config.get_text_config()
         for key in ("num_attention_heads", "intermediate_size", "hidden_size"):
             if not hasattr(text_config, key):
@@ -94,7 +91,7 @@ class Base:
 
 def describe_stored(directory: Path, *, reference: str) -> dict[str, Any]:
     """A reference to a stored base, without loading more of it than the fingerprint samples."""
-    config = AutoConfig.from_pretrained(directory)
+    config = load_pretrained(AutoConfig, directory, what="config of the base")
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     described = describe_model(model)

@@ -19,6 +19,7 @@ from llama_adapter.model.attach import Adapter
 from llama_adapter.model.configuration import read_adapter_config
 from llama_adapter.model.persistence import ADAPTER_WEIGHTS_NAME
 from llama_adapter.model.references import resolve_reference
+from llama_adapter.pretrained import load_pretrained
 
 SHAPES: dict[str, dict[str, Any]] = {
     "llama-7b": {
@@ -201,8 +202,8 @@ def _base_config(base: Mapping[str, Any] | None, directory: Path) -> Any:
         return None
     try:
         path = resolve_reference(name, directory=directory)
-        return AutoConfig.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError, CheckpointError):
+        return load_pretrained(AutoConfig, path, what="config of the base", local_files_only=True)
+    except CheckpointError:
         return None
 
 

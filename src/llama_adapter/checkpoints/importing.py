@@ -27,6 +27,7 @@ from llama_adapter.model.configuration import LlamaAdapterConfig
 from llama_adapter.model.persistence import ADAPTER_WEIGHTS_NAME
 from llama_adapter.model.references import describe_model, load_vision
 from llama_adapter.model.visual_prompts import vision_feature_size
+from llama_adapter.pretrained import load_pretrained
 
 EXTRAS_NAME = "released_extras.safetensors"
 """What a released file holds beyond the adapter, for writing it back bit for bit."""
@@ -284,13 +285,7 @@ def _tokenizer(base: Base) -> PreTrainedTokenizerBase | None:
     if base.meta is None:
         if not any((base.directory / n).is_file() for n in ("tokenizer.json", "tokenizer.model")):
             return None
-        try:
-            return AutoTokenizer.from_pretrained(base.directory)
-        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-            lines = str(error).splitlines() or [type(error).__name__]
-            raise CheckpointError(
-                f"the tokenizer of {base.directory} cannot be read: {lines[0]}"
-            ) from error
+        return load_pretrained(AutoTokenizer, base.directory, what="tokenizer of")
     path = find_tokenizer(base.directory)
     if path is None:
         return None

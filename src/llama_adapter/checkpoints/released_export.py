@@ -20,6 +20,7 @@ from llama_adapter.errors import CheckpointError
 from llama_adapter.model.configuration import read_adapter_config
 from llama_adapter.model.persistence import ADAPTER_WEIGHTS_NAME, read_tensors
 from llama_adapter.model.references import resolve_reference
+from llama_adapter.pretrained import load_pretrained
 
 RELEASED_NAME = "adapter.pth"
 SIZES_NAME = "meta.json"
@@ -99,13 +100,9 @@ def _dtype(name: str) -> torch.dtype:
 
 def _base_shape(content: dict[str, Any], directory: Path) -> BaseShape:
     reference = (content["base"] or {}).get("name_or_path", "")
-    try:
-        path = resolve_reference(reference, directory=directory)
-        return BaseShape.of(AutoConfig.from_pretrained(path).get_text_config())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"the base {reference!r} of {directory} cannot be found: {str(error).splitlines()[0]}"
-        ) from error
+    path = resolve_reference(reference, directory=directory)
+    config = load_pretrained(AutoConfig, path, what="base")
+    return BaseShape.of(config.get_text_config())
 
 
 def _kind_of(config: AdapterConfig, directory: Path) -> Kind:

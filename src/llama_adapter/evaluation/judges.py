@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from llama_adapter.errors import EvaluationError, MissingDependencyError
 from llama_adapter.evaluation.records import Row, Verdict
+from llama_adapter.pretrained import load_pretrained
 
 KEY_VARIABLES = ("LLAMA_ADAPTER_JUDGE_KEY", "OPENAI_API_KEY")
 
@@ -121,11 +122,11 @@ class LocalJudge:
         reason = why_missing(path)
         if reason is not None:
             raise EvaluationError(f"judge {path!r} cannot be loaded: {reason}")
-        try:
-            self._tokenizer: Any = AutoTokenizer.from_pretrained(path)
-            self._model: Any = AutoModelForCausalLM.from_pretrained(path, device_map=device)
-        except (OSError, ValueError) as error:
-            raise EvaluationError(f"judge {path!r} cannot be loaded: {_short(error)}") from error
+        what, error = "judge", EvaluationError
+        self._tokenizer: Any = load_pretrained(AutoTokenizer, path, what=what, error=error)
+        self._model: Any = load_pretrained(
+            AutoModelForCausalLM, path, what=what, error=error, device_map=device
+        )
         self.name = f"local:{path}"
         self._max_tokens = max_tokens
 

@@ -13,6 +13,7 @@ from llama_adapter.errors import ExpertError
 from llama_adapter.experts.base import Finding, Report, Traits
 from llama_adapter.experts.pipelines import load_pipeline, pipeline_version
 from llama_adapter.experts.positions import Box, Group, Seen, group
+from llama_adapter.pretrained import load_pretrained
 
 DEFAULT_CONFIDENCE = 0.5
 ZERO_SHOT_CONFIDENCE = 0.15
@@ -168,10 +169,9 @@ def _load(model: str, *, device: str | None) -> tuple[Any, bool]:
     reason = why_missing(model)
     if reason is not None:
         raise ExpertError(f"expert 'detection': {model!r} cannot be loaded: {reason}")
-    try:
-        kind = AutoConfig.from_pretrained(model).model_type
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ExpertError(f"expert 'detection': {model!r} cannot be loaded: {reason}") from error
+    config = load_pretrained(
+        AutoConfig, model, what="model of expert 'detection'", error=ExpertError
+    )
+    kind = config.model_type
     task = "zero-shot-object-detection" if kind in ZERO_SHOT else "object-detection"
     return load_pipeline(task, model, expert="detection", device=device), kind in ZERO_SHOT

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llama_adapter.errors import ExpertError
+from llama_adapter.pretrained import explain, load_pretrained
 
 _LOADING = threading.Lock()
 
@@ -31,19 +32,20 @@ def load_pipeline(task: str, model: str, *, expert: str, device: str | None = No
     try:
         # transformers imports modules as they are needed, which two threads must not do at once
         with _LOADING:
-            kind = AutoConfig.from_pretrained(where).model_type
+            config = load_pretrained(AutoConfig, where, what="config of", error=ExpertError)
+            kind = config.model_type
             if kind not in _model_types(task):
                 raise ValueError(f"transformers has no such task for models of type {kind!r}")
-            return pipeline(task, model=where, device=device or "cpu")
-    except (OSError, ValueError, ImportError, KeyError, AttributeError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
+            return pipeline(task, model=where, device=device or "cpu", trust_remote_code=False)
+    except Exception as error:  # damaged files make loaders of others raise whatever they like
+        reason = explain(error)
         if "torchvision" in reason.lower():
             reason = (
                 "its image processor exists for torchvision alone; choose a model with a "
                 "processor that works on PIL images"
             )
         raise ExpertError(
-            f"expert {expert!r}: {model!r} is no usable {task} model: {reason[:300]}"
+            f"expert {expert!r}: {model!r} is no usable {task} model: {reason}"
         ) from error
 
 

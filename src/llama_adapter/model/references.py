@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,31 +14,43 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrained
 from llama_adapter.errors import CheckpointError
 from llama_adapter.model.hub import why_missing
 from llama_adapter.model.visual_prompts import vision_tower_of
+from llama_adapter.pretrained import load_pretrained
 
-PACKAGE_SCHEME = "package:"
-"""`package:NAME/PATH` means a folder inside an installed Python package."""
+PACKAGE_ROOT = Path(__file__).resolve().parents[1]
+PACKAGE_SCHEME = f"package:{PACKAGE_ROOT.name}/"
+"""`package:llama_adapter/PATH` means a folder that this package brings along."""
 
 
 def resolve_reference(reference: str, *, directory: Path | None = None) -> str:
     """A name or path that transformers can load.
 
-    A path relative to the adapter `directory` is taken from there; `package:` references point
-    into an installed package; anything else is a name or path as it stands.
+    A path relative to the adapter `directory` is taken from there; `package:` references are
+    folders of this package and of no other, so that no name can make Python import something;
+    anything else is a name or path as it stands. Raises CheckpointError for what cannot be one.
     """
-    if reference.startswith(PACKAGE_SCHEME):
-        package, _, inner = reference.removeprefix(PACKAGE_SCHEME).partition("/")
-        spec = find_spec(package)
-        if spec is None or not spec.submodule_search_locations:
-            raise CheckpointError(f"{reference!r}: the package {package!r} is not installed")
-        path = Path(spec.submodule_search_locations[0]) / inner
-        if not path.is_dir():
-            raise CheckpointError(f"{reference!r}: no folder {inner!r} in that package")
-        return str(path)
+    if not reference.isprintable():
+        raise CheckpointError(f"{reference!r} is neither a path nor a name")
+    if reference.startswith("package:"):
+        return str(_own_folder(reference))
     if directory is not None and not Path(reference).is_absolute():
         inside = directory / reference
         if inside.is_dir():
             return str(inside)
     return reference
+
+
+def _own_folder(reference: str) -> Path:
+    """The folder of this package that a `package:` reference means."""
+    inner = reference.removeprefix(PACKAGE_SCHEME)
+    if inner == reference:
+        raise CheckpointError(
+            f"{reference!r} must begin with {PACKAGE_SCHEME!r}: only folders of this package can "
+            "be meant"
+        )
+    path = PACKAGE_ROOT / inner
+    if ".." in path.parts or not path.resolve().is_relative_to(PACKAGE_ROOT) or not path.is_dir():
+        raise CheckpointError(f"{reference!r}: this package has no folder {inner!r}")
+    return path
 
 
 def locate(reference: str, *, what: str) -> str:
@@ -53,10 +64,9 @@ def locate(reference: str, *, what: str) -> str:
 
 def package_reference(path: str) -> str:
     """The `package:` form of a folder inside this package; any other path or name unchanged."""
-    root = Path(__file__).resolve().parents[1]
     resolved = Path(path).resolve()
-    if resolved.is_dir() and resolved.is_relative_to(root):
-        return f"{PACKAGE_SCHEME}{root.name}/{resolved.relative_to(root).as_posix()}"
+    if resolved.is_dir() and resolved.is_relative_to(PACKAGE_ROOT):
+        return f"{PACKAGE_SCHEME}{resolved.relative_to(PACKAGE_ROOT).as_posix()}"
     return path
 
 
@@ -127,22 +137,15 @@ def load_language_model(reference: str, **options: Any) -> PreTrainedModel:
     """A frozen decoder by name or path; CheckpointError if there is none there."""
     options = {key: value for key, value in options.items() if value is not None}
     path = locate(reference, what="base")
-    try:
-        model = AutoModelForCausalLM.from_pretrained(path, **options)
-    except (ImportError, OSError, ValueError) as error:
-        raise CheckpointError(f"cannot load the base {reference!r}: {error}") from error
+    model = load_pretrained(AutoModelForCausalLM, path, what="base", **options)
     return model.eval()
 
 
 def load_vision(reference: str, *, device: torch.device | None = None) -> nn.Module:
     """The visual half of a CLIP or SigLIP model by name or path, in its own dtype."""
     path = locate(reference, what="vision tower")
-    try:
-        config = AutoConfig.from_pretrained(path)
-        model = _vision_class(config).from_pretrained(path)
-    except (ImportError, OSError, ValueError) as error:
-        raise CheckpointError(f"cannot load the vision tower {reference!r}: {error}") from error
-    tower = vision_tower_of(model)
+    config = load_pretrained(AutoConfig, path, what="vision tower")
+    tower = vision_tower_of(load_pretrained(_vision_class(config), path, what="vision tower"))
     return tower if device is None else tower.to(device)
 
 

@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, BatchFeature, ProcessorMixin
 
 from llama_adapter.conversation import Conversation, ImageRef
 from llama_adapter.errors import CheckpointError, ConfigError, PromptError
+from llama_adapter.pretrained import load_pretrained
 from llama_adapter.processing.encoding import IGNORED, Encoded, Side, encode, opening_ids, pad
 from llama_adapter.processing.image_processors import image_processor_from
 from llama_adapter.processing.prompts import (
@@ -354,7 +355,8 @@ class LlamaAdapterProcessor(ProcessorMixin):
         except OSError as error:
             raise CheckpointError(f"{where} has no readable {PROCESSOR_FILE}: {error}") from error
         options = _options(stored, where=where)
-        tokenizer = AutoTokenizer.from_pretrained(where, **kwargs)
+        kwargs.pop("trust_remote_code", None)  # Auto classes hand theirs on
+        tokenizer = load_pretrained(AutoTokenizer, where, what="tokenizer of", **kwargs)
         settings = stored.get("image_processor")
         images = None if settings is None else image_processor_from(settings, where=where)
         return cls(images, tokenizer, **options)

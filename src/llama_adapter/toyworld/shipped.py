@@ -16,6 +16,7 @@ from llama_adapter.model.references import (
     load_vision,
     resolve_reference,
 )
+from llama_adapter.pretrained import load_pretrained
 from llama_adapter.processing.image_processors import load_image_processor
 from llama_adapter.processing.processor import LlamaAdapterProcessor
 from llama_adapter.toyworld.tokenizer import SLOTS
@@ -41,7 +42,7 @@ def toy_processor(config: AdapterConfig) -> LlamaAdapterProcessor:
     """The processor of a toy adapter: the toy template, slots where the config asks for them."""
     return LlamaAdapterProcessor(
         load_image_processor(resolve_reference(VISION)),
-        AutoTokenizer.from_pretrained(resolve_reference(DECODER)),
+        load_pretrained(AutoTokenizer, resolve_reference(DECODER), what="tokenizer"),
         template="toy",
         visual_scope=config.visual_scope,
         slot_text=SLOT_TEXT if config.visual_scope == "slots" else None,

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from transformers import SiglipImageProcessorPil, SiglipVisionConfig, SiglipVisionModel
 
 from llama_adapter.errors import TrainingError
+from llama_adapter.pretrained import load_pretrained
 from llama_adapter.toyworld.phrases import (
     ATTRIBUTES,
     IMAGE_SIZE,
@@ -127,7 +128,7 @@ def image_processor() -> SiglipImageProcessorPil:
 
 def load_tower(path: Path = SHIPPED_TOWER) -> SiglipVisionModel:
     """The tower in a directory, frozen and in evaluation mode; by default the shipped one."""
-    tower = SiglipVisionModel.from_pretrained(path, dtype=torch.float32)
+    tower = load_pretrained(SiglipVisionModel, path, what="vision tower", dtype=torch.float32)
     return tower.eval().requires_grad_(False)
 
 

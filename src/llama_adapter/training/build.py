@@ -15,6 +15,7 @@ from llama_adapter.errors import CheckpointError, ConfigError
 from llama_adapter.model import LlamaAdapterConfig, LlamaAdapterForConditionalGeneration
 from llama_adapter.model.persistence import LORA_FOLDER
 from llama_adapter.model.references import load_language_model, load_vision, locate
+from llama_adapter.pretrained import load_pretrained
 from llama_adapter.processing.image_processors import load_image_processor
 from llama_adapter.processing.processor import LlamaAdapterProcessor
 from llama_adapter.training.distributed import decoder_layers
@@ -40,11 +41,7 @@ def load_processor(recipe: Recipe) -> LlamaAdapterProcessor:
         return LlamaAdapterProcessor.from_pretrained(start)
     semantics = recipe.adapter.semantics()
     base = locate(recipe.base.model, what="base")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(base)
-    except (OSError, ValueError) as error:
-        message = str(error).splitlines()[0]
-        raise CheckpointError(f"cannot load the tokenizer of {base!r}: {message}") from error
+    tokenizer = load_pretrained(AutoTokenizer, base, what="tokenizer of")
     sees = recipe.vision is not None and semantics.sees
     if sees and semantics.slot_reads == "own":
         _check_slots(recipe, tokenizer, semantics.visual_prompt_length)
@@ -175,14 +172,7 @@ def _vision(recipe: Recipe, device: torch.device) -> nn.Module:
 
 def read_config(name: str, what: str) -> Any:
     """The config of a base or tower by name or path; CheckpointError if it cannot be read."""
-    path = locate(name, what=what)
-    try:
-        return AutoConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        message = str(error).splitlines()[0]
-        raise CheckpointError(
-            f"cannot load the config of the {what} {name!r}: {message}"
-        ) from error
+    return load_pretrained(AutoConfig, locate(name, what=what), what=f"config of the {what}")
 
 
 @contextmanager
