@@ -26,7 +26,12 @@ from llama_adapter.model.references import (
 
 MARKER = "executed"
 CODE = f"from pathlib import Path\nPath(__file__).with_name({MARKER!r}).touch()\n"
-AUTO_MAP = dict.fromkeys(("AutoConfig", "AutoModel", "AutoModelForCausalLM", "AutoProcessor", "AutoModelForImageTextToText", "AutoImageProcessor"), "evil.Evil") | {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}  # fmt: skip
+_AUTO = ("Config", "Model", "ModelForCausalLM", "ModelForImageTextToText", "Processor",
+         "ImageProcessor")  # fmt: skip
+AUTO_MAP = {
+    **dict.fromkeys((f"Auto{name}" for name in _AUTO), "evil.Evil"),
+    "AutoTokenizer": ["evil.Evil", "evil.Evil"],
+}
 
 
 class Unread(io.StringIO):
