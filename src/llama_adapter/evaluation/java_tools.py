@@ -89,7 +89,13 @@ def meteor_statistics(candidates: Sequence[str], references: Sequence[Sequence[s
     rows = [[float(value) for value in line.split()] for line in out if line.strip()]
     if len(rows) != len(candidates) or any(len(row) != METEOR_SUMS for row in rows):
         raise EvaluationError(f"METEOR gave {len(rows)} results for {len(candidates)} captions")
-    return np.asarray(rows).reshape(-1, METEOR_SUMS)
+    sums_UC = np.asarray(rows).reshape(-1, METEOR_SUMS)
+    # A sentence that matches in one piece has nothing out of order: METEOR adds no chunk of it to
+    # a corpus. (Alone, its one chunk is overlooked, which comes to the same.)
+    chunks, test_matched, reference_matched = sums_UC[:, 20:].T
+    is_whole = (test_matched == sums_UC[:, 0]) & (reference_matched == sums_UC[:, 1])
+    sums_UC[is_whole & (chunks == 1), 20] = 0
+    return sums_UC
 
 
 def meteor_score(totals: Floats) -> Floats:
@@ -109,7 +115,4 @@ def meteor_score(totals: Floats) -> Floats:
     recall = share(reference_content, reference_small, reference, reference_function)
     f_mean = ratio(precision * recall, alpha * precision + (1 - alpha) * recall)
     fragmentation = ratio(chunks, (test_matched + reference_matched) / 2)
-    # word for word the same: nothing is out of order
-    is_same = (chunks == 1) & (test_matched == test) & (reference_matched == reference)
-    fragmentation = np.where(is_same, 0.0, fragmentation)
     return np.nan_to_num(f_mean * (1 - gamma * fragmentation**beta))
