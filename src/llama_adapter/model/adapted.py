@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from llama_adapter.config import AdapterConfig
-from llama_adapter.errors import ConfigError, TrainingError
+from llama_adapter.errors import ConfigError, TrainingError, UnsupportedModelError
 from llama_adapter.model.attach import Adapter
 from llama_adapter.model.configuration import LlamaAdapterConfig
 from llama_adapter.model.gated_attention import VisualPrompts, begins_among_slots
@@ -164,6 +164,7 @@ class LlamaAdapterForConditionalGeneration(
         unless hidden states or attentions are asked for. `cache` is the name of `past_key_values`
         since 5.24.
         """
+        self.adapter.check_route()
         known = past_key_values if cache is None else cache
         if known is not None:
             kwargs[CACHE] = known
@@ -365,6 +366,14 @@ class LlamaAdapterForConditionalGeneration(
 
     def get_decoder(self) -> nn.Module:
         return self.language_model.get_decoder()
+
+    def set_attn_implementation(
+        self, attn_implementation: str | dict[str, str], *_args: Any, **_kwargs: Any
+    ) -> None:
+        """Another attention for the base, with the adapter's prompts in it."""
+        if not isinstance(attn_implementation, str):
+            raise UnsupportedModelError("an adapted model takes the name of one attention")
+        self.adapter.set_attn_implementation(attn_implementation)
 
     def gradient_checkpointing_enable(self, **_kwargs: Any) -> None:
         """Recompute activations in the backward pass, always non-reentrant."""

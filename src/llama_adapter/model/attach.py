@@ -157,16 +157,37 @@ class Adapter:
     def attach(self) -> None:
         """Put every module in its place and route attention through ours."""
         register_attention()
-        current = self.language_model.config._attn_implementation.removeprefix(PREFIX)
-        if current not in IMPLEMENTATIONS:
-            raise UnsupportedModelError(
-                f"attention implementation {current!r} cannot carry prompts; "
-                f"supported: {', '.join(IMPLEMENTATIONS)}"
-            )
-        self.language_model.set_attn_implementation(PREFIX + current)
+        was_attached, self.is_attached = self.is_attached, True
+        try:
+            self.set_attn_implementation(self.language_model.config._attn_implementation)
+        except UnsupportedModelError:
+            self.is_attached = was_attached
+            raise
         for site in self.sites:
             setattr(site.parent, site.attribute, self._folded.get(site.name, site.module))
-        self.is_attached = True
+
+    def check_route(self) -> None:
+        """UnsupportedModelError where the base no longer routes attention through ours.
+
+        Without it, prompts would do nothing and nobody would be told.
+        """
+        current = self.language_model.config._attn_implementation
+        if self.is_attached and not current.startswith(PREFIX):
+            raise UnsupportedModelError(
+                f"the base's attention was set to {current!r}, which carries no prompts; "
+                "set_attn_implementation of the adapted model keeps them"
+            )
+
+    def set_attn_implementation(self, name: str) -> None:
+        """Use another attention of transformers; UnsupportedModelError if it carries no prompts."""
+        current = name.removeprefix(PREFIX)
+        if current not in IMPLEMENTATIONS:
+            raise UnsupportedModelError(
+                f"attention implementation {name!r} cannot carry prompts; "
+                f"supported: {', '.join(IMPLEMENTATIONS)}"
+            )
+        prefix = PREFIX if self.is_attached else ""
+        self.language_model.set_attn_implementation(prefix + current)
 
     def detach(self) -> None:
         """Take every module off; the base computes exactly what it did before."""

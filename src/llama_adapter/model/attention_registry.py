@@ -21,6 +21,9 @@ from llama_adapter.errors import UnsupportedModelError
 from llama_adapter.model.gated_attention import VisualPrompts
 from llama_adapter.model.prompt_projection import KeysValues
 
+_PAGED = ("block_table", "read_index")
+"""What only continuous batching gives attention: there is no mask of ours for its one long row."""
+
 PREFIX = "llama_adapter_"
 """Registered names are this plus transformers' own, so `flash` and `sdpa` stay recognisable."""
 
@@ -87,6 +90,11 @@ def _adapted_attention(implementation: str) -> Callable[..., Any]:
         visual_prompts: VisualPrompts | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
+        if any(name in kwargs for name in _PAGED):
+            raise UnsupportedModelError(
+                "an adapted model cannot run transformers' continuous batching; "
+                "give generate() a padded batch instead"
+            )
         if not torch.compiler.is_compiling():
             captured = _captured.get()
             if captured is not None:

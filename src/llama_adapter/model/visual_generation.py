@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from llama_adapter.errors import UnsupportedModelError
 from llama_adapter.model.gated_attention import VisualPrompts
 
 CACHE = (
@@ -46,6 +47,18 @@ class VisualGenerationMixin(GenerationMixin):
                 image_index = torch.arange(len(visual_prompts.prompts_IMd), device=self.device)
             kwargs |= {"visual_prompts": visual_prompts, "image_index": image_index}
         return super().generate(inputs, *args, **kwargs)
+
+    def _refuse_continuous_batching(self, *_args: Any, **_kwargs: Any) -> Any:
+        """UnsupportedModelError: it runs all requests as one row and builds the mask itself."""
+        raise UnsupportedModelError(
+            "an adapted model cannot run transformers' continuous batching: its requests would "
+            "read each other; give generate() a padded batch instead"
+        )
+
+    # its three entries; `generate(cache_implementation="paged")` goes through the first
+    generate_batch = _refuse_continuous_batching
+    continuous_batching_context_manager = _refuse_continuous_batching
+    init_continuous_batching = _refuse_continuous_batching
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         inputs: dict[str, Any] = super().prepare_inputs_for_generation(*args, **kwargs)
