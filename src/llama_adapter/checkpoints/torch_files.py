@@ -9,13 +9,16 @@ pickle with a table of five allowed names and everything else inert.
 
 from __future__ import annotations
 
+import io
 import pickle
+import pickletools
 import re
 import struct
+import warnings
 import zipfile
 import zlib
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from llama_adapter.errors import CheckpointError
+from llama_adapter.files import open_regular
+
+_ZIP_MAGIC = b"PK\x03\x04"
+_CHUNK = 1 << 20
+_MOST_EXPANSION, _EXPANSION_FLOOR = 4, 1 << 26
+"""Tensors may repeat the values of the file (shared, expanded) so often, and so many bytes more."""
 
 _STORAGES = {
     "FloatStorage": torch.float32,
@@ -34,29 +43,120 @@ _STORAGES = {
     "IntStorage": torch.int32,
     "BoolStorage": torch.bool,
     "ByteStorage": torch.uint8,
+    "CharStorage": torch.int8,
+    "ShortStorage": torch.int16,
+    "ComplexFloatStorage": torch.complex64,
+    "ComplexDoubleStorage": torch.complex128,
+    "QInt8Storage": torch.qint8,
+    "QUInt8Storage": torch.quint8,
+    "QInt32Storage": torch.qint32,
 }
 
 _DAMAGE = (
     RuntimeError, EOFError, OSError, ValueError, LookupError, AttributeError, TypeError,
-    AssertionError, ArithmeticError, struct.error, zlib.error,
+    AssertionError, ArithmeticError, MemoryError, struct.error, zlib.error,
 )  # fmt: skip
 """What unpickling flipped bytes may end in: any step of it can meet any value."""
 
 
-def read_torch_file(path: Path, *, mmap: bool = False) -> Any:
-    """The object in a file of `torch.save`: tensors in plain containers and nothing else.
+INERT = ("argparse.Namespace", "pathlib.PosixPath", "pathlib.WindowsPath")
+"""Classes that training scripts store beside their tensors: the settings they ran with."""
 
-    With `mmap` numbers stay on disk until they are looked at, where the format allows it.
-    Raises CheckpointError for a file that is missing, damaged or holds code.
+
+class Inert:
+    """Stands for an object of another class in a file: takes anything, keeps and does nothing."""
+
+    __slots__ = ()
+
+    def __new__(cls, *_: Any) -> Inert:
+        return super().__new__(cls)
+
+    def __call__(self, *_: Any) -> Inert:
+        return self
+
+    def __setstate__(self, state: Any) -> None:
+        """Forget the state."""
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        """Forget the entry."""
+
+    def extend(self, values: Any) -> None:
+        """Forget the values."""
+
+
+def read_torch_file(path: Path, *, mmap: bool = False, inert: Iterable[str] = ()) -> Any:
+    """The object in a file of `torch.save`: dense tensors in plain containers and nothing else.
+
+    Checksums, and the sizes of all storages, are compared before anything is read. With `mmap`
+    tensors stay on disk until they are looked at, where the format allows it, and only the
+    checksums of what is read now are checked: `check_archive` checks the others. Objects of the
+    classes named in `inert` come back as `Inert`.
+    Raises CheckpointError for a file that is missing, damaged, or holds code or odd tensors.
     """
-    if not path.is_file():
+    if not path.exists():
         raise CheckpointError(f"{path} is missing")
+    with open_regular(path, error=CheckpointError) as file:
+        is_archive = file.read(len(_ZIP_MAGIC)) == _ZIP_MAGIC
+    if is_archive:  # else from before torch 1.6: no checksums, cannot be mapped
+        check_archive(path, with_data=not mmap)
+    content = _load(path, inert, mmap=mmap and is_archive)
+    _check_tensors(path, content)
+    return content
+
+
+def check_archive(path: Path, *, with_data: bool = True) -> None:
+    """Compare the checksums of an archive of `torch.save`, and its storages with its members.
+
+    `with_data` false leaves out the checksums of the tensors' values. Raises CheckpointError for
+    a damaged archive, and for compressed members, which torch does not write and cannot map.
+    """
     try:
-        # files from before torch 1.6 are no zip archives and cannot be mapped
-        can_map = mmap and zipfile.is_zipfile(path)
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=can_map)
+        with zipfile.ZipFile(path) as archive:
+            members = archive.infolist()
+            _check_members(path, members)
+            for member in members:
+                if with_data or "/data/" not in member.filename:
+                    _check_member(archive, member)
+            _Outline.check(path, archive)
+    except (zipfile.BadZipFile, pickle.UnpicklingError, *_DAMAGE) as error:
+        raise CheckpointError(_damaged(path, error)) from error
+
+
+def _check_members(path: Path, members: list[zipfile.ZipInfo]) -> None:
+    for member in members:
+        if member.compress_type != zipfile.ZIP_STORED or member.file_size != member.compress_size:
+            raise CheckpointError(
+                f"{path}: member {member.filename} is compressed or its sizes disagree "
+                f"({member.compress_size} bytes for {member.file_size}), which torch.save "
+                "never writes"
+            )
+    size, found = path.stat().st_size, sum(member.file_size for member in members)
+    if found > size or len({member.filename.lower() for member in members}) < len(members):
+        raise CheckpointError(
+            f"{path} is damaged: its members overlap ({found} bytes in a file of {size})"
+        )
+
+    # torch.serialization.set_crc32_options(False) leaves all checksums 0; zipfile then skips them
+    if not any(member.CRC for member in members if member.file_size):
+        for member in members:
+            del member.CRC
+
+
+def _check_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> None:
+    """Read a member to its end, where zipfile compares the checksum."""
+    with archive.open(member) as file:
+        while file.read(_CHUNK):
+            pass
+
+
+def _load(path: Path, inert: Iterable[str], **options: Any) -> Any:
+    stand_ins: list[Any] = [(Inert, name) for name in inert]
+    try:
+        with warnings.catch_warnings(), torch.serialization.safe_globals(stand_ins):
+            warnings.simplefilter("ignore")  # what torch makes of damage is refused or equal
+            return torch.load(path, **{"map_location": "cpu", "weights_only": True, **options})
     except pickle.UnpicklingError as error:
-        code = re.search(r"(?:Unsupported global: GLOBAL|GLOBAL) (\S+)", str(error))
+        code = re.search(r"(?:[Uu]nsupported global: GLOBAL|GLOBAL) (\S+)", str(error))
         if code is not None:
             raise CheckpointError(
                 f"{path} holds code ({code[1]}), not only tensors; it was not loaded"
@@ -69,6 +169,49 @@ def read_torch_file(path: Path, *, mmap: bool = False) -> Any:
             f"{path} is truncated or was not written by torch.save "
             f"({path.stat().st_size} bytes: {_first_line(error)})"
         ) from error
+
+
+def _check_tensors(path: Path, content: Any) -> None:
+    """Refuse what is no dense tensor with values of its own."""
+    tensors = []
+    for name, value in _leaves(content):
+        if isinstance(value, torch.TypedStorage | torch.UntypedStorage):
+            raise CheckpointError(f"{path}: {name} is a bare storage, expected a tensor")
+        if not isinstance(value, Tensor):
+            continue
+        if value.layout is not torch.strided or value.is_quantized or value.is_nested:
+            raise CheckpointError(
+                f"{path}: {name} is a sparse, quantised or nested tensor, expected a dense one"
+            )
+        if value.is_meta:
+            raise CheckpointError(f"{path}: tensor {name} has no values (it is a meta tensor)")
+        tensors.append(value)
+    _check_expansion(path, tensors)
+
+
+def _check_expansion(path: Path, tensors: Iterable[Tensor]) -> None:
+    """A tensor of stride 0 may be of any size: refuse what would take far more than the file."""
+    size = path.stat().st_size
+    written_out = sum(tensor.numel() * tensor.itemsize for tensor in tensors)
+    if written_out > _MOST_EXPANSION * size + _EXPANSION_FLOOR:
+        raise CheckpointError(
+            f"{path} is damaged: its tensors would take {written_out} bytes, the file has {size}"
+        )
+
+
+def _leaves(content: Any) -> Iterator[tuple[str, Any]]:
+    """What the nested containers of a file hold, by where it stands."""
+    waiting, seen = [("", content)], set()
+    while waiting:
+        name, value = waiting.pop()
+        if isinstance(value, dict | list | tuple | set):
+            if id(value) in seen:
+                continue
+            seen.add(id(value))
+            inner = value.items() if isinstance(value, dict) else enumerate(value)
+            waiting += [(f"{name}.{key}" if name else str(key), part) for key, part in inner]
+        else:
+            yield name, value
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -109,19 +252,35 @@ def read_torchscript(path: Path) -> dict[str, Tensor]:
     """Parameters and buffers of a TorchScript archive by name; none of its programs run."""
     try:
         with zipfile.ZipFile(path) as archive:
-            pickles = [n for n in archive.namelist() if re.fullmatch(r"[^/]+/data\.pkl", n)]
-            if len(pickles) != 1:
-                raise CheckpointError(f"{path} is no TorchScript archive: data.pkl is missing")
-            root = pickles[0].removesuffix("data.pkl")
-            with archive.open(pickles[0]) as file:
-                module = _InertUnpickler(file, archive=archive, root=root, path=path).load()
+            root = _root(path, archive)
+            # programs may be compressed, values and their pickle never are
+            needed = [m for m in archive.infolist() if m.filename.startswith(f"{root}data")]
+            _check_members(path, needed)
+            tensors = dict(_tensors_of(_Values(path, archive).load(), prefix=""))
     except (zipfile.BadZipFile, pickle.UnpicklingError, *_DAMAGE) as error:
         raise CheckpointError(_damaged(path, error)) from error
-    return dict(_tensors_of(module, prefix=""))
+    _check_expansion(path, tensors.values())
+    return tensors
 
 
-class _Inert:
-    """Stands for any object of an archive: keeps its state, does nothing."""
+def _root(path: Path, archive: zipfile.ZipFile) -> str:
+    """The folder of an archive in which everything lies."""
+    pickles = [n for n in archive.namelist() if re.fullmatch(r"[^/]+/data\.pkl", n)]
+    root = pickles[0].removesuffix("data.pkl") if pickles else "/"
+    if not all(name.startswith(root) for name in archive.namelist()):
+        raise CheckpointError(f"{path} is no archive of torch: data.pkl is missing, or not alone")
+    return root
+
+
+def _check_memo(path: Path, pickled: bytes) -> None:
+    """CPython's unpickler allocates as many places as the largest number of one says."""
+    for operation, argument, _ in pickletools.genops(pickled):
+        if operation.name in ("PUT", "LONG_BINPUT") and int(argument or 0) > len(pickled):
+            raise CheckpointError(f"{path} is damaged: its pickle has an entry {argument}")
+
+
+class _Module:
+    """Stands for any object of a TorchScript archive: keeps its state, does nothing."""
 
     state: Any = None
 
@@ -129,50 +288,88 @@ class _Inert:
         self.state = state
 
 
-class _InertUnpickler(pickle.Unpickler):
-    """Follows a TorchScript archive's pickle; refuses every name it does not know."""
+class _Rebuild:
+    """Makes a tensor of a storage. An object without attributes, which no pickle can change."""
 
-    def __init__(self, file: Any, *, archive: zipfile.ZipFile, root: str, path: Path) -> None:
-        super().__init__(file)
-        self.archive = archive
-        self.root = root
-        self.path = path
+    __slots__ = ()
+
+    def __call__(
+        self, storage: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any
+    ) -> Tensor:
+        return storage.as_strided(size, stride, offset)
+
+
+class _FirstArgument:
+    """Gives the annotated value of `torch.jit._pickle`'s functions. As `_Rebuild`."""
+
+    __slots__ = ()
+
+    def __call__(self, value: Any, *_: Any) -> Any:
+        return value
+
+
+class _Outline(pickle.Unpickler):
+    """Follows an archive's pickle with everything inert, and compares every storage's size."""
+
+    def __init__(self, path: Path, archive: zipfile.ZipFile) -> None:
+        self.path, self.archive = path, archive
+        self.root = _root(path, archive)
+        pickled = archive.read(f"{self.root}data.pkl")
+        _check_memo(path, pickled)
+        super().__init__(io.BytesIO(pickled))
+
+    @classmethod
+    def check(cls, path: Path, archive: zipfile.ZipFile) -> None:
+        """Raises CheckpointError for a storage that its member does not exactly fill."""
+        cls(path, archive).load()
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module == "torch" and name in _STORAGES:
+            return _STORAGES[name]
+        return Inert
+
+    def persistent_load(self, pid: Any) -> Any:
+        _, dtype, key, _, count = pid
+        if dtype is Inert:  # bytes of a dtype younger than storages with a type
+            dtype = torch.uint8
+        member = self.archive.getinfo(f"{self.root}data/{key}")
+        if type(key) is not str or member.file_size != count * dtype.itemsize:
+            raise CheckpointError(
+                f"{self.path} is damaged: storage {key} has {member.file_size} bytes, expected "
+                f"{count} values of {dtype}"
+            )
+        return Inert()
+
+
+class _Values(_Outline):
+    """Follows a TorchScript archive's pickle; refuses every name it does not know."""
 
     def find_class(self, module: str, name: str) -> Any:
         if module == "__torch__" or module.startswith("__torch__."):
-            return _Inert
+            return _Module
         if module == "torch" and name in _STORAGES:
             return _STORAGES[name]
         if (module, name) == ("collections", "OrderedDict"):
             return OrderedDict
-        if module == "torch._utils" and name == "_rebuild_tensor_v2":
-            return _rebuild_tensor
+        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+            return _Rebuild()
         if module == "torch.jit._pickle":
-            return _first_argument
+            return _FirstArgument()
         raise CheckpointError(
             f"{self.path} holds code ({module}.{name}), not only tensors; it was not loaded"
         )
 
     def persistent_load(self, pid: Any) -> Tensor:
+        super().persistent_load(pid)
         _, dtype, key, _, _ = pid
-        content = self.archive.read(f"{self.root}data/{key}")
+        content = self.archive.read(f"{self.root}data/{key}")  # compares the checksum
         if not content:
             return torch.empty(0, dtype=dtype)
         return torch.frombuffer(bytearray(content), dtype=dtype)
 
 
-def _rebuild_tensor(
-    storage: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any
-) -> Tensor:
-    return storage.as_strided(size, stride, offset)
-
-
-def _first_argument(value: Any, *_: Any) -> Any:
-    return value
-
-
 def _tensors_of(module: Any, *, prefix: str) -> Iterator[tuple[str, Tensor]]:
-    state = module.state if isinstance(module, _Inert) else module
+    state = module.state if isinstance(module, _Module) else module
     if isinstance(state, dict):
         for name, value in state.items():
             if isinstance(value, Tensor):
