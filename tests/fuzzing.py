@@ -84,9 +84,9 @@ def mutated_json(value: Any, rng: random.Random) -> Any:
 
 
 def _places(value: Any) -> Iterator[tuple[Any, Any]]:
-    inner = value.items() if isinstance(value, dict) else enumerate(value)
     if not isinstance(value, dict | list):
         return
+    inner = value.items() if isinstance(value, dict) else enumerate(value)
     for key, part in list(inner):
         yield value, key
         yield from _places(part)

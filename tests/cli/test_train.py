@@ -90,7 +90,7 @@ def test_refusals_are_one_line(cli, small, change, message):
 def test_no_recipe_and_no_run(cli, tmp_path):
     missing = cli("train", tmp_path / "recipe.yaml")
     assert (missing.status, missing.stderr.count("\n")) == (2, 1)
-    assert "cannot read recipe" in missing.stderr
+    assert "No such file" in missing.stderr
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({"out": "x", "steps": 1}))
     assert "base: is missing" in cli("train", tmp_path / "recipe.yaml").stderr
     assert "metrics.jsonl" in cli("plot", tmp_path).stderr

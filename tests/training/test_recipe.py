@@ -124,11 +124,27 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"seed": -1}, "seed: .*greater than or equal to 0, got -1"),
     (
         {"instructions": {"sources": [{"type": "alpaca", "path": "a", "weight": float("inf")}]}},
-        "instructions.sources.0.weight: .*finite number",
+        "instructions.sources.0.weight: .*less than or equal to 10000",
     ),
     ({"steps": 0}, "steps: .*greater than or equal to 1, got 0"),
     ({"data": {"padding": "pad"}}, "data.padding: .*'packed'.*got 'pad'"),
     ({"optimizer": {"vision_lr": "fast"}}, "optimizer.vision_lr: .*number.*got 'fast'"),
+    # sizes that only a slip of the finger or malice can mean
+    ({"steps": 10**12}, "steps: .*less than or equal to 1000000000, got 1000000000000"),
+    ({"seed": 2**70}, "seed: must be smaller than 2.*63, got an integer of 71 bits"),
+    ({"data": {"workers": 10**6}}, "data.workers: .*less than or equal to 512"),
+    ({"lora": {"rank": 10**12}}, "lora.rank: .*less than or equal to 32768"),
+    ({"lora": {"rank": 4, "alpha": float("inf")}}, "lora.alpha: .*finite"),
+    ({"optimizer": {"language_lr": float("nan")}}, "optimizer.language_lr: must be a number"),
+    ({"optimizer": {"language_lr": float("inf")}}, "optimizer.language_lr: .*finite"),
+    ({"optimizer": {"gate_lr": -1}}, "optimizer.gate_lr: .*greater than or equal to 0"),
+    ({"compute": {"threads": 10**9}}, "compute.threads: .*less than or equal to 512"),
+    # values of another kind than any setting
+    ({"steps": True}, "steps: must not be true or false, got True"),
+    ({"out": "runs/a\0b"}, r"out: holds the character '.x00', got 'runs/a.x00b'"),
+    ({"base": {"model": "a\ud800"}}, r"base.model: holds the character '.ud800'"),
+    ({"base": {"model": b"base"}}, "base.model: must be text, .*got a bytes"),
+    ({"data": {3: 4}}, "data: keys must be plain text, got 3"),
 ]
 
 
@@ -148,8 +164,11 @@ def test_what_is_wrong_is_named(changes: dict[str, Any], message: str, tmp_path:
         ("optimizer.vison_lr=1", "did you mean 'vision_lr'"),
         ("captions.sources.4.path=x", "captions.sources is a list of 1"),
         ("steps.more=1", "steps is 10, which has no keys"),
-        ("data.workers=[1", "holds no valid value"),
-        ("seed=2020-13-45", "holds no valid value"),
+        ("data.workers=[1", "the value of override 'data.workers=.1' is not valid YAML"),
+        ("seed=2020-13-45", "is not valid YAML: month must be"),
+        ("seed=!!bool x", "is not valid YAML"),
+        ("captions.sources." + "9" * 5000 + ".path=x", "captions.sources is a list of 1"),
+        (".".join("a" * 5000) + "=1", "keys are nested deeper than 32 levels"),
     ],
 )
 def test_bad_overrides_are_refused(override: str, message: str, tmp_path: Path) -> None:
@@ -166,15 +185,25 @@ def test_bad_overrides_are_refused(override: str, message: str, tmp_path: Path) 
         ("", "must hold keys and values, got NoneType"),
         ("? [a, b]\n: 1\n", "is not valid YAML: .*unhashable key"),
         ("out: 2020-13-45\n", "is not valid YAML: month"),
+        ("out: !!bool x\n", "is not valid YAML"),
+        ("out: !!python/object/apply:os.system [true]\n", "is not valid YAML"),
+        ("[" * 5000, "nested too deeply"),
+        (
+            "a0: &a0 [x, x]\n"
+            + "".join(f"a{n + 1}: &a{n + 1} [*a{n}, *a{n}]\n" for n in range(40)),
+            "aliases",
+        ),
+        ("steps: " + "9" * 5000, "is not valid YAML: Exceeds the limit"),
+        ("#" * (1 << 20) + "\n", "bytes, at most"),
     ],
 )
 def test_files_that_are_no_recipe(text: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=message):
         load_recipe(write(tmp_path / "r.yaml", text))
-    with pytest.raises(ConfigError, match="cannot read recipe"):
+    with pytest.raises(ConfigError, match="cannot read .*absent.yaml: No such file"):
         load_recipe(tmp_path / "absent.yaml")
     (tmp_path / "r.yaml").write_bytes(b"out: \xff\n")
-    with pytest.raises(ConfigError, match="is not valid YAML: 'utf-8' codec"):
+    with pytest.raises(ConfigError, match="is not UTF-8 text"):
         load_recipe(tmp_path / "r.yaml")
 
 

@@ -6,24 +6,57 @@ An unknown or misspelt key is an error with a suggestion. Values may be changed 
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from llama_adapter.config import AdapterConfig, did_you_mean
 from llama_adapter.data import SOURCES, Kind, SourceOptions
 from llama_adapter.errors import ConfigError
+from llama_adapter.files import parse_yaml, read_yaml
 
 SourceTypes = Mapping[str, type[SourceOptions]]
+
+MOST_STEPS = 10**9
+MOST_ROWS = 2**17
+"""Of a micro-batch over all processes, and micro-batches of a step."""
+MOST_TOKENS = 2**22
+"""Of a row, and of a generated caption."""
+MOST_WORKERS = 512
+MOST_RANK = 2**15
+MOST_WEIGHT = 10_000
+_MOST_DEPTH = 32
+_MOST_FAULTS, _MOST_WORDS = 8, 400
+_LARGEST = 2**63
 
 
 class Section(BaseModel):
     """A part of a recipe: frozen, and no key but those declared."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_value(cls, value: Any, info: ValidationInfo) -> Any:
+        """Pydantic would read `true` as the number 1."""
+        kind = cls.model_fields[str(info.field_name)].annotation
+        if isinstance(value, bool) and kind is not bool and bool not in get_args(kind):
+            raise ValueError("must not be true or false")
+        return value
 
 
 class BaseSection(Section):
@@ -48,7 +81,7 @@ class VisionSection(Section):
     random_weights: bool = False
 
 
-class AdapterSection(BaseModel):
+class AdapterSection(Section):
     """A preset of `AdapterConfig` with changes, or an adapter to go on from."""
 
     model_config = ConfigDict(extra="allow", frozen=True, use_attribute_docstrings=True)
@@ -65,6 +98,14 @@ class AdapterSection(BaseModel):
         else:
             self.semantics()
         return self
+
+    @model_serializer(mode="wrap")
+    def _as_given(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Beside `start` a preset would be refused when it is read back."""
+        values: dict[str, Any] = dump(self)
+        if self.start is not None:
+            del values["preset"]
+        return values
 
     @property
     def changes(self) -> dict[str, Any]:
@@ -88,15 +129,15 @@ class PromptSection(Section):
     """The placeholder of adapters whose `visual_scope` is `slots`."""
 
 
-class SourceSection(BaseModel):
+class SourceSection(Section):
     """One source of samples. Keys beside these belong to its `type`."""
 
     model_config = ConfigDict(extra="allow", frozen=True, use_attribute_docstrings=True)
 
     type: str
-    weight: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    weight: float = Field(default=1.0, gt=0, le=MOST_WEIGHT)
     """How many times an epoch goes through the source; 0.5 takes another half each epoch."""
-    held_out: int = Field(default=0, ge=0)
+    held_out: int = Field(default=0, ge=0, lt=_LARGEST)
     """Samples kept out of training, for evaluation; all captions of a picture or none."""
 
     def options(self, types: SourceTypes) -> SourceOptions:
@@ -113,11 +154,11 @@ class StreamSection(Section):
     """Where the batches of one kind come from, and their shape."""
 
     sources: tuple[SourceSection, ...] = Field(min_length=1)
-    rows: int = Field(default=8, ge=1)
+    rows: int = Field(default=8, ge=1, le=MOST_ROWS)
     """Rows of a micro-batch, over all processes together; with padding a row is one sample."""
-    row_length: int = Field(default=1024, ge=8)
+    row_length: int = Field(default=1024, ge=8, le=MOST_TOKENS)
     """Tokens of a row; longer conversations are cut at turn borders."""
-    accumulation: int = Field(default=1, ge=1)
+    accumulation: int = Field(default=1, ge=1, le=MOST_ROWS)
     """Micro-batches of this kind in a step; their ratio between kinds is the mixture."""
     start: float = Field(default=0.0, ge=0.0, lt=1.0)
     """Share of the steps before this kind sets in: instructions first, then captions too."""
@@ -129,7 +170,7 @@ class DataSection(Section):
     padding: Literal["packed", "padded", "max_length"] = "packed"
     """`packed`: many samples a row; `padded`: one a row, padded to the longest of the batch;
     `max_length`: one a row, padded to `row_length`."""
-    workers: int = Field(default=2, ge=0)
+    workers: int = Field(default=2, ge=0, le=MOST_WORKERS)
     """Processes of each rank that read ahead, for each kind of batch; 0: none."""
     overlong: Literal["skip", "truncate"] = "skip"
     """What becomes of a single exchange longer than a row: a broken record, or cut off."""
@@ -144,26 +185,26 @@ class OptimizerSection(Section):
 
     joint: Literal["disjoint", "naive"] = "disjoint"
     """`disjoint`: each loss moves its own group (V2 §4.2); `naive`: both move everything."""
-    vision_lr: float = Field(default=1e-3, ge=0)
-    language_lr: float = Field(default=1e-3, ge=0)
-    gate_lr: float = Field(default=1e-2, ge=0)
-    weight_decay: float = Field(default=0.0, ge=0)
+    vision_lr: float = Field(default=1e-3, ge=0, allow_inf_nan=False)
+    language_lr: float = Field(default=1e-3, ge=0, allow_inf_nan=False)
+    gate_lr: float = Field(default=1e-2, ge=0, allow_inf_nan=False)
+    weight_decay: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     """Of projections and prompts; gates, norms, biases and scales are never decayed."""
-    warmup_steps: int = Field(default=20, ge=0)
+    warmup_steps: int = Field(default=20, ge=0, le=MOST_STEPS)
     decay_share: float = Field(default=1.0, gt=0, le=1)
     """Last share of the steps, over which learning rates fall to zero along a cosine."""
     max_grad_norm: float = Field(default=1.0, gt=0)
-    """Gradients of each group are clipped to this norm."""
+    """Gradients of each group are clipped to this norm; `.inf`: they are not clipped."""
 
 
 class LoraSection(Section):
     """LoRA on the base through `peft`, beside our groups; it learns with LANGUAGE."""
 
-    rank: int = Field(ge=1)
-    alpha: float | None = None
+    rank: int = Field(ge=1, le=MOST_RANK)
+    alpha: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     """None: twice the rank."""
     targets: tuple[str, ...] | Literal["all-linear"] = "all-linear"
-    lr: float | None = Field(default=None, ge=0)
+    lr: float | None = Field(default=None, ge=0, allow_inf_nan=False)
     """None: `language_lr`."""
 
 
@@ -179,17 +220,17 @@ class ComputeSection(Section):
     compile: bool = False
     strategy: Literal["auto", "ddp", "fsdp2"] = "auto"
     """`auto`: one process alone, or DDP when started as several; `fsdp2` shards the base too."""
-    threads: int | None = Field(default=None, ge=1)
+    threads: int | None = Field(default=None, ge=1, le=MOST_WORKERS)
     """CPU threads of each process; None: as torch has it."""
 
 
 class EvaluationSection(Section):
     """Scores of held-out samples during training."""
 
-    every: int = Field(default=500, ge=1)
-    samples: int = Field(default=64, ge=1)
+    every: int = Field(default=500, ge=1, le=MOST_STEPS)
+    samples: int = Field(default=64, ge=1, lt=_LARGEST)
     """At most so many held-out samples of each source."""
-    max_new_tokens: int = Field(default=40, ge=1)
+    max_new_tokens: int = Field(default=40, ge=1, le=MOST_TOKENS)
     """Of a generated caption."""
     best: str | None = None
     """The metric whose best checkpoint is kept, such as `coco_captions.cider` or
@@ -199,7 +240,7 @@ class EvaluationSection(Section):
 class LoggingSection(Section):
     """What is written beside metrics.jsonl, which always is."""
 
-    every: int = Field(default=10, ge=1)
+    every: int = Field(default=10, ge=1, le=MOST_STEPS)
     """Steps between rows of trackers, and between rows of metrics.jsonl that hold the gates."""
     tracker: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
 
@@ -210,10 +251,10 @@ class Recipe(Section):
     out: Path
     """The run directory."""
     seed: int = Field(default=0, ge=0, lt=2**63)
-    steps: int = Field(ge=1)
+    steps: int = Field(ge=1, le=MOST_STEPS)
     """Optimizer steps in all."""
-    checkpoint_every: int = Field(default=500, ge=1)
-    keep_checkpoints: int = Field(default=2, ge=1)
+    checkpoint_every: int = Field(default=500, ge=1, le=MOST_STEPS)
+    keep_checkpoints: int = Field(default=2, ge=1, le=MOST_STEPS)
     """The newest checkpoints that are kept."""
     base: BaseSection
     vision: VisionSection | None = None
@@ -270,13 +311,7 @@ def load_recipe(
 
     `types` are the source types that the recipe may name.
     """
-    try:
-        values = yaml.load(path.read_text(), Loader=_StrictLoader)  # noqa: S506 (a SafeLoader)
-    except OSError as error:
-        raise ConfigError(f"cannot read recipe {path}: {error.strerror}") from error
-    except (yaml.YAMLError, ValueError) as error:  # no YAML, no UTF-8, or a 13th month
-        where = " ".join(str(error).split())
-        raise ConfigError(f"{path} is not valid YAML: {where}") from error
+    values = read_yaml(path, error=ConfigError)
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must hold keys and values, got {type(values).__name__}")
     for override in overrides:
@@ -288,6 +323,9 @@ def parse_recipe(
     values: Mapping[str, Any], *, types: SourceTypes = SOURCES, name: str = "recipe"
 ) -> Recipe:
     """A recipe from plain values; ConfigError as of `load_recipe`."""
+    fault = _odd_value(values, ())
+    if fault is not None:
+        raise ConfigError(f"{name}: {fault}")
     try:
         recipe = Recipe.model_validate(values)
     except ValidationError as error:
@@ -305,21 +343,30 @@ def parse_recipe(
     return recipe
 
 
-class _StrictLoader(yaml.SafeLoader):
-    """Refuses a key that stands twice in one mapping, of which YAML would keep the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if not isinstance(key, Hashable):
-                break  # refused below
-            if key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"key {key!r} stands twice", key_node.start_mark
-                )
-            seen.add(key)
-        return super().construct_mapping(node, deep)
+def _odd_value(value: Any, place: tuple[str, ...]) -> str | None:
+    """Where a recipe holds something that no setting can be, and what; None: nowhere."""
+    where = ".".join(map(_key, place)) or "recipe"
+    if len(place) > _MOST_DEPTH:
+        return f"{'.'.join(map(_key, place[:3]))}: is nested deeper than {_MOST_DEPTH} levels"
+    if isinstance(value, str):
+        odd = next((c for c in value if c == "\0" or "\ud800" <= c <= "\udfff"), None)
+        return None if odd is None else f"{where}: holds the character {odd!a}, got {_short(value)}"
+    if isinstance(value, int) and abs(value) >= _LARGEST:
+        return f"{where}: must be smaller than 2**63, got an integer of {value.bit_length()} bits"
+    if isinstance(value, float) and math.isnan(value):
+        return f"{where}: must be a number, got nan"
+    if value is None or isinstance(value, bool | int | float):
+        return None
+    if not isinstance(value, Mapping | list | tuple):
+        return f"{where}: must be text, a number, a list or keys, got a {type(value).__name__}"
+    pairs = value.items() if isinstance(value, Mapping) else enumerate(value)
+    for key, inner in pairs:
+        if isinstance(value, Mapping) and (not isinstance(key, str) or _odd_value(key, place)):
+            return f"{where}: keys must be plain text, got {_short(key)}"
+        fault = _odd_value(inner, (*place, str(key)))
+        if fault is not None:
+            return fault
+    return None
 
 
 def _override(values: dict[str, Any], override: str) -> None:
@@ -327,21 +374,20 @@ def _override(values: dict[str, Any], override: str) -> None:
     path, equals, text = override.partition("=")
     keys = path.split(".")
     if not equals or not all(keys):
-        raise ConfigError(f"an override is key.path=value, got {override!r}")
-    try:
-        value = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError) as error:
-        where = " ".join(str(error).split())
-        raise ConfigError(f"override {override!r} holds no valid value: {where}") from error
+        raise ConfigError(f"an override is key.path=value, got {_short(override)}")
+    shown = f"override {_short(override)}"
+    if len(keys) > _MOST_DEPTH:
+        raise ConfigError(f"{shown}: keys are nested deeper than {_MOST_DEPTH} levels")
+    value = parse_yaml(text, name=f"the value of {shown}", error=ConfigError)
     inner: Any = values
     for depth, key in enumerate(keys):
         last = depth == len(keys) - 1
         if isinstance(inner, list):
-            if not key.isdecimal() or int(key) >= len(inner):
+            if not (key.isdecimal() and len(key) < 10 and int(key) < len(inner)):
                 place = ".".join(keys[:depth])
                 raise ConfigError(
-                    f"override {override!r}: {place} is a list of {len(inner)}, "
-                    f"so {key!r} must be a number below that"
+                    f"{shown}: {place} is a list of {len(inner)}, "
+                    f"so {_short(key)} must be a number below that"
                 )
             position: Any = int(key)
         elif isinstance(inner, dict):
@@ -350,7 +396,7 @@ def _override(values: dict[str, Any], override: str) -> None:
                 inner[key] = {}
         else:
             place = ".".join(keys[:depth])
-            raise ConfigError(f"override {override!r}: {place} is {inner!r}, which has no keys")
+            raise ConfigError(f"{shown}: {place} is {_short(inner)}, which has no keys")
         if last:
             inner[position] = value
         else:
@@ -362,7 +408,7 @@ def _explain(error: ValidationError, model: type[BaseModel], *, before: str = ""
     faults = []
     # unknown keys first: what then is missing is often what they were meant to be
     for fault in sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden"):
-        place = ".".join(str(part) for part in ((before,) if before else ()) + fault["loc"])
+        place = ".".join(_key(part) for part in ((before,) if before else ()) + fault["loc"])
         if fault["type"] == "extra_forbidden":
             known = _keys_at(model, fault["loc"][:-1])
             faults.append(f"{place}: unknown key{did_you_mean(fault['loc'][-1], known)}")
@@ -372,14 +418,22 @@ def _explain(error: ValidationError, model: type[BaseModel], *, before: str = ""
             found = fault["input"]
             shown = "" if isinstance(found, dict | BaseModel) else f", got {_short(found)}"
             message = fault["msg"].removeprefix("Value error, ")
-            message = message[:1].lower() + message[1:]
+            message = (message[:1].lower() + message[1:])[:_MOST_WORDS]
             faults.append(f"{place or 'recipe'}: {message}{shown}")
+    if len(faults) > _MOST_FAULTS:
+        faults[_MOST_FAULTS:] = [f"and {len(faults) - _MOST_FAULTS} faults more"]
     return "; ".join(faults)
 
 
+def _key(part: Any) -> str:
+    text = str(part)
+    return text if text.isprintable() and len(text) <= 60 else _short(text)
+
+
 def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    text = value if isinstance(value, str) else repr(value)
+    cut = text if len(text) <= 60 else text[:57] + "..."
+    return ascii(cut) if not cut.isprintable() else repr(cut) if isinstance(value, str) else cut
 
 
 def _keys_at(model: type[BaseModel], place: Sequence[int | str]) -> Iterator[str]:
