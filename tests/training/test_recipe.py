@@ -200,7 +200,7 @@ def test_bad_overrides_are_refused(override: str, message: str, tmp_path: Path) 
 def test_files_that_are_no_recipe(text: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=message):
         load_recipe(write(tmp_path / "r.yaml", text))
-    with pytest.raises(ConfigError, match="cannot read .*absent.yaml: No such file"):
+    with pytest.raises(ConfigError, match=r"cannot read .*absent.yaml: No such file"):
         load_recipe(tmp_path / "absent.yaml")
     (tmp_path / "r.yaml").write_bytes(b"out: \xff\n")
     with pytest.raises(ConfigError, match="is not UTF-8 text"):
