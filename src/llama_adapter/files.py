@@ -30,28 +30,32 @@ _YAML_FAULTS = (ValueError, KeyError, IndexError, TypeError, AttributeError, Ove
 
 
 def open_regular(
-    path: Path, *, error: type[LlamaAdapterError], limit: int | None = None
+    path: Path,
+    *,
+    error: type[LlamaAdapterError],
+    limit: int | None = None,
+    name: str | None = None,
 ) -> BinaryIO:
     """Open a regular file for reading; `error` for anything else, or for more than `limit` bytes.
 
     Does not wait: opening a pipe, a socket or a device is refused at once. Symbolic links are
-    followed.
+    followed. Messages call the file by its path, or by `name`.
     """
+    shown = name or _shown(path)
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NONBLOCK", 0))
     except (OSError, ValueError) as fault:  # ValueError: a null byte in the name
         reason = getattr(fault, "strerror", None) or str(fault)
-        raise error(f"cannot read {_shown(path)}: {reason}") from fault
+        raise error(f"cannot read {shown}: {reason}") from fault
     try:
         status = os.fstat(descriptor)
         if stat.S_ISDIR(status.st_mode):
-            raise error(f"cannot read {_shown(path)}: it is a folder, expected a file")
+            raise error(f"cannot read {shown}: it is a folder, expected a file")
         if not stat.S_ISREG(status.st_mode):
-            raise error(f"cannot read {_shown(path)}: it is not a regular file")
+            raise error(f"cannot read {shown}: it is not a regular file")
         if limit is not None and status.st_size > limit:
             raise error(
-                f"cannot read {_shown(path)}: it has {status.st_size} bytes, "
-                f"at most {limit} are read"
+                f"cannot read {shown}: it has {status.st_size} bytes, at most {limit} are read"
             )
     except BaseException:
         os.close(descriptor)
@@ -59,15 +63,25 @@ def open_regular(
     return os.fdopen(descriptor, "rb")
 
 
-def read_bytes(path: Path, *, error: type[LlamaAdapterError], limit: int = MAX_TEXT_BYTES) -> bytes:
+def read_bytes(
+    path: Path,
+    *,
+    error: type[LlamaAdapterError],
+    limit: int = MAX_TEXT_BYTES,
+    name: str | None = None,
+) -> bytes:
     """The content of a regular file of at most `limit` bytes."""
-    with open_regular(path, error=error, limit=limit) as file:
+    shown = name or _shown(path)
+    with open_regular(path, error=error, limit=limit, name=name) as file:
         try:
-            content = file.read(limit + 1)
+            size = os.fstat(file.fileno()).st_size
+            content = file.read(size + 1)  # Python sets aside as much as it is asked for
+            if len(content) > size:  # it grew, or a file system (/proc) says 0 for any length
+                content += file.read(limit - size)
         except OSError as fault:
-            raise error(f"cannot read {_shown(path)}: {fault.strerror or fault}") from fault
-    if len(content) > limit:  # it grew, or a file system (/proc) does not say how long it is
-        raise error(f"cannot read {_shown(path)}: it has more than {limit} bytes")
+            raise error(f"cannot read {shown}: {fault.strerror or fault}") from fault
+    if len(content) > limit:
+        raise error(f"cannot read {shown}: it has more than {limit} bytes")
     return content
 
 

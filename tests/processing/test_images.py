@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import os
 import struct
 import zlib
 from pathlib import Path
@@ -122,7 +123,44 @@ def test_what_cannot_be_read_is_refused_by_name(
 def test_a_missing_file_a_directory_and_another_type_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ImageError, match=r"cannot read image .*nothing\.png: No such file"):
         load_image(tmp_path / "nothing.png")
-    with pytest.raises(ImageError, match="Is a directory"):
+    with pytest.raises(ImageError, match="it is a folder, expected a file"):
         load_image(tmp_path)
     with pytest.raises(ImageError, match="got int"):
         load_image(7)
+
+
+@pytest.mark.parametrize("name", ["photo.eps", "photo.jpg"])
+def test_a_format_that_starts_a_program_is_not_opened(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / name
+    Image.new("RGB", (4, 4), "red").save(path, "EPS")
+    waiting = Image.open(io.BytesIO(path.read_bytes()))
+    monkeypatch.setattr("subprocess.Popen", lambda *_, **__: pytest.fail("started a program"))
+    monkeypatch.setattr("subprocess.check_call", lambda *_, **__: pytest.fail("a program"))
+    with pytest.raises(ImageError, match=r"in no known image format .known are AVIF, BMP"):
+        load_image(path)
+    with pytest.raises(ImageError, match="is of format EPS, which is not read"):
+        load_image(waiting)
+
+
+@pytest.mark.parametrize(
+    "kind", ["AVIF", "BMP", "DDS", "ICO", "JPEG2000", "MPO", "PCX", "PPM", "QOI", "SGI", "TGA"]
+)
+def test_the_formats_that_cameras_scanners_and_editors_write(kind: str) -> None:
+    image = load_image(encoded(Image.new("RGB", (16, 16), RED), kind))
+    assert image.size == (16, 16)
+    assert image.getpixel((8, 8)) == pytest.approx(RED, abs=3)
+
+
+def test_only_regular_files_of_bounded_size_are_read(tmp_path: Path) -> None:
+    pipe, sparse = tmp_path / "pipe.png", tmp_path / "sparse.png"
+    os.mkfifo(pipe)
+    with sparse.open("wb") as file:
+        file.truncate(6 << 30)
+    with pytest.raises(ImageError, match=r"cannot read image .*pipe\.png: .*not a regular file"):
+        load_image(pipe)
+    with pytest.raises(ImageError, match=r"/dev/zero: it is not a regular file"):
+        load_image("/dev/zero")
+    with pytest.raises(ImageError, match=r"sparse\.png: it has 6442450944 bytes, at most"):
+        load_image(sparse)

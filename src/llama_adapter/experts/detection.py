@@ -11,7 +11,7 @@ from PIL import Image
 
 from llama_adapter.errors import ExpertError
 from llama_adapter.experts.base import Finding, Report, Traits
-from llama_adapter.experts.pipelines import load_pipeline, pipeline_version
+from llama_adapter.experts.pipelines import check_size, load_pipeline, pipeline_version
 from llama_adapter.experts.positions import Box, Group, Seen, group
 from llama_adapter.pretrained import load_pretrained
 
@@ -106,6 +106,7 @@ class DetectionExpert:
         )
 
     def _things(self, image: Image.Image, labels: Sequence[str]) -> list[Seen]:
+        check_size(self._pipeline, image)
         options: dict[str, Any] = {"threshold": self._confidence}
         if self._is_zero_shot:
             options["candidate_labels"] = list(labels)

@@ -10,7 +10,7 @@ from PIL import Image
 
 from llama_adapter.errors import ExpertError
 from llama_adapter.experts.base import Finding, Report, Traits
-from llama_adapter.experts.pipelines import load_pipeline, pipeline_version
+from llama_adapter.experts.pipelines import check_size, load_pipeline, pipeline_version
 
 INSTRUCTION = "Describe the picture in one sentence."
 
@@ -63,6 +63,7 @@ class PipelineCaptionExpert:
         return Report(expert=self.name, findings=tuple(findings))
 
     def _caption(self, image: Image.Image) -> str:
+        check_size(self._pipeline, image)
         options: dict[str, Any] = {
             "generate_kwargs": {"max_new_tokens": self._max_new_tokens, "do_sample": False},
             "return_full_text": False,

@@ -8,8 +8,11 @@ import threading
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from llama_adapter.errors import ExpertError
 from llama_adapter.pretrained import explain, load_pretrained
+from llama_adapter.processing.image_processors import check_resize
 
 _LOADING = threading.Lock()
 
@@ -55,6 +58,13 @@ def _model_types(task: str) -> frozenset[str]:
 
     name = f"MODEL_FOR_{task.upper().replace('-', '_')}_MAPPING_NAMES"
     return frozenset(getattr(modeling_auto, name))
+
+
+def check_size(pipeline: Any, image: Image.Image) -> None:
+    """ImageError where the pipeline's image processor would make too many pixels of the image."""
+    processor = getattr(pipeline, "processor", None)
+    image_processor = pipeline.image_processor or getattr(processor, "image_processor", None)
+    check_resize(image_processor, *image.size)
 
 
 def pipeline_version(pipeline: Any, *settings: Any) -> str:

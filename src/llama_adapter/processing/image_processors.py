@@ -6,13 +6,54 @@ torchvision); an adapter should see the same pixels on every machine.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import transformers
+from PIL import Image
+from torch import Tensor
 from transformers.image_processing_base import ImageProcessingMixin
 
-from llama_adapter.errors import CheckpointError
+from llama_adapter.errors import CheckpointError, ImageError
+from llama_adapter.processing.images import MAX_PIXELS
+
+
+def pixel_values(image_processor: Any, images: Sequence[Image.Image]) -> Tensor:
+    """Images as an encoder takes them, (I, 3, H, W).
+
+    Raises `ImageError` for an image that the processor cannot take, or that would grow beyond
+    `MAX_PIXELS` on the way.
+    """
+    for width, height in {image.size for image in images}:
+        check_resize(image_processor, width, height)
+    try:
+        pixels: Tensor = image_processor(images=images, return_tensors="pt")["pixel_values"]
+    except (ValueError, ArithmeticError, MemoryError) as error:
+        sizes = ", ".join(sorted({f"{image.width}x{image.height}" for image in images})[:3])
+        raise ImageError(
+            f"{type(image_processor).__name__} cannot take an image of {sizes} pixels: {error}"
+        ) from error
+    return pixels
+
+
+def check_resize(image_processor: Any, width: int, height: int) -> None:
+    """`ImageError` where an image of that size is resized to more than `MAX_PIXELS`.
+
+    Processors that bring the shorter edge to a fixed length, and crop afterwards, make a long
+    thin image larger: with an edge of 336 pixels, sides may differ by a factor of up to 788.
+    """
+    size: Any = getattr(image_processor, "size", None) or {}
+    edge: int = size.get("shortest_edge") or 0
+    is_bounded = bool(size.get("longest_edge") or size.get("max_pixels"))
+    if not edge or is_bounded or not getattr(image_processor, "do_resize", False):
+        return
+    longer = edge * max(width, height) // min(width, height)
+    if edge * longer > MAX_PIXELS:
+        resized = f"{longer}x{edge}" if width > height else f"{edge}x{longer}"
+        raise ImageError(
+            f"an image of {width}x{height} pixels is too thin: resized to a shorter edge of {edge} "
+            f"it has {resized} = {edge * longer} pixels; at most {MAX_PIXELS} are held"
+        )
 
 
 def load_image_processor(name_or_path: str, **kwargs: Any) -> Any:

@@ -1,6 +1,8 @@
 """Reading images: whatever can be shown becomes plain RGB, whatever cannot is refused by name.
 
-Size is checked on the header, before any pixel is decoded.
+The one place that opens image files. Only formats of a list are tried: others make Pillow start
+programs (Ghostscript for EPS) or unpack without a bound. Size is checked on the header, before
+any pixel is decoded.
 """
 
 from __future__ import annotations
@@ -10,19 +12,28 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from llama_adapter.conversation import ImageRef
 from llama_adapter.errors import ImageError
+from llama_adapter.files import read_bytes
 
+FORMATS = (
+    "AVIF", "BMP", "CUR", "DDS", "DIB", "GIF", "ICNS", "ICO", "JPEG", "JPEG2000", "PCX", "PNG",
+    "PPM", "PSD", "QOI", "SGI", "TGA", "TIFF", "WEBP", "XBM", "XPM",
+)  # fmt: skip
+"""Formats that are read, by Pillow's names; each is decoded within this process."""
+_PLUGIN_FORMATS = ("HEIF", "JXL")
+"""Read as well where the user has registered a Pillow plugin for them."""
+
+MAX_FILE_BYTES = 1 << 30
+"""Larger files are refused: as many pixels as are read have 700 MB at 64 bits each."""
 MAX_SIDE = 32_768
 """Pixels along one side; longer images are refused."""
 MAX_PIXELS = 89_000_000
 """Pixels altogether; larger images are refused. Just below where Pillow itself starts to warn."""
 
 _WHITE = (255, 255, 255)
-# What a damaged file makes Pillow raise: each decoder has its own way of noticing.
-_DAMAGE = (OSError, SyntaxError, ValueError, EOFError, IndexError, OverflowError, MemoryError)
 
 
 def load_image(source: Any, *, name: str | None = None) -> Image.Image:
@@ -33,7 +44,7 @@ def load_image(source: Any, *, name: str | None = None) -> Image.Image:
     """
     ref = ImageRef.of(source, name=name)
     if isinstance(ref.source, Image.Image):
-        return _to_rgb(ref.source, name=ref.name)
+        return _given(ref.source, name=ref.name)
     if isinstance(ref.source, Path | bytes):
         return _decode(_read(ref.source, name=ref.name), name=ref.name)
     raise ImageError(
@@ -42,40 +53,51 @@ def load_image(source: Any, *, name: str | None = None) -> Image.Image:
 
 
 def _read(source: Path | bytes, *, name: str) -> bytes:
-    if isinstance(source, bytes):
-        data = source
-    else:
-        try:
-            data = source.read_bytes()
-        except OSError as error:
-            raise ImageError(f"cannot read image {name}: {error.strerror or error}") from error
+    data = source
+    if isinstance(data, Path):
+        data = read_bytes(data, error=ImageError, limit=MAX_FILE_BYTES, name=f"image {name}")
     if not data:
         raise ImageError(f"image {name} is empty (0 bytes)")
     return data
 
 
-def _decode(data: bytes, *, name: str) -> Image.Image:
+def _given(image: Image.Image, *, name: str) -> Image.Image:
+    """A PIL image of the caller's, whose file may not have been decoded yet."""
+    waits = isinstance(image, ImageFile.ImageFile) and bool(image.tile)
+    waits = waits or isinstance(image, ImageFile.StubImageFile)
+    if waits and image.format not in {*FORMATS, *_PLUGIN_FORMATS, "MPO"}:  # MPO: several JPEGs
+        raise ImageError(f"image {name} is of format {image.format}, which is not read")
     try:
-        image = Image.open(io.BytesIO(data))
+        image.seek(0)
+    except EOFError:
+        pass  # some formats count from 1
+    except Exception as error:
+        raise _damaged(name, error) from error
+    return _to_rgb(image, name=name)
+
+
+def _decode(data: bytes, *, name: str) -> Image.Image:
+    Image.init()
+    formats = [kind for kind in (*FORMATS, *_PLUGIN_FORMATS) if kind in Image.OPEN]
+    try:
+        image = Image.open(io.BytesIO(data), formats=formats)
     except UnidentifiedImageError as error:
         raise ImageError(
-            f"cannot decode image {name}: {len(data)} bytes in no known image format"
+            f"cannot decode image {name}: {len(data)} bytes in no known image format "
+            f"(known are {', '.join(FORMATS)})"
         ) from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ImageError(
-            f"image {name} has too many pixels; at most {MAX_PIXELS} are read ({error})"
-        ) from error
-    except _DAMAGE as error:
-        raise ImageError(f"cannot decode image {name}: {error}") from error
+        raise _too_large(name, error) from error
+    except Exception as error:
+        raise _damaged(name, error) from error
     return _to_rgb(image, name=name)
 
 
 def _to_rgb(image: Image.Image, *, name: str) -> Image.Image:
     _check_size(image, name=name)
     try:
-        if getattr(image, "n_frames", 1) > 1:
-            image.seek(0)
         image.load()
+        _check_size(image, name=name)  # an icon may hold a larger image than its header says
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I;16") or image.mode in {"I", "F"}:
             image = _to_8_bits(image)
@@ -84,8 +106,21 @@ def _to_rgb(image: Image.Image, *, name: str) -> Image.Image:
             below = Image.new("RGBA", above.size, (*_WHITE, 255))
             image = Image.alpha_composite(below, above)
         return image.convert("RGB")
-    except _DAMAGE as error:
-        raise ImageError(f"cannot decode image {name}: {error}") from error
+    except ImageError:
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise _too_large(name, error) from error
+    except Exception as error:
+        raise _damaged(name, error) from error
+
+
+def _damaged(name: str, error: Exception) -> ImageError:
+    """For whatever a decoder raises: each has its own way of noticing damage."""
+    return ImageError(f"cannot decode image {name}: {error or type(error).__name__}")
+
+
+def _too_large(name: str, error: Exception) -> ImageError:
+    return ImageError(f"image {name} has too many pixels; at most {MAX_PIXELS} are read ({error})")
 
 
 def _check_size(image: Image.Image, *, name: str) -> None:

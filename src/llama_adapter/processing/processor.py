@@ -16,7 +16,7 @@ from llama_adapter.conversation import Conversation, ImageRef
 from llama_adapter.errors import CheckpointError, ConfigError, PromptError
 from llama_adapter.pretrained import load_pretrained
 from llama_adapter.processing.encoding import IGNORED, Encoded, Side, encode, opening_ids, pad
-from llama_adapter.processing.image_processors import image_processor_from
+from llama_adapter.processing.image_processors import image_processor_from, pixel_values
 from llama_adapter.processing.prompts import (
     Consultant,
     Prompt,
@@ -325,7 +325,7 @@ class LlamaAdapterProcessor(ProcessorMixin):
         if self.channel_order == "bgr":
             # swapped before normalisation: the training code took BGR pixels for RGB
             frames = [Image.merge("RGB", frame.split()[::-1]) for frame in frames]
-        pixels: Tensor = self.image_processor(images=frames, return_tensors="pt")["pixel_values"]
+        pixels = pixel_values(self.image_processor, frames)
         return pixels if longest == 1 else pixels.unflatten(0, (len(clips), longest))
 
     def to_dict(self) -> dict[str, Any]:
