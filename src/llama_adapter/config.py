@@ -40,6 +40,9 @@ LEAST = {
 }
 """The smallest value of every setting that counts something."""
 
+MOST_MLP_RATIO = 64
+"""The largest `projector_mlp_ratio`."""
+
 Targets = str | tuple[str, ...]
 """`"all"`, `"none"`, or names of linears inside a decoder layer (`q_proj`, `down_proj`, …)."""
 
@@ -77,6 +80,8 @@ class AdapterConfig:
     """Transformer blocks of the `query_transformer` projector."""
     projector_heads: int = 8
     """Attention heads of the `query_transformer` projector."""
+    projector_mlp_ratio: float = 4.0
+    """How many times wider the MLPs of the `query_transformer` projector's blocks are."""
     vision_feature: int | str = -1
     """Which tokens of the vision tower are read: an index into its hidden states (-1: its own
     output), or `projected` (CLIP: final norm and projection on every token)."""
@@ -126,6 +131,13 @@ class AdapterConfig:
         for name in ("train_norms", "gate_scale"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be true or false, got {getattr(self, name)!r}")
+        ratio = self.projector_mlp_ratio
+        is_number = isinstance(ratio, int | float) and not isinstance(ratio, bool)
+        if not is_number or not 0 < ratio <= MOST_MLP_RATIO or self.projector_mlp_width < 1:
+            raise ConfigError(
+                f"projector_mlp_ratio must be a number above 0 and at most {MOST_MLP_RATIO}, "
+                f"got {ratio!r}"
+            )
         for name in ("bias_targets", "scale_targets"):
             value = getattr(self, name)
             names = (value,) if isinstance(value, str) else value
@@ -172,6 +184,11 @@ class AdapterConfig:
     def sees(self) -> bool:
         """Whether pictures have any influence."""
         return self.fusion != "none"
+
+    @property
+    def projector_mlp_width(self) -> int:
+        """Width of the MLPs of the `query_transformer` projector's blocks."""
+        return round(self.projector_width * self.projector_mlp_ratio)
 
     def visual_layer_indices(self) -> range:
         """Layers that read visual prompts of their own."""

@@ -31,6 +31,8 @@ class World:
     prompt_length: int = 3
     prompt_layers: int = 4
     clip_out: int = 20
+    mlp_ratio: float = 4.0
+    """Of the visual blocks."""
     extra: dict[str, Any] = field(default_factory=dict)
     """Further entries of params.json."""
     dtype: torch.dtype = torch.float32
@@ -174,6 +176,7 @@ class World:
 
     def _multimodal(self, *, with_lora: bool) -> dict[str, Any]:
         width, dim = 32, self.dim
+        mlp = int(self.mlp_ratio * width)
         tensors = {
             "adapter_query.weight": self._prompts(),
             "visual_query.weight": self.random(self.prompt_length, width) * 5,
@@ -188,8 +191,8 @@ class World:
             ("visual_blocks.0.attn.qkv", (3 * width, width)),
             ("visual_blocks.0.attn.proj", (width, width)),
             ("visual_blocks.0.norm2", (width,)),
-            ("visual_blocks.0.mlp.fc1", (4 * width, width)),
-            ("visual_blocks.0.mlp.fc2", (width, 4 * width)),
+            ("visual_blocks.0.mlp.fc1", (mlp, width)),
+            ("visual_blocks.0.mlp.fc2", (width, mlp)),
         ):
             tensors[f"{name}.weight"] = self.random(*size)
             tensors[f"{name}.bias"] = self.random(size[0])

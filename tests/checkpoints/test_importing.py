@@ -10,10 +10,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, LlamaForCausalLM
 
-from llama_adapter import LlamaAdapterForConditionalGeneration
+from llama_adapter import LlamaAdapterConfig, LlamaAdapterForConditionalGeneration
 from llama_adapter.checkpoints import import_released
 from llama_adapter.checkpoints.released_export import export_released
 from llama_adapter.checkpoints.settings import Hints
+from llama_adapter.checkpoints.vision_tower import read_openai_clip
 from llama_adapter.errors import CheckpointError
 
 KINDS = ("v1-text", "v2-multimodal-bias", "v2-multimodal-lora-bias", "v2-chat", "v2-chat-adapter")
@@ -210,6 +211,71 @@ def test_a_description_beside_the_file_is_read(world: Any, tmp_path: Path) -> No
         out=tmp_path / "out",
     )
     assert report.config.projector_heads == 2
+
+
+def visual_query(tensors: dict[str, torch.Tensor], features: torch.Tensor) -> torch.Tensor:
+    """The projector of the released V2 models, written out: one block, 4 heads."""
+
+    def linear(name: str, x: torch.Tensor) -> torch.Tensor:
+        return x @ tensors[f"{name}.weight"].T + tensors[f"{name}.bias"]
+
+    def norm(name: str, x: torch.Tensor) -> torch.Tensor:
+        x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True, correction=0) + 1e-5).sqrt()
+        return x * tensors[f"{name}.weight"] + tensors[f"{name}.bias"]
+
+    query = tensors["visual_query.weight"]
+    x = torch.cat([query, norm("clip_proj_norm", linear("clip_proj", features))])
+    qkv = linear("visual_blocks.0.attn.qkv", norm("visual_blocks.0.norm1", x))
+    q, k, v = qkv.view(len(x), 3, 4, -1).permute(1, 2, 0, 3)
+    mixed = (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1) @ v
+    x = x + linear("visual_blocks.0.attn.proj", mixed.permute(1, 0, 2).flatten(1))
+    h = linear("visual_blocks.0.mlp.fc1", norm("visual_blocks.0.norm2", x))
+    h = h * (1 + torch.erf(h / 2**0.5)) / 2
+    x = x + linear("visual_blocks.0.mlp.fc2", h)
+    return norm("visual_proj_norm", linear("visual_proj", x[: len(query)]))
+
+
+@pytest.mark.parametrize("ratio", [2.0, 1.5, 33 / 32, 4.0])
+@pytest.mark.parametrize("kind", KINDS[1:3])
+def test_the_mlp_ratio_is_read_from_the_file(
+    kind: str, ratio: float, make_world: Any, tmp_path: Path
+) -> None:
+    world = make_world(mlp_ratio=ratio)
+    report = bring_in(world, kind, tmp_path / "in")
+    assert report.config.projector_mlp_ratio == ratio
+    tensors = torch.load(world.root / f"{kind}.pth")["model"]
+    assert tensors["visual_blocks.0.mlp.fc1.weight"].shape == (int(32 * ratio), 32)
+    model = LlamaAdapterForConditionalGeneration.from_pretrained(tmp_path / "in")
+    features = torch.randn(17, world.clip_out, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        found = model.visual(features[None])[0]
+    torch.testing.assert_close(found, visual_query(tensors, features), rtol=0, atol=2e-5)
+    back = torch.load(export_released(tmp_path / "in", out=tmp_path / "back"))["model"]
+    assert all(torch.equal(back[name], tensors[name]) for name in tensors)
+
+
+def test_adapters_of_ours_keep_their_mlp_ratio(world: Any, tmp_path: Path) -> None:
+    world.base()
+    import_released(world.save_released("v2-chat"), base=world.root / "base", out=tmp_path / "chat")
+    tower = tmp_path / "tower"
+    read_openai_clip(world.save_clip()).save_pretrained(tower)
+    config = LlamaAdapterConfig.preset(
+        "released-v2-bias", prompt_layers=4, projector_width=32, projector_heads=4,
+        projector_blocks=1, projector_mlp_ratio=1.5,
+    )  # fmt: skip
+    model = LlamaAdapterForConditionalGeneration.from_base(
+        str(tmp_path / "chat" / "base"), vision=str(tower), config=config, seed=0
+    )
+    model.save_pretrained(tmp_path / "ours")
+    again = LlamaAdapterForConditionalGeneration.from_pretrained(tmp_path / "ours")
+    assert again.adapter_config.projector_mlp_ratio == 1.5
+    path = export_released(tmp_path / "ours", out=tmp_path / "back")
+    report = import_released(
+        path, base=tmp_path / "chat" / "base", vision=tower, out=tmp_path / "again"
+    )
+    assert report.config.projector_mlp_ratio == 1.5
+    given = inputs(world, "v2-multimodal-bias")
+    assert torch.equal(logits(tmp_path / "again", given), logits(tmp_path / "ours", given))
 
 
 def test_progress_reaches_the_end(world: Any, tmp_path: Path) -> None:

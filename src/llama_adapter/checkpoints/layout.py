@@ -181,6 +181,7 @@ def _norm_entries(kind: Kind, shape: BaseShape) -> Iterator[Entry]:
 
 def _visual_entries(config: AdapterConfig, shape: BaseShape, feature_size: int) -> Iterator[Entry]:
     width, dim, root = config.projector_width, shape.hidden_size, "visual.projector"
+    mlp_width = config.projector_mlp_width
     yield _same(QUERY, f"{root}.query", (config.visual_prompt_length, width))
     for official, ours, size in (
         ("clip_proj", "feature_proj", (width, feature_size)),
@@ -196,8 +197,8 @@ def _visual_entries(config: AdapterConfig, shape: BaseShape, feature_size: int) 
             ("attn.qkv", "qkv", (3 * width, width)),
             ("attn.proj", "proj", (width, width)),
             ("norm2", "norm2", (width,)),
-            ("mlp.fc1", "fc1", (4 * width, width)),
-            ("mlp.fc2", "fc2", (width, 4 * width)),
+            ("mlp.fc1", "fc1", (mlp_width, width)),
+            ("mlp.fc2", "fc2", (width, mlp_width)),
         ):
             name, our_name = f"visual_blocks.{block}.{official}", f"{root}.blocks.{block}.{ours}"
             yield _same(f"{name}.weight", f"{our_name}.weight", size)

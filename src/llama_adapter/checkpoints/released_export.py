@@ -138,6 +138,7 @@ _OPEN_IN_V2 = (
     "projector_width",
     "projector_blocks",
     "projector_heads",
+    "projector_mlp_ratio",
     "caption_instruction",
     "frame_rule",
 )

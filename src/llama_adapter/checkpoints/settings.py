@@ -105,6 +105,7 @@ def _multimodal(released: Released, shape: BaseShape, hints: Hints) -> AdapterCo
         "projector_width": width,
         "projector_blocks": 1 + max(blocks, default=0),
         "projector_heads": _projector_heads(released, width, hints),
+        "projector_mlp_ratio": _projector_mlp_ratio(released, width),
         "caption_instruction": CAPTION_INSTRUCTION,
     }
     if not any(name.endswith(".bias") and ".feed_forward." in name for name in released.tensors):
@@ -118,7 +119,9 @@ def _multimodal(released: Released, shape: BaseShape, hints: Hints) -> AdapterCo
 def _check_matrices(released: Released) -> None:
     """What sizes are read from has two axes and a row, or CheckpointError."""
     for name, tensor in released.tensors.items():
-        is_read = name in (PROMPTS, QUERY) or name.endswith("lora_wq_l1.weight")
+        is_read = name in (PROMPTS, QUERY) or name.endswith(
+            (".lora_wq_l1.weight", "mlp.fc1.weight")
+        )
         if is_read and (tensor.ndim != 2 or 0 in tensor.shape):
             raise CheckpointError(
                 f"{released.path}: tensor {name} has shape {list(tensor.shape)}, "
@@ -214,6 +217,12 @@ def _projector_heads(released: Released, width: int, hints: Hints) -> int:
             f"{heads} heads"
         )
     return heads
+
+
+def _projector_mlp_ratio(released: Released, width: int) -> float:
+    """From the first block's MLP; that of the authors where there is none, which is refused."""
+    tensor = released.tensors.get("visual_blocks.0.mlp.fc1.weight")
+    return 4.0 if tensor is None else tensor.shape[0] / width
 
 
 def _lora_rank(released: Released) -> int:

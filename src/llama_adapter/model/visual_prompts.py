@@ -58,15 +58,15 @@ class MlpProjector(nn.Module):
 class TransformerBlock(nn.Module):
     """A pre-norm transformer block with fused qkv, biases and an exact GELU."""
 
-    def __init__(self, width: int, num_heads: int, *, mlp_ratio: int = 4) -> None:
+    def __init__(self, width: int, num_heads: int, *, mlp_width: int) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.norm1 = nn.LayerNorm(width)
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
         self.norm2 = nn.LayerNorm(width)
-        self.fc1 = nn.Linear(width, mlp_ratio * width)
-        self.fc2 = nn.Linear(mlp_ratio * width, width)
+        self.fc1 = nn.Linear(width, mlp_width)
+        self.fc2 = nn.Linear(mlp_width, width)
 
     def forward(self, x_BTW: Tensor, *, wanted: int | None = None) -> Tensor:
         """The tokens [B, T, W] after this block, or the first `wanted` of them, which see all."""
@@ -91,7 +91,8 @@ class QueryTransformer(nn.Module):
         self.feature_norm = nn.LayerNorm(width)
         self.query = nn.Parameter(torch.randn(config.visual_prompt_length, width))
         self.blocks = nn.ModuleList(
-            TransformerBlock(width, config.projector_heads) for _ in range(config.projector_blocks)
+            TransformerBlock(width, config.projector_heads, mlp_width=config.projector_mlp_width)
+            for _ in range(config.projector_blocks)
         )
         self.proj = nn.Linear(width, hidden_size)
         self.norm = nn.LayerNorm(hidden_size)
