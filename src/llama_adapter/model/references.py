@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrained
 
 from llama_adapter.errors import CheckpointError
 from llama_adapter.model.hub import why_missing
+from llama_adapter.model.loading import load_whole
 from llama_adapter.model.visual_prompts import vision_tower_of
 from llama_adapter.pretrained import load_pretrained
 
@@ -137,15 +138,15 @@ def load_language_model(reference: str, **options: Any) -> PreTrainedModel:
     """A frozen decoder by name or path; CheckpointError if there is none there."""
     options = {key: value for key, value in options.items() if value is not None}
     path = locate(reference, what="base")
-    model = load_pretrained(AutoModelForCausalLM, path, what="base", **options)
-    return model.eval()
+    return load_whole(AutoModelForCausalLM, path, what="base", **options).eval()
 
 
 def load_vision(reference: str, *, device: torch.device | None = None) -> nn.Module:
     """The visual half of a CLIP or SigLIP model by name or path, in its own dtype."""
     path = locate(reference, what="vision tower")
     config = load_pretrained(AutoConfig, path, what="vision tower")
-    tower = vision_tower_of(load_pretrained(_vision_class(config), path, what="vision tower"))
+    loader = _vision_class(config)
+    tower = vision_tower_of(load_whole(loader, path, what="vision tower", config=config))
     return tower if device is None else tower.to(device)
 
 
