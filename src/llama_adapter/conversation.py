@@ -76,6 +76,8 @@ class Message:
     role: Role
     text: str
     images: tuple[ImageRef, ...] = ()
+    scored: bool = True
+    """Whether training scores it, where it is the assistant's (OpenAI's `weight`)."""
 
     def __post_init__(self) -> None:
         if self.role not in ROLES:
@@ -199,8 +201,9 @@ def _read_message(message: Mapping[str, Any]) -> Message:
             f"message role must be one of {', '.join(_ROLE_NAMES)}, got {message.get('role')!r}"
         )
     content = message.get("content")
+    scored = message.get("weight") != 0
     if isinstance(content, str):
-        return Message(role=role, text=content)
+        return Message(role=role, text=content, scored=scored)
     if not isinstance(content, Sequence):
         raise PromptError(
             f"message content must be a string or a list of parts, got {type(content).__name__}"
@@ -225,7 +228,7 @@ def _read_message(message: Mapping[str, Any]) -> Message:
                 raise PromptError(
                     f"message part must be of type text, image, image_url or video, got {kind!r}"
                 )
-    return Message(role=role, text="\n".join(texts), images=tuple(images))
+    return Message(role=role, text="\n".join(texts), images=tuple(images), scored=scored)
 
 
 def _read_image_part(part: Mapping[str, Any]) -> ImageRef:

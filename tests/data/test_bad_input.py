@@ -62,10 +62,14 @@ def test_a_folder_is_no_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("type_", "line", "message"),
     [
-        ("alpaca", '{"instruction": "a", "output": }', "malformed JSON"),
+        ("alpaca", '{"instruction": "a", "output": }', "the record is not valid JSON"),
         ("alpaca", '"just text"', "expected an object, found str"),
-        ("alpaca", '{"instruction": ' + "9" * 5000 + "}", "malformed JSON: Exceeds the limit"),
-        ("alpaca", '{"a": ' + "[" * 99_999 + "]" * 99_999 + "}", "malformed JSON: maximum"),
+        (
+            "alpaca",
+            '{"instruction": ' + "9" * 5000 + "}",
+            "the record is not usable JSON: Exceeds the limit",
+        ),
+        ("alpaca", '{"a": ' + "[" * 99_999 + "]" * 99_999 + "}", "nested too deeply"),
         ("alpaca", '{"instruction": "a"}', "lacks 'output'; its keys: 'instruction'"),
         ("alpaca", '{"instruction": "a", "output": ["b"]}', "'output' must be text, found list"),
         ("alpaca", '{"instruction": " ", "output": "b"}', "'instruction' is empty"),
@@ -293,12 +297,13 @@ def test_a_caption_keeps_unicode_s_other_line_ends(tmp_path: Path) -> None:
 def test_numbers_that_name_no_picture(tmp_path: Path) -> None:
     [name] = write_pictures(tmp_path, 1)
     images = [{"id": 1, "file_name": name}, {"id": 10**25, "file_name": name}]
-    captions = [{"image_id": n, "caption": "Noise."} for n in (1, 10**25)]
+    captions = [{"image_id": n, "caption": "Noise."} for n in (1, 10**25, None, "1", 1.0, 2)]
     path = write(tmp_path / "c.json", {"images": images, "annotations": captions})
     source = open_source("coco_captions", "caption", path=path, images=tmp_path)
-    assert source.groups().tolist() == [1, 0]
-    assert source[0].conversation.turns[-1].text == "Noise."
-    assert "is none of the file's images" in refusal(lambda: source[1])
+    assert source.groups().tolist() == [1, 3, 0, 1, 1, 2]
+    assert [source[i].conversation.turns[-1].text for i in (0, 1, 3, 4)] == ["Noise."] * 4
+    assert "an image's id must be a number or text" in refusal(lambda: source[2])
+    assert "image_id 2 is none of the file's images" in refusal(lambda: source[5])
 
 
 def test_no_shards_at_all() -> None:

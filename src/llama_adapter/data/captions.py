@@ -1,22 +1,24 @@
-"""Picture-caption pairs: COCO's annotations and tables of paths and captions."""
+"""Image-caption pairs: COCO's annotations, lists of images and captions, and tables of both."""
 
 from __future__ import annotations
 
 import csv
 import io
+import re
 import zlib
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, TypeGuard
+from typing import Any
 
 import numpy as np
 
 from llama_adapter.conversation import Conversation
-from llama_adapter.data.conversations import check_folder, image_in
-from llama_adapter.data.records import JsonRecords, RecordFile, Spans
+from llama_adapter.data.keys import check_keys
+from llama_adapter.data.media import MediaFolder
+from llama_adapter.data.records import JsonRecords, RecordFile, Records, Span, Spans, arrays_of
 from llama_adapter.data.samples import Kind, Sample, SourceOptions
+from llama_adapter.data.turns import Fields
 from llama_adapter.errors import DataError, PromptError
 
 QUESTIONS = (
@@ -27,6 +29,9 @@ QUESTIONS = (
 )
 """Wordings that ask for a caption, where a recipe names none."""
 
+IMAGE_KEYS = ("image", "path", "image_path", "filepath", "file_name", "filename", "image_name")
+"""Keys and columns that name an image's file."""
+
 
 class CaptionOptions(SourceOptions):
     """What all sources of captions share."""
@@ -35,10 +40,26 @@ class CaptionOptions(SourceOptions):
     """What asks for the caption; a sample always gets the same one of them."""
 
 
+class FolderOptions(CaptionOptions):
+    """What sources share whose images lie in a folder."""
+
+    path: Path
+    images: Path | None = None
+    """The folder that image names are relative to; None: the file's own."""
+    images_outside: bool = False
+    """Read images outside that folder too: absolute paths, `..`, links that lead out of it."""
+    ignore: tuple[str, ...] = ()
+    """Keys or columns that are not needed; other unknown ones are refused."""
+
+    def folder(self) -> MediaFolder:
+        """The folder of the images."""
+        return MediaFolder(self.images or self.path.parent, outside=self.images_outside)
+
+
 def caption_sample(
     image: Any, caption: Any, *, number: int, where: str, kind: Kind, questions: tuple[str, ...]
 ) -> Sample:
-    """A question for a caption of a picture, and the caption."""
+    """A question for a caption of an image, and the caption."""
     if not isinstance(caption, str) or not caption.strip():
         raise DataError(f"caption must be text, found {caption!r}")
     # by the sample's own number: the same wording in every epoch and on every process
@@ -47,78 +68,79 @@ def caption_sample(
     return Sample(id=where, kind=kind, conversation=conversation)
 
 
-class CocoOptions(CaptionOptions):
-    """A JSON file of captions and a folder of pictures.
+class CocoOptions(FolderOptions):
+    """A JSON file of captions and a folder of images.
 
-    Reads COCO's own annotations, Karpathy's split file, and a list of {image, captions}.
+    Reads COCO's own annotations, Karpathy's split file, and lists of {image, captions} or
+    {image, caption}, as BLIP's.
     """
 
-    path: Path
     images: Path
     split: str | tuple[str, ...] | None = None
     """Only records with this `split`, where the file has one."""
 
-    def open(self, kind: Kind) -> CocoSource:
-        return CocoSource(self, kind)
+    def open(self, kind: Kind) -> CaptionSource:
+        # the folder first: without it nothing else matters
+        folder = self.folder()
+        file = RecordFile(self.path)
+        arrays = arrays_of(file)
+        name = f"coco_captions {self.path.name}"
+        if arrays is None or not arrays.keys & {"annotations", "images"}:
+            return ListedCaptions(self, kind, folder, name=name, splits=self.split)
+        if "images" not in arrays.found:
+            raise DataError(f"{self.path} has no array 'images'; its keys: {_shown(arrays.keys)}")
+        images = Records(file, arrays.found["images"])
+        if "annotations" not in arrays.found and _has_sentences(images):
+            return KarpathyCaptions(self, kind, folder, images, splits=self.split)
+        if "annotations" not in arrays.found:
+            raise DataError(
+                f"{self.path} has no array 'annotations'; its keys: {_shown(arrays.keys)}"
+            )
+        annotations = Records(file, arrays.found["annotations"])
+        return CocoCaptions(self, kind, folder, images, annotations)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Layout:
-    """Which of the three forms a caption file has."""
-
-    key: str | None
-    form: Literal["coco", "karpathy", "list"]
+def _shown(keys: frozenset[str]) -> str:
+    return ", ".join(map(repr, sorted(keys)[:8])) or "none"
 
 
-class CocoSource:
-    """One sample a caption; `groups` tell which captions are of one picture."""
+def _has_sentences(images: Records) -> bool:
+    for number in range(min(len(images), 8)):
+        try:
+            if "sentences" in images[number]:
+                return True
+        except DataError:
+            continue
+    return False
 
-    def __init__(self, options: CocoOptions, kind: Kind) -> None:
-        check_folder(options.images)
+
+class CaptionSource:
+    """One sample a caption; a subclass says which records there are and what they hold."""
+
+    records: Records
+
+    def __init__(
+        self, options: FolderOptions, kind: Kind, folder: MediaFolder, *, name: str
+    ) -> None:
         self.options = options
         self.kind = kind
-        self.name = f"coco_captions {options.path.name}"
-        self.layout = _layout_of(options.path)
-        self.records = JsonRecords(options.path, key=self.layout.key)
-        if self.layout.form == "coco":
-            self._pictures = _PictureNames(options.path)
-            self._record = np.arange(len(self.records), dtype=np.int32)
-            self._caption = np.zeros(len(self.records), dtype=np.int16)
-        else:
-            pairs = np.array(list(self._captions_of_records()), dtype=np.int32).reshape(-1, 2)
-            self._record, self._caption = pairs[:, 0].copy(), pairs[:, 1].astype(np.int16)
-        if not len(self._record):
-            raise DataError(
-                f"{options.path} holds no captions"
-                + (f" of split {options.split!r}" if options.split else "")
-            )
-
-    def _captions_of_records(self) -> Iterator[tuple[int, int]]:
-        splits = self.options.split
-        wanted = (splits,) if isinstance(splits, str) else splits
-        for number in range(len(self.records)):
-            try:
-                record = self.records[number]
-            except DataError:
-                # stays a sample, so that it is counted and listed as broken
-                yield number, 0
-                continue
-            if wanted is not None and record.get("split") not in wanted:
-                continue
-            captions = record.get("sentences" if self.layout.form == "karpathy" else "captions")
-            count = len(captions) if isinstance(captions, list) else 1
-            yield from ((number, index) for index in range(max(1, count)))
+        self.folder = folder
+        self.name = name
+        self._record = self._caption = np.zeros(0, dtype=np.int64)
 
     def __len__(self) -> int:
         return len(self._record)
 
     def __getitem__(self, index: int) -> Sample:
-        record = self.records[int(self._record[index])]
         where = self.where(index)
+        record = self.records[int(self._record[index])]
         try:
-            name, caption = self._read(record, int(self._caption[index]))
+            fields = Fields(record, ignore=self.options.ignore)
+            name, caption = self._read(fields, int(self._caption[index]))
+            image = self.folder.image(name)
+            fields.check(shows_media=True)
             return caption_sample(
-                image_in(self.options.images, name),
+                image,
                 caption,
                 number=index,
                 where=where,
@@ -128,110 +150,209 @@ class CocoSource:
         except (DataError, PromptError) as error:
             raise DataError(f"{where}: {error}") from error
 
-    def _read(self, record: Mapping[str, Any], number: int) -> tuple[Any, Any]:
-        if self.layout.form == "coco":
-            return self._pictures.name(record.get("image_id")), record.get("caption")
-        if self.layout.form == "karpathy":
-            folder, name = record.get("filepath", ""), record.get("filename")
-            sentence = _nth(record, "sentences", number)
-            caption = sentence.get("raw") if isinstance(sentence, dict) else None
-            return f"{folder}/{name}" if folder and name else name, caption
-        return record.get("image"), _nth(record, "captions", number)
+    def _read(self, fields: Fields, number: int) -> tuple[Any, Any]:
+        """The image's name and one of the record's captions."""
+        raise NotImplementedError
 
     def where(self, index: int) -> str:
-        place = self.records.where(int(self._record[index]))
-        number = int(self._caption[index])
-        return f"{place} caption {number + 1}" if self.layout.form != "coco" else place
+        return (
+            f"{self.records.where(int(self._record[index]))} "
+            f"caption {int(self._caption[index]) + 1}"
+        )
 
     def groups(self) -> np.ndarray | None:
-        if self.layout.form != "coco":
-            return self._record
-        return self._groups
-
-    @cached_property
-    def _groups(self) -> np.ndarray:
-        """Which annotations are of one picture; those that cannot be read make one group."""
-        ids = np.fromiter(map(self._image_id, range(len(self))), dtype=np.int64, count=len(self))
-        return np.unique(ids, return_inverse=True)[1]
-
-    def _image_id(self, index: int) -> int:
-        try:
-            found = self.records[index].get("image_id")
-        except DataError:
-            return -1
-        return found if _is_id(found) else -1
+        return self._record
 
     def fingerprint(self) -> str:
         return f"{self.options!r}{self.records.file.version}"
 
 
-def _nth(record: Mapping[str, Any], key: str, number: int) -> Any:
-    listed = record.get(key)
-    if not isinstance(listed, list) or not listed:
-        raise DataError(f"{key!r} must be a list of captions, found {listed!r}")
-    return listed[number]
+class ListedCaptions(CaptionSource):
+    """Records that each name an image and hold its captions, or one of them."""
+
+    _CAPTIONS: tuple[str, ...] = ("captions", "caption", "text")
+
+    def __init__(
+        self,
+        options: FolderOptions,
+        kind: Kind,
+        folder: MediaFolder,
+        *,
+        name: str,
+        splits: str | tuple[str, ...] | None = None,
+        records: Records | None = None,
+    ) -> None:
+        super().__init__(options, kind, folder, name=name)
+        keys = (*IMAGE_KEYS, *self._CAPTIONS, "url")
+        self.records = records or JsonRecords(options.path, record_keys=keys)
+        wanted = (splits,) if isinstance(splits, str) else splits
+        pairs = np.array(list(self._captions_of_records(wanted)), dtype=np.int64).reshape(-1, 2)
+        self._record, self._caption = pairs[:, 0].copy(), pairs[:, 1].copy()
+        if not len(pairs):
+            of_split = f" of split {splits!r}" if splits else ""
+            raise DataError(f"{options.path} holds no captions{of_split}")
+
+    def _captions_of_records(self, wanted: tuple[str, ...] | None) -> Iterator[tuple[int, int]]:
+        """Number of the record and of the caption; an invalid record stays one sample."""
+        for number in range(len(self.records)):
+            try:
+                record = self.records[number]
+            except DataError:
+                yield number, 0
+                continue
+            if wanted is not None and record.get("split") not in wanted:
+                continue
+            given = [record[key] for key in self._CAPTIONS if isinstance(record.get(key), list)]
+            count = len(given[0]) if given else 1
+            yield from ((number, index) for index in range(max(1, count)))
+
+    def _read(self, fields: Fields, number: int) -> tuple[Any, Any]:
+        name = fields.value(*IMAGE_KEYS)
+        # the address that an image was loaded from, beside the file; else the file's name
+        url = fields.value("url")
+        captions = fields.value(*self._CAPTIONS)
+        if isinstance(captions, list):
+            captions = captions[number]
+        return (url if name is None else name), captions
 
 
-def _is_id(value: Any) -> TypeGuard[int]:
-    """Whether a value can number a picture, in 64 bits."""
-    return isinstance(value, int) and -(2**63) <= value < 2**63
+class KarpathyCaptions(ListedCaptions):
+    """Karpathy's split file: images with sentences."""
+
+    _CAPTIONS = ("sentences",)
+
+    def __init__(
+        self,
+        options: FolderOptions,
+        kind: Kind,
+        folder: MediaFolder,
+        images: Records,
+        *,
+        splits: str | tuple[str, ...] | None,
+    ) -> None:
+        name = f"coco_captions {options.path.name}"
+        super().__init__(options, kind, folder, name=name, splits=splits, records=images)
+
+    def _read(self, fields: Fields, number: int) -> tuple[Any, Any]:
+        inner, name = fields.value("filepath"), fields.value("filename")
+        sentences = fields.value("sentences")
+        if not isinstance(sentences, list):
+            raise DataError(f"'sentences' must be a list, found {type(sentences).__name__}")
+        sentence = sentences[number]
+        caption = sentence.get("raw") if isinstance(sentence, dict) else None
+        return f"{inner}/{name}" if isinstance(inner, str) and name else name, caption
 
 
-def _layout_of(path: Path) -> _Layout:
-    """Which form a file has; DataError if it is none of ours."""
-    file = RecordFile(path)
-    if file.read(0, 64).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
-        return _Layout(key=None, form="list")
-    try:
-        first = JsonRecords(path, key="images")[0]
-    except DataError:
-        first = JsonRecords(path)[0]
-        if "captions" in first:
-            return _Layout(key=None, form="list")
-        raise
-    if "sentences" in first:
-        return _Layout(key="images", form="karpathy")
-    return _Layout(key="annotations", form="coco")
+class CocoCaptions(CaptionSource):
+    """COCO's annotations; groups tell which captions are of one image.
 
-
-class _PictureNames:
-    """File names of COCO's pictures by id, as two arrays."""
-
-    def __init__(self, path: Path) -> None:
-        records = JsonRecords(path, key="images")
-        found: dict[int, bytes] = {}
-        for number in range(len(records)):
-            record = records[number]
-            if _is_id(record.get("id")) and isinstance(record.get("file_name"), str):
-                found[record["id"]] = record["file_name"].encode()
-        if not found:
-            raise DataError(f"{path}: 'images' name no file: expected id and file_name")
-        self.ids = np.array(sorted(found), dtype=np.int64)
-        self.names = np.array([found[int(i)] for i in self.ids])
-
-    def name(self, picture: Any) -> str:
-        if _is_id(picture):
-            at = int(np.searchsorted(self.ids, picture))
-            if at < len(self.ids) and self.ids[at] == picture:
-                return bytes(self.names[at]).decode()
-        raise DataError(f"image_id {picture!r} is none of the file's images")
-
-
-class PairsOptions(CaptionOptions):
-    """A table of picture paths and captions, TSV or CSV, with a header line.
-
-    The header names the two columns: `url` or `image` or `path`, and `caption` or `text`.
+    An image without a usable `id` and `file_name` is one more, invalid sample.
     """
 
-    path: Path
-    images: Path | None = None
-    """The folder that paths are relative to; None: the table's own."""
+    def __init__(
+        self,
+        options: CocoOptions,
+        kind: Kind,
+        folder: MediaFolder,
+        images: Records,
+        annotations: Records,
+    ) -> None:
+        super().__init__(options, kind, folder, name=f"coco_captions {options.path.name}")
+        self.records = annotations
+        self.images = images
+        self._number_of: dict[str, int] = {}
+        self._faults: list[tuple[int, str]] = []
+        for number in range(len(images)):
+            self._list_image(number)
+        if not self._number_of:
+            raise DataError(f"{options.path}: 'images' name no file: expected id and file_name")
+        self._record = np.arange(len(annotations) + len(self._faults), dtype=np.int64)
+        self._caption = np.zeros(len(self._record), dtype=np.int64)
+        if not len(annotations):
+            raise DataError(f"{options.path} holds no captions")
 
-    def open(self, kind: Kind) -> PairsSource:
+    def _list_image(self, number: int) -> None:
+        try:
+            record = self.images[number]
+            key = _image_key(record.get("id"))
+            if not isinstance(record.get("file_name"), str):
+                raise DataError(f"file_name must be text, found {record.get('file_name')!r}")
+        except DataError as error:
+            self._faults.append((number, str(error)))
+            return
+        if key in self._number_of:
+            self._faults.append((number, f"image id {key} stands for a second image"))
+            self._number_of[key] = -1
+        else:
+            self._number_of[key] = number
+
+    def __getitem__(self, index: int) -> Sample:
+        if index >= len(self.records):
+            reason = self._faults[index - len(self.records)][1]
+            where = self.where(index)
+            raise DataError(reason if reason.startswith(where) else f"{where}: {reason}")
+        return super().__getitem__(index)
+
+    def where(self, index: int) -> str:
+        if index >= len(self.records):
+            return self.images.where(self._faults[index - len(self.records)][0])
+        return self.records.where(index)
+
+    def _read(self, fields: Fields, number: int) -> tuple[Any, Any]:  # noqa: ARG002
+        key = _image_key(fields.value("image_id"))
+        image = self._number_of.get(key)
+        if image is None:
+            raise DataError(f"image_id {key} is none of the file's images")
+        if image < 0:
+            raise DataError(f"image_id {key} stands for several images")
+        return self.images[image].get("file_name"), fields.value("caption")
+
+    def groups(self) -> np.ndarray | None:
+        return self._groups
+
+    @cached_property
+    def _groups(self) -> np.ndarray:
+        """Which annotations are of one image; those that cannot be read make one group."""
+        keys = [self._key(index) for index in range(len(self))]
+        numbers = {key: number for number, key in enumerate(sorted(set(keys), key=_by_number))}
+        return np.fromiter((numbers[key] for key in keys), dtype=np.int64, count=len(keys))
+
+    def _key(self, index: int) -> str:
+        try:
+            return _image_key(self.records[index].get("image_id"))
+        except (DataError, IndexError):
+            return ""
+
+
+def _image_key(value: Any) -> str:
+    """An image's id; some files write numbers as text, pandas writes them as floats."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, int | str) or value == "":
+        raise DataError(f"an image's id must be a number or text, found {value!r}")
+    return str(value)
+
+
+def _by_number(key: str) -> tuple[bool, int, str]:
+    """Sorts ids that are numbers as numbers; what has none comes before the images."""
+    is_number = re.fullmatch(r"-?\d{1,30}", key) is not None
+    return (bool(key) and not is_number, int(key) if is_number else -1, key)
+
+
+class PairsOptions(FolderOptions):
+    """A table of image paths and captions, TSV or CSV with a header line, or JSON records.
+
+    The header names the two columns: `image`, `path` or `url`, and `caption` or `text`.
+    """
+
+    def open(self, kind: Kind) -> CaptionSource | PairsSource:
+        if self.path.suffix.lower() in {".json", ".jsonl", ".ndjson"}:
+            name = f"pairs {self.path.name}"
+            return ListedCaptions(self, kind, self.folder(), name=name)
         return PairsSource(self, kind)
 
 
-_PATH_COLUMNS = ("url", "image", "path", "image_path", "filepath", "file_name")
+_PATH_COLUMNS = (*IMAGE_KEYS, "url")
 _CAPTION_COLUMNS = ("caption", "text", "title")
 
 
@@ -242,57 +363,68 @@ class PairsSource:
         self.options = options
         self.kind = kind
         self.name = f"pairs {options.path.name}"
-        self.folder = options.images or options.path.parent
-        check_folder(self.folder)
+        self.folder = options.folder()
         self.file = RecordFile(options.path)
         self.delimiter = "," if options.path.suffix.lower() == ".csv" else "\t"
         spans = Spans.of(_rows(self.file))
         if not len(spans):
             raise DataError(f"{options.path} holds blank lines alone, expected a header and rows")
-        start, length = int(spans.starts[0]), int(spans.lengths[0])
         try:
-            header = next(self._parse(self.file.read(start, length)), [])
-        except (csv.Error, UnicodeDecodeError) as error:
+            header = self._cells(int(spans.starts[0]), int(spans.lengths[0]))
+            self.header = [name.strip().lower() for name in header]
+            self.columns = self._columns()
+        except (csv.Error, UnicodeDecodeError, DataError) as error:
             raise DataError(f"{options.path}, line 1: {error}") from error
-        self.columns = self._columns([name.strip().strip("\ufeff").lower() for name in header])
         self.spans = Spans(starts=spans.starts[1:], lengths=spans.lengths[1:])
         if not len(self.spans):
             raise DataError(f"{options.path} has a header, but no rows")
         self.lines = self.file.lines_of(self.spans.starts)
 
-    def _columns(self, header: list[str]) -> tuple[int, int]:
-        path = next((header.index(n) for n in _PATH_COLUMNS if n in header), None)
-        caption = next((header.index(n) for n in _CAPTION_COLUMNS if n in header), None)
+    def _columns(self) -> tuple[int, int]:
+        header = self.header
+        path = next((n for n in _PATH_COLUMNS if n in header), None)
+        caption = next((n for n in _CAPTION_COLUMNS if n in header), None)
         if path is None or caption is None:
             kind = "comma" if self.delimiter == "," else "tab"
             shown = ", ".join(repr(name[:40]) for name in header[:4])
             raise DataError(
-                f"{self.options.path}, line 1: expected a {kind}-separated header such as "
-                f"'url' and 'caption', found {shown}"
+                f"expected a {kind}-separated header such as 'url' and 'caption', found {shown}"
             )
-        return path, caption
+        for name in (path, caption):
+            if header.count(name) > 1:
+                raise DataError(f"two columns are called {name!r}")
+        return header.index(path), header.index(caption)
 
-    def _parse(self, data: bytes) -> Iterator[list[str]]:
-        text = data.decode("utf-8-sig")
-        if self.delimiter == ",":
-            # not by splitlines: a caption may hold one of Unicode's other line ends
-            return csv.reader(io.StringIO(text, newline=""))
-        # as the released code writes them: tabs and line ends alone count, quotes are text
-        return iter([text.split("\t")])
+    def _cells(self, start: int, length: int) -> list[str]:
+        """The cells of one row."""
+        text = self.file.read(start, length).decode("utf-8-sig")
+        if self.delimiter != ",":
+            # as the released code writes them: tabs and line ends alone count, quotes are text
+            return text.split("\t")
+        # not by splitlines: a caption may hold one of Unicode's other line ends
+        rows = list(csv.reader(io.StringIO(text, newline="")))
+        if len(rows) != 1:
+            raise DataError(f"a lone carriage return splits the line in {len(rows)}")
+        return rows[0]
 
     def __len__(self) -> int:
         return len(self.spans)
 
     def __getitem__(self, index: int) -> Sample:
         where = self.where(index)
-        data = self.file.read(int(self.spans.starts[index]), int(self.spans.lengths[index]))
         try:
-            row = next(self._parse(data), [])
+            row = self._cells(int(self.spans.starts[index]), int(self.spans.lengths[index]))
             if len(row) <= max(self.columns):
-                raise DataError(f"expected {max(self.columns) + 1} columns, found {len(row)}")
+                raise DataError(f"expected {len(self.header)} columns, found {len(row)}")
+            if any(cell.strip() for cell in row[len(self.header) :]):
+                raise DataError(f"has {len(row)} columns, but the header names {len(self.header)}")
             image, caption = (row[column] for column in self.columns)
+            named = zip(self.header, map(_number_or_text, row), strict=False)
+            read = {self.header[column] for column in self.columns}
+            ignore = self.options.ignore
+            check_keys(dict(named), read, ignore=ignore, shows_media=True, what="column")
             return caption_sample(
-                image_in(self.folder, image.strip()),
+                self.folder.image(image.strip()),
                 caption,
                 number=index,
                 where=where,
@@ -312,20 +444,47 @@ class PairsSource:
         return f"{self.options!r}{self.file.version}"
 
 
-def _rows(file: RecordFile) -> Iterator[tuple[int, int]]:
+def _number_or_text(cell: str) -> float | str:
+    try:
+        return float(cell)
+    except ValueError:
+        return cell
+
+
+_REST_OF_QUOTED = re.compile(rb'(?:[^"]|"")*+"')
+
+
+def _rows(file: RecordFile) -> Iterator[Span]:
     """Rows of a table; in CSV a quoted cell may hold line breaks."""
     quotes = file.path.suffix.lower() == ".csv"
-    start = at = 0
-    open_quote = False
-    with file.path.open("rb") as lines:
-        for line in lines:
-            at += len(line)
-            if quotes and line.count(b'"') % 2:
-                open_quote = not open_quote
-            if open_quote:
-                continue
-            if not line.isspace():
-                yield start, start + len(line.rstrip(b"\r\n")) + (at - start - len(line))
+    start, length, quoted = 0, 0, False
+    for at, line in file.record_lines():
+        if not quoted:
             start = at
-    if open_quote:
+        quoted = quotes and _ends_in_quotes(line, quoted=quoted)
+        if quoted:
+            continue
+        length = at + len(line.rstrip(b"\r\n")) - start
+        if start != at or not line.isspace():
+            yield start, start + length
+    if quoted:
         raise DataError(f"{file.path}:{file.line_of(start)}: a quoted cell never ends")
+
+
+def _ends_in_quotes(line: bytes, *, quoted: bool) -> bool:
+    """Whether a quoted cell goes on behind a line; as csv.reader, a quote opens one at its start.
+
+    >>> _ends_in_quotes(b'5" nails,a.jpg', quoted=False)
+    False
+    """
+    at = 0
+    while True:
+        if quoted or line[at : at + 1] == b'"':
+            found = _REST_OF_QUOTED.match(line, at + (not quoted))
+            if found is None:
+                return True
+            at = found.end()
+        comma = line.find(b",", at)
+        if comma < 0:
+            return False
+        at, quoted = comma + 1, False

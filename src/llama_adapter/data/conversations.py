@@ -1,4 +1,4 @@
-"""Instruction data: Alpaca records, ShareGPT conversations, and LLaVA's with pictures."""
+"""Instruction data: Alpaca records, ShareGPT conversations, and LLaVA's with images."""
 
 from __future__ import annotations
 
@@ -9,35 +9,51 @@ from typing import Any
 
 import numpy as np
 
-from llama_adapter.conversation import Conversation, ImageRef, Message, Role
+from llama_adapter.conversation import Conversation, Message
+from llama_adapter.data.media import MediaFolder
 from llama_adapter.data.records import JsonRecords
 from llama_adapter.data.samples import Kind, Sample, SourceOptions
+from llama_adapter.data.turns import (
+    IMAGE_MARK,
+    Fields,
+    Media,
+    Turn,
+    conversation_of,
+    read_turns,
+)
 from llama_adapter.errors import DataError, PromptError
 
-IMAGE_MARK = "<image>"
-"""Where LLaVA's texts show the picture; ours stands beside the message, so the mark goes."""
+QUESTION = ("instruction", "prompt", "question", "query")
+CONTEXT = ("input", "context")
+ANSWER = ("output", "response", "completion", "answer")
+SYSTEM = ("system", "system_prompt")
+TURNS = ("conversations", "items", "messages")
 
-SPEAKERS: dict[str, Role] = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "bing": "assistant",
-    "bard": "assistant",
-    "assistant": "assistant",
-    "system": "system",
-}
-"""Whom ShareGPT's and OpenAI's files name as speaker, and who that is."""
+
+class RecordOptions(SourceOptions):
+    """What all sources of JSON records share."""
+
+    path: Path
+    images: Path | None = None
+    """The folder that the records' names of images and videos are relative to."""
+    images_outside: bool = False
+    """Read images outside that folder too: absolute paths, `..`, links that lead out of it."""
+    ignore: tuple[str, ...] = ()
+    """Keys of records that are not needed; other unknown ones make a record invalid."""
 
 
 class JsonSource(ABC):
     """Conversations from JSON records, one sample a record."""
 
-    def __init__(self, options: SourceOptions, path: Path, kind: Kind, *, type_: str) -> None:
-        self.records = JsonRecords(path)
+    def __init__(
+        self, options: RecordOptions, kind: Kind, *, type_: str, record_keys: tuple[str, ...]
+    ) -> None:
+        """`record_keys` are those that only a record has: an object without may be a wrapper."""
+        self.folder = MediaFolder(options.images, outside=options.images_outside)
+        self.records = JsonRecords(options.path, record_keys=record_keys)
         self.options = options
         self.kind = kind
-        self.name = f"{type_} {path.name}"
+        self.name = f"{type_} {options.path.name}"
 
     def __len__(self) -> int:
         return len(self.records)
@@ -46,7 +62,10 @@ class JsonSource(ABC):
         record = self.records[index]
         where = self.where(index)
         try:
-            conversation = self.read(record)
+            fields = Fields(record, ignore=self.options.ignore)
+            media = Media.of(fields, self.folder)
+            conversation = self.read(fields, media)
+            fields.check(shows_media=bool(conversation.images))
             return Sample(id=where, kind=self.kind, conversation=conversation)
         except (DataError, PromptError) as error:
             message = str(error)
@@ -55,7 +74,7 @@ class JsonSource(ABC):
             ) from error
 
     @abstractmethod
-    def read(self, record: Mapping[str, Any]) -> Conversation:
+    def read(self, fields: Fields, media: Media) -> Conversation:
         """What one record says; DataError or PromptError if it cannot be learned from."""
 
     def where(self, index: int) -> str:
@@ -68,34 +87,81 @@ class JsonSource(ABC):
         return f"{self.options!r}{self.records.file.version}"
 
 
-class AlpacaOptions(SourceOptions):
-    """JSON or JSON lines of {instruction, input, output}: Alpaca, GPT-4-LLM."""
-
-    path: Path
+class AlpacaOptions(RecordOptions):
+    """JSON or JSON lines of {instruction, input, output}: Alpaca, GPT-4-LLM, Dolly, OpenOrca."""
 
     def open(self, kind: Kind) -> AlpacaSource:
-        return AlpacaSource(self, self.path, kind, type_="alpaca")
+        keys = (*QUESTION, *ANSWER, "instances")
+        return AlpacaSource(self, kind, type_="alpaca", record_keys=keys)
 
 
 class AlpacaSource(JsonSource):
-    """Single questions, with a context where the record has an input."""
+    """Single questions, with a context where the record has an input, after earlier turns."""
 
-    def read(self, record: Mapping[str, Any]) -> Conversation:
-        question = _text(record, "instruction")
-        context = _text(record, "input", optional=True)
-        answer = _text(record, "output")
-        return Conversation.ask(question, context=context or None, answer=answer)
+    def read(self, fields: Fields, media: Media) -> Conversation:
+        return single_question(fields, media)
 
 
-class ShareGptOptions(SourceOptions):
+def single_question(fields: Fields, media: Media) -> Conversation:
+    """A question with its context and its answer, in the keys of Alpaca and its relatives.
+
+    `history` holds earlier questions and answers; they are learned too, as in LLaMA-Factory.
+    """
+    answered = _only_instance(fields)
+    question = fields.text(*QUESTION)
+    context = answered.text(*CONTEXT, optional=True)
+    answer = answered.text(*ANSWER)
+    if answered is not fields:
+        answered.check()
+    # the whole prompt in one text, which Stanford's own file repeats
+    text = fields.record.get("text")
+    if isinstance(text, str) and question.strip() in text and answer.strip() in text:
+        fields.value("text")
+    earlier = _history(fields.value("history"))
+    if earlier and context:
+        # a conversation's context stands beside its first question
+        question, context = f"{question}\n{context}", ""
+    turns = [*earlier, Turn("user", question), Turn("assistant", answer)]
+    conversation = conversation_of(turns, media, system=fields.text(*SYSTEM, optional=True))
+    return conversation.with_context(context or None)
+
+
+def _only_instance(fields: Fields) -> Fields:
+    """Where input and output stand: in the record, or in its only instance (Self-Instruct)."""
+    instances = fields.value("instances")
+    if instances is None:
+        return fields
+    if not isinstance(instances, list) or not all(isinstance(each, dict) for each in instances):
+        raise DataError(f"'instances' must be a list of objects, found {type(instances).__name__}")
+    if len(instances) != 1:
+        raise DataError(f"'instances' holds {len(instances)} answers, expected one")
+    return Fields(instances[0], what="instances: key")
+
+
+def _history(pairs: Any) -> list[Turn]:
+    if pairs is None:
+        return []
+    for pair in pairs if isinstance(pairs, list) else [None]:
+        if not (
+            isinstance(pair, list) and len(pair) == 2 and all(isinstance(p, str) for p in pair)
+        ):
+            raise DataError("'history' must be a list of [question, answer]")
+    return [t for q, a in pairs for t in (Turn("user", q), Turn("assistant", a))]
+
+
+class ShareGptOptions(RecordOptions):
     """JSON or JSON lines of conversations: {from, value} or {role, content} turns."""
 
-    path: Path
     key: str | None = None
     """Where the turns are; None: `conversations`, `items` or `messages`."""
 
     def open(self, kind: Kind) -> ShareGptSource:
-        return ShareGptSource(self, self.path, kind, type_="sharegpt")
+        return ShareGptSource(self, kind, type_="sharegpt", record_keys=self.keys)
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Where the turns may be."""
+        return TURNS if self.key is None else (self.key,)
 
 
 class ShareGptSource(JsonSource):
@@ -107,148 +173,69 @@ class ShareGptSource(JsonSource):
 
     options: ShareGptOptions
 
-    def read(self, record: Mapping[str, Any]) -> Conversation:
-        return _conversation(_turns(record, self.options.key), images=())
+    def read(self, fields: Fields, media: Media) -> Conversation:
+        return many_turns(fields, media, self.options.keys, self.folder)
 
 
-class LlavaOptions(SourceOptions):
-    """Conversations with a picture each.
+def many_turns(
+    fields: Fields, media: Media, keys: tuple[str, ...], folder: MediaFolder
+) -> Conversation:
+    """A conversation of turns, with the record's own system message where it has one."""
+    found = next((key for key in keys if key in fields.record), None)
+    if found is None:
+        names = ", ".join(map(repr, list(fields.record)[:6])) or "none"
+        raise DataError(f"lacks {' or '.join(map(repr, keys))}; its keys: {names}")
+    listed = fields.value(*keys)
+    turns = read_turns([] if listed is None else listed, found, folder)
+    return conversation_of(turns, media, system=fields.text(*SYSTEM, optional=True))
+
+
+class LlavaOptions(RecordOptions):
+    """Conversations with an image or a video each.
 
     Also reads records of {image, QA: [{q, a}]} and of {image, instruction, output}.
     """
 
-    path: Path
     images: Path
-    """The folder that the records' image names are relative to."""
 
     def open(self, kind: Kind) -> LlavaSource:
-        check_folder(self.images)
-        return LlavaSource(self, self.path, kind, type_="llava")
+        keys = (*TURNS, "QA", *QUESTION, *ANSWER)
+        return LlavaSource(self, kind, type_="llava", record_keys=keys)
 
 
 class LlavaSource(JsonSource):
-    """Conversations whose first message shows the picture; a record without one is text alone."""
+    """Conversations that show an image where its mark is; a record without one is text alone."""
 
-    options: LlavaOptions
-
-    def read(self, record: Mapping[str, Any]) -> Conversation:
-        names = record.get("image")
-        listed = names if isinstance(names, list) else [] if names is None else [names]
-        images = tuple(image_in(self.options.images, name) for name in listed)
-        if "QA" in record:
-            turns = [t for pair in _pairs(record) for t in pair]
-        elif "instruction" in record:
-            turns = [
-                Message("user", _text(record, "instruction")),
-                Message("assistant", _text(record, "output")),
-            ]
+    def read(self, fields: Fields, media: Media) -> Conversation:
+        if "QA" in fields.record:
+            turns = _pairs(fields.value("QA"))
+            conversation = conversation_of(turns, media)
+        elif any(key in fields.record for key in TURNS):
+            conversation = many_turns(fields, media, TURNS, self.folder)
+        elif any(key in fields.record for key in QUESTION):
+            conversation = single_question(fields, media)
         else:
-            turns = _turns(record, None)
-        marks = sum(turn.text.count(IMAGE_MARK) for turn in turns)
-        if marks and marks != len(images):
-            raise DataError(f"has {marks} {IMAGE_MARK} marks, but {len(images)} images")
-        return _conversation(turns, images=images)
+            conversation = many_turns(fields, media, TURNS, self.folder)
+        if not conversation.images:
+            _refuse_marks(conversation.messages)
+        return conversation
 
 
-def image_in(folder: Path, name: Any) -> ImageRef:
-    """A picture by its name in a folder; DataError if it is not there.
-
-    Names with folders of their own (`train2014/x.jpg`) are also found directly in the folder.
-    """
-    if not isinstance(name, str) or not name:
-        raise DataError(f"image must be a file name, found {name!r}")
-    for path in (folder / name, folder / Path(name).name):
-        try:
-            if path.is_file():
-                return ImageRef(source=path, name=str(path))
-        except OSError as error:  # such as a text, too long to be a name
-            raise DataError(f"image {name[:80]!r}: {error.strerror}") from error
-    raise DataError(f"image {name!r} is not in {folder}")
+def _refuse_marks(messages: tuple[Message, ...]) -> None:
+    marks = sum(message.text.count(IMAGE_MARK) for message in messages)
+    if marks:
+        raise DataError(f"has {marks} {IMAGE_MARK} marks, but 0 images")
 
 
-def check_folder(folder: Path) -> None:
-    if not folder.is_dir():
-        raise DataError(f"image folder {folder} does not exist")
-
-
-def _text(record: Mapping[str, Any], key: str, *, optional: bool = False) -> str:
-    value = record.get(key)
-    if value is None and optional:
-        return ""
-    if value is None:
-        found = ", ".join(map(repr, list(record)[:6])) or "none"
-        raise DataError(f"lacks {key!r}; its keys: {found}")
-    if not isinstance(value, str):
-        raise DataError(f"{key!r} must be text, found {type(value).__name__}")
-    if not value.strip() and not optional:
-        raise DataError(f"{key!r} is empty")
-    return value
-
-
-def _pairs(record: Mapping[str, Any]) -> list[tuple[Message, Message]]:
-    pairs = record["QA"]
-    if not isinstance(pairs, list) or not all(isinstance(pair, dict) for pair in pairs):
+def _pairs(pairs: Any) -> list[Turn]:
+    if not isinstance(pairs, list) or not all(isinstance(pair, Mapping) for pair in pairs):
         raise DataError(f"'QA' must be a list of objects, found {type(pairs).__name__}")
-    return [(Message("user", _text(p, "q")), Message("assistant", _text(p, "a"))) for p in pairs]
-
-
-def _turns(record: Mapping[str, Any], key: str | None) -> list[Message]:
-    keys = (key,) if key else ("conversations", "items", "messages")
-    found = next((k for k in keys if k in record), None)
-    if found is None:
-        names = ", ".join(map(repr, list(record)[:6])) or "none"
-        raise DataError(f"lacks {' or '.join(map(repr, keys))}; its keys: {names}")
-    listed = record[found]
-    if not isinstance(listed, list) or not all(isinstance(turn, dict) for turn in listed):
-        raise DataError(f"{found!r} must be a list of objects, found {type(listed).__name__}")
     turns = []
-    for number, turn in enumerate(listed, start=1):
-        speaker = turn.get("from", turn.get("role"))
-        role = SPEAKERS.get(speaker) if isinstance(speaker, str) else None
-        if role is None:
-            raise DataError(
-                f"turn {number} is from {speaker!r}, expected one of {', '.join(SPEAKERS)}"
-            )
-        text = turn.get("value", turn.get("content"))
-        if not isinstance(text, str):
-            raise DataError(f"turn {number} must hold text, found {type(text).__name__}")
-        turns.append(Message(role, text))
+    for number, pair in enumerate(pairs, start=1):
+        fields = Fields(pair, what=f"pair {number}: key")
+        turns += [
+            Turn("user", fields.text("q", "question")),
+            Turn("assistant", fields.text("a", "answer")),
+        ]
+        fields.check()
     return turns
-
-
-def _conversation(turns: list[Message], *, images: tuple[ImageRef, ...]) -> Conversation:
-    """Whole exchanges alone, image marks taken out, pictures beside the first question."""
-    system = turns[:1] if turns and turns[0].role == "system" else []
-    talk = turns[len(system) :]
-    first = next((i for i, turn in enumerate(talk) if turn.role == "user"), len(talk))
-    talk = talk[first:]
-    if talk and talk[-1].role == "user":
-        talk = talk[:-1]
-    for index, turn in enumerate(talk):
-        expected = "user" if index % 2 == 0 else "assistant"
-        if turn.role != expected:
-            raise DataError(
-                f"turns must alternate: turn {len(system) + first + index + 1} is from "
-                f"{turn.role!r}, expected {expected!r}"
-            )
-    if not talk:
-        raise DataError("holds no question with an answer")
-    if images:
-        talk = [Message(turn.role, _unmarked(turn.text)) for turn in talk]
-    if any(t.role == "assistant" and not t.text.strip() for t in talk):
-        raise DataError("an answer is empty")
-    talk[0] = Message("user", talk[0].text, images=images)
-    return Conversation(messages=(*system, *talk))
-
-
-def _unmarked(text: str) -> str:
-    r"""The text without image marks and the line breaks that set them apart.
-
-    >>> _unmarked("<image>\nWhat is this?")
-    'What is this?'
-    """
-    if IMAGE_MARK not in text:
-        return text
-    return (
-        text.replace(f"{IMAGE_MARK}\n", "").replace(f"\n{IMAGE_MARK}", "").replace(IMAGE_MARK, "")
-    )

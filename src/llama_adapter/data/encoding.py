@@ -141,5 +141,5 @@ def _part(conversation: Conversation, first: int, stop: int) -> Conversation:
     turns = conversation.turns[2 * first : 2 * stop]
     before = conversation.messages[: len(conversation.messages) - len(conversation.turns)]
     part = Conversation(messages=(*before, *turns), context=conversation.context)
-    shown = conversation.images[: len(conversation.images) - len(part.images)] if first else ()
+    shown = [image for turn in conversation.turns[: 2 * first] for image in turn.images]
     return part.looking_at(shown) if shown else part

@@ -1,28 +1,44 @@
 """Where each record of a file starts: JSON arrays, JSON lines and tables, read one at a time.
 
-Only places stay in memory, 20 bytes a record. A file is opened by whichever process reads
-it; records are read with `pread`, which shares no position between processes.
+Only places stay in memory, 24 bytes a record. A file is opened by whichever process reads
+it; records are read with `pread`, which shares no position between processes. Every value of a
+file is a record, malformed text between values too, so that nothing vanishes uncounted.
 """
 
 from __future__ import annotations
 
+import codecs
 import json
-import mmap
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from llama_adapter.errors import DataError
+from llama_adapter.files import open_regular, parse_json
+
+MAX_RECORD_BYTES = 1 << 26
+"""Bytes of one record, of one line, and of one value in JSON; longer ones are not read."""
 
 _CHUNK = 1 << 24
-_JSON_MARKS = re.compile(rb'"(?:[^"\\]++|\\.)*+"|[{}\[\]"]', re.DOTALL)
+_STRING = rb'"(?:[^"\\]++|\\.)*+"'
+# strings, brackets, commas, and runs of whatever else there is
+_TOKENS = re.compile(_STRING + rb'|[{}\[\],"]|[^ \t\r\n{}\[\],"]++', re.DOTALL)
 _NOT_BLANK = re.compile(rb"[^ \t\r\n]")
-_BOM = b"\xef\xbb\xbf"
+_ENCODINGS = {  # the longer marks first: UTF-32's begins with UTF-16's
+    codecs.BOM_UTF32_LE: "UTF-32",
+    codecs.BOM_UTF32_BE: "UTF-32",
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+    b"\x1f\x8b": "compressed (gzip)",
+}
+
+Span = tuple[int, int]
+"""First byte and the one after the last."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,7 +52,7 @@ class Spans:
         return len(self.starts)
 
     @classmethod
-    def of(cls, found: Iterator[tuple[int, int]]) -> Spans:
+    def of(cls, found: Iterator[Span]) -> Spans:
         """From pairs of first byte and the one after the last."""
         flat = np.fromiter((value for span in found for value in span), dtype=np.int64)
         pairs = flat.reshape(-1, 2)
@@ -44,30 +60,42 @@ class Spans:
 
 
 class RecordFile:
-    """A file that is read a few bytes at a time, from any process."""
+    """A regular UTF-8 file that is read a few bytes at a time, from any process."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._descriptor: int | None = None
-        try:
-            status = path.stat()
-        except OSError as error:
-            raise DataError(f"cannot read {path}: {error.strerror}") from error
-        if path.is_dir():
-            raise DataError(f"{path} is a folder, expected a file")
+        self._file: BinaryIO | None = open_regular(path, error=DataError)
+        status = os.fstat(self._file.fileno())
         if status.st_size == 0:
             raise DataError(f"{path} is empty (0 bytes), expected records")
         self.size = status.st_size
         self.version = f"{path.resolve()}:{status.st_size}:{status.st_mtime_ns}"
+        head = self.read(0, 4)
+        found = next((name for mark, name in _ENCODINGS.items() if head.startswith(mark)), None)
+        if found or (head.startswith((b"[\0", b"{\0", b"\0[", b"\0{"))):
+            raise DataError(f"{path} is {found or 'UTF-16'}, expected UTF-8 text")
 
     def read(self, start: int, length: int) -> bytes:
         """Bytes from somewhere in the file."""
-        if self._descriptor is None:
-            try:
-                self._descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
-            except OSError as error:
-                raise DataError(f"cannot read {self.path}: {error.strerror}") from error
-        return os.pread(self._descriptor, length, start)
+        if self._file is None:
+            self._file = open_regular(self.path, error=DataError)
+        try:
+            return os.pread(self._file.fileno(), length, start)
+        except OSError as error:
+            raise DataError(f"cannot read {self.path}: {error.strerror}") from error
+
+    def record_lines(self, start: int = 0) -> Iterator[tuple[int, bytes]]:
+        """First byte and content of each line; DataError for one of `MAX_RECORD_BYTES`."""
+        with open_regular(self.path, error=DataError) as lines:
+            lines.seek(start)
+            while line := lines.readline(MAX_RECORD_BYTES):
+                if len(line) == MAX_RECORD_BYTES:
+                    raise DataError(
+                        f"{self.path}:{self.line_of(start)}: the line has more than "
+                        f"{MAX_RECORD_BYTES} bytes"
+                    )
+                yield start, line
+                start += len(line)
 
     def line_of(self, offset: int) -> int:
         """The line, counted from 1, that a byte lies on."""
@@ -75,7 +103,7 @@ class RecordFile:
 
     def lines_of(self, offsets: np.ndarray) -> np.ndarray:
         """The lines, counted from 1, that bytes in rising order lie on."""
-        lines = np.empty(len(offsets), dtype=np.int32)
+        lines = np.empty(len(offsets), dtype=np.int64)
         before, first = 1, 0
         for start in range(0, int(offsets.max(initial=0)) + 1, _CHUNK):
             chunk = np.frombuffer(self.read(start, _CHUNK), dtype=np.uint8)
@@ -86,44 +114,20 @@ class RecordFile:
         return lines
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_descriptor": None}
+        return {**self.__dict__, "_file": None}
 
     def __del__(self) -> None:
-        if getattr(self, "_descriptor", None) is not None:
-            os.close(self._descriptor)  # type: ignore[arg-type]
+        if getattr(self, "_file", None) is not None:
+            self._file.close()  # type: ignore[union-attr]
 
 
-class JsonRecords:
-    """Objects of a JSON array, of JSON lines, or of one array inside a JSON object.
+class Records:
+    """JSON values of a file by number; each is checked when it is read."""
 
-    Raises DataError for a file that is neither. A record is checked when it is read.
-    """
-
-    def __init__(self, path: Path, *, key: str | None = None) -> None:
-        """`key` names the array to read, where the file is one object that holds arrays."""
-        self.file = RecordFile(path)
-        self.spans = self._find(key)
-        if not len(self.spans):
-            raise DataError(f"{path} holds no records")
-        self.lines = self.file.lines_of(self.spans.starts)
-
-    def _find(self, key: str | None) -> Spans:
-        head = self.file.read(0, 4096)
-        first = _NOT_BLANK.search(head, len(_BOM) if head.startswith(_BOM) else 0)
-        if first is None:
-            raise DataError(f"{self.file.path} begins with blanks, expected JSON")
-        start = first.start()
-        if head[start : start + 1] == b"[":
-            return Spans.of(_array_items(self.file, start))
-        if head[start : start + 1] != b"{":
-            raise DataError(
-                f"{self.file.path}, line 1: expected a JSON array or JSON lines, "
-                f"found {head[start : start + 20]!r}"
-            )
-        if key is None:
-            return Spans.of(_lines(self.file, start))
-        array = _array_of(self.file, key)
-        return Spans.of(_array_items(self.file, array))
+    def __init__(self, file: RecordFile, spans: Spans) -> None:
+        self.file = file
+        self.spans = spans
+        self.lines = file.lines_of(spans.starts)
 
     def __len__(self) -> int:
         return len(self.spans)
@@ -131,93 +135,253 @@ class JsonRecords:
     def __getitem__(self, index: int) -> Mapping[str, Any]:
         """One record; DataError says what is malformed on which line."""
         start, length = int(self.spans.starts[index]), int(self.spans.lengths[index])
-        data = self.file.read(start, length)
+        where = self.where(index)
+        if length > MAX_RECORD_BYTES:
+            raise DataError(f"{where}: has {length} bytes, at most {MAX_RECORD_BYTES} are read")
         try:
-            record = json.loads(data)
-        except (ValueError, RecursionError) as error:
-            # no JSON, no UTF-8, a number of thousands of digits, or brackets without end
-            raise DataError(f"{self.where(index)}: malformed JSON: {error}") from error
+            text = self.file.read(start, length).removeprefix(codecs.BOM_UTF8).decode()
+        except UnicodeDecodeError as error:
+            raise DataError(f"{where}: the record is not UTF-8 text: {error}") from error
+        record = parse_json(text, name=f"{where}: the record", error=DataError)
         if not isinstance(record, dict):
-            raise DataError(
-                f"{self.where(index)}: expected an object, found {type(record).__name__}"
-            )
+            raise DataError(f"{where}: expected an object, found {type(record).__name__}")
         return record
 
     def where(self, index: int) -> str:
-        """File and line, `data.json:17`; the record's number too, where one line holds them all."""
+        """File and line, `data.json:17`; the record's number too, where a line holds several."""
+        around = self.lines[max(0, index - 1) : index + 2]
         place = f"{self.file.path}:{self.lines[index]}"
-        in_one_line = len(self) > 1 and self.lines[0] == self.lines[-1]
-        return f"{place} record {index + 1}" if in_one_line else place
+        shares_its_line = int((around == self.lines[index]).sum()) > 1
+        return f"{place} record {index + 1}" if shares_its_line else place
 
 
-def _lines(file: RecordFile, start: int) -> Iterator[tuple[int, int]]:
-    """Lines that are not blank."""
-    with file.path.open("rb") as lines:
-        lines.seek(start)
-        for line in lines:
-            end = start + len(line)
-            if not line.isspace():
-                yield start, start + len(line.rstrip())
-            start = end
+class JsonRecords(Records):
+    """The records of a JSON text: objects one after the other, or in arrays.
+
+    A file that is one object holding one array, `{"data": [...]}`, means the array's records.
+    Raises DataError for a file that is neither.
+    """
+
+    def __init__(self, path: Path, *, record_keys: Collection[str] = ()) -> None:
+        """`record_keys` are those of a record: an object that has one of them is no wrapper."""
+        file = RecordFile(path)
+        spans = Spans.of(_records(file))
+        if len(spans) == 1:
+            arrays = arrays_of(file, int(spans.starts[0]))
+            if arrays and len(arrays.found) == 1 and not arrays.keys & set(record_keys):
+                [spans] = arrays.found.values()
+        if not len(spans):
+            raise DataError(f"{path} holds no records")
+        super().__init__(file, spans)
 
 
-def _marks(file: RecordFile, start: int) -> Iterator[tuple[int, bytes]]:
-    """Brackets and strings of a JSON text; the bytes of a string are cut to 64."""
-    with (
-        file.path.open("rb") as opened,
-        mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as text,
-    ):
-        released = 0
-        for mark in _JSON_MARKS.finditer(text, start):
-            at = mark.start()
-            if text[at : at + 1] == b'"':
-                if mark.end() == at + 1:
-                    line = file.line_of(at)
-                    raise DataError(f"{file.path}:{line}: malformed JSON: a string never ends")
-                yield at, text[at : min(mark.end(), at + 64)]
-            else:
-                yield at, text[at : at + 1]
-            if at - released > 4 * _CHUNK and hasattr(text, "madvise"):
-                # pages already read would count as memory of this process
-                done = at // mmap.PAGESIZE * mmap.PAGESIZE
-                text.madvise(mmap.MADV_DONTNEED, released, done - released)
-                released = done
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Arrays:
+    """What is directly inside the only object of a file."""
+
+    keys: frozenset[str]
+    found: Mapping[str, Spans]
+    """The items of each array, by its key."""
 
 
-def _array_items(file: RecordFile, start: int) -> Iterator[tuple[int, int]]:
-    """Objects directly inside the array that opens at `start`."""
-    depth = 0
-    opened = start
-    for at, mark in _marks(file, start):
-        if mark in b"[{":
+def arrays_of(file: RecordFile, start: int | None = None) -> Arrays | None:
+    """The arrays of a file that is one JSON object; None for any other file.
+
+    DataError where the object is malformed outside its arrays, or has a key twice.
+    """
+    start = _start(file) if start is None else start
+    if file.read(start, 1) != b"{":
+        return None
+    found: list[list[Span]] = []
+    kept: list[Span] = []
+    depth, after = 0, start
+    items = _Items()
+    for at, end, token in _tokens(file, start):
+        if depth == 0 and at > start:
+            return None  # more follows the object
+        if token in b"{[":
             depth += 1
-            if depth == 2:
-                opened = at
-        elif mark in b"]}":
+            if depth == 2 and token == b"[":
+                kept.append((after, end))
+                items = _Items()
+                found.append(items.done)
+                after = -1
+                continue
+        elif token in b"}]":
             depth -= 1
-            if depth == 1:
-                yield opened, at + 1
+            if depth == 1 and after == -1:
+                items.close()
+                after = at
             if depth == 0:
-                return
-    line = file.line_of(file.size - 1)
-    raise DataError(f"{file.path}:{line}: malformed JSON: the array never ends")
+                kept.append((after, end))
+                continue
+        if after == -1:
+            items.take(at, end, separates=depth == 2 and token == b",")
+    if depth:
+        return None
+    names, keys = _names_of_arrays(file, kept, len(found))
+    spans = {key: Spans.of(iter(of)) for key, of in zip(names, found, strict=True)}
+    return Arrays(keys=keys, found=spans)
 
 
-def _array_of(file: RecordFile, key: str) -> int:
-    """Where the array under a key of the outermost object opens."""
+def _names_of_arrays(
+    file: RecordFile, kept: list[Span], count: int
+) -> tuple[list[str], frozenset[str]]:
+    """Keys of the arrays, from the object's text with the arrays emptied, and all its keys."""
+    if sum(end - start for start, end in kept) > MAX_RECORD_BYTES:
+        raise DataError(f"{file.path} holds more than {MAX_RECORD_BYTES} bytes outside its arrays")
+    text = b"".join(file.read(start, end - start) for start, end in kept).decode(errors="replace")
+    value = parse_json(text, name=str(file.path), error=DataError)
+    names = [key for key, inner in value.items() if inner == [] and isinstance(inner, list)]
+    if len(names) != count:
+        raise DataError(f"{file.path}: malformed JSON: brackets do not fit")
+    return names, frozenset(value)
+
+
+class _Items:
+    """Stretches between commas, each from its first token to its last."""
+
+    def __init__(self) -> None:
+        self.done: list[Span] = []
+        self._first = self._last = -1
+        self._separated = False
+
+    def take(self, at: int, end: int, *, separates: bool) -> None:
+        """One more token; one that separates ends an item, an empty one too."""
+        if separates:
+            self.done.append((self._first, self._last) if self._first >= 0 else (at, end))
+            self._first, self._separated = -1, True
+            return
+        if self._first < 0:
+            self._first = at
+        self._last = end
+
+    def close(self) -> None:
+        """The array ends here."""
+        if self._first >= 0:
+            self.done.append((self._first, self._last))
+        elif self._separated:
+            # a comma and nothing behind it: malformed, and counted as the comma
+            self.done.append((self.done[-1][1], self.done[-1][1] + 1))
+
+
+def _start(file: RecordFile) -> int:
+    """The first byte of a file that is neither blank nor a byte-order mark."""
+    head = file.read(0, 4096)
+    mark = codecs.BOM_UTF8
+    first = _NOT_BLANK.search(head, len(mark) if head.startswith(mark) else 0)
+    if first is None:
+        raise DataError(f"{file.path} begins with blanks, expected JSON")
+    return first.start()
+
+
+def _records(file: RecordFile) -> Iterator[Span]:
+    start = _start(file)
+    head = file.read(start, 20)
+    if head[:1] not in b"[{":
+        raise DataError(f"{file.path}, line 1: expected a JSON array or JSON lines, found {head!r}")
+    if head.startswith(b"{") and _is_json_lines(file, start):
+        return _lines(file, start)
+    return _values(file, start)
+
+
+def _is_json_lines(file: RecordFile, start: int) -> bool:
+    """Whether one of the first two lines is an object: one of them may be damaged."""
+    try:
+        lines = (line for _, line in file.record_lines(start) if not line.isspace())
+        return any(_is_object(line) for line, _ in zip(lines, range(2), strict=False))
+    except DataError:  # one line without end
+        return False
+
+
+def _is_object(line: bytes) -> bool:
+    try:
+        return isinstance(json.loads(line.decode()), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _lines(file: RecordFile, start: int) -> Iterator[Span]:
+    """Lines that are not blank."""
+    for at, line in file.record_lines(start):
+        if not line.isspace():
+            yield at, at + len(line.rstrip())
+
+
+def _values(file: RecordFile, start: int) -> Iterator[Span]:
+    """Values that follow one another, arrays opened; what lies between them is malformed."""
     depth = 0
-    wanted = json.dumps(key).encode()
-    named = False
-    found = []
-    for at, mark in _marks(file, 0):
-        if mark in (b"{", b"["):
-            if named and depth == 1 and mark == b"[":
-                return at
-            depth += 1
-        elif mark in (b"}", b"]"):
-            depth -= 1
-        elif depth == 1:
-            found.append(mark.decode(errors="replace"))
-        named = mark == wanted
-    names = ", ".join(dict.fromkeys(found[:8])) or "none"
-    raise DataError(f"{file.path} has no array {key!r}; its keys and texts: {names}")
+    first = last = -1  # of an object, or of what lies between values
+    items: _Items | None = None
+    for at, end, token in _tokens(file, start):
+        if depth == 0 and token in b"{[":
+            if first >= 0:
+                yield first, last
+            first, items = at, _Items() if token == b"[" else None
+            depth = 1
+        elif depth == 0:
+            if token == codecs.BOM_UTF8:
+                continue  # files put together, each with its mark
+            first, last = (first if first >= 0 else at), end
+        else:
+            depth += (token in b"{[") - (token in b"}]")
+            if depth:
+                if items is not None:
+                    items.take(at, end, separates=depth == 1 and token == b",")
+                    if len(items.done) > _TOGETHER:
+                        last_done = items.done.pop()
+                        yield from items.done
+                        items.done[:] = [last_done]
+                continue
+            if items is None:
+                yield first, end
+            elif token == b"]":
+                items.close()
+                yield from items.done
+            else:
+                line = file.line_of(at)
+                raise DataError(f"{file.path}:{line}: malformed JSON: an array ends with '}}'")
+            first = -1
+    if depth:
+        line = file.line_of(file.size - 1)
+        what = "object" if items is None else "array"
+        raise DataError(f"{file.path}:{line}: malformed JSON: the {what} never ends")
+    if first >= 0:
+        yield first, last
+
+
+_TOGETHER = 1000
+"""Items of an array that are found before they are handed on."""
+
+
+def _tokens(file: RecordFile, start: int) -> Iterator[tuple[int, int, bytes]]:
+    """Tokens of a JSON text: first byte, the one after the last, and the first 8 bytes."""
+    size = _CHUNK
+    while start < file.size:
+        chunk = file.read(start, size)
+        reaches_end = start + len(chunk) >= file.size
+        open_from = -1
+        for found in _TOKENS.finditer(chunk):
+            at, end = found.span()
+            is_open = end == at + 1 and chunk[at] == 34  # a quote: the string goes on
+            if is_open or (end == len(chunk) and chunk[at] not in b'{}[],"'):
+                if not reaches_end:
+                    open_from = at
+                    break
+                if is_open:
+                    line = file.line_of(start + at)
+                    raise DataError(f"{file.path}:{line}: malformed JSON: a string never ends")
+            yield start + at, start + end, chunk[at : min(end, at + 8)]
+        if not chunk:
+            return  # it became shorter while it was read
+        if open_from == 0:
+            if size >= MAX_RECORD_BYTES:
+                line = file.line_of(start)
+                raise DataError(
+                    f"{file.path}:{line}: malformed JSON: a value of more than "
+                    f"{MAX_RECORD_BYTES} bytes"
+                )
+            size *= 2
+            continue
+        start += len(chunk) if open_from < 0 else open_from
+        size = _CHUNK

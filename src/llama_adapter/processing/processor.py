@@ -111,12 +111,20 @@ class LlamaAdapterProcessor(ProcessorMixin):
         add_generation_prompt: bool | None = None,
         continue_final_message: bool = False,
     ) -> Rendered:
-        """The prompt's text with the places of answers and slots; see `PromptRenderer.render`."""
-        return self._renderer.render(
+        """The prompt's text with the places of answers and slots; see `PromptRenderer.render`.
+
+        Answers that are not to be scored are left out of the places.
+        """
+        text = self._renderer.render(
             conversation,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
         )
+        scored = [turn.scored for turn in conversation.turns if turn.role == "assistant"]
+        if all(scored):
+            return text
+        answers = [span for span, keep in zip(text.answers, scored, strict=False) if keep]
+        return Rendered(text, answers=answers, slots=text.slots)
 
     def encode(self, prompt: Prompt, *, max_length: int | None = None) -> Encoded:
         """Token ids, labels and slot marks of one prompt.
