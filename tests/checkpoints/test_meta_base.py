@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from transformers import LlamaForCausalLM
 from llama_adapter.checkpoints import meta_base
 from llama_adapter.checkpoints.bases import describe_stored
 from llama_adapter.checkpoints.meta_base import MetaBase
+from llama_adapter.errors import CheckpointError
 from llama_adapter.model.references import describe_model
 
 
@@ -133,13 +135,182 @@ def test_numbers_stay_in_their_dtype(dtype: torch.dtype, make_world: Any, tmp_pa
     assert {parameter.dtype for parameter in model.parameters()} == {dtype}
 
 
-def test_tied_embeddings(world: Any, tmp_path: Path) -> None:
+LLAMA_3_2 = {"rope_theta": 500000.0, "use_scaled_rope": True}
+
+
+def test_tied_embeddings(make_world: Any, tmp_path: Path) -> None:
+    world = make_world(extra=LLAMA_3_2)
     tensors = world.base_tensors()
     del tensors["output.weight"]
     MetaBase(world.base(tensors=tensors)).convert(tmp_path)
     model = LlamaForCausalLM.from_pretrained(tmp_path)
     assert model.config.tie_word_embeddings
     assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize("extra", [{}, {"rope_theta": 500000.0}])
+def test_output_weights_that_are_missing_are_not_made_up(
+    extra: dict[str, Any], make_world: Any
+) -> None:
+    """Only LLaMA 3.2 has none of its own; any other base without them is incomplete."""
+    world = make_world(extra=extra)
+    tensors = world.base_tensors()
+    del tensors["output.weight"]
+    with pytest.raises(CheckpointError, match=r"00.pth lacks tensor output.weight, and params.js"):
+        MetaBase(world.base(tensors=tensors))
+
+
+def test_a_wide_base_is_never_tied(make_world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(meta_base, "WIDEST_TIED", 47)
+    world = make_world(extra=LLAMA_3_2)
+    tensors = world.base_tensors()
+    del tensors["output.weight"]
+    with pytest.raises(CheckpointError, match=r"lacks tensor output.weight"):
+        MetaBase(world.base(tensors=tensors))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["layers.5.attention.wq.weight", "layers.0.attention.wq.bias", "layers.0.attention.wz.weight",
+     "tok_embeddings.weights", "vision_model.proj.weight", "output.bias"],
+)  # fmt: skip
+def test_names_that_the_layout_does_not_know(name: str, world: Any) -> None:
+    tensors = world.base_tensors()
+    tensors[name] = tensors["layers.0.attention.wq.weight"]
+    with pytest.raises(CheckpointError, match=f"{name}|00.pth has 6 layers, params.json says 5"):
+        MetaBase(world.base(tensors=tensors))
+
+
+@pytest.mark.parametrize(
+    "name", ["rope.freqs", "layers.0.attention.inner_attention.rope.freqs",
+             "layers.3.attention.rotary_emb.inv_freq"],
+)  # fmt: skip
+def test_names_of_what_is_computed_are_harmless(name: str, world: Any) -> None:
+    MetaBase(world.base(tensors={**world.base_tensors(), name: torch.ones(4)}))
+
+
+def resave(path: Path, **changes: Any) -> None:
+    torch.save({**torch.load(path), **changes}, path)
+
+
+@pytest.mark.parametrize("name", ["norm.weight", "layers.2.ffn_norm.weight"])
+def test_shards_that_contradict_each_other(name: str, world: Any, tmp_path: Path) -> None:
+    base = world.base(shards=3)
+    path = base / "consolidated.02.pth"
+    changed = torch.load(path)[name]
+    changed[5] += 1e-3
+    resave(path, **{name: changed})
+    with pytest.raises(CheckpointError, match=f"02.pth: tensor {name} differs from its copy in"):
+        MetaBase(base).convert(tmp_path)
+
+
+@pytest.mark.parametrize("shard", [0, 1])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_values_that_are_not_finite(shard: int, value: float, world: Any, tmp_path: Path) -> None:
+    base = world.base(shards=2)
+    path = base / f"consolidated.0{shard}.pth"
+    changed = torch.load(path)["layers.1.feed_forward.w2.weight"]
+    changed[7, 3:5] = value
+    resave(path, **{"layers.1.feed_forward.w2.weight": changed})
+    with pytest.raises(
+        CheckpointError, match=f"0{shard}.pth: tensor layers.1.feed_forward.w2.weig"
+    ):
+        MetaBase(base).convert(tmp_path)
+
+
+def test_values_that_do_not_fit_the_dtype_they_end_in(make_world: Any, tmp_path: Path) -> None:
+    world = make_world(dtype=torch.float16)
+    tensors = world.base_tensors()
+    tensors["norm.weight"] = tensors["norm.weight"].float()
+    MetaBase(world.base("fits", tensors=tensors)).convert(tmp_path)
+    tensors["norm.weight"][3] = 70000.0
+    with pytest.raises(
+        CheckpointError, match=r"norm.weight holds 1 values .* finite in torch.float"
+    ):
+        MetaBase(world.base("large", tensors=tensors)).convert(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.int8, torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn]
+)
+def test_dtypes_that_no_weights_have(dtype: torch.dtype, world: Any) -> None:
+    tensors = world.base_tensors()
+    tensors["layers.1.attention.wk.weight"] = tensors["layers.1.attention.wk.weight"].to(dtype)
+    with pytest.raises(CheckpointError, match=f"layers.1.attention.wk.weight has dtype {dtype}"):
+        MetaBase(world.base(tensors=tensors))
+
+
+@pytest.mark.parametrize("how", ["transposed", "sliced", "expanded", "parameter", "gradient"])
+def test_tensors_that_lie_oddly_in_their_storage(how: str, world: Any, tmp_path: Path) -> None:
+    tensors, name = world.base_tensors(), "layers.1.attention.wo.weight"
+    plain = tensors[name].clone()
+    if how == "expanded":
+        plain = plain[:1].expand(48, 48).clone()
+    tensors[name] = {
+        "transposed": lambda: plain.T.contiguous().T,
+        "sliced": lambda: torch.cat([plain, plain], 1)[:, :48],
+        "expanded": lambda: plain[:1].expand(48, 48),
+        "parameter": lambda: torch.nn.Parameter(plain),
+        "gradient": lambda: plain.clone().requires_grad_(),
+    }[how]()
+    MetaBase(world.base(tensors=tensors)).convert(tmp_path)
+    found = load_file(tmp_path / "model.safetensors")["model.layers.1.self_attn.o_proj.weight"]
+    assert torch.equal(found, plain)
+
+
+def test_a_shard_with_a_flipped_bit(world: Any, tmp_path: Path) -> None:
+    base = world.base()
+    path = base / "consolidated.00.pth"
+    damaged = bytearray(path.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    path.write_bytes(damaged)
+    opened = MetaBase(base)  # what is mapped is not read yet
+    with pytest.raises(CheckpointError, match=r"00.pth is truncated or damaged .*CRC"):
+        opened.convert(tmp_path)
+    with pytest.raises(CheckpointError, match=r"00.pth is truncated or damaged .*CRC"):
+        opened.read("model.norm.weight")
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_members_that_mapping_would_read_as_garbage(compression: int, world: Any) -> None:
+    path = world.base() / "consolidated.00.pth"
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        for name, content in members.items():
+            is_cut = compression == zipfile.ZIP_STORED and name.endswith("/data/4")
+            archive.writestr(name, content[:-4] if is_cut else content)
+    with pytest.raises(CheckpointError, match=r"is compressed|storage 4 has \d+ bytes, expected"):
+        MetaBase(path.parent)
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "{", "[]", "null", '{"dim": 48, "dim": 96}', "[" * 100_000, '{"dim": ' + "1" * 5000 + "}",
+     b"\xff\xfe{}"],
+)  # fmt: skip
+def test_params_that_are_no_object(content: str | bytes, world: Any) -> None:
+    path = world.base() / "params.json"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(CheckpointError, match=r"params.json") as refused:
+        MetaBase(path.parent)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("dim", 10**30), ("dim", 2**40), ("n_layers", 10**12), ("n_heads", 48), ("n_heads", 16),
+     ("n_kv_heads", 0), ("n_kv_heads", 10**12), ("n_kv_heads", "6"), ("multiple_of", 10**300),
+     ("ffn_dim_multiplier", 1e300), ("norm_eps", 1e30), ("norm_eps", True), ("rope_theta", 1e300),
+     ("vocab_size", 10**15), ("use_scaled_rope", "yes"), ("use_scaled_rope", 1), ("n_layer", 5),
+     ("quantization_args", {"scheme": "int4"})],
+)  # fmt: skip
+def test_params_that_are_absurd(key: str, value: Any, world: Any) -> None:
+    path = world.base() / "params.json"
+    path.write_text(json.dumps({**world.params(), key: value}))
+    with pytest.raises(CheckpointError, match=r"params.json|consolidated") as refused:
+        MetaBase(path.parent)
+    assert key in str(refused.value) or "expected" in str(refused.value)
 
 
 def test_llama_3_1_stretches_its_rotation(make_world: Any) -> None:

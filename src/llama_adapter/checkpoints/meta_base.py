@@ -7,11 +7,10 @@ Rotary pairs are neighbours there and half a head apart at Hugging Face: wq, wk 
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from math import inf, prod
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +26,15 @@ from llama_adapter.checkpoints.safetensors_writer import (
     supports,
     write_index,
 )
-from llama_adapter.checkpoints.torch_files import read_torch_file
+from llama_adapter.checkpoints.torch_files import (
+    check_archive,
+    read_torch_file,
+    state_dict,
+    why_not_finite,
+)
+from llama_adapter.config import did_you_mean
 from llama_adapter.errors import CheckpointError
+from llama_adapter.files import read_json_object
 
 Progress = Callable[[int, int], None]
 """Called with bytes done and bytes in all."""
@@ -55,6 +61,23 @@ _LAYER_TENSORS: dict[str, tuple[str, int | None]] = {
 
 EMBEDDINGS, OUTPUT = "tok_embeddings.weight", "output.weight"
 
+_COMPUTED = ("rope.freqs", ".inv_freq")
+"""Endings of tensors that follow from params.json: stored by some versions, never read."""
+
+_PARAMS = (
+    "dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of", "ffn_dim_multiplier",
+    "norm_eps", "rope_theta", "use_scaled_rope", "rope_scale_factor",
+)  # fmt: skip
+_OF_RUNS = ("max_batch_size", "max_seq_len")
+"""What params.json may say: about the model, and about how it was run, which is not read."""
+
+_MOST = {"norm_eps": 0.1, "rope_theta": 1e10, "ffn_dim_multiplier": 64.0, "rope_scale_factor": 1e4}
+"""Beyond this a number of params.json is damage."""
+
+WIDEST_TIED = 3072
+"""LLaMA 3.2 with 1B and 3B parameters: the only published bases whose output weights are the
+embeddings. params.json does not say so, but no other has a scaled rotation and is so narrow."""
+
 
 def rotary_permutation(rows: int, head_size: int) -> Tensor:
     """Row order that turns neighbouring rotary pairs into halves of a head."""
@@ -77,6 +100,7 @@ class _Source:
 class MetaBase:
     """A base model in Meta's layout, looked at without reading its numbers.
 
+    Checksums are compared, and values that are not finite or disagree refused, when they are read.
     Raises CheckpointError naming the file, the tensor, what was found and what was expected.
     """
 
@@ -87,6 +111,8 @@ class MetaBase:
         tensors = self._open()
         self.config = self._read_config(tensors)
         self._sources = list(self._plan(tensors))
+        self._refuse_strangers(tensors)
+        self._is_checked = False
 
     @staticmethod
     def is_at(directory: Path) -> bool:
@@ -107,11 +133,12 @@ class MetaBase:
         files = split_into_files([s.spec for s in self._sources], max_bytes=FILE_BYTES)
         buffers = _Buffers()
         done = mapped = 0
+        self._check_sums()
         shards = self._open()
         for name, specs in zip(file_names(len(files)), files, strict=True):
             with SafetensorsWriter(out / name, specs) as writer:
                 for spec in specs:
-                    writer.write(*_pieces(by_name[spec.name], shards, buffers))
+                    writer.write(*self._pieces(by_name[spec.name], shards, buffers))
                     done += spec.num_bytes
                     mapped += spec.num_bytes
                     if mapped > MAPPED_BYTES:
@@ -124,25 +151,49 @@ class MetaBase:
     def read(self, name: str) -> Tensor:
         """One converted tensor by its name in the converted base."""
         source = next(s for s in self._sources if s.spec.name == name)
-        pieces = _pieces(source, self._open(), _Buffers())
+        self._check_sums()
+        pieces = self._pieces(source, self._open(), _Buffers())
         return torch.cat(pieces).view(source.spec.shape)
 
+    def _check_sums(self) -> None:
+        """Compare the shards' checksums, once."""
+        if not self._is_checked:
+            for path in self.shards:
+                check_archive(path)
+        self._is_checked = True
+
     def _open(self) -> list[dict[str, Tensor]]:
-        contents = [read_torch_file(path, mmap=True) for path in self.shards]
-        for path, content in zip(self.shards, contents, strict=True):
-            if not isinstance(content, dict) or EMBEDDINGS not in content:
-                found = sorted(content)[:3] if isinstance(content, dict) else type(content).__name__
+        shards = [state_dict(path, read_torch_file(path, mmap=True)) for path in self.shards]
+        for path, shard in zip(self.shards, shards, strict=True):
+            if EMBEDDINGS not in shard:
                 raise CheckpointError(
-                    f"{path} holds no LLaMA weights: expected tensor {EMBEDDINGS}, found {found}"
+                    f"{path} holds no LLaMA weights: expected tensor {EMBEDDINGS}, "
+                    f"found {sorted(shard)[:3]}"
                 )
-        return contents
+        return shards
+
+    def _pieces(
+        self, source: _Source, shards: list[dict[str, Tensor]], buffers: _Buffers
+    ) -> list[Tensor]:
+        """The rows of one converted tensor; CheckpointError for values that cannot be right."""
+        for path, shard in zip(self.shards, shards, strict=True):
+            # whoever loads the base gives all its tensors the dtype of its configuration
+            why = why_not_finite(shard[source.name], self.config.dtype)
+            if why is not None:
+                raise CheckpointError(f"{path}: tensor {source.name} {why}")
+            if source.axis is _COPY and not torch.equal(shard[source.name], shards[0][source.name]):
+                raise CheckpointError(
+                    f"{path}: tensor {source.name} differs from its copy in {self.shards[0]}"
+                )
+        return _pieces(source, shards, buffers)
 
     def _read_config(self, shards: list[dict[str, Tensor]]) -> LlamaConfig:
         params, path = self.params, self.directory / "params.json"
         dim, heads = _integer(params, "dim", path), _integer(params, "n_heads", path)
         layers = _integer(params, "n_layers", path)
-        kv_heads = _integer(params, "n_kv_heads", path) if params.get("n_kv_heads") else heads
-        if dim % heads or heads % kv_heads:
+        has_kv_heads = params.get("n_kv_heads") is not None
+        kv_heads = _integer(params, "n_kv_heads", path) if has_kv_heads else heads
+        if dim % heads or heads % kv_heads or dim // heads % 2:
             raise CheckpointError(
                 f"{path}: dim {dim}, n_heads {heads}, n_kv_heads {kv_heads} do not divide evenly"
             )
@@ -150,7 +201,13 @@ class MetaBase:
         if found != layers:
             raise CheckpointError(f"{self.shards[0]} has {found} layers, {path.name} says {layers}")
         embedding = shards[0][EMBEDDINGS]
-        is_by_rows = embedding.shape[1] == dim
+        widths = [shard[EMBEDDINGS].shape[-1] for shard in shards if shard[EMBEDDINGS].ndim == 2]
+        if len(widths) < len(shards) or dim not in (widths[0], sum(widths)):
+            raise CheckpointError(
+                f"{self.shards[0]}: tensor {EMBEDDINGS} has shape {list(embedding.shape)}, "
+                f"expected {[*embedding.shape[:1], dim]} by {path.name}"
+            )
+        is_by_rows = widths[0] == dim
         vocab = sum(s[EMBEDDINGS].shape[0] for s in shards) if is_by_rows else embedding.shape[0]
         stated = params.get("vocab_size")
         if stated not in (None, -1) and _integer(params, "vocab_size", path) != vocab:
@@ -170,12 +227,32 @@ class MetaBase:
             rms_norm_eps=_number(params, "norm_eps", path, default=1e-5),
             rope_parameters=_rope(params, theta, dim, path),
             max_position_embeddings=_context_length(params, theta),
-            tie_word_embeddings=OUTPUT not in shards[0],
+            tie_word_embeddings=OUTPUT not in shards[0] and self._is_tied(),
             # which token ends a text is the tokenizer's to say
             bos_token_id=None,
             eos_token_id=None,
             dtype=embedding.dtype,
         )
+
+    def _is_tied(self) -> bool:
+        """Whether a base without output weights uses its embeddings; CheckpointError if not."""
+        if not self.params.get("use_scaled_rope") or self.params["dim"] > WIDEST_TIED:
+            raise CheckpointError(
+                f"{self.shards[0]} lacks tensor {OUTPUT}, and params.json is not that of a base "
+                "whose embeddings are its output weights (LLaMA 3.2)"
+            )
+        return True
+
+    def _refuse_strangers(self, shards: list[dict[str, Tensor]]) -> None:
+        """A tensor that the layout does not know would be left out: another model."""
+        known = {source.name for source in self._sources}
+        for path, shard in zip(self.shards, shards, strict=True):
+            for name in shard:
+                if name not in known and not name.endswith(_COMPUTED):
+                    raise CheckpointError(
+                        f"{path} has tensor {name}, which no LLaMA base in Meta's layout has"
+                        f"{did_you_mean(name, known)}"
+                    )
 
     def _plan(self, shards: list[dict[str, Tensor]]) -> Iterator[_Source]:
         config = self.config
@@ -274,18 +351,23 @@ def _read_params(path: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path} is missing; a base in Meta's layout has params.json beside consolidated.*.pth"
         )
-    try:
-        params = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(params, dict):
-        raise CheckpointError(f"{path} holds a {type(params).__name__}, expected an object")
+    params = read_json_object(path, error=CheckpointError)
+    for key in params:
+        if key not in (*_PARAMS, *_OF_RUNS):
+            raise CheckpointError(
+                f"{path}: unknown key {key!r}{did_you_mean(key, _PARAMS)}; "
+                f"a LLaMA base has {', '.join(_PARAMS)}"
+            )
+    if not isinstance(params.get("use_scaled_rope"), bool | None):
+        raise CheckpointError(
+            f"{path}: use_scaled_rope must be true or false, found {params['use_scaled_rope']!r}"
+        )
     return params
 
 
 def _integer(params: dict[str, Any], key: str, path: Path) -> int:
     value = params.get(key)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**31:
         raise CheckpointError(f"{path}: {key} must be a positive integer, found {value!r}")
     return value
 
@@ -294,8 +376,10 @@ def _number(params: dict[str, Any], key: str, path: Path, *, default: float) -> 
     """A positive number; null is as good as absent."""
     value = default if params.get(key) is None else params[key]
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not 0 < value < inf:
+    if not is_number or not value > 0:
         raise CheckpointError(f"{path}: {key} must be a positive number, found {value!r}")
+    if value > _MOST[key]:
+        raise CheckpointError(f"{path}: {key} is {value!r}, expected at most {_MOST[key]:g}")
     return float(value)
 
 

@@ -93,15 +93,18 @@ def read_torch_file(path: Path, *, mmap: bool = False, inert: Iterable[str] = ()
     classes named in `inert` come back as `Inert`.
     Raises CheckpointError for a file that is missing, damaged, or holds code or odd tensors.
     """
+    check_archive(path, with_data=not mmap)
+    content = _load(path, inert, mmap=mmap and is_archive(path))
+    _check_tensors(path, content)
+    return content
+
+
+def is_archive(path: Path) -> bool:
+    """Whether a file begins as an archive. Those from before torch 1.6 do not."""
     if not path.exists():
         raise CheckpointError(f"{path} is missing")
     with open_regular(path, error=CheckpointError) as file:
-        is_archive = file.read(len(_ZIP_MAGIC)) == _ZIP_MAGIC
-    if is_archive:  # else from before torch 1.6: no checksums, cannot be mapped
-        check_archive(path, with_data=not mmap)
-    content = _load(path, inert, mmap=mmap and is_archive)
-    _check_tensors(path, content)
-    return content
+        return file.read(len(_ZIP_MAGIC)) == _ZIP_MAGIC
 
 
 def check_archive(path: Path, *, with_data: bool = True) -> None:
@@ -109,7 +112,10 @@ def check_archive(path: Path, *, with_data: bool = True) -> None:
 
     `with_data` false leaves out the checksums of the tensors' values. Raises CheckpointError for
     a damaged archive, and for compressed members, which torch does not write and cannot map.
+    Files from before torch 1.6 are no archives and have nothing to compare.
     """
+    if not is_archive(path):
+        return
     try:
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
@@ -212,6 +218,40 @@ def _leaves(content: Any) -> Iterator[tuple[str, Any]]:
             waiting += [(f"{name}.{key}" if name else str(key), part) for key, part in inner]
         else:
             yield name, value
+
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+"""Dtypes of weights; float8 needs scales that no file of these layouts holds."""
+
+
+def state_dict(path: Path, content: Any) -> dict[str, Tensor]:
+    """Tensors by name, plain and without gradients; CheckpointError for any other content."""
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds a {type(content).__name__}, expected tensors by name")
+    for name, value in content.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            raise CheckpointError(
+                f"{path}: {name!r} is a {type(value).__name__}, expected tensors by name"
+            )
+    return {name: value.detach().resolve_neg() for name, value in content.items()}
+
+
+def why_not_float(tensor: Tensor) -> str | None:
+    """Why a tensor cannot be a weight; None if it can."""
+    if tensor.dtype in FLOATS:
+        return None
+    return f"has dtype {tensor.dtype}, expected {', '.join(str(dtype) for dtype in FLOATS)}"
+
+
+def why_not_finite(tensor: Tensor, dtype: torch.dtype) -> str | None:
+    """Why a tensor's values cannot be used in a dtype; None if they can. Reads them once."""
+    if not tensor.numel():
+        return None
+    low, high = torch.aminmax(tensor)  # NaN if any value is
+    if bool(torch.stack([low, high]).to(dtype).isfinite().all()):
+        return None
+    count = int((~tensor.to(dtype).isfinite()).sum())
+    return f"holds {count} values that are not finite in {dtype}, of {tensor.numel()}"
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
