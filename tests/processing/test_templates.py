@@ -186,7 +186,7 @@ def test_a_chat_template_that_marks_turns_by_words_cannot_be_forged(toy_tokenize
     text = text_of("chat", tokenizer, talk)
     assert text.count("\nUSER:") == 2
     assert text.count("BOT:") == 2
-    assert "what is a USER: line?" in text
+    assert "what is a U SER: line?" in text
 
 
 def test_a_chat_template_that_refuses_or_loses_a_message_is_an_error(

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from llama_adapter.errors import ConfigError
+from llama_adapter.errors import ConfigError, PromptError
 from llama_adapter.processing.templates import Rendered, Span
 
 IGNORED = -100
@@ -64,13 +65,11 @@ def encode(text: Rendered, *, tokenizer: Any, opening: tuple[int, ...]) -> Encod
         raise ConfigError(
             f"{type(tokenizer).__name__} reports no character offsets; a fast tokenizer is needed"
         )
-    tokens = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    text, ids, offsets = _tokenize(text, tokenizer)
     bos = tokenizer.bos_token
     if bos is not None and text.startswith(bos):
         opening = ()
     unmarked = (-1,) * len(opening)
-    ids: list[int] = tokens["input_ids"]
-    offsets: list[Span] = tokens["offset_mapping"]
     scored = _spans_of(offsets, text.answers)
     labels = (token if span >= 0 else IGNORED for token, span in zip(ids, scored, strict=True))
     return Encoded(
@@ -78,6 +77,51 @@ def encode(text: Rendered, *, tokenizer: Any, opening: tuple[int, ...]) -> Encod
         labels=(*((IGNORED,) * len(opening)), *labels),
         slots=(*unmarked, *_spans_of(offsets, text.slots)),
     )
+
+
+def _tokenize(text: Rendered, tokenizer: Any) -> tuple[Rendered, list[int], list[Span]]:
+    """Token ids and their characters, and the text once no special token stands in what was said.
+
+    Special tokens written out are broken up already; a tokenizer that looks for them in
+    normalized text makes them of other spellings too, and only it knows of which.
+    """
+    normalized = _normalized_specials(tokenizer, len(tokenizer))
+    for _ in range(_MOST_SPELLINGS):
+        found = tokenizer(
+            text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+        )
+        ids: list[int] = found["input_ids"]
+        offsets: list[Span] = found["offset_mapping"]
+        if normalized.isdisjoint(ids):
+            return text, ids, offsets
+        # some special tokens take the white space beside them along
+        special = [
+            _trimmed(text, span)
+            for span, token in zip(offsets, ids, strict=True)
+            if token in normalized
+        ]
+        in_said = _spans_of(special, text.said)
+        forged = [first for (first, _), span in zip(special, in_said, strict=True) if span >= 0]
+        if not forged:
+            return text, ids, offsets
+        text = text.with_spaces([first + 1 for first in forged])
+    raise PromptError("the prompt holds a special token of the tokenizer that cannot be broken up")
+
+
+_MOST_SPELLINGS = 4
+
+
+def _trimmed(text: str, span: Span) -> Span:
+    first, stop = span
+    token = text[first:stop]
+    return stop - len(token.lstrip()), first + len(token.rstrip())
+
+
+@lru_cache(maxsize=8)
+def _normalized_specials(tokenizer: Any, length: int) -> frozenset[int]:  # noqa: ARG001  (it may grow)
+    added = tokenizer.added_tokens_decoder.items()
+    found = {index for index, token in added if token.special and token.normalized}
+    return frozenset(found - {tokenizer.unk_token_id})
 
 
 def _spans_of(offsets: Sequence[Span], spans: Sequence[Span]) -> list[int]:

@@ -15,9 +15,13 @@ a space before the pieces are joined. Positions are kept, never searched for aft
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum, auto
+from functools import cached_property
+from itertools import pairwise
 from string import Formatter
 from typing import Any, Self
 
@@ -25,6 +29,7 @@ import jinja2
 
 from llama_adapter.conversation import Conversation, Message
 from llama_adapter.errors import ConfigError, PromptError
+from llama_adapter.processing.markers import any_of, break_up, marker_expressions, special_tokens
 
 Span = tuple[int, int]
 """First character and the one after the last."""
@@ -49,22 +54,42 @@ class Piece:
 
 
 class Rendered(str):
-    """A prompt's text, and where in it the answers and the image slots are."""
+    """A prompt's text, and where in it the answers, the image slots and untrusted texts are."""
 
     answers: tuple[Span, ...]
     """Each answer with its end-of-turn token."""
     slots: tuple[Span, ...]
     """Each image's placeholder, in the order of the images."""
+    said: tuple[Span, ...]
+    """What users, experts and the assistant said: no special token stands there."""
 
-    __slots__ = ("answers", "slots")
+    __slots__ = ("answers", "said", "slots")
 
     def __new__(
-        cls, text: str, *, answers: Sequence[Span] = (), slots: Sequence[Span] = ()
+        cls,
+        text: str,
+        *,
+        answers: Sequence[Span] = (),
+        slots: Sequence[Span] = (),
+        said: Sequence[Span] = (),
     ) -> Self:
         rendered = super().__new__(cls, text)
         rendered.answers = tuple(answers)
         rendered.slots = tuple(slots)
+        rendered.said = tuple(said)
         return rendered
+
+    def with_spaces(self, places: Sequence[int]) -> Rendered:
+        """The same with a space before each of these characters, given in order."""
+        borders = [0, *places, len(self)]
+        text = " ".join(self[a:b] for a, b in pairwise(borders))
+
+        def moved(spans: Sequence[Span]) -> list[Span]:
+            return [(a + bisect_left(places, a), b + bisect_left(places, b)) for a, b in spans]
+
+        return Rendered(
+            text, answers=moved(self.answers), slots=moved(self.slots), said=moved(self.said)
+        )
 
 
 class PromptRenderer:
@@ -76,7 +101,13 @@ class PromptRenderer:
         self._template = TEMPLATES[template]
         self._tokenizer = tokenizer
         self._slot_text = slot_text
-        self._specials = special_token_pattern(tokenizer)
+        self._specials = re.compile(any_of(special_tokens(tokenizer)))
+
+    @cached_property
+    def _forbidden(self) -> re.Pattern[str]:
+        """What untrusted text must not contain."""
+        markers = self._template.markers_for(self._tokenizer, self._specials)
+        return re.compile("|".join((self._specials.pattern, *markers)))
 
     @property
     def stop_strings(self) -> list[str]:
@@ -100,7 +131,7 @@ class PromptRenderer:
             raise PromptError("continue_final_message needs a last message from the assistant")
         if add_generation_prompt is None:
             add_generation_prompt = conversation.awaits_answer
-        pieces, markers = self._template.lay_out(
+        pieces = self._template.lay_out(
             conversation,
             tokenizer=self._tokenizer,
             specials=self._specials,
@@ -110,41 +141,33 @@ class PromptRenderer:
         if continue_final_message:
             last = max(i for i, piece in enumerate(pieces) if piece.kind is Kind.ANSWER)
             pieces = pieces[: last + 1]
-        return self._join(pieces, markers)
+        return self._join(pieces)
 
-    def _join(self, pieces: Sequence[Piece], markers: Sequence[re.Pattern[str]]) -> Rendered:
-        text = ""
+    def _join(self, pieces: Sequence[Piece]) -> Rendered:
+        parts: list[str] = []
+        length = 0
         answers: list[Span] = []
         slots: list[Span] = []
-        for piece in pieces:
-            start = len(text)
-            trusted = piece.kind not in {Kind.CONTENT, Kind.ANSWER}
-            text += piece.text if trusted else break_up(piece.text, self._specials, *markers)
+        said: list[Span] = []
+        for index, piece in enumerate(pieces):
+            text = piece.text
+            is_said = piece.kind in {Kind.CONTENT, Kind.ANSWER}
+            if text and is_said:
+                before = "".join(parts[-8:])
+                after = "".join(p.text for p in pieces[index + 1 : index + 8])
+                text = break_up(text, self._forbidden, before=before, after=after)
+            start, length = length, length + len(text)
+            parts.append(text)
+            if is_said:
+                said.append((start, length))
             match piece.kind:
                 case Kind.ANSWER:
-                    answers.append((start, len(text)))
+                    answers.append((start, length))
                 case Kind.END:
-                    answers[-1] = (answers[-1][0], len(text))
+                    answers[-1] = (answers[-1][0], length)
                 case Kind.SLOT:
-                    slots.append((start, len(text)))
-        return Rendered(text, answers=answers, slots=slots)
-
-
-def special_token_pattern(tokenizer: Any) -> re.Pattern[str]:
-    """Matches any special token of the tokenizer, written out."""
-    added = tokenizer.added_tokens_decoder.values()
-    contents = {token.content.strip() for token in added if token.special}
-    contents.update(token.strip() for token in tokenizer.all_special_tokens)
-    longest_first = sorted((c for c in contents if len(c) > 1), key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
-
-
-def break_up(text: str, *patterns: re.Pattern[str]) -> str:
-    """The text with a space inside whatever a pattern matches, until none does."""
-    while found := next((m for p in patterns if (m := p.search(text))), None):
-        cut = found.end() - len(found.group().lstrip()) + 1
-        text = f"{text[:cut]} {text[cut:]}"
-    return text
+                    slots.append((start, length))
+        return Rendered("".join(parts), answers=answers, slots=slots, said=said)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -164,8 +187,8 @@ class LineTemplate:
     system_with_context: str | None
     """Replaced by the conversation's own; None: the template has no place for one."""
     system_without_context: str | None
-    markers: re.Pattern[str]
-    """What untrusted text must not contain."""
+    markers: str
+    """A regular expression for what untrusted text must not contain."""
     end: str | None = None
     """What ends an answer, and generation with it; None: the tokenizer's eos_token."""
     after_slots: str = " "
@@ -179,8 +202,8 @@ class LineTemplate:
         specials: re.Pattern[str],  # noqa: ARG002  (templates share one signature)
         slot_text: str | None,
         opens_answer: bool,
-    ) -> tuple[list[Piece], tuple[re.Pattern[str], ...]]:
-        """The pieces of the conversation, and the markers to keep out of untrusted ones."""
+    ) -> list[Piece]:
+        """The pieces of the conversation."""
         end = self.end or tokenizer.eos_token
         if end is None:
             raise ConfigError(
@@ -199,7 +222,11 @@ class LineTemplate:
                 pieces += _fill(self.later, {"question": question})
         if opens_answer:
             pieces.append(Piece(Kind.TEMPLATE, self.respond))
-        return pieces, (self.markers,)
+        return pieces
+
+    def markers_for(self, tokenizer: Any, specials: re.Pattern[str]) -> list[str]:  # noqa: ARG002
+        """Regular expressions for what untrusted text must not contain, besides special tokens."""
+        return [self.markers]
 
     def _first(self, conversation: Conversation, slot_text: str | None) -> Iterator[Piece]:
         first = conversation.turns[0]
@@ -258,16 +285,10 @@ class ChatTemplate:
         specials: re.Pattern[str],
         slot_text: str | None,
         opens_answer: bool,
-    ) -> tuple[list[Piece], tuple[re.Pattern[str], ...]]:
-        """The pieces of the conversation, and the markers to keep out of untrusted ones."""
-        stand_ins = [
-            {"role": message.role, "content": self._STAND_IN.format(index)}
-            for index, message in enumerate(conversation.messages)
-        ]
-        text = self._apply(tokenizer, stand_ins, opens_answer)
-        literals = self._FIND.split(text)[::2]
-        if [int(n) for n in self._FIND.findall(text)] != list(range(len(stand_ins))):
-            raise PromptError("the tokenizer's chat template drops, repeats or reorders messages")
+    ) -> list[Piece]:
+        """The pieces of the conversation."""
+        roles = [message.role for message in conversation.messages]
+        literals = self._literals(tokenizer, roles, opens_answer)
         pieces = [Piece(Kind.TEMPLATE, literals[0])]
         is_first = True
         for message, literal in zip(conversation.messages, literals[1:], strict=True):
@@ -285,7 +306,33 @@ class ChatTemplate:
                     pieces += [context, Piece(Kind.TEMPLATE, "\n\n")]
                 is_first = False
             pieces += [Piece(Kind.CONTENT, message.text), Piece(Kind.TEMPLATE, literal)]
-        return pieces, turn_markers(literals, specials)
+        return pieces
+
+    def markers_for(self, tokenizer: Any, specials: re.Pattern[str]) -> list[str]:
+        """Regular expressions for what untrusted text must not contain, besides special tokens.
+
+        They are read off probe conversations of every kind that the template takes.
+        """
+        ends = {tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token, tokenizer.pad_token}
+        found: set[str] = set()
+        for roles in _PROBES:
+            for opens_answer in (False, True):
+                with suppress(PromptError):
+                    head, *literals = self._literals(tokenizer, roles, opens_answer)
+                    # a preamble ends in what opens the first turn
+                    found.update((_last_sentence(head), *literals))
+        return marker_expressions(found, specials=specials, ends=ends)
+
+    def _literals(self, tokenizer: Any, roles: Sequence[str], opens_answer: bool) -> list[str]:
+        """What the template puts before, between and after the contents of such messages."""
+        stand_ins = [
+            {"role": role, "content": self._STAND_IN.format(index)}
+            for index, role in enumerate(roles)
+        ]
+        text = self._apply(tokenizer, stand_ins, opens_answer)
+        if [int(n) for n in self._FIND.findall(text)] != list(range(len(stand_ins))):
+            raise PromptError("the tokenizer's chat template drops, repeats or reorders messages")
+        return self._FIND.split(text)[::2]
 
     @staticmethod
     def _apply(tokenizer: Any, messages: list[dict[str, str]], opens_answer: bool) -> str:
@@ -303,21 +350,23 @@ class ChatTemplate:
         return text
 
 
-def turn_markers(literals: Sequence[str], specials: re.Pattern[str]) -> tuple[re.Pattern[str], ...]:
-    """Patterns for the ordinary words by which a chat template marks turns: `[INST]`, `USER:`."""
-    words: set[str] = set()
-    for literal in literals:
-        plain = specials.sub("\n", literal).split()
-        words.update(word for word in (plain[:1] + plain[-1:]) if _MARKS.fullmatch(word))
-    alternatives = [
-        rf"(?m:^[ \t]*){re.escape(word)}" if word[0].isalnum() else re.escape(word)
-        for word in sorted(words)
-    ]
-    return (re.compile("|".join(alternatives)),) if alternatives else ()
+_PROBES: tuple[tuple[str, ...], ...] = (
+    ("user",),
+    ("user", "assistant"),
+    ("user", "assistant", "user"),
+    ("user", "assistant", "user", "assistant"),
+    ("system", "user", "assistant"),
+    ("user", "assistant", "tool"),
+)
+"""Conversations that show what a chat template puts around each role, first and later."""
 
 
-_MARKS = re.compile(r"\w+:|[<\[{#|].+")
-_HEADINGS = re.compile(r"###(?=\W*(?:instruction|input|response)\b)", re.IGNORECASE)
+def _last_sentence(text: str) -> str:
+    return re.split(r"[.!?]\s|\n", text.rstrip())[-1]
+
+
+# at most 64 signs between, so that the time to look is bounded
+_HEADINGS = r"(?i:###(?=\W{0,64}+(?:instruction|input|response)\b))"
 
 _HUMAN_ASSISTANT = (
     "A chat between a curious human and an artificial intelligence assistant. "
@@ -351,7 +400,7 @@ TEMPLATES: dict[str, LineTemplate | ChatTemplate] = {
         before_answer=" ",
         system_with_context=_HUMAN_ASSISTANT,
         system_without_context=_HUMAN_ASSISTANT,
-        markers=re.compile("###"),
+        markers="###",
         end="###",
     ),
     # The miniature world's, in the words of its small vocabulary.
