@@ -5,6 +5,8 @@ The only place where vision meets language.
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -14,18 +16,28 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils.generic import TransformersKwargs
 
-from llama_adapter.config import AdapterConfig
+from llama_adapter.config import AdapterConfig, did_you_mean
 from llama_adapter.errors import ConfigError, TrainingError, UnsupportedModelError
 from llama_adapter.model.attach import Adapter
+from llama_adapter.model.attention_registry import PAGED
+from llama_adapter.model.backbone import Backbone
 from llama_adapter.model.configuration import LlamaAdapterConfig
-from llama_adapter.model.gated_attention import VisualPrompts, begins_among_slots
+from llama_adapter.model.gated_attention import (
+    VisualPrompts,
+    begins_among_slots,
+    places_in_runs,
+)
 from llama_adapter.model.groups import Group
 from llama_adapter.model.last_layer import last_layer_at
 from llama_adapter.model.loss import answer_loss, is_places, logits_at
+from llama_adapter.model.offloading import home_of
 from llama_adapter.model.persistence import AdapterPersistence
+from llama_adapter.model.places import of_this_pass, positions_of
 from llama_adapter.model.quantised import keep_unpacked
 from llama_adapter.model.references import describe_model, load_language_model, load_vision
+from llama_adapter.model.self_check import check_packing
 from llama_adapter.model.visual_generation import CACHE, VisualGenerationMixin
 from llama_adapter.model.visual_prompts import (
     VisionTower,
@@ -46,6 +58,9 @@ class LlamaAdapterForConditionalGeneration(
 
     config_class = LlamaAdapterConfig
     main_input_name = "input_ids"
+    base_model_prefix = "backbone"
+    accepts_loss_kwargs = True
+    """For Hugging Face's Trainer: the loss is divided by the `num_items_in_batch` of a step."""
     input_modalities = ("image", "text")
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -69,6 +84,8 @@ class LlamaAdapterForConditionalGeneration(
         self._no_split_modules = getattr(language_model, "_no_split_modules", None)
         self.all_tied_weights_keys: dict[str, str] = {}
         keep_unpacked(language_model)
+        self._keeps_samples_apart = False
+        """Whether it is proven that the base keeps the samples of a packed row apart."""
         self._adapters: dict[str, Adapter] = {}
         self.active_adapter: str = "default"
         self.visual: nn.Module | None = None
@@ -107,7 +124,8 @@ class LlamaAdapterForConditionalGeneration(
                 attn_implementation=attn_implementation,
             )
         if isinstance(vision, str):
-            vision = load_vision(vision, device=language_model.device)
+            home = home_of(language_model.get_input_embeddings())
+            vision = load_vision(vision, device=home)
         if config is None:
             config = LlamaAdapterConfig()
         semantics = config.adapter_config
@@ -149,78 +167,171 @@ class LlamaAdapterForConditionalGeneration(
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         cache: Any = None,
+        num_items_in_batch: Tensor | int | None = None,
+        return_dict: bool | None = None,
         **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
+    ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """Logits [B, T, vocab], and the loss if `labels` [B, T] are given.
 
-        Pictures come as `pixel_values` [I, 3, H, W] (or [I, F, 3, H, W] for frames), as
-        `visual_features` [I, P, C] of the tower, or as `visual_prompts` of `encode_visual`.
-        `image_index` says which picture each row [B] or token [B, T] reads, -1 for none
-        (default: row i reads picture i); `visual_mask` [B, T] which tokens read at all.
+        Images come as `pixel_values` [I, 3, H, W] (or [I, F, 3, H, W] for frames), as
+        `visual_features` [I, P, C] of the encoder, or as `visual_prompts` of `encode_visual`.
+        `image_index` says which image each row [B] or token [B, T] reads, -1 for none
+        (default: row i reads image i); `visual_mask` [B, T] which tokens read at all. Behind a
+        cache the two cover the tokens of this pass or all so far. Without `position_ids`
+        positions are counted from a 2-D `attention_mask`, so that a left-padded row is as alone.
         The loss is cross-entropy over answer tokens (labels other than -100, shifted here),
-        divided by `num_answer_tokens` (default: those of this batch). With labels and
+        divided by `num_answer_tokens` (by its name in Hugging Face's Trainer:
+        `num_items_in_batch`; default: those of this batch). With labels and
         `logits_to_keep` left at 0, all logits are returned; with places [B, T] (bool) those
         of the N true ones, as [1, N, vocab]; the last layer then works there alone where it can,
         unless hidden states or attentions are asked for. `cache` is the name of `past_key_values`
-        since 5.24.
+        since 5.24. Other keywords are those of the base's own forward.
+
+        Raises ConfigError for a keyword that neither knows.
         """
+        inputs = self.decoder_inputs(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            pixel_values=pixel_values,
+            visual_features=visual_features,
+            visual_prompts=visual_prompts,
+            image_index=image_index,
+            visual_mask=visual_mask,
+            use_cache=use_cache,
+            cache=cache,
+            **kwargs,
+        )
+        if return_dict is not None:
+            inputs["return_dict"] = True
+        scored = 0 if labels is None else logits_to_keep
+        head = self.get_output_embeddings()
+        with logits_at(head, logits_to_keep), last_layer_at(self.language_model, scored, inputs):
+            output = self.language_model(
+                **inputs, logits_to_keep=0 if is_places(logits_to_keep) else logits_to_keep
+            )
+        if labels is not None:
+            total = num_items_in_batch if num_answer_tokens is None else num_answer_tokens
+            output.loss = answer_loss(
+                output.logits, labels, num_answer_tokens=total, kept=logits_to_keep
+            )
+        return output.to_tuple() if return_dict is False else output
+
+    def decoder_inputs(
+        self,
+        *,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        visual_features: Tensor | None = None,
+        visual_prompts: VisualPrompts | None = None,
+        image_index: Tensor | None = None,
+        visual_mask: Tensor | None = None,
+        use_cache: bool | None = None,
+        cache: Any = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """What the frozen decoder is called with, for the same keywords as `forward`."""
         self.adapter.check_route()
+        if kwargs:
+            self._refuse_unknown(kwargs)
         known = past_key_values if cache is None else cache
-        if known is not None:
-            kwargs[CACHE] = known
+        tokens = input_ids if inputs_embeds is None else inputs_embeds
+        num_rows, num_tokens = (0, 0) if tokens is None else tokens.shape[:2]
         if visual_prompts is None and (pixel_values is not None or visual_features is not None):
             visual_prompts = self.encode_visual(pixel_values, visual_features=visual_features)
         if visual_prompts is not None:
-            rows = input_ids if input_ids is not None else inputs_embeds
-            num_rows = 0 if rows is None else rows.shape[0]
-            visual_prompts = self._read(visual_prompts, num_rows, image_index, visual_mask, known)
+            visual_prompts = self._read(
+                visual_prompts, num_rows, num_tokens, image_index, visual_mask, known
+            )
+        if attention_mask is None:
+            self._refuse_packing_where_mixed(position_ids, kwargs)
+        elif position_ids is None and getattr(attention_mask, "ndim", 0) == 2 and num_tokens:
+            position_ids = positions_of(attention_mask, num_tokens=num_tokens, cache=known)
+        inputs = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "inputs_embeds": inputs_embeds,
+            "use_cache": use_cache,
+            **kwargs,
+        }
+        if known is not None:
+            inputs[CACHE] = known
         if visual_prompts is not None:
-            kwargs["visual_prompts"] = visual_prompts
-        scored = 0 if labels is None else logits_to_keep
-        head = self.get_output_embeddings()
-        with logits_at(head, logits_to_keep), last_layer_at(self.language_model, scored, kwargs):
-            output = self.language_model(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                inputs_embeds=inputs_embeds,
-                use_cache=use_cache,
-                logits_to_keep=0 if is_places(logits_to_keep) else logits_to_keep,
-                **kwargs,
-            )
-        if labels is not None:
-            output.loss = answer_loss(
-                output.logits, labels, num_answer_tokens=num_answer_tokens, kept=logits_to_keep
-            )
-        return output
+            inputs["visual_prompts"] = visual_prompts
+        return inputs
+
+    @functools.cached_property
+    def known_keywords(self) -> frozenset[str]:
+        """Keywords that `forward` knows: its own, the base's, and those of every model."""
+        base = self.language_model
+        ways = (type(self).forward, type(base).forward, type(base.get_decoder()).forward)
+        named = {name for way in ways for name in inspect.signature(way).parameters}
+        # those of continuous batching pass: attention refuses them and says why
+        named |= {*TransformersKwargs.__optional_keys__, *PAGED}
+        return frozenset(named - {"self", "kwargs"})
+
+    def _refuse_unknown(self, kwargs: dict[str, Any]) -> None:
+        for name in kwargs:
+            if name not in self.known_keywords:
+                near = did_you_mean(name, self.known_keywords)
+                raise ConfigError(f"forward has no keyword {name!r}{near}")
+
+    def _refuse_packing_where_mixed(
+        self, position_ids: Tensor | None, kwargs: dict[str, Any]
+    ) -> None:
+        """UnsupportedModelError where samples share a row and the family would mix them."""
+        if self._keeps_samples_apart or torch.compiler.is_compiling():
+            return
+        packed = kwargs.get("cu_seq_lens_q") is not None or (
+            position_ids is not None
+            and position_ids.shape[-1] > 1
+            and bool((position_ids[..., 1:] <= position_ids[..., :-1]).any())
+        )
+        if packed:
+            check_packing(self.language_model)
+            self._keeps_samples_apart = True
 
     def _read(
         self,
         visual: VisualPrompts,
         num_rows: int,
+        num_tokens: int,
         image_index: Tensor | None,
         visual_mask: Tensor | None,
         known: Any,
     ) -> VisualPrompts:
         """The prompts with what reads them; ConfigError where that would be a guess."""
-        num_pictures = len(visual.prompts_IMd)
-        if image_index is None and num_pictures != num_rows:
+        num_images = len(visual.prompts_IMd)
+        if image_index is None and num_images != num_rows:
             raise ConfigError(
-                f"{num_pictures} pictures for {num_rows} rows: image_index must say which row "
+                f"{num_images} pictures for {num_rows} rows: image_index must say which row "
                 "reads which"
             )
         if visual_mask is None and self.adapter_config.visual_scope == "slots":
             raise ConfigError("visual_scope is 'slots': visual_mask must say which tokens are")
-        if self.adapter_config.slot_reads == "own" and begins_among_slots(known, visual_mask):
-            raise ConfigError(
-                "slot_reads is 'own': a pass must not begin with a slot behind cached tokens: "
-                "slots are counted from the first; give all slots of a picture in one pass"
+        token_BT = image_index if image_index is not None and image_index.ndim == 2 else None
+        row_B = image_index if token_BT is None else None
+
+        def here(said: Tensor, name: str) -> Tensor:
+            return of_this_pass(said, num_tokens=num_tokens, cache=known, name=name)
+
+        ordinal_BT = None
+        if visual.own_slots and visual_mask is not None:
+            ordinal_BT = here(
+                _ordinals(visual_mask, token_BT, num_tokens=num_tokens, cache=known), "visual_mask"
             )
-        packed = image_index is not None and image_index.ndim == 2
         return visual.reading(
-            row_B=None if packed else image_index,
-            token_BT=image_index if packed else None,
-            mask_BT=visual_mask,
+            row_B=row_B,
+            token_BT=None if token_BT is None else here(token_BT, "image_index"),
+            mask_BT=None if visual_mask is None else here(visual_mask, "visual_mask"),
+            ordinal_BT=ordinal_BT,
         )
 
     def encode_visual(
@@ -243,10 +354,9 @@ class LlamaAdapterForConditionalGeneration(
                 raise ConfigError("pictures were given, but this model has no vision tower")
             assert pixel_values is not None
             visual_features = vision_features(
-                self.vision, pixel_values.to(self.vision.device), self.adapter_config
+                self.vision, pixel_values.to(home_of(self.vision)), self.adapter_config
             )
-        prompts_IMd = self.visual(visual_features)
-        prompts_IMd = prompts_IMd.to(self.language_model.get_input_embeddings().weight.device)
+        prompts_IMd = self.visual(visual_features.to(home_of(self.visual))).to(self.device)
         own_slots = self.adapter_config.slot_reads == "own"
         visual = VisualPrompts(prompts_IMd=prompts_IMd, own_slots=own_slots)
         return self._with_keys(visual) if cache else visual
@@ -375,9 +485,26 @@ class LlamaAdapterForConditionalGeneration(
             raise UnsupportedModelError("an adapted model takes the name of one attention")
         self.adapter.set_attn_implementation(attn_implementation)
 
-    def gradient_checkpointing_enable(self, **_kwargs: Any) -> None:
-        """Recompute activations in the backward pass, always non-reentrant."""
-        self._checkpointing("enable")({"use_reentrant": False})
+    @property
+    def backbone(self) -> Backbone:
+        """The model without its head, as `base_model` of transformers: hidden states of inputs."""
+        return Backbone(self)
+
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None
+    ) -> None:
+        """Recompute activations in the backward pass, always non-reentrant.
+
+        The keywords are those of `torch.utils.checkpoint.checkpoint`. Raises ConfigError for
+        `use_reentrant=True`, which would lose gradients of whatever learns in a layer.
+        """
+        options = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
+        if options["use_reentrant"]:
+            raise ConfigError(
+                "gradient checkpointing with use_reentrant=True would lose gradients; leave it "
+                "out or pass False"
+            )
+        self._checkpointing("enable")(options)
 
     def gradient_checkpointing_disable(self) -> None:
         self._checkpointing("disable")()
@@ -391,11 +518,31 @@ class LlamaAdapterForConditionalGeneration(
 
     @property
     def device(self) -> torch.device:
-        return self.language_model.device
+        """Where inputs go: the embedding computes there, wherever its numbers are kept."""
+        return home_of(self.get_input_embeddings())
 
     @property
     def dtype(self) -> torch.dtype:
         return self.language_model.dtype
+
+
+def _ordinals(mask_BS: Tensor, token_BS: Tensor | None, *, num_tokens: int, cache: Any) -> Tensor:
+    """The how manieth placeholder of its image each is; ConfigError where earlier ones may count.
+
+    A pass that begins among placeholders needs a mask of all tokens so far.
+    """
+    if mask_BS.shape[1] == num_tokens and begins_among_slots(cache, mask_BS):
+        raise ConfigError(
+            "slot_reads is 'own': a pass must not begin with a slot behind cached tokens: "
+            "slots are counted from the first; give visual_mask for all tokens so far, or all "
+            "slots of a picture in one pass"
+        )
+    if token_BS is not None and token_BS.shape[1] != mask_BS.shape[1]:
+        raise ConfigError(
+            f"image_index covers {token_BS.shape[1]} tokens and visual_mask {mask_BS.shape[1]}: "
+            "they must cover the same"
+        )
+    return places_in_runs(mask_BS, token_BS)
 
 
 @contextmanager

@@ -22,8 +22,9 @@ from llama_adapter.model.anatomy import (
 from llama_adapter.model.attention_registry import IMPLEMENTATIONS, PREFIX, register_attention
 from llama_adapter.model.gated_attention import AdaptionPrompt
 from llama_adapter.model.groups import AdapterModule, Group
+from llama_adapter.model.offloading import home_of
 from llama_adapter.model.prompt_projection import Attention
-from llama_adapter.model.scaled_linear import LearnedNorm, ScaledLinear, home_of
+from llama_adapter.model.scaled_linear import LearnedNorm, ScaledLinear
 from llama_adapter.model.self_check import check_projections, check_visual_route
 from llama_adapter.model.visual_prompts import VisualProjection
 
@@ -310,7 +311,3 @@ def refuse_unroutable(language_model: PreTrainedModel) -> None:
             f"{family_of(language_model)} cannot be adapted: its attention does not use "
             "transformers' attention registry"
         )
-
-
-def _home_of_attention(attention: Attention) -> torch.device:
-    return home_of(next(child for child in attention.children() if any(child.parameters())))

@@ -17,6 +17,11 @@ from llama_adapter.errors import CheckpointError, ConfigError
 
 ADAPTER_CONFIG_NAME = "adapter_config.json"
 _FIELDS = ("adapter", "base", "vision")
+OF_THE_BASE = frozenset(
+    {"vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+     "head_dim", "intermediate_size", "max_position_embeddings"}
+)  # fmt: skip
+"""Attributes that an adapted model's config has from its base, once the model is built."""
 
 
 class LlamaAdapterConfig(PreTrainedConfig):
@@ -62,6 +67,13 @@ class LlamaAdapterConfig(PreTrainedConfig):
 
     def get_text_config(self, *_args: Any, **_kwargs: Any) -> PreTrainedConfig:
         return self if self._text_config is None else self._text_config
+
+    def __getattr__(self, name: str) -> Any:
+        # shapes that trainers ask a model's config for are those of the base
+        text_config = self.__dict__.get("_text_config")
+        if name in OF_THE_BASE and text_config is not None:
+            return getattr(text_config, name)
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def to_dict(self) -> dict[str, Any]:
         values = {name: getattr(self, name) for name in _FIELDS}

@@ -43,6 +43,8 @@ class VisualPrompts:
     """Which tokens read visual prompts at all; None: every token."""
     own_slots: bool = False
     """Whether the i-th of the reading tokens in a row reads the i-th prompt alone."""
+    ordinal_BT: Tensor | None = None
+    """With `own_slots`: the how manieth placeholder of its image each reading token is."""
     keys_values: dict[int, KeysValues] | None = None
     """Keys and gated values per layer, made once for a whole generation."""
 
@@ -52,10 +54,18 @@ class VisualPrompts:
         return self.row_B is None and self.token_BT is None and self.mask_BT is None
 
     def reading(
-        self, *, row_B: Tensor | None, token_BT: Tensor | None, mask_BT: Tensor | None
+        self,
+        *,
+        row_B: Tensor | None,
+        token_BT: Tensor | None,
+        mask_BT: Tensor | None,
+        ordinal_BT: Tensor | None = None,
     ) -> VisualPrompts:
         """The same prompts, read by other rows and tokens."""
-        return replace(self, row_B=row_B, token_BT=token_BT, mask_BT=mask_BT)
+        return replace(self, row_B=row_B, token_BT=token_BT, mask_BT=mask_BT, ordinal_BT=ordinal_BT)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> VisualPrompts:
+        return self  # never changed; transformers copies what it hands to an assistant
 
 
 class AdaptionPrompt(AdapterModule):
@@ -251,9 +261,10 @@ def _attend_visual(
 def _read_own(query_BHTD: Tensor, values_EHMD: Tensor, visual: VisualPrompts) -> Tensor:
     """Each slot reads one prompt: a softmax over a single key is 1, whatever the key."""
     num_entries, num_heads, length, head_size = values_EHMD.shape
-    reads_BT = visual.mask_BT
-    assert reads_BT is not None  # the model asks for it
-    reads_BT = reads_BT.to(query_BHTD.device)
+    reads_BT, ordinal_BT = visual.mask_BT, visual.ordinal_BT
+    assert reads_BT is not None  # the model asks for the one
+    assert ordinal_BT is not None  # and counts the other
+    reads_BT, ordinal_BT = reads_BT.to(query_BHTD.device), ordinal_BT.to(query_BHTD.device)
     token_BT, row_B = visual.token_BT, visual.row_B
     if token_BT is not None:
         token_BT = token_BT.to(query_BHTD.device)
@@ -262,7 +273,6 @@ def _read_own(query_BHTD: Tensor, values_EHMD: Tensor, visual: VisualPrompts) ->
         row_B = row_B.to(query_BHTD.device)
         reads_BT = reads_BT & (row_B >= 0).unsqueeze(1)
         values_EHMD = values_EHMD[row_B]
-    ordinal_BT = _places_in_runs(reads_BT, token_BT)
     prompts_M = torch.arange(length, device=query_BHTD.device)
     weights_BTM = (ordinal_BT[..., None] == prompts_M) & reads_BT[..., None]
     if token_BT is None:
@@ -280,11 +290,14 @@ def begins_among_slots(cache: Any, mask_BT: Tensor | None) -> bool:
     return bool(cache.get_seq_length() > 0 and mask_BT[:, 0].any())
 
 
-def _places_in_runs(reads_BT: Tensor, token_BT: Tensor | None) -> Tensor:
+def places_in_runs(reads_BT: Tensor, token_BT: Tensor | None) -> Tensor:
     """How many tokens of the same run of slots stand before each, whole runs at a time.
 
     A run is what stands together and reads one picture, so that every picture begins anew.
     """
+    if token_BT is not None:
+        token_BT = token_BT.to(reads_BT.device)
+        reads_BT = reads_BT & (token_BT >= 0)
     goes_on_BT = reads_BT[:, 1:] & reads_BT[:, :-1]
     if token_BT is not None:
         goes_on_BT = goes_on_BT & (token_BT[:, 1:] == token_BT[:, :-1])

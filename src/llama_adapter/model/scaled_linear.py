@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from llama_adapter.errors import UnsupportedModelError
 from llama_adapter.model.groups import AdapterModule, Group
 from llama_adapter.model.learning import learns
+from llama_adapter.model.offloading import HOOK, copy_at_home, home_of, numbers_at_hand
 from llama_adapter.model.rms_norm import rms_epsilon, rms_norm
 
 
@@ -110,8 +111,9 @@ class ScaledLinear(AdapterModule):
     @torch.no_grad()
     def folded_weights(self) -> tuple[Tensor, Tensor | None]:
         """Weight and bias, in float32, of the single linear that this module equals."""
-        weight = self.base_layer.weight.float()
-        bias = None if self.base_layer.bias is None else self.base_layer.bias.float()
+        with numbers_at_hand(self.base_layer):
+            weight = self.base_layer.weight.float()
+            bias = None if self.base_layer.bias is None else self.base_layer.bias.float()
         if self.bias_shift is not None:
             bias = self.bias_shift.clone() if bias is None else bias + self.bias_shift
         if self.scale is not None and self.scale_side == "input":
@@ -247,8 +249,8 @@ class LearnedNorm(AdapterModule):
         self.base_layer = base_layer
         if not any(True for _ in base_layer.parameters()):
             raise UnsupportedModelError(f"norm {type(base_layer).__name__} has no weight to learn")
-        self.norm = copy.deepcopy(base_layer).float().requires_grad_(True)
-        self.rms_epsilon = rms_epsilon(base_layer)
+        self.norm = copy_at_home(base_layer).float().requires_grad_(True)
+        self.rms_epsilon = rms_epsilon(self.norm)
 
     @property
     def weight(self) -> Tensor:
@@ -265,19 +267,17 @@ class LearnedNorm(AdapterModule):
 
     @torch.no_grad()
     def folded(self) -> nn.Module | None:
-        """The learned norm in the base's dtype; None if the base's numbers are elsewhere.
+        """The learned norm in the base's dtype.
 
         An RMS norm becomes torch's own, one call where a family's takes six, unless someone moves
         its input: what accelerate hangs on a module is copied with it.
         """
-        parameter = next(self.base_layer.parameters())
-        if parameter.is_meta:
-            return None
-        if self.rms_epsilon is None or hasattr(self.norm, "_hf_hook"):
+        dtype = next(self.base_layer.parameters()).dtype
+        if self.rms_epsilon is None or hasattr(self.norm, HOOK):
             norm = copy.deepcopy(self.norm)
         else:
             norm = FoldedNorm(self.weight.detach().clone(), epsilon=self.rms_epsilon)
-        return norm.to(parameter.dtype).requires_grad_(False)
+        return norm.to(dtype).requires_grad_(False)
 
 
 class FoldedNorm(nn.RMSNorm):
@@ -292,12 +292,3 @@ class FoldedNorm(nn.RMSNorm):
             return super().forward(x)
         # autocast hands half types to float32 weights: torch warns of that
         return super().forward(x.to(self.weight.dtype)).to(x.dtype)
-
-
-def home_of(module: nn.Module) -> torch.device:
-    """Where a module computes: with offloading its own numbers may be elsewhere until then."""
-    for part in module.modules():
-        device = getattr(getattr(part, "_hf_hook", None), "execution_device", None)
-        if device is not None:
-            return torch.device(device)
-    return next(module.parameters()).device

@@ -14,10 +14,15 @@ from llama_adapter.errors import UnsupportedModelError
 from llama_adapter.model.anatomy import family_of
 from llama_adapter.model.attention_registry import capture_keys_values, visual_prompts_arrive
 from llama_adapter.model.gated_attention import VisualPrompts
+from llama_adapter.model.offloading import home_of
 from llama_adapter.model.prompt_projection import Attention, KeysValues, project_prompt
+from llama_adapter.model.quantised import keep_unpacked
 
 RELATIVE_TOLERANCE = 1e-3
 """Of the largest number compared; the same products in another order differ by far less."""
+
+ROUGH_TOLERANCE = 5e-2
+"""The same for logits behind a whole model in a half type or quantised."""
 
 
 def check_projections(
@@ -89,12 +94,12 @@ def check_visual_route(language_model: PreTrainedModel) -> None:
 
     Raises UnsupportedModelError that names the family. Costs the layers before the first prompts.
     """
-    embedding = language_model.get_input_embeddings().weight
-    if embedding.is_meta:
+    device = home_of(language_model.get_input_embeddings())
+    if device.type == "meta":
         return
     hidden_size = int(language_model.config.get_text_config().hidden_size)
-    nothing = VisualPrompts(prompts_IMd=torch.zeros(1, 1, hidden_size, device=embedding.device))
-    tokens = torch.zeros(1, 1, dtype=torch.long, device=embedding.device)
+    nothing = VisualPrompts(prompts_IMd=torch.zeros(1, 1, hidden_size, device=device))
+    tokens = torch.zeros(1, 1, dtype=torch.long, device=device)
 
     def run() -> None:
         language_model(tokens, visual_prompts=nothing, use_cache=False)
@@ -108,6 +113,61 @@ def check_visual_route(language_model: PreTrainedModel) -> None:
             f"{family_of(language_model)} cannot be adapted to see: visual prompts do not reach "
             "its attention (fusion 'none' is text only)"
         )
+
+
+SAMPLE_LENGTH = 8
+"""Tokens of each of the two samples of the packing check; more than any short convolution sees."""
+
+
+@torch.no_grad()
+def check_packing(language_model: PreTrainedModel) -> None:
+    """Refuse a family that does not compute packed samples as it computes each alone.
+
+    Two samples share a row, told apart by positions that restart, as in training. The second must
+    not change with the first, and must be what it is in a row of its own.
+    Raises UnsupportedModelError that names the family. Costs three passes of 16 tokens.
+    """
+    device = home_of(language_model.get_input_embeddings())
+    if device.type == "meta":
+        return
+    vocabulary = int(language_model.config.get_text_config().vocab_size)
+    size = SAMPLE_LENGTH
+    # away from the special tokens, which mostly come first
+    tokens = torch.arange(3 * size, device=device) * 7 % max(vocabulary - 4, 1)
+    first, other, second = (tokens + min(3, vocabulary - 1)).clamp(max=vocabulary - 1).split(size)
+    place = torch.arange(size, device=device)
+
+    def logits(*samples: Tensor) -> Tensor:
+        output = language_model(
+            input_ids=torch.cat(samples).unsqueeze(0),
+            position_ids=place.repeat(len(samples)).unsqueeze(0),
+            use_cache=False,
+        )
+        return output.logits[0, -size:]
+
+    was_training = [module for module in language_model.modules() if module.training]
+    for module in was_training:
+        module.training = False
+    keep_unpacked(language_model)
+    try:
+        together, alone = logits(first, second), logits(second)
+        leaked = _difference(logits(other, second), together)
+    finally:
+        for module in was_training:
+            module.training = True
+    rough = together.dtype != torch.float32 or getattr(language_model, "is_quantized", False)
+    tolerance = ROUGH_TOLERANCE if rough else RELATIVE_TOLERANCE
+    moved = _difference(together, alone)
+    if not leaked <= tolerance:
+        reason = f"a sample changes with the one before it by {leaked:.2g} of its logits"
+    elif not moved <= tolerance:
+        reason = f"a sample differs from the same sample alone by {moved:.2g} of its logits"
+    else:
+        return
+    raise UnsupportedModelError(
+        f"{family_of(language_model)} cannot share a row between samples: {reason}; "
+        "give each sample a row of its own (in a recipe, data.padding: padded)"
+    )
 
 
 def _difference(ours: Tensor, own: Tensor) -> float:

@@ -1,4 +1,4 @@
-"""`generate` for a model that reads pictures."""
+"""`generate` for a model that reads images."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationMixin
+from transformers import GenerationConfig, GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from llama_adapter.errors import UnsupportedModelError
+from llama_adapter.config import did_you_mean
+from llama_adapter.errors import ConfigError, UnsupportedModelError
 from llama_adapter.model.gated_attention import VisualPrompts
+from llama_adapter.model.places import continued, num_cached
 
 CACHE = (
     "cache"
@@ -20,6 +22,12 @@ CACHE = (
 )
 """What the installed transformers calls the keys and values of earlier tokens: it renamed them in
 5.24, and warns of the old name, as an input and on an output."""
+
+READING = ("visual_prompts", "visual_mask", "image_index")
+"""Inputs that say what is read and by which tokens."""
+
+NEW_TOKEN = {"visual_mask": False, "image_index": -1}
+"""What is said of a generated token where placeholders alone read: it is none."""
 
 
 class VisualGenerationMixin(GenerationMixin):
@@ -36,7 +44,11 @@ class VisualGenerationMixin(GenerationMixin):
         image_index: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """As in transformers; each picture passes the tower and the projections once."""
+        """As in transformers; each image passes the vision encoder and the projections once.
+
+        `visual_mask` and an `image_index` by token cover the prompt, which includes cached tokens
+        where generation goes on from a cache; or the new tokens of the prompt alone.
+        """
         if visual_prompts is None and (pixel_values is not None or visual_features is not None):
             visual_prompts = self.encode_visual(
                 pixel_values, visual_features=visual_features, cache=True
@@ -46,6 +58,7 @@ class VisualGenerationMixin(GenerationMixin):
                 # explicit, so that beams and several answers a prompt repeat it row by row
                 image_index = torch.arange(len(visual_prompts.prompts_IMd), device=self.device)
             kwargs |= {"visual_prompts": visual_prompts, "image_index": image_index}
+            _cover_the_prompt(inputs, kwargs)
         return super().generate(inputs, *args, **kwargs)
 
     def _refuse_continuous_batching(self, *_args: Any, **_kwargs: Any) -> Any:
@@ -60,46 +73,73 @@ class VisualGenerationMixin(GenerationMixin):
     continuous_batching_context_manager = _refuse_continuous_batching
     init_continuous_batching = _refuse_continuous_batching
 
-    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        inputs: dict[str, Any] = super().prepare_inputs_for_generation(*args, **kwargs)
-        if inputs.get("visual_prompts") is None:
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, inputs_embeds: Tensor | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        # inputs_embeds by name: transformers reads from the signature whether they are welcome
+        inputs: dict[str, Any] = super().prepare_inputs_for_generation(
+            input_ids, inputs_embeds=inputs_embeds, **kwargs
+        )
+        visual = inputs.get("visual_prompts")
+        by_token = _by_token(inputs)
+        if visual is None or not by_token:
             return inputs
         tokens = inputs.get("input_ids")
-        new_tokens = (inputs["inputs_embeds"] if tokens is None else tokens).shape[1]
-        for name in _per_token(inputs):
-            inputs[name] = inputs[name][:, -new_tokens:]
-        mask = inputs.get("visual_mask")
-        if mask is not None and new_tokens == 1 and not mask.any():
-            # nothing reads the picture in this step: the base's own speed
-            for name in ("visual_prompts", "visual_mask", "image_index"):
+        tokens = inputs["inputs_embeds"] if tokens is None else tokens
+        start = num_cached(inputs.get(CACHE))
+        stop = start + tokens.shape[1]
+        ends = self.adapter_config.visual_scope != "all"
+        if ends and start >= max(inputs[name].shape[1] for name in by_token):
+            # nothing reads the image behind the prompt: the base's own speed
+            for name in READING:
                 inputs.pop(name, None)
+            return inputs
+        for name in by_token:
+            # whoever counts placeholders needs those before the pass too
+            first = 0 if visual.own_slots else start
+            new = NEW_TOKEN[name] if ends else None
+            inputs[name] = continued(inputs[name], start=first, stop=stop, new=new)
         return inputs
 
-    def _update_model_kwargs_for_generation(
-        self,
-        outputs: Any,
-        model_kwargs: dict[str, Any],
-        is_encoder_decoder: bool = False,
-        num_new_tokens: int = 1,
-    ) -> dict[str, Any]:
-        updated: dict[str, Any] = super()._update_model_kwargs_for_generation(
-            outputs, model_kwargs, is_encoder_decoder, num_new_tokens
-        )
-        reads = self.adapter_config.visual_scope == "all"
-        for name in _per_token(updated):
-            known_BT = updated[name]
-            last_B1 = known_BT[:, -1:]
-            if not reads:
-                # a generated token is no slot
-                last_B1 = torch.full_like(last_B1, False if name == "visual_mask" else -1)
-            updated[name] = torch.cat([known_BT, last_B1.expand(-1, num_new_tokens)], dim=1)
-        return updated
+    def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("assistant_model") not in (None, self):
+            # an assistant proposes from the text: images of ours are not in its hidden size
+            given = kwargs["model_kwargs"]
+            kwargs["model_kwargs"] = {k: v for k, v in given.items() if k not in READING}
+        return super()._get_candidate_generator(*args, **kwargs)
+
+    def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
+        known = self.known_keywords
+        for name, value in model_kwargs.items():
+            if value is not None and name not in known:
+                near = did_you_mean(name, {*known, *vars(GenerationConfig())})
+                raise ConfigError(f"generate has no keyword {name!r}{near}")
 
 
-def _per_token(inputs: dict[str, Any]) -> list[str]:
-    """Which inputs say something of every token, and so grow and are sliced with them."""
-    return [
-        name
-        for name in ("visual_mask", "image_index")
-        if inputs.get(name) is not None and inputs[name].ndim == 2
-    ]
+def _cover_the_prompt(inputs: Tensor | None, kwargs: dict[str, Any]) -> None:
+    """Let what is said by token begin at the first token of the sequence, in place."""
+    embeds = kwargs.get("inputs_embeds")
+    prompt = kwargs.get("input_ids", inputs) if embeds is None else embeds
+    attention_mask = kwargs.get("attention_mask")
+    config = kwargs.get("generation_config")
+    if prompt is None or getattr(config, "is_assistant", False):
+        return
+    length, total = prompt.shape[1], prompt.shape[1]
+    if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
+        total = attention_mask.shape[1]
+    before = total - length
+    for name in _by_token(kwargs):
+        said = kwargs[name]
+        if before > 0 and said.shape[1] == length:
+            nothing = torch.full_like(said[:, :1], NEW_TOKEN[name]).expand(-1, before)
+            kwargs[name] = torch.cat([nothing, said], dim=1)
+        elif said.shape[1] != total:
+            raise ConfigError(
+                f"{name} covers {said.shape[1]} tokens, but the prompt has {total}: "
+                "it must cover each"
+            )
+
+
+def _by_token(inputs: dict[str, Any]) -> list[str]:
+    """Which inputs say something of every token."""
+    return [name for name in NEW_TOKEN if inputs.get(name) is not None and inputs[name].ndim == 2]
