@@ -110,8 +110,22 @@ def read_json_object(
 
 def parse_json(text: str | bytes, *, name: str, error: type[LlamaAdapterError]) -> Any:
     """JSON text that `name` holds; `error` where it is damaged, too deep or ambiguous."""
-    try:
+    with _json_faults(name, error):
         return json.loads(text, object_pairs_hook=_unique_keys)
+
+
+def next_json(
+    text: str, start: int, *, name: str, error: type[LlamaAdapterError]
+) -> tuple[Any, int]:
+    """The JSON document that begins at `start` of a text, and where it ends."""
+    with _json_faults(name, error):
+        return json.JSONDecoder(object_pairs_hook=_unique_keys).raw_decode(text, start)
+
+
+@contextmanager
+def _json_faults(name: str, error: type[LlamaAdapterError]) -> Iterator[None]:
+    try:
+        yield
     except json.JSONDecodeError as fault:
         raise error(f"{name} is not valid JSON: {fault.msg} (line {fault.lineno})") from fault
     except RecursionError as fault:
@@ -125,7 +139,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):
         keys = [key for key, _ in pairs]
         twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"key {twice!r} stands twice in one object")
+        raise ValueError(f"key {twice[:60]!r} stands twice in one object")
     return found
 
 

@@ -115,6 +115,30 @@ def test_what_judging_took_stands_in_the_result(
     assert json.loads((out / "score.json").read_text())["judging"] == tokens_only["judging"]
 
 
+def test_stored_answers_are_judged_as_the_note_says(cli: Any, write: Any, tmp_path: Path) -> None:
+    pytest.importorskip("openai")
+    said = [{"question_id": f"v{i}", "pred": "a dog", "question": "what?"} for i in range(3)]
+    gold = [{"question_id": f"v{i}", "answer": "dog", "question": "what?"} for i in range(3)]
+    data = write("test_qa.json", [{**item, "video_name": "x"} for item in gold])
+    given = ("eval", "msvd-qa", "--predictions", write("answers.json", said))
+    out = tmp_path / "out"
+    with serving(lambda *_: "Yes, score: 4") as served:
+        judge = ("--judge-url", served.url, "--judge-model", "m", "--json")
+        bare = cli(*given, "--out", out, *judge)
+        assert (bare.status, out.exists()) == (2, False)
+        assert "give --data" in bare.stderr
+        first = json.loads(cli(*given, "--data", data, "--out", out, *judge).stdout)
+        again = json.loads(
+            cli("eval", "msvd-qa", "--predictions", out, "--out", out, *judge).stdout
+        )
+    assert (first["metrics"]["accuracy"], first["metrics"]["score"]) == (100, 4)
+    assert again == first
+    assert len(served.bodies) == 3
+    other = cli("eval", "msvd-qa", "--predictions", data, "--data", data, "--out", out)
+    assert other.status == 2
+    assert "holds other answers" in other.stderr
+
+
 def test_prices() -> None:
     assert Prices().cost(prompt_tokens=1, completion_tokens=1) is None
     with pytest.raises(EvaluationError, match="needed for both"):

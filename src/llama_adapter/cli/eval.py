@@ -31,6 +31,10 @@ _Task = Annotated[str, typer.Argument(help=TASK_HELP, metavar="TASK", show_defau
 _Out = Annotated[Path, Option(help="Folder of the run.", metavar="DIR")]
 _Model = Annotated[str | None, Option(help=f"{MODEL_HELP} With --endpoint, its name there.")]
 _Data = Annotated[Path | None, Option(help="The benchmark's own file or folder.", metavar="PATH")]
+_Predictions = Annotated[
+    Path | None,
+    Option(help="Have these stored answers judged instead of asking a model.", metavar="FILE"),
+]
 _Media = Annotated[
     Path | None,
     Option(help="Folder of pictures or videos; by default around --data.", metavar="DIR"),
@@ -86,6 +90,7 @@ def eval_(
     out: _Out,
     model: _Model = None,
     data: _Data = None,
+    predictions: _Predictions = None,
     media: _Media = None,
     baseline: _Baseline = None,
     split: _Split = None,
@@ -119,6 +124,8 @@ def eval_(
       llama-adapter eval mme --model toy --expert ocr --data MME/ --out runs/mme
       llama-adapter eval msvd-qa --model runs/mine/adapter --data msvd/ --out runs/msvd \\
           --judge-url http://localhost:8000/v1 --judge-model grader
+      llama-adapter eval msvd-qa --predictions results.json --data msvd/ --out runs/judged \\
+          --judge-url http://localhost:8000/v1 --judge-model grader
     """
     # what is wrong in the options is said before a model is loaded
     chosen = JudgeChoice(
@@ -129,13 +136,20 @@ def eval_(
         concurrency=judge_concurrency,
         prices=(judge_price_in, judge_price_out),
     )
+    if predictions is not None and (model or endpoint or merge or limit or shard):
+        raise ConfigError(
+            "--predictions are answers already: no --model, --limit, --shard, --merge"
+        )
     panel = PanelChoice(names=tuple(expert or ()), timeout=expert_timeout, max_tokens=expert_tokens)
     sampling = {"seed": seed, "temperature": temperature, "max_new_tokens": max_new_tokens}
     asking = {"frames": frames, "prompt": prompt, "batch_size": batch_size}
     plan = _plan(task, out, {**sampling, **asking}, limit=limit, shard=shard)
     with contextlib.ExitStack() as opened:
         emit = opened.enter_context(json_only(as_json))
-        if not merge:
+        if predictions is not None:
+            known = plan.inputs(data, baseline=baseline, split=split) if data is not None else None
+            plan.take(predictions, known)
+        elif not merge:
             inputs = plan.inputs(data, baseline=baseline, split=split)
             answerer = _answerer(opened, model, endpoint, device=device, panel=panel)
             plan.answer(answerer, inputs, media=media)
@@ -168,6 +182,18 @@ class _Plan:
         from llama_adapter.evaluation.running import run_folder
 
         return run_folder(self.out, self.selection)
+
+    def take(self, predictions: Path, inputs: Inputs | None) -> None:
+        """Put stored answers where a run keeps its own."""
+        from llama_adapter.evaluation.predictions import PREDICTIONS, store_answers
+        from llama_adapter.evaluation.score import read_joined
+
+        if (self.folder / PREDICTIONS).resolve() in (
+            predictions.resolve(),
+            (predictions / PREDICTIONS).resolve(),
+        ):
+            return  # a run of ours, which is judged where it is
+        store_answers(read_joined(self.task, predictions, inputs), self.folder, task=self.task.name)
 
     def answer(self, answerer: Answerer, inputs: Inputs, *, media: Path | None) -> None:
         """Get the answers that are not there yet, behind a bar."""

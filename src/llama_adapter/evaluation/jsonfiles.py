@@ -3,83 +3,124 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
-from collections.abc import Iterable, Iterator, Mapping
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from llama_adapter import files
 from llama_adapter.errors import EvaluationError
+
+MAX_BYTES = 1 << 29
+"""Bytes of a file of questions or answers; Karpathy's of COCO has 150 million."""
+MAX_DEPTH = 64
+"""Lists and objects within one another; result files have fewer than ten."""
+_DOCUMENT = re.compile(r"[^ \t\r\n]")
 
 
 def read_json(path: Path) -> Any:
     """The content of a JSON file."""
-    try:
-        return json.loads(read_text(path))
-    except json.JSONDecodeError as error:
-        raise EvaluationError(f"{path}: not JSON (line {error.lineno}: {error.msg})") from error
-    except RecursionError as error:
-        raise EvaluationError(f"{path}: not JSON of any use (nested too deeply)") from error
+    text = read_text(path)
+    return _usable(files.parse_json(text, name=str(path), error=EvaluationError), text, path)
 
 
 def read_text(path: Path, *, lenient: bool = False) -> str:
     """The content of a UTF-8 file, which must exist; `lenient` overlooks odd bytes."""
-    try:
-        return path.read_text(
-            encoding="utf-8-sig", errors="backslashreplace" if lenient else "strict"
-        )
-    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
-        raise EvaluationError(f"{path}: cannot be read ({error.strerror})") from error
-    except UnicodeDecodeError as error:
-        raise EvaluationError(f"{path}: not UTF-8 text (byte {error.start})") from error
+    if not lenient:
+        return files.read_text(path, error=EvaluationError, limit=MAX_BYTES)
+    content = files.read_bytes(path, error=EvaluationError, limit=MAX_BYTES)
+    return content.decode("utf-8-sig", errors="backslashreplace").replace("\r\n", "\n")
 
 
-def read_jsonl(path: Path) -> tuple[list[dict[str, Any]], bool]:
-    """The objects of a JSON-lines file, and whether its last line was cut short.
+def _usable(value: Any, text: str, path: Path) -> Any:
+    """The value, without lone surrogates, which no file or terminal takes; not absurdly deep."""
+    level = [value] if isinstance(value, dict | list) else []
+    for _ in range(MAX_DEPTH):
+        inner = (part.values() if isinstance(part, dict) else part for part in level)
+        level = [item for part in inner for item in part if isinstance(item, dict | list)]
+        if not level:
+            break
+    else:
+        raise EvaluationError(f"{path}: is nested in more than {MAX_DEPTH} lists and objects")
+    if "\\ud" not in text.lower():
+        return value
+    return json.loads(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace"))
+
+
+def _documents(path: Path) -> tuple[list[Any], bool]:
+    """The JSON documents that follow one another in a file, and whether its last line is cut.
 
     A killed run leaves half a line at the end and nothing else is forgiven.
     """
-    rows: list[dict[str, Any]] = []
-    lines = [line for line in read_text(path).split("\n") if line.strip()]
-    for number, line in enumerate(lines, start=1):
+    text = read_text(path)
+    found: list[Any] = []
+    end = 0
+    while begin := _DOCUMENT.search(text, end):
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            if number == len(lines) and len(lines) > 1:
-                return rows, True
-            raise EvaluationError(f"{path}: line {number} is not JSON ({error.msg})") from error
+            value, end = files.next_json(text, begin.start(), name=str(path), error=EvaluationError)
+        except EvaluationError as error:
+            is_damaged = isinstance(error.__cause__, json.JSONDecodeError)
+            if found and is_damaged and "\n" not in text[begin.start() :].strip():
+                return _usable(found, text, path), True
+            raise
+        found.append(value)
+    return _usable(found, text, path), False
+
+
+def read_jsonl(path: Path) -> tuple[list[dict[str, Any]], bool]:
+    """The objects of a JSON-lines file, and whether its last line was cut short."""
+    rows, is_cut = _documents(path)
+    for number, row in enumerate(rows, start=1):
         if not isinstance(row, dict):
-            raise EvaluationError(
-                f"{path}: line {number} must be an object, found {type(row).__name__}"
-            )
-        rows.append(row)
-    return rows, False
+            raise EvaluationError(f"{path}: line {number} must be an object, found {brief(row)}")
+    return rows, is_cut
 
 
-def read_any(path: Path) -> tuple[Any, bool]:
+def read_any(path: Path, *, marks: Iterable[str] = ()) -> tuple[Any, bool]:
     """A JSON document, or the objects of JSON lines or a CSV; and whether the last was cut short.
 
-    Names say little: there are result files called `.json` that hold lines of objects.
+    Names say little: there are result files called `.json` that hold lines of objects, and
+    pretty-printed documents called `.jsonl`. A lone object with one of the `marks` among its keys
+    is a list of one record.
     """
     if path.suffix.lower() == ".csv":
-        return list(csv.DictReader(read_text(path).splitlines())), False
-    text = read_text(path).strip()
-    first, _, rest = text.partition("\n")
-    if path.suffix.lower() == ".jsonl" and not text.startswith("["):
-        return read_jsonl(path)
-    return read_jsonl(path) if rest and _is_object(first) else (read_json(path), False)
+        return _table(path), False
+    documents, is_cut = _documents(path)
+    if not documents:
+        raise EvaluationError(f"{path}: is empty")
+    if len(documents) == 1 and not is_cut:
+        content = documents[0]
+        is_record = isinstance(content, dict) and any(mark in content for mark in marks)
+        return ([content] if is_record else content), False
+    for number, row in enumerate(documents, start=1):
+        if not isinstance(row, dict):
+            raise EvaluationError(
+                f"{path}: expected one JSON document or lines of objects; document {number} of "
+                f"{len(documents)} is {brief(row)}"
+            )
+    return documents, is_cut
 
 
-def _is_object(line: str) -> bool:
+def _table(path: Path) -> list[dict[str, Any]]:
+    """The rows of a CSV with a header."""
     try:
-        return isinstance(json.loads(line), dict)
-    except json.JSONDecodeError:
-        return False
+        rows = list(csv.DictReader(io.StringIO(read_text(path), newline=""), strict=True))
+    except csv.Error as error:
+        raise EvaluationError(f"{path}: is not a table: {error}") from error
+    for number, row in enumerate(rows, start=1):
+        if None in row or None in row.values():
+            raise EvaluationError(f"{path}: row {number} has not as many fields as the header")
+    return rows
 
 
 def read_objects(path: Path) -> tuple[list[dict[str, Any]], bool]:
     """The objects of a JSON list, JSON lines or a CSV; and whether the last was cut short."""
     content, is_cut = read_any(path)
-    if isinstance(content, dict) and "\n" not in read_text(path).strip():
+    is_line = "\n" not in read_text(path).strip() if isinstance(content, dict) else False
+    if isinstance(content, dict) and (is_line or path.suffix.lower() == ".jsonl"):
         content = [content]
     if not isinstance(content, list):
         raise EvaluationError(f"{path}: expected a list of objects, found {brief(content)}")
@@ -96,17 +137,63 @@ def brief(value: Any) -> str:
     ('an object with a, b', "'hm'", 'a list of 2')
     """
     if isinstance(value, dict):
-        return f"an object with {', '.join(map(str, list(value)[:4])) or 'nothing in it'}"
+        return f"an object with {keys_of(value)}"
     return f"a list of {len(value)}" if isinstance(value, list) else repr(value)[:60]
 
 
-def field_of(row: Mapping[str, Any], names: Iterable[str], *, where: str) -> Any:
+def keys_of(row: Mapping[Any, Any]) -> str:
+    """The first few keys of an object, for a message."""
+    shown = [key if key.isprintable() else repr(key) for key in map(str, list(row)[:8])]
+    return ", ".join(key[:40] for key in shown) or "nothing in it"
+
+
+def lowered(item: Mapping[str, Any]) -> dict[str, Any]:
+    """The object with its keys in lower case: files differ in it."""
+    return {name.strip().lower(): value for name, value in item.items()}
+
+
+def field_of(row: Mapping[str, Any], names: Sequence[str], *, where: str) -> Any:
     """The value under the first of the names that the row has."""
     for name in names:
         if name in row and row[name] is not None:
             return row[name]
-    expected = " or ".join(names)
-    raise EvaluationError(f"{where} lacks {expected}; it has {', '.join(map(str, row)) or 'none'}")
+    raise EvaluationError(f"{where} lacks {' or '.join(names)}; it has {keys_of(row)}")
+
+
+def id_of(value: Any, *, where: str) -> str:
+    """An id that a file gives as text or a number.
+
+    >>> id_of("v_1", where=""), id_of(7, where=""), id_of(391895.0, where="")
+    ('v_1', '7', '391895')
+    """
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if not isinstance(value, str | int) or isinstance(value, bool):
+        raise EvaluationError(f"{where}: an id must be a text or a number, found {brief(value)}")
+    return str(value)
+
+
+def text_of(value: Any, *, where: str) -> str:
+    """A question or an answer; nothing where a file has null or NaN, as tables write it.
+
+    >>> text_of("a dog", where=""), text_of(2, where=""), text_of(None, where="")
+    ('a dog', '2', '')
+    >>> text_of(["a dog"], where="")
+    'a dog'
+    """
+    match value:
+        case str():
+            return value
+        case None:
+            return ""
+        case float():
+            return str(value) if math.isfinite(value) else ""
+        case bool() | int():
+            return str(value)
+        case [str() as only]:
+            return only
+        case _:
+            raise EvaluationError(f"{where}: expected a text, found {brief(value)}")
 
 
 def find_file(path: Path, patterns: Iterable[str], *, what: str) -> Path:
@@ -130,6 +217,6 @@ def unique(ids: Iterable[str], *, where: str) -> Iterator[str]:
     seen: set[str] = set()
     for id_ in ids:
         if id_ in seen:
-            raise EvaluationError(f"{where}: id {id_!r} comes twice")
+            raise EvaluationError(f"{where}: id {brief(id_)} comes twice")
         seen.add(id_)
         yield id_

@@ -17,20 +17,34 @@ _SCORE = re.compile(
 _ALONE = re.compile(rf"\s*({_NUMBER})\s*(?:/\s*\d+)?\s*\.?\s*")
 _MARKUP = r"[\s*_`#>(\[]*"
 _OUT_OF = r"(?:\s*(?:/|out of)\s*10\b)?"
-# "8/10" alone is one score, not two
-_BETWEEN = r"(?:[\s*_`]*(?:[,;&|]|/(?!\s*10\b)|\band\b|\bvs\b\.?)[\s*_`]*|\s+)"
+_BETWEEN = r"(?:[\s*_`]*(?:[,;&|]|\band\b|\bvs\b\.?)[\s*_`]*|[^\S\n]+)"
 _FIRST_LINE = re.compile(
     rf"{_MARKUP}(?:scores?{_MARKUP}:{_MARKUP})?({_NUMBER}){_OUT_OF}{_BETWEEN}"
     rf"({_NUMBER}){_OUT_OF}[\s*_`)\].,;]*",
     re.I,
 )
-_TUPLE = re.compile(rf"\(\s*({_NUMBER})\s*,\s*({_NUMBER})\s*\)")
-_NO_SUM = r"(?![\d.]*\d|[a-z]|\s*[+^=/]|\s*[-*]\s*\d)"  # "Answer 1: 2 + 2 = 4" is no score
-_SIDE = (
-    r"(?:assistant|answer|response|model)\s*(?:{})\b[\s*_`]*(?:'s)?\s*(?:score|rating)?"
-    rf"\s*(?:[:=]|is|of)[\s*_`]*({_NUMBER}){_OUT_OF}{_NO_SUM}"
+# (3, 4) is a point unless the sentence speaks of scores
+_TUPLE = re.compile(
+    rf"\b(?:scores?|ratings?)\b[^\n.?!\d]{{0,60}}[(\[]\s*({_NUMBER}){_OUT_OF}\s*,"
+    rf"\s*({_NUMBER}){_OUT_OF}\s*[)\]]",
+    re.I,
 )
-_SIDES = [re.compile(_SIDE.replace("{}", side, 1), re.I) for side in ("1|A", "2|B")]
+# A number is a score where its side's name, the word score or "/10" says so, and nothing that it
+# could count or be added to follows: not "Answer 1: 2 + 2 = 4", nor "Assistant 1: 3 apples".
+_END = (
+    r"(?=[\s*_`]*(?:$|\n|[.,;:)\]]+(?:\s|$)|[(–—]|-\s+[a-z]"
+    r"|(?:assistant|answer|response|model|and|because|while|whereas|but|for|vs|points?)\b))"
+)
+_WORDS = (
+    r"(?:[\s*_`]*(?:'s|(?:gets|receives|received|earns|deserves|is|of|an?|overall|scores?|ratings?"
+    r"|scored)\b|[:=(]|[-–—](?!\d))){0,6}[\s*_`]*"
+)
+_SIDE = (
+    r"\b(?:(?:assistant|model)\s*(?:{side})\b|(?:answer|response)\s*(?:{side})\b"
+    r"(?=[^\n]{0,20}\b(?:scores?|ratings?|gets)\b|[\s*_`:=]*[\d.]+\s*(?:/|out\s+of)\s*10\b))"
+    rf"{_WORDS}({_NUMBER}){_OUT_OF}{_END}"
+)
+_SIDES = [re.compile(_SIDE.replace("{side}", side), re.I | re.M) for side in ("1|A", "2|B")]
 
 
 def parse_yes_no_score(reply: str) -> dict[str, Any] | None:
@@ -84,11 +98,9 @@ def parse_score_pair(reply: str) -> tuple[float, float] | None:
         pair = _pair(found[1], found[2])
         if pair is not None:
             return pair
-    for line in reply.splitlines()[1:]:
-        alone = _FIRST_LINE.fullmatch(line)
-        if alone is not None and (pair := _pair(alone[1], alone[2])) is not None:
-            return pair
-    return None
+    # a line of two numbers further down is a verdict where it is the only one
+    alone = [line for line in reply.splitlines()[1:] if _FIRST_LINE.fullmatch(line)]
+    return first_line_pair(alone[0]) if len(alone) == 1 else None
 
 
 def first_line_pair(reply: str) -> tuple[float, float] | None:

@@ -7,18 +7,23 @@ each: `{"task", "id", "aspect", "verdict", "reply", "prompt_hash", ...}`; the la
 
 from __future__ import annotations
 
+import json
 import math
+import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from llama_adapter.errors import EvaluationError
-from llama_adapter.evaluation.jsonfiles import brief, read_jsonl
+from llama_adapter.evaluation.jsonfiles import MAX_BYTES, brief, field_of, id_of, read_jsonl, unique
 from llama_adapter.evaluation.records import Record, Row, Verdict
+from llama_adapter.files import open_regular, read_bytes, write_atomically
 
 PREDICTIONS = "predictions.jsonl"
 JUDGEMENTS = "judgements.jsonl"
+_FIRST_LINE = 1 << 20  # bytes in which a line of ours names its task and its answers
 Parse = Callable[[str, str], Verdict | None]
 """From an aspect and a judge's reply to the verdict."""
 
@@ -31,6 +36,8 @@ class Predictions:
     notes: tuple[str, ...] = ()
     judge: str | None = None
     """Who gave the verdicts, where that is stored."""
+    is_ours: bool = False
+    """Whether a run of ours wrote them: its ids are the benchmark's own."""
     stated: Mapping[str, Any] | None = None
     """What a public result file says about itself beside its answers, such as its own count."""
 
@@ -53,7 +60,7 @@ def record_from_json(line: Mapping[str, Any]) -> Record:
         id=str(line["id"]),
         questions=tuple(line.get("questions") or ("",)),
         gold=line.get("gold"),
-        images=tuple(line.get("images", ())),
+        images=tuple(line.get("images") or ()),
         video=line.get("video"),
         facts=line.get("facts") or {},
     )
@@ -66,21 +73,30 @@ _TYPES = {
     "video": str,
     "facts": dict,
     "verdicts": dict,
+    "problem": str,
 }
+_JUDGED = {
+    "aspect": str,
+    "judge": str,
+    "reply": str | None,
+    "verdict": dict | None,
+    "prompt_hash": str | None,
+}
+_TEXTS = frozenset(("questions", "answers", "images"))
 
 
 def _check(line: Mapping[str, Any], *, task: str, where: str) -> None:
     """Refuse a line that no run has written."""
     if line.get("task") != task:
-        raise EvaluationError(f"{where} is of task {line.get('task')!r}, expected {task!r}")
-    if "id" not in line:
-        raise EvaluationError(f"{where} lacks id")
+        found = brief(line.get("task"))
+        raise EvaluationError(f"{where} is of task {found}, expected {task!r}")
+    id_of(field_of(line, ("id",), where=where), where=where)
     for name, kind in _TYPES.items():
         value = line.get(name)
-        texts = value if name in {"questions", "answers"} and isinstance(value, list) else []
+        texts = value if name in _TEXTS and isinstance(value, list) else []
         verdicts = value.values() if name == "verdicts" and isinstance(value, dict) else []
         if (
-            (name in line and not isinstance(value, kind))
+            (value is not None and not isinstance(value, kind))
             or not all(isinstance(text, str) for text in texts)
             or not all(isinstance(verdict, dict) for verdict in verdicts)
         ):
@@ -91,9 +107,9 @@ def is_ours(path: Path) -> bool:
     """Whether a file is a `predictions.jsonl` of this package."""
     if path.suffix != ".jsonl":
         return False
-    with path.open(encoding="utf-8-sig", errors="replace") as lines:
-        first = next((line for line in lines if line.strip()), "")
-    return '"task"' in first and '"answers"' in first
+    with open_regular(path, error=EvaluationError) as file:
+        first, _, _ = file.read(_FIRST_LINE).lstrip(b"\xef\xbb\xbf \t\r\n").partition(b"\n")
+    return b'"task"' in first and b'"answers"' in first
 
 
 def read_ours(path: Path, *, task: str, parse: Parse | None = None) -> Predictions:
@@ -117,7 +133,30 @@ def read_ours(path: Path, *, task: str, parse: Parse | None = None) -> Predictio
             )
         )
     rows, repeated = without_repeats(rows, where=str(path))
-    return Predictions(rows=tuple(rows), notes=(*notes, *repeated), judge=judge)
+    return Predictions(rows=tuple(rows), notes=(*notes, *repeated), judge=judge, is_ours=True)
+
+
+NOT_KEPT = "(not kept)"
+"""The answer of a public file that kept the verdict on it alone."""
+
+
+def store_answers(found: Predictions, folder: Path, *, task: str) -> None:
+    """Make a run's folder of answers that stand elsewhere, to have them judged there."""
+    lines = []
+    for row in found.rows:
+        if NOT_KEPT in row.answers:
+            raise EvaluationError(f"record {brief(row.record.id)}: the answer itself is not kept")
+        if row.is_answered and row.record.gold is None and task != "vicuna-80":
+            raise EvaluationError(
+                f"record {brief(row.record.id)}: no right answer to judge by; give --data"
+            )
+        line = {"task": task, **record_to_json(row.record), "answers": list(row.answers)}
+        lines.append(json.dumps(line, ensure_ascii=False) + "\n")
+    path, text = folder / PREDICTIONS, "".join(lines)
+    if path.exists() and read_bytes(path, error=EvaluationError, limit=MAX_BYTES) != text.encode():
+        raise EvaluationError(f"{folder}: holds other answers. Choose another --out")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, text)
 
 
 def read_verdicts(
@@ -130,7 +169,7 @@ def read_verdicts(
     verdicts: dict[str, dict[str, Verdict]] = {}
     if not path.exists():
         return verdicts, None
-    lines = [line for line in read_jsonl(path)[0] if line.get("task") == task]
+    lines = [line for line in read_judgements(path) if line.get("task") == task]
     judge = lines[-1].get("judge") if lines else None
     for line in lines:
         if line.get("judge") != judge:
@@ -139,28 +178,73 @@ def read_verdicts(
         if parse is not None and line.get("reply"):
             verdict = parse(line["aspect"], line["reply"])
         if verdict is not None:
-            verdicts.setdefault(str(line["id"]), {})[line["aspect"]] = verdict
+            verdicts.setdefault(line["id"], {})[line["aspect"]] = verdict
     return verdicts, judge
 
 
+def read_judgements(path: Path) -> list[dict[str, Any]]:
+    """The lines of a `judgements.jsonl`, each of the shape that a run writes."""
+    lines, _ = read_jsonl(path)
+    for number, line in enumerate(lines, start=1):
+        where = f"{path}: line {number}"
+        line["id"] = id_of(field_of(line, ("id",), where=where), where=where)
+        for name, kind in _JUDGED.items():
+            if not isinstance(line.get(name), kind):
+                found = brief(line.get(name))
+                raise EvaluationError(f"{where}: {name} is not as a run writes it: {found}")
+    return lines
+
+
 def without_repeats(rows: Iterable[Row], *, where: str) -> tuple[list[Row], tuple[str, ...]]:
-    """Rows with each id once. A repeat of the same answer is noted, another answer is refused."""
-    kept: dict[str, Row] = {}
+    """Rows with each record once. A repeat of the same answer is noted, another is refused.
+
+    A record is known by its id and what it asks: some benchmarks give a video's id to all its
+    questions. Where two questions share an id, each is named after both.
+    """
+    kept: dict[tuple[str, str], Row] = {}
     repeats = 0
     for row in rows:
-        earlier = kept.get(row.record.id)
+        key = row.record.id, _plain(row.record.question)
+        earlier = kept.get(key)
         if earlier is None or not earlier.answers:
             # A record whose picture was missing at first may be answered by a later run.
-            kept[row.record.id] = row
+            kept[key] = row
         elif row.answers in (earlier.answers, ()):
             repeats += 1
         else:
             raise EvaluationError(
-                f"{where}: id {row.record.id!r} has two answers, "
+                f"{where}: id {brief(row.record.id)} has two answers, "
                 f"{earlier.answer[:40]!r} and {row.answer[:40]!r}"
             )
     note = (f"{repeats} repeated answers are counted once",) if repeats else ()
-    return list(kept.values()), note
+    records = told_apart([row.record for row in kept.values()])
+    found = [replace(row, record=r) for row, r in zip(kept.values(), records, strict=True)]
+    return found, note
+
+
+def told_apart(records: Sequence[Record]) -> list[Record]:
+    """The records, those that share an id named after id and question."""
+    seen = Counter(record.id for record in records)
+    return [
+        replace(record, id=_full_name(record)) if seen[record.id] > 1 else record
+        for record in records
+    ]
+
+
+def unique_records(records: Sequence[Record], *, where: str) -> list[Record]:
+    """A benchmark's records told apart; an id that comes twice with one question is refused."""
+    apart = told_apart(records)
+    list(unique((record.id for record in apart), where=where))
+    return apart
+
+
+def _full_name(record: Record) -> str:
+    return f"{record.id}: {_plain(record.question)}"
+
+
+def _plain(question: str) -> str:
+    """A question without what files spell differently: case, punctuation, white space."""
+    return " ".join(re.findall(r"\w+", question.lower()))
 
 
 def join(predictions: Predictions, records: Sequence[Record], *, data: Path) -> Predictions:
@@ -174,13 +258,18 @@ def join(predictions: Predictions, records: Sequence[Record], *, data: Path) -> 
     found: dict[str, Row] = {}
     # another name counts only where no record or answer has it for its own
     for record in records:
-        if record.id in by_id:
+        row = by_id.get(record.id)
+        if row is not None and (predictions.is_ours or _asks_the_same(record, row.record)):
             found[record.id] = by_id.pop(record.id)
     for record in records:
-        names = [name for name in _aliases(record) if name in by_id]
+        names = [name for name in (*_aliases(record), _full_name(record)) if name in by_id]
         if names and record.id not in found:
             found[record.id] = by_id.pop(names[0])
-    others = {alias: id_ for id_, row in by_id.items() for alias in _aliases(row.record)}
+    others = {
+        alias: id_
+        for id_, row in by_id.items()
+        for alias in (*_aliases(row.record), _full_name(row.record))
+    }
     for record in records:
         ids = [others[name] for name in (record.id, *_aliases(record)) if name in others]
         if record.id not in found and ids and ids[0] in by_id:
@@ -188,18 +277,25 @@ def join(predictions: Predictions, records: Sequence[Record], *, data: Path) -> 
     rows = [replace(found.get(r.id, Row(record=r)), record=r) for r in records]
     if by_id and len(by_id) == len(predictions.rows):
         raise EvaluationError(
-            f"{data}: knows none of the {len(by_id)} answered ids, such as {next(iter(by_id))!r}; "
-            f"its own are like {records[0].id if records else 'none'!r}"
+            f"{data}: knows none of the {len(by_id)} answered ids, such as "
+            f"{brief(next(iter(by_id)))}, or has other questions under them; its own are like "
+            f"{brief(records[0].id) if records else 'none'}"
         )
     notes = predictions.notes
     if by_id:
-        some = ", ".join(list(by_id)[:3])
+        some = ", ".join(id_[:60] for id_ in list(by_id)[:3])
         notes = (*notes, f"{len(by_id)} answers to ids that the data does not have: {some}")
     return replace(predictions, rows=tuple(rows), notes=notes)
 
 
+def _asks_the_same(record: Record, other: Record) -> bool:
+    """Whether one question is in the other: result files may keep a prompt around it."""
+    one, two = _plain(record.question), _plain(other.question)
+    return one in two or two in one
+
+
 def _aliases(record: Record) -> Sequence[str]:
-    return record.facts.get("aliases", ())
+    return record.texts("aliases")
 
 
 def number(value: Any) -> float | None:
@@ -212,6 +308,25 @@ def number(value: Any) -> float | None:
         return None
     try:
         result = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None
     return result if math.isfinite(result) else None
+
+
+_SCORES = ("score", "socre", "scores", "rating", "grade")  # as judges and scripts spell it
+_OUT_OF = re.compile(r"([-+\d.]+)\s*(?:/|out of)\s*\d+")
+
+
+def score_of(verdict: Verdict | None, *, low: float, high: float) -> float | None:
+    """The score of a verdict; None where it has none, or one beyond the scale.
+
+    >>> score_of({"Score": 4}, low=0, high=5), score_of({"socre": "3.5/5"}, low=0, high=5)
+    (4.0, 3.5)
+    >>> score_of({"score": 50}, low=0, high=5)
+    """
+    lowered = {str(name).strip().lower(): value for name, value in (verdict or {}).items()}
+    value = next((lowered[name] for name in _SCORES if name in lowered), None)
+    if isinstance(value, str) and (said := _OUT_OF.fullmatch(value.strip())):
+        value = said[1]
+    found = number(value)
+    return found if found is not None and low <= found <= high else None

@@ -42,8 +42,17 @@ class Record:
     def fact(self, name: str) -> Any:
         """A fact that counting cannot do without."""
         if self.facts.get(name) is None:
-            raise EvaluationError(f"record {self.id!r} lacks {name}: its answers cannot be counted")
+            raise EvaluationError(
+                f"record {self.id[:60]!r} lacks {name}: its answers cannot be counted"
+            )
         return self.facts[name]
+
+    def texts(self, name: str) -> list[str]:
+        """A fact that is a list of texts; none where it is absent."""
+        found = self.facts.get(name) or []
+        if not isinstance(found, list) or not all(isinstance(text, str) for text in found):
+            raise EvaluationError(f"record {self.id[:60]!r}: {name} must be a list of texts")
+        return found
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,6 +92,10 @@ class Tally:
     sums_UC: Floats
     """One row for each unit of resampling (a record, an image), one column for each sum."""
     metrics: Metrics
+    judged: int | None = None
+    """Records with a verdict; None for tasks that count by rule."""
+    compared: int = 0
+    """Records of a judged task whose answers were compared by words in place of a judge."""
     unanswered: int = 0
     unparsed: int = 0
     unjudged: int = 0

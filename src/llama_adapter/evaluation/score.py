@@ -10,11 +10,13 @@ import numpy as np
 
 from llama_adapter.errors import EvaluationError
 from llama_adapter.evaluation.bootstrap import RESAMPLES, bootstrap_intervals
+from llama_adapter.evaluation.jsonfiles import MAX_BYTES
 from llama_adapter.evaluation.judges import WORD_JUDGES
 from llama_adapter.evaluation.predictions import PREDICTIONS, Predictions, is_ours, join, read_ours
 from llama_adapter.evaluation.records import Tally
 from llama_adapter.evaluation.tasks import find_task
 from llama_adapter.evaluation.tasks.base import Counting, Inputs, Task
+from llama_adapter.files import open_regular
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,11 +63,15 @@ def score(
     counted as unanswered, what is unknown is noted. Intervals are 95% percentile bootstrap.
     """
     task = find_task(task_name)
-    found = read_predictions(task, predictions)
-    if inputs is not None:
-        found = join(found, task.read(inputs), data=inputs.data)
+    found = read_joined(task, predictions, inputs)
     tally = task.count(found, counting or Counting())
     return report(task, found, tally, resamples=resamples, seed=seed)
+
+
+def read_joined(task: Task, predictions: Path, inputs: Inputs | None) -> Predictions:
+    """Stored answers, joined with the benchmark's own records where these are given."""
+    found = read_predictions(task, predictions)
+    return found if inputs is None else join(found, task.read(inputs), data=inputs.data)
 
 
 def read_predictions(task: Task, path: Path) -> Predictions:
@@ -74,8 +80,10 @@ def read_predictions(task: Task, path: Path) -> Predictions:
         raise EvaluationError(f"{path}: no such predictions")
     if (path / PREDICTIONS).is_file():
         path = path / PREDICTIONS
-    if path.is_file() and path.stat().st_size == 0:
-        raise EvaluationError(f"{path}: is empty, expected predictions of {task.name}")
+    if not path.is_dir():
+        with open_regular(path, error=EvaluationError, limit=MAX_BYTES) as file:
+            if not file.read(1):
+                raise EvaluationError(f"{path}: is empty, expected predictions of {task.name}")
     if path.is_file() and is_ours(path):
         parse = task.judging.parse if task.judging else None
         found = read_ours(path, task=task.name, parse=parse)
@@ -90,13 +98,18 @@ def report(
     task: Task, found: Predictions, tally: Tally, *, resamples: int = RESAMPLES, seed: int = 0
 ) -> ScoreReport:
     """Metrics that have a value, their intervals and everything that was odd."""
-    values = tally.metrics(tally.sums_UC.sum(axis=0))
-    metrics = {name: float(value) for name, value in values.items() if not np.isnan(value)}
-    intervals = bootstrap_intervals(tally, resamples=resamples, seed=seed)
+    is_answered = any(row.is_answered for row in found.rows)
+    is_counted = tally.compared > 0 if tally.judged == 0 else is_answered
+    metrics: dict[str, float] = {}
+    intervals: dict[str, tuple[float, float]] = {}
+    if is_counted:
+        values = tally.metrics(tally.sums_UC.sum(axis=0))
+        metrics = {name: float(value) for name, value in values.items() if not np.isnan(value)}
+        intervals = bootstrap_intervals(tally, resamples=resamples, seed=seed)
     protocol = dict(tally.protocol)
     if found.judge is not None:
         protocol["judge"] = found.judge
-    if found.judge in WORD_JUDGES:
+    if found.judge in WORD_JUDGES and not tally.compared:
         # another measure must not bear the published one's name
         metrics = {f"{found.judge}:{k}": v for k, v in metrics.items() if "accuracy" in k}
         intervals = {f"{found.judge}:{k}": v for k, v in intervals.items()}
@@ -106,8 +119,26 @@ def report(
         unanswered=tally.unanswered,
         unparsed=tally.unparsed,
         unjudged=tally.unjudged,
-        metrics={**dict(tally.fixed), **metrics},
+        metrics={**dict(tally.fixed), **metrics} if is_counted else {},
         intervals={name: pair for name, pair in intervals.items() if name in metrics},
-        notes=(*found.notes, *tally.notes),
+        notes=(*found.notes, *tally.notes, *_missing(task, tally, is_answered=is_answered)),
         protocol=protocol,
+    )
+
+
+def _missing(task: Task, tally: Tally, *, is_answered: bool) -> tuple[str, ...]:
+    """What there is no number for, and which command helps."""
+    if not is_answered:
+        return (f"none of the {tally.n} records is answered, so there is no number",)
+    if tally.judged is None or not tally.unjudged:
+        return ()
+    how = (
+        f"llama-adapter eval {task.name} --predictions FILE --out DIR --judge-url URL "
+        "--judge-model NAME judges stored answers"
+    )
+    if tally.judged == 0:
+        return (f"no answer is judged, so the published measure has no number; {how}",)
+    return (
+        f"{tally.unjudged} of {tally.n} records are answered and have no verdict that can be read "
+        f"and is on its scale; {how}",
     )

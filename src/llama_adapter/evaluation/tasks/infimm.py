@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from llama_adapter.errors import EvaluationError
-from llama_adapter.evaluation.jsonfiles import brief, field_of, find_file, read_json, read_objects
+from llama_adapter.evaluation.jsonfiles import (
+    brief,
+    field_of,
+    find_file,
+    id_of,
+    lowered,
+    read_json,
+    read_objects,
+    text_of,
+)
 from llama_adapter.evaluation.judge_prompts import REASONED_ANSWER
 from llama_adapter.evaluation.parsing import parse_score
-from llama_adapter.evaluation.predictions import Predictions, number, without_repeats
+from llama_adapter.evaluation.predictions import (
+    NOT_KEPT,
+    Predictions,
+    score_of,
+    unique_records,
+    without_repeats,
+)
 from llama_adapter.evaluation.records import Floats, Record, Row, Tally, ratio, table
 from llama_adapter.evaluation.tasks.base import Counting, Generation, Inputs, Judging, Task
 
@@ -20,12 +36,20 @@ CATEGORIES = ("deductive", "abductive", "analogical")
 WEIGHTS = {"moderate": 1, "high": 2}
 _GROUPS = (*CATEGORIES, *WEIGHTS, "overall")
 # The published files misspell one key and are not of one mind about the case of the others.
-_MISSPELT = {"counter-intuitve": "counter-intuitive", "catogory": "category"}
+_MISSPELT = {
+    "counter-intuitve": "counter-intuitive",
+    "catogory": "category",
+    "socre": "score",
+    "rating": "score",
+    "grade": "score",
+    "gpt score": "score",
+}
+_SAID = ("prediction", "pred", "model answer", "model prediction", "response", "output", "text")
 
 
 def _tidy(item: dict[str, Any]) -> dict[str, Any]:
-    lowered = {key.strip().lower().replace("_", " "): value for key, value in item.items()}
-    return {_MISSPELT.get(key, key): value for key, value in lowered.items()}
+    spelt = {key.replace("_", " "): value for key, value in lowered(item).items()}
+    return {_MISSPELT.get(key, key): value for key, value in spelt.items()}
 
 
 def _facts(item: dict[str, Any]) -> dict[str, Any]:
@@ -54,14 +78,17 @@ def read(inputs: Inputs) -> list[Record]:
         images = field_of(item, ("image path", "image", "images"), where=where)
         records.append(
             Record(
-                id=str(item.get("id", n)),
-                questions=(str(field_of(item, ("question",), where=where)),),
+                id=id_of(item.get("id", n), where=where),
+                questions=(text_of(field_of(item, ("question",), where=where), where=where),),
                 gold=item.get("answer"),
-                images=tuple([images] if isinstance(images, str) else map(str, images)),
+                images=tuple(
+                    id_of(image, where=where)
+                    for image in (images if isinstance(images, list) else [images])
+                ),
                 facts=_facts(item),
             )
         )
-    return records
+    return unique_records(records, where=str(path))
 
 
 def read_public(path: Path) -> Predictions:
@@ -69,18 +96,21 @@ def read_public(path: Path) -> Predictions:
     objects, is_cut = read_objects(path)
     rows = []
     for n, raw in enumerate(objects):
+        where = f"{path}: item {n}"
         item = _tidy(raw)
-        answer = next((item[k] for k in ("prediction", "pred", "model answer") if k in item), None)
-        score = next((item[k] for k in ("score", "grade") if k in item), None)
-        if answer is None and score is None:
-            field_of(item, ("prediction", "score"), where=f"{path}: item {n}")
+        answer = next((item[k] for k in _SAID if k in item), None)
+        score = item.get("score")
+        if answer is None and score is None and "question" not in item:
+            field_of(item, ("prediction", "score"), where=where)
         record = Record(
-            id=str(item.get("id", item.get("question id", n))),
-            questions=(str(item.get("question", "")),),
+            id=id_of(item.get("id", item.get("question id", n)), where=where),
+            questions=(text_of(item.get("question"), where=where),),
             gold=item.get("answer"),
             facts=_facts(item),
         )
-        answers = (str(answer),) if answer is not None else ("(not kept)",)
+        answers = () if answer is None else (text_of(answer, where=where),)
+        if score is not None and not answers:
+            answers = (NOT_KEPT,)  # there was an answer to grade
         verdicts = {} if score is None else {ASPECT: {"score": score}}
         rows.append(Row(record=record, answers=answers, verdicts=verdicts))
     kept, notes = without_repeats(rows, where=str(path))
@@ -90,9 +120,11 @@ def read_public(path: Path) -> Predictions:
 
 def count(predictions: Predictions, _: Counting) -> Tally:
     """S = (Σ moderate + 2 Σ high) / (|moderate| + 2 |high|) × 100, by category and overall."""
-    sums, unanswered, unjudged, unweighted = [], 0, 0, 0
+    sums, unanswered, unjudged, unweighted, beyond = [], 0, 0, 0, 0
     for row in predictions.rows:
-        score = number(row.verdicts.get(ASPECT, {}).get("score"))
+        verdict = row.verdicts.get(ASPECT)
+        score = score_of(verdict, low=0, high=1)
+        beyond += score is None and score_of(verdict, low=-math.inf, high=math.inf) is not None
         complexity = str(row.record.facts.get("complexity") or "")
         weight = WEIGHTS.get(complexity, 0)
         unanswered += not row.is_answered
@@ -106,11 +138,11 @@ def count(predictions: Predictions, _: Counting) -> Tally:
                 line[_GROUPS.index(group)] = weight * value, weight * judged, weight
         line[-1] = value, judged, 1
         sums.append(line.ravel())
-    notes: tuple[str, ...] = ()
+    notes = [f"{beyond} scores are not from 0 to 1 and are left out"] if beyond else []
     if unweighted:
-        notes = (
+        notes.append(
             f"{unweighted} records name no complexity, so they have no weight: they count only in "
-            "overall_unweighted",
+            "overall_unweighted"
         )
     return Tally(
         n=len(predictions.rows),
@@ -118,7 +150,8 @@ def count(predictions: Predictions, _: Counting) -> Tally:
         metrics=_metrics,
         unanswered=unanswered,
         unjudged=unjudged,
-        notes=notes,
+        judged=sum(sums_[-2] > 0 for sums_ in sums),
+        notes=tuple(notes),
         protocol={"weights": WEIGHTS, "scale": "judge's 0 to 1, times 100"},
     )
 

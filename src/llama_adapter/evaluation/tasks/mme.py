@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 
 from llama_adapter.errors import EvaluationError
-from llama_adapter.evaluation.jsonfiles import read_text
+from llama_adapter.evaluation.jsonfiles import brief, read_text
 from llama_adapter.evaluation.parsing import parse_yes_no
 from llama_adapter.evaluation.predictions import Predictions
 from llama_adapter.evaluation.records import Floats, Record, Row, Tally, ratio, table
@@ -35,6 +35,11 @@ COGNITION = (
     "code_reasoning",
 )
 SUBTASKS = PERCEPTION + COGNITION
+QUESTIONS = dict(
+    zip(SUBTASKS, (60, 60, 60, 60, 294, 340, 400, 400, 400, 40, 140, 40, 40, 40), strict=True)
+)
+"""How many the benchmark asks."""
+_SUFFIXES = (".jpg", ".png", ".jpeg")
 _ANSWERS = frozenset(("yes", "no"))
 _SUMS = 4  # right answers, questions, images with both right, images
 
@@ -148,13 +153,28 @@ def read_public(path: Path) -> Predictions:
         found = next(iter(inner.values()), {})
     if not found:
         raise EvaluationError(f"{path}: holds none of MME's result files, such as existence.txt")
-    rows = [row for subtask, file in found.items() for row in _rows(file, subtask)]
+    rows = [_as_answer(row) for name, file in found.items() for row in _rows(file, name)]
     return Predictions(rows=tuple(rows))
+
+
+def _as_answer(row: Row) -> Row:
+    """An answer is found by subtask, image and right answer, whatever the image's suffix.
+
+    Some converters write `0001.txt`, the file of the questions, for `0001.jpg`, or put a folder
+    before it; the question may be worded for the model.
+    """
+    subtask, _, rest = row.record.id.partition("/")
+    image, _, gold = rest.rpartition("/")
+    stem = PurePosixPath(image.replace("\\", "/")).stem
+    aliases = [f"{subtask}/{stem}{suffix}/{gold}" for suffix in ("", *_SUFFIXES)]
+    facts = {**row.record.facts, "aliases": aliases}
+    return replace(row, record=replace(row.record, questions=("",), facts=facts))
 
 
 def count(predictions: Predictions, _: Counting) -> Tally:
     """100 · (accuracy + accuracy+) by subtask, as MME's own tool counts: no answer is wrong."""
     images: dict[tuple[str, str], list[bool]] = defaultdict(list)
+    asked: Counter[str] = Counter()
     unanswered = unparsed = 0
     for row in predictions.rows:
         said = parse_yes_no(row.answer)
@@ -162,7 +182,8 @@ def count(predictions: Predictions, _: Counting) -> Tally:
         unparsed += row.is_answered and said is None
         subtask, image = row.record.fact("subtask"), row.record.fact("image")
         if subtask not in SUBTASKS:
-            raise EvaluationError(f"{row.record.id}: {subtask!r} is no subtask of MME")
+            raise EvaluationError(f"{row.record.id[:60]}: {brief(subtask)} is not a subtask of MME")
+        asked[subtask] += 1
         images[subtask, str(image)].append(said == row.record.gold)
     sums = np.zeros((len(images), len(SUBTASKS), _SUMS))
     odd = 0
@@ -172,8 +193,13 @@ def count(predictions: Predictions, _: Counting) -> Tally:
     present = {subtask for subtask, _ in images}
     missing = [subtask for subtask in SUBTASKS if subtask not in present]
     notes = [f"{odd} images do not have two questions each"] if odd else []
-    if unanswered or unparsed:
+    if (unanswered or unparsed) and unanswered < len(predictions.rows):
         notes.append("what is unanswered or not read as yes or no counts as wrong, as published")
+    short = [
+        f"{n} of {QUESTIONS[name]} of {name}" for name, n in asked.items() if n < QUESTIONS[name]
+    ]
+    if short:
+        notes.append(f"the benchmark asks more than is here: {', '.join(short)}")
     if missing:
         notes.append(f"totals that need them are left out: no {', '.join(missing)}")
     return Tally(

@@ -10,7 +10,15 @@ from typing import Any
 import numpy as np
 
 from llama_adapter.errors import EvaluationError
-from llama_adapter.evaluation.jsonfiles import brief, field_of, read_any, read_json
+from llama_adapter.evaluation.jsonfiles import (
+    brief,
+    field_of,
+    id_of,
+    keys_of,
+    read_any,
+    read_json,
+    text_of,
+)
 from llama_adapter.evaluation.parsing import parse_choice, parse_choice_in_any_form
 from llama_adapter.evaluation.predictions import Predictions, number, without_repeats
 from llama_adapter.evaluation.records import Floats, Record, Row, Tally, ratio, table
@@ -22,6 +30,7 @@ SUBSETS = ("NAT", "SOC", "LAN", "TXT", "IMG", "NO", "G1-6", "G7-12")
 _MOST_CHOICES = 5
 _SUMS = 5  # right as counted, by the strict rule, in any form; answered; all
 _LISTS = ("results", "preds", "predictions", "answers")
+_IDS = ("question_id", "id", "pid", "qid")
 _TEXTS = ("text", "answer", "pred", "prediction", "output", "response")
 _BRACKETED = re.compile(r"The answer is \(([A-Z])\)")
 
@@ -30,7 +39,7 @@ def subsets_of(problem: Mapping[str, Any]) -> list[str]:
     """Which columns of the published table a problem counts in."""
     has_image, has_text = bool(problem.get("image")), bool(problem.get("hint"))
     grade = str(problem.get("grade", "")).removeprefix("grade")
-    names = [_SUBJECTS.get(problem.get("subject", ""), "")]
+    names = [_SUBJECTS.get(str(problem.get("subject")), "")]
     names += ["TXT"] * has_text + ["IMG"] * has_image + ["NO"] * (not (has_image or has_text))
     if grade.isdecimal():
         names.append("G1-6" if int(grade) <= 6 else "G7-12")
@@ -45,8 +54,8 @@ def read(inputs: Inputs) -> list[Record]:
     if splits.exists():
         content = _object(splits)
         if not isinstance(content.get(split), list):
-            raise EvaluationError(f"{splits}: has no split {split!r}, only {', '.join(content)}")
-        ids = [str(id_) for id_ in content[split]]
+            raise EvaluationError(f"{splits}: has no split {split!r}, only {keys_of(content)}")
+        ids = [id_of(id_, where=str(splits)) for id_ in content[split]]
     else:
         ids = [id_ for id_, p in problems.items() if p.get("split", split) == split]
     path = folder / "test_img_answers.json"
@@ -102,16 +111,17 @@ def _record(
     choices = field_of(problem, ("choices",), where=where)
     answer = field_of(problem, ("answer",), where=where)
     if not isinstance(choices, list) or answer not in range(len(choices)):
-        raise EvaluationError(f"{where}: answer must be the place of a choice, found {answer!r}")
+        found = brief(answer)
+        raise EvaluationError(f"{where}: answer must be the place of a choice, found {found}")
     names = [problem["image"]] if problem.get("image") else []
     return Record(
         id=id_,
-        questions=(str(field_of(problem, ("question",), where=where)),),
+        questions=(text_of(field_of(problem, ("question",), where=where), where=where),),
         gold=int(answer),
         images=tuple(f"{problem.get('split', 'test')}/{id_}/{name}" for name in names),
         facts={
-            "choices": choices,
-            "hint": problem.get("hint") or "",
+            "choices": [text_of(choice, where=where) for choice in choices],
+            "hint": text_of(problem.get("hint"), where=where),
             "subsets": subsets_of(problem),
             "aliases": aliases,
         },
@@ -120,7 +130,7 @@ def _record(
 
 def prompt(record: Record) -> tuple[str, ...]:
     """Context, question and lettered options, and how to answer."""
-    choices = record.facts.get("choices", ())
+    choices = record.texts("choices")
     options = " ".join(f"({LETTERS[i]}) {choice}" for i, choice in enumerate(choices))
     hint = record.facts.get("hint") or "N/A"
     text = f"Context: {hint}\nQuestion: {record.question}\nOptions: {options}\n"
@@ -132,7 +142,7 @@ def read_public(path: Path) -> Predictions:
 
     Lists without ids (multimodal chain of thought's `preds`) are in the order of the split.
     """
-    content, is_cut = read_any(path)
+    content, is_cut = read_any(path, marks=_IDS)
     outputs: Mapping[str, Any] = {}
     stated = None
     if isinstance(content, dict):
@@ -160,17 +170,22 @@ def _answers(content: Any, *, where: str) -> Iterator[tuple[str, Any]]:
     if isinstance(content, dict):
         for id_, item in content.items():
             is_object = isinstance(item, dict)
-            yield str(id_), field_of(item, _TEXTS, where=f"{where}: {id_}") if is_object else item
+            yield str(id_), _said(item, where=f"{where}: {brief(id_)}") if is_object else item
         return
     if not isinstance(content, list):
         raise EvaluationError(f"{where}: expected answers by id, found {brief(content)}")
     for n, item in enumerate(content):
         if isinstance(item, dict):
             place = f"{where}: item {n + 1}"
-            id_ = field_of(item, ("question_id", "id", "pid", "qid"), where=place)
-            yield str(id_), field_of(item, _TEXTS, where=place)
+            yield id_of(field_of(item, _IDS, where=place), where=place), _said(item, where=place)
         else:
             yield f"#{n}", item
+
+
+def _said(item: Mapping[str, Any], *, where: str) -> Any:
+    """The answer in an object; null says that there is none."""
+    name = next((name for name in _TEXTS if name in item), None)
+    return field_of(item, _TEXTS, where=where) if name is None else item[name]
 
 
 def _place(answer: Any) -> int | None:
@@ -218,7 +233,7 @@ def count(predictions: Predictions, _: Counting) -> Tally:
     columns = ("all", *SUBSETS)
     sums, unanswered, unparsed, in_other_forms = [], 0, 0, 0
     for row in rows:
-        given = row.record.facts.get("choices") or [""] * _MOST_CHOICES
+        given = row.record.texts("choices") or [""] * _MOST_CHOICES
         parsed = parse_choice(row.answer, choices=len(given))
         stored = row.verdicts.get("stored", {}).get("index", parsed)
         loose = parse_choice_in_any_form(row.answer, choices=given) if parsed is None else parsed
@@ -229,7 +244,7 @@ def count(predictions: Predictions, _: Counting) -> Tally:
         line = np.zeros((len(columns), _SUMS))
         if gold is not None:
             counted = stored == gold, parsed == gold, loose == gold, row.is_answered, 1
-            for name in ("all", *row.record.facts.get("subsets", ())):
+            for name in {"all", *row.record.texts("subsets")}.intersection(columns):
                 line[columns.index(name)] = counted
         sums.append(line.ravel())
     fixed, notes = _coverage(rows, predictions.stated)

@@ -10,14 +10,25 @@ from typing import Any
 import numpy as np
 
 from llama_adapter.errors import EvaluationError
-from llama_adapter.evaluation.jsonfiles import field_of, find_file, read_objects, unique
+from llama_adapter.evaluation.jsonfiles import (
+    brief,
+    field_of,
+    find_file,
+    id_of,
+    read_objects,
+    text_of,
+    unique,
+)
 from llama_adapter.evaluation.judge_prompts import PAIRWISE
 from llama_adapter.evaluation.parsing import first_line_pair, parse_score_pair
-from llama_adapter.evaluation.predictions import Predictions, number
+from llama_adapter.evaluation.predictions import NOT_KEPT, Predictions, number, score_of
 from llama_adapter.evaluation.records import Floats, Record, Row, Tally, Verdict, ratio, table
 from llama_adapter.evaluation.tasks.base import Counting, Generation, Inputs, Judging, Task
 
+TOP = 10
+"""The best score."""
 ORDERS = ("as_given", "swapped")
+_SCORES = ("score_1", "score_2")
 _KINDS = {"coding": "coding", "math": "math"}
 
 
@@ -27,15 +38,28 @@ def read(inputs: Inputs) -> list[Record]:
     path = find_file(inputs.data, names, what="the questions")
     items, _ = read_objects(path)
     baseline = _baseline(inputs, path)
-    ids = [str(field_of(item, ("question_id",), where=f"{path}: an item")) for item in items]
+    ids = [
+        id_of(
+            field_of(item, ("question_id",), where=f"{path}: item {n}"), where=f"{path}: item {n}"
+        )
+        for n, item in enumerate(items, start=1)
+    ]
     return [
         Record(
             id=id_,
-            questions=(str(field_of(item, ("text", "turns"), where=f"{path}: {id_}")),),
+            questions=(_question(item, where=f"{path}: {brief(id_)}"),),
             facts={"category": item.get("category", "generic"), "baseline": baseline.get(id_)},
         )
         for id_, item in zip(unique(ids, where=str(path)), items, strict=True)
     ]
+
+
+def _question(item: Mapping[str, Any], *, where: str) -> str:
+    """The question; of several turns (MT-bench) the first, which is what is asked."""
+    turns = item.get("turns")
+    if "text" not in item and isinstance(turns, list) and turns:
+        return text_of(turns[0], where=where)
+    return text_of(field_of(item, ("text", "turns"), where=where), where=where)
 
 
 def _baseline(inputs: Inputs, questions: Path) -> dict[str, str]:
@@ -44,7 +68,12 @@ def _baseline(inputs: Inputs, questions: Path) -> dict[str, str]:
         if inputs.baseline is not None:
             raise EvaluationError(f"{path}: no such file of answers to compare with")
         return {}
-    return {str(item["question_id"]): str(item["text"]) for item in read_objects(path)[0]}
+    answers = {}
+    for n, item in enumerate(read_objects(path)[0], start=1):
+        where = f"{path}: line {n}"
+        id_ = id_of(field_of(item, ("question_id",), where=where), where=where)
+        answers[id_] = text_of(field_of(item, ("text",), where=where), where=where)
+    return answers
 
 
 def read_public(path: Path) -> Predictions:
@@ -57,13 +86,13 @@ def read_public(path: Path) -> Predictions:
     repeats = 0
     for n, item in enumerate(objects, start=1):
         where = f"{path}: line {n}"
-        id_ = str(field_of(item, ("question_id", "id"), where=where))
+        id_ = id_of(field_of(item, ("question_id", "id"), where=where), where=where)
         verdict = _verdict(item, where=where)
         pair = item.get("answer1_id"), item.get("answer2_id")
         if id_ not in rows:
             sides[id_] = pair
             record = Record(id=id_, questions=("",))
-            rows[id_] = Row(record=record, answers=("(not kept)",), verdicts={ORDERS[0]: verdict})
+            rows[id_] = Row(record=record, answers=(NOT_KEPT,), verdicts={ORDERS[0]: verdict})
         elif sides[id_] != pair == sides[id_][::-1] and ORDERS[1] not in rows[id_].verdicts:
             turned = {**verdict}
             if "score_1" in verdict:
@@ -72,10 +101,23 @@ def read_public(path: Path) -> Predictions:
         elif pair == sides[id_] and verdict == rows[id_].verdicts[ORDERS[0]]:
             repeats += 1
         else:
-            raise EvaluationError(f"{where}: question {id_} is reviewed twice, with other results")
+            raise EvaluationError(
+                f"{where}: question {id_[:60]} is reviewed twice, with other results"
+                + (" of other answers" if not _same_sides(pair, sides[id_]) else "")
+            )
+    readable = sum(any("score_1" in v for v in row.verdicts.values()) for row in rows.values())
+    if 2 * readable < len(rows):
+        raise EvaluationError(
+            f"{path}: only {readable} of {len(rows)} lines have two scores to be read; expected "
+            "reviews of pairs of answers, not the answers themselves"
+        )
     notes = ["the last line was cut short and is left out"] * is_cut
     notes += [f"{repeats} repeated reviews are counted once"] * (repeats > 0)
     return Predictions(rows=tuple(rows.values()), notes=tuple(notes))
+
+
+def _same_sides(pair: tuple[Any, Any], other: tuple[Any, Any]) -> bool:
+    return pair in (other, other[::-1])
 
 
 def _verdict(item: Mapping[str, Any], *, where: str) -> Verdict:
@@ -84,18 +126,22 @@ def _verdict(item: Mapping[str, Any], *, where: str) -> Verdict:
     stored = next((item[key] for key in ("score", "tuple", "scores") if item.get(key)), None)
     if stored is None and not any(name in item for name in names):
         field_of(item, names, where=where)
-    reply = str(next((item[name] for name in names if item.get(name) is not None), ""))
+    reply = text_of(next((item[n] for n in names if item.get(n) is not None), None), where=where)
     return read_review(reply, stored) or {"reply": reply}
 
 
 def read_review(reply: str, stored: object) -> Verdict | None:
-    """First line, else the scores that the file stores beside it, else anywhere in the text."""
-    pair = first_line_pair(reply)
-    if pair is None and isinstance(stored, list | tuple) and len(stored) == 2:
-        values = [number(value) for value in stored]
-        if all(value is not None and 0 <= value <= 10 for value in values):
-            return {"score_1": values[0], "score_2": values[1]}
-    if pair is None and isinstance(stored, str):
+    """The two scores that the file stores, else those that the text gives as its verdict.
+
+    What is stored was corrected by hand in the published files. Something of another kind (one
+    number, or the -1, -1 of a reply that a script could not read) is not a verdict.
+    """
+    pair = None
+    if isinstance(stored, list) and len(stored) == 2:
+        one, two = map(number, stored)
+        if one is not None and two is not None and min(one, two) >= 0 and max(one, two) <= TOP:
+            pair = one, two
+    elif isinstance(stored, str):
         pair = first_line_pair(stored)
     pair = pair or parse_score_pair(reply)
     return None if pair is None else {"score_1": pair[0], "score_2": pair[1]}
@@ -106,9 +152,9 @@ def judge_questions(row: Row) -> Mapping[str, Mapping[str, str]]:
     baseline = row.record.facts.get("baseline")
     if baseline is None:
         raise EvaluationError(
-            f"question {row.record.id}: no answer to compare with; give --baseline FILE"
+            f"question {row.record.id[:60]}: no answer to compare with; give --baseline FILE"
         )
-    kind = _KINDS.get(row.record.facts.get("category", ""), "general")
+    kind = _KINDS.get(str(row.record.facts.get("category")), "general")
     one, two = ("answer_1", "answer_2")
     fields = {"question": row.record.question}
     given = {**fields, one: baseline, two: row.answer}
@@ -131,12 +177,13 @@ def count(predictions: Predictions, _: Counting) -> Tally:
     for row in predictions.rows:
         pairs: dict[str, Floats] = {}
         for aspect, verdict in row.verdicts.items():
-            pair = number(verdict.get("score_1")), number(verdict.get("score_2"))
-            if None not in pair:
-                pairs[aspect.split(":")[0]] = np.array(pair, dtype=float)
+            one, two = (score_of({"score": verdict.get(n)}, low=0, high=TOP) for n in _SCORES)
+            if one is not None and two is not None:
+                pairs[aspect.split(":")[0]] = np.array((one, two))
+        is_unread = not pairs and any("reply" in v for v in row.verdicts.values())
         unanswered += not row.is_answered
-        unparsed += not pairs and any("reply" in v for v in row.verdicts.values())
-        unjudged += row.is_answered and not pairs
+        unparsed += row.is_answered and is_unread
+        unjudged += row.is_answered and not pairs and not is_unread
         line = np.zeros(9)
         if pairs:
             mean = np.mean(list(pairs.values()), axis=0)
@@ -145,7 +192,13 @@ def count(predictions: Predictions, _: Counting) -> Tally:
             line[:6] = *mean, mean[0] > mean[1], mean[0] == mean[1], mean[0] < mean[1], 1
             line[6:] = len(pairs) > 1, len(set(signs)) > 1, first - len(pairs) * mean.sum() / 2
         sums.append(line)
-    both = any(len(row.verdicts) > 1 for row in predictions.rows)
+    totals = np.sum(sums, axis=0)
+    judged = int(totals[5])
+    notes = []
+    if 0 < judged < len(sums):
+        notes.append(f"the totals rest on {judged} of {len(sums)} reviews")
+    if judged and not totals[6]:
+        notes.append("judged in one order only: position bias is not removed")
     return Tally(
         n=len(predictions.rows),
         sums_UC=table(sums, columns=9),
@@ -153,8 +206,13 @@ def count(predictions: Predictions, _: Counting) -> Tally:
         unanswered=unanswered,
         unparsed=unparsed,
         unjudged=unjudged,
-        notes=() if both else ("judged in one order only: position bias is not removed",),
-        protocol={"side 1": "baseline (answer1 of a review file)", "side 2": "the model"},
+        judged=judged,
+        notes=tuple(notes),
+        protocol={
+            "reviews": judged,
+            "side 1": "baseline (answer1 of a review file)",
+            "side 2": "the model",
+        },
     )
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,44 +13,61 @@ import numpy as np
 
 from llama_adapter.errors import EvaluationError
 from llama_adapter.evaluation.jsonfiles import (
+    brief,
     field_of,
     find_file,
+    id_of,
+    keys_of,
+    lowered,
     read_any,
     read_json,
     read_objects,
-    unique,
+    text_of,
 )
 from llama_adapter.evaluation.judge_prompts import SHORT_ANSWER
+from llama_adapter.evaluation.judges import WORD_JUDGES
 from llama_adapter.evaluation.parsing import parse_yes_no_score
-from llama_adapter.evaluation.predictions import Predictions, number, without_repeats
+from llama_adapter.evaluation.predictions import (
+    NOT_KEPT,
+    Predictions,
+    score_of,
+    unique_records,
+    without_repeats,
+)
 from llama_adapter.evaluation.records import Floats, Record, Row, Tally, Verdict, ratio, table
 from llama_adapter.evaluation.tasks.base import Counting, Generation, Inputs, Judging, Task
 
 ASPECT = "answer"
+TOP = 5
+"""The best score; the worst is 0."""
+_IDS = ("question_id", "id", "qid", "question id", "sample_id", "key")
 _VIDEO = ("video_name", "video", "video_id")
-_PUBLIC = {"question": ("question", "q", "Q"), "gold": ("answer", "a", "A")}
+_ASKED = ("question", "q", "prompt")
+_GOLD = ("answer", "a", "gt", "ground_truth", "gt_answer")
+_SAID = (
+    "pred", "prediction", "predicted_answer", "model_answer", "response", "output", "text",
+)  # fmt: skip
+_JUDGED_AS = ("correctness", "correct", "acc", "verdict", "judge", "judgement", "judgment")
 
 
 def read_msvd(inputs: Inputs, *, patterns: Sequence[str], prefix: str = "") -> list[Record]:
     """A JSON or CSV list of {answer, id, question, video_id} or {…, video_name}."""
     path = find_file(inputs.data, patterns, what="the question file")
     rows, _ = read_objects(path)
-    ids = [str(r.get("question_id") or r.get("id") or n) for n, r in enumerate(rows)]
-    return [
-        Record(
-            id=id_,
-            questions=(str(field_of(row, ("question",), where=f"{path}: item {n}")),),
-            gold=str(field_of(row, ("answer",), where=f"{path}: item {n}")),
-            video=_video_name(field_of(row, _VIDEO, where=f"{path}: item {n}"), prefix),
+    records = []
+    for n, row in enumerate(rows):
+        where = f"{path}: item {n}"
+        given = next((row[name] for name in ("question_id", "id") if row.get(name)), n)
+        video = id_of(field_of(row, _VIDEO, where=where), where=where)
+        records.append(
+            Record(
+                id=id_of(given, where=where),
+                questions=(text_of(field_of(row, ("question",), where=where), where=where),),
+                gold=text_of(field_of(row, ("answer",), where=where), where=where),
+                video=f"{prefix}{video}" if video.isdigit() else video,
+            )
         )
-        for n, (id_, row) in enumerate(zip(unique(ids, where=str(path)), rows, strict=True))
-    ]
-
-
-def _video_name(value: Any, prefix: str) -> str:
-    """MSVD and MSRVTT's own files number their videos; the files are called `video6513`."""
-    name = str(value)
-    return f"{prefix}{name}" if name.isdigit() else name
+    return unique_records(records, where=str(path))
 
 
 def read_activitynet(inputs: Inputs) -> list[Record]:
@@ -68,105 +87,213 @@ def read_activitynet(inputs: Inputs) -> list[Record]:
         id_ = field_of(question, ("question_id",), where=asked)
         answered = field_of(answer, ("question_id",), where=given)
         if id_ != answered:
-            raise EvaluationError(f"{given} is for {answered!r}, the question is {id_!r}")
-        video = str(field_of(question, ("video_name",), where=asked))
+            raise EvaluationError(f"{given} is for {brief(answered)}, the question is {brief(id_)}")
+        video = id_of(field_of(question, ("video_name",), where=asked), where=asked)
         records.append(
             Record(
-                id=str(id_),
-                questions=(str(field_of(question, ("question",), where=asked)),),
-                gold=str(field_of(answer, ("answer",), where=given)),
+                id=id_of(id_, where=asked),
+                questions=(text_of(field_of(question, ("question",), where=asked), where=asked),),
+                gold=text_of(field_of(answer, ("answer",), where=given), where=given),
                 video="v_" + video.removeprefix("v_"),
                 facts={"type": answer.get("type")},
             )
         )
-    return records
+    return unique_records(records, where=str(questions_path))
 
 
 def read_public(path: Path) -> Predictions:
     """Judged results as Video-ChatGPT's scripts store them: `{key: [verdict, question]}`.
 
-    A folder holds one such file, or one `[verdict, question]` file for each answer. Plain lists
-    of {id, question, answer, pred} are read as answers that nobody judged yet.
+    A folder holds one such file, or one `[verdict, question]` file for each answer. Lists, lines
+    or maps of {id, question, answer, pred}, and of {question_id, answer} as ActivityNet-QA's own
+    evaluation takes them, are read as answers that nobody judged yet.
     """
+    entries, is_cut = public_entries(path)
     rows, notes = without_repeats(
-        [_public_row(key, entry, where=f"{path}: {key}") for key, entry in public_entries(path)],
+        [_public_row(key, entry, where=f"{path}: {brief(key)}") for key, entry in entries],
         where=str(path),
     )
-    return Predictions(rows=tuple(rows), notes=notes)
+    cut = ("the last line was cut short and is left out",) if is_cut else ()
+    return Predictions(rows=tuple(rows), notes=(*cut, *notes))
 
 
-def public_entries(path: Path) -> list[tuple[str, Any]]:
-    """Keys and entries of a result file, or of a folder of them."""
+def public_entries(path: Path) -> tuple[list[tuple[str, Any]], bool]:
+    """Keys and entries of a result file, or of a folder of them; whether the last is cut short."""
     if path.is_dir():
-        files = sorted(path.glob("*.json"))
+        files = sorted((*path.glob("*.json"), *path.glob("*.jsonl")))
         if not files:
             raise EvaluationError(f"{path}: holds no JSON result files")
         if len(files) == 1:
             return public_entries(files[0])
-        return [(file.stem, read_json(file)) for file in files]
-    content, _ = read_any(path)
+        return [(file.stem, _single(file)) for file in files], False
+    content, is_cut = read_any(path, marks=(*_IDS, *_ASKED, *_SAID))
     if isinstance(content, dict):
-        return list(content.items())
-    rows, _ = read_objects(path)
-    return [(str(r.get("question_id") or r.get("id") or n), r) for n, r in enumerate(rows)]
+        inner = next((content[k] for k in ("results", "predictions", "data") if k in content), None)
+        content = inner if isinstance(inner, list | dict) else content
+    if isinstance(content, dict):
+        return list(content.items()), is_cut
+    if not isinstance(content, list):
+        raise EvaluationError(f"{path}: expected answers by id, found {brief(content)}")
+    return [_listed(n, row, where=f"{path}: item {n + 1}") for n, row in enumerate(content)], is_cut
 
 
-def split_entry(entry: Any, *, where: str) -> tuple[Mapping[str, Any] | None, dict[str, Any]]:
+def _single(file: Path) -> Any:
+    """The one entry of a file of a folder that holds a file for each answer."""
+    content = read_json(file)
+    is_map = isinstance(content, dict) and not lowered(content).keys() & {*_ASKED, *_SAID}
+    if is_map or (isinstance(content, list) and not _is_pair(content)):
+        raise EvaluationError(
+            f"{file.parent}: holds several result files, such as {file.name}; name one of them"
+        )
+    return content
+
+
+def _is_pair(entry: Any) -> bool:
+    """Whether a list is a verdict and its question, rather than several records."""
+    match entry:
+        case [dict() | str() as verdict, dict(question), *_]:
+            is_record = isinstance(verdict, dict) and lowered(verdict).keys() & {*_ASKED}
+            return bool(lowered(question).keys() & {*_ASKED, "q1", *_SAID}) and not is_record
+        case _:
+            return False
+
+
+def _listed(place: int, row: Any, *, where: str) -> tuple[str, Any]:
+    """The key and entry of an item of a list."""
+    question = row[1] if _is_pair(row) else row
+    if not isinstance(question, dict):
+        raise EvaluationError(f"{where} must be an object, found {brief(question)}")
+    given = next((question[name] for name in _IDS if question.get(name) is not None), place)
+    return id_of(given, where=where), row
+
+
+def split_entry(entry: Any, *, where: str) -> tuple[Any, dict[str, Any]]:
     """The verdict, where there is one, and the question of a public result entry."""
     match entry:
-        case [dict(verdict), dict(question), *_]:
+        case [dict() | str() as verdict, dict(question), *_]:
             return verdict, question
         case dict(question):
             return None, question
+        case str(answer):
+            return None, {"pred": answer}
         case _:
             raise EvaluationError(
-                f"{where}: expected [verdict, question] or an object, found {str(entry)[:60]!r}"
+                f"{where}: expected [verdict, question] or an object, found {brief(entry)}"
             )
 
 
 def _public_row(key: str, entry: Any, *, where: str) -> Row:
     verdict, question = split_entry(entry, where=where)
-    answer = question.get("pred", question.get("prediction"))
-    if answer is None and verdict is None:
-        raise EvaluationError(f"{where}: lacks pred; it has {', '.join(question)}")
+    item = lowered(question)
+    if verdict is None:
+        verdict = _verdict_beside(item)
+    elif isinstance(verdict, str):  # a reply that a script kept as it came
+        verdict = parse_yes_no_score(verdict) or {}
+    said = next((name for name in _SAID if name in item), None)
+    asked = next((item[name] for name in _ASKED if name in item), None)
+    if said is None and verdict is None and asked is None:
+        # ActivityNet-QA's own format: `answer` beside nothing but ids is the model's
+        said = "answer" if "answer" in item else None
+        if said is None:
+            raise EvaluationError(f"{where}: lacks pred or answer; it has {keys_of(question)}")
+    gold = next((item[name] for name in _GOLD if name in item and name != said), None)
     record = Record(
         id=key,
-        questions=(str(field_of(question, _PUBLIC["question"], where=where)),),
-        gold=question.get("answer", question.get("a")),
+        questions=(text_of(asked, where=where),),
+        gold=None if gold is None else text_of(gold, where=where),
     )
-    verdicts = {ASPECT: verdict} if verdict is not None else {}
-    # where only the verdict was kept, there was an answer to judge
-    answers = (str(answer),) if answer is not None else ("(not kept)",)
-    return Row(record=record, answers=answers, verdicts=verdicts)
+    answers = (text_of(item[said], where=where),) if said is not None else ()
+    if verdict is not None and not answers:
+        answers = (NOT_KEPT,)  # there was an answer to judge
+    return Row(
+        record=record, answers=answers, verdicts={} if verdict is None else {ASPECT: verdict}
+    )
+
+
+def _verdict_beside(item: Mapping[str, Any]) -> Verdict | None:
+    """A verdict whose parts stand in the record itself, as {acc: yes, score: 4}."""
+    name = next((name for name in _JUDGED_AS if name in item), None)
+    if name is None or score_of(item, low=-math.inf, high=math.inf) is None:
+        return None
+    return {**item, "pred": item[name]}
 
 
 def read_verdict(verdict: Verdict | None) -> tuple[bool | None, float | None]:
-    """Yes or no, and the score; None for what is missing or not a number."""
+    """Yes or no, and the score from 0 to 5; None for what is missing or not to be read."""
     if verdict is None:
         return None, None
-    said = str(verdict.get("pred", "")).lower()
-    is_right = True if "yes" in said else False if "no" in said else None
-    return is_right, number(verdict.get("score"))
+    said = str(lowered(verdict).get("pred", "")).lower()
+    words = {_YES_NO[word] for word in re.findall(r"\w+", said) if word in _YES_NO}
+    return words.pop() if len(words) == 1 else None, score_of(verdict, low=0, high=TOP)
+
+
+_YES_NO = {"yes": True, "no": False, "true": True, "false": False}
 
 
 def count(predictions: Predictions, _: Counting) -> Tally:
-    """Accuracy yes/(yes+no) and mean integer score, as published; and both stricter."""
-    sums, unanswered, unjudged = [], 0, 0
+    """Accuracy yes/(yes+no) and mean integer score, as published; and both stricter.
+
+    Answers that nobody judged, or not readably, have no part in these. Where none is judged, the
+    answers are compared with the right ones by their words.
+    """
+    sums, unanswered, unjudged, judged = [], 0, 0, 0
     for row in predictions.rows:
         is_right, score = read_verdict(row.verdicts.get(ASPECT))
+        judged += is_right is not None or score is not None
         unanswered += not row.is_answered
         unjudged += row.is_answered and (is_right is None or score is None)
-        known = score is not None
         value = score if score is not None else 0.0
+        known = score is not None
         sums.append([is_right is True, is_right is False, int(value), value, known, 1])
+    if not judged and not any(row.verdicts for row in predictions.rows):
+        return _by_words(predictions, unanswered)
     return Tally(
         n=len(predictions.rows),
         sums_UC=table(sums, columns=6),
         metrics=_metrics,
+        judged=judged,
         unanswered=unanswered,
         unjudged=unjudged,
         protocol={"accuracy": "yes / (yes + no)", "score": "mean of the score's integer part"},
     )
+
+
+def _by_words(predictions: Predictions, unanswered: int) -> Tally:
+    """Other measures, named apart from the published one: they need no judge."""
+    n = len(predictions.rows)
+    known = [row for row in predictions.rows if row.record.gold is not None]
+    rows = [
+        [*(is_right(row) for is_right in WORD_MEASURES.values()), row.is_answered, 1]
+        for row in known
+    ]
+    lacking = n - len(known)
+    notes = [f"{lacking} records have no right answer at hand; give --data"] if lacking else []
+    return Tally(
+        n=n,
+        sums_UC=table(rows, columns=len(WORD_MEASURES) + 2),
+        metrics=_word_metrics,
+        judged=0,
+        compared=sum(row.is_answered for row in known),
+        unanswered=unanswered,
+        unjudged=n - unanswered,
+        notes=tuple(notes),
+    )
+
+
+def _is_right_by(judge: Callable[[Row], Verdict]) -> Callable[[Row], bool]:
+    return lambda row: row.is_answered and judge(row)["pred"] == "yes"
+
+
+WORD_MEASURES = {name: _is_right_by(judge) for name, judge in WORD_JUDGES.items()}
+
+
+def _word_metrics(totals: Floats) -> dict[str, Floats]:
+    *right, answered, all_ = np.moveaxis(totals, -1, 0)
+    metrics = {}
+    for name, value in zip(WORD_MEASURES, right, strict=True):
+        metrics[f"{name}:accuracy"] = 100 * ratio(value, answered)
+        metrics[f"{name}:accuracy_missing_as_wrong"] = 100 * ratio(value, all_)
+    return metrics
 
 
 def _metrics(totals: Floats) -> dict[str, Floats]:

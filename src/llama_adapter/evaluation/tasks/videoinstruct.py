@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from llama_adapter.errors import EvaluationError
-from llama_adapter.evaluation.jsonfiles import field_of, read_objects
+from llama_adapter.evaluation.jsonfiles import (
+    brief,
+    field_of,
+    id_of,
+    lowered,
+    read_objects,
+    text_of,
+)
 from llama_adapter.evaluation.judge_prompts import VIDEO_ASPECTS
 from llama_adapter.evaluation.parsing import parse_score
-from llama_adapter.evaluation.predictions import Predictions, number
+from llama_adapter.evaluation.predictions import NOT_KEPT, Predictions, score_of, without_repeats
 from llama_adapter.evaluation.records import Floats, Record, Row, Tally, ratio, table
 from llama_adapter.evaluation.tasks.base import Counting, Generation, Inputs, Judging, Task
-from llama_adapter.evaluation.tasks.video_qa import public_entries, split_entry
+from llama_adapter.evaluation.tasks.video_qa import TOP, public_entries, split_entry
 
 ASPECTS = ("correctness", "detail", "context", "temporal", "consistency")
 PARTS = {
@@ -31,6 +39,9 @@ _NAMES = {
     "temporal": ("temporal", "benchmark_4", "4_"),
     "consistency": ("consistency", "benchmark_5", "5_"),
 }
+
+
+_SAID = ("pred", "prediction", "response", "output", "pred1", "pred2")
 
 
 def read(inputs: Inputs) -> list[Record]:
@@ -54,33 +65,67 @@ def _record(part: str, number_: int, item: dict[str, Any], *, where: str) -> Rec
     names = ("Q1", "Q2") if part == "consistency" else ("Q",)
     return Record(
         id=f"{part}-{number_}",
-        questions=tuple(str(field_of(item, (name,), where=where)) for name in names),
-        gold=str(field_of(item, ("A",), where=where)),
-        video=str(field_of(item, ("video_name",), where=where)),
+        questions=tuple(text_of(field_of(item, (n,), where=where), where=where) for n in names),
+        gold=text_of(field_of(item, ("A",), where=where), where=where),
+        video=id_of(field_of(item, ("video_name",), where=where), where=where),
         facts={"part": part},
     )
 
 
 def read_public(path: Path) -> Predictions:
     """Five judged files as Video-ChatGPT's scripts store them, named after their aspects."""
-    files = sorted(path.glob("*.json")) if path.is_dir() else [path]
-    rows = []
+    files = [path]
+    if path.is_dir():
+        files = sorted((*path.glob("*.json"), *path.glob("*.jsonl"), *path.glob("*/")))
+    rows: list[Row] = []
+    notes: dict[str, None] = {}
     for aspect, file in _by_aspect(files, where=str(path)).items():
-        for key, entry in public_entries(file):
-            verdict, question = split_entry(entry, where=f"{file}: {key}")
-            lowered = {name.lower(): value for name, value in question.items()}
-            asked = [str(lowered[n]) for n in ("q", "question", "q1", "q2") if n in lowered]
-            given = [str(lowered[n]) for n in ("pred", "pred1", "pred2") if n in lowered]
-            record = Record(
-                id=f"{aspect}/{key}",
-                questions=tuple(asked) or ("",),
-                gold=lowered.get("a", lowered.get("answer")),
-                facts={"aspects": [aspect]},
-            )
-            answers = tuple(given) or (("(not kept)",) * len(record.questions))
-            verdicts = {} if verdict is None else {aspect: verdict}
-            rows.append(Row(record=record, answers=answers, verdicts=verdicts))
-    return Predictions(rows=tuple(rows))
+        entries, is_cut = public_entries(file)
+        found, odd = without_repeats(
+            [
+                _public_row(aspect, key, entry, where=f"{file}: {brief(key)}")
+                for key, entry in entries
+            ],
+            where=str(file),
+        )
+        rows += found
+        notes |= dict.fromkeys([f"{file.name}: the last line was cut short"] * is_cut)
+        notes |= dict.fromkeys(f"{file.name}: {note}" for note in odd)
+    return Predictions(rows=tuple(rows), notes=(*notes, *_differing(rows)))
+
+
+def _public_row(aspect: str, key: str, entry: Any, *, where: str) -> Row:
+    verdict, question = split_entry(entry, where=where)
+    item = lowered(question)
+    if verdict is None and score_of(item, low=-math.inf, high=math.inf) is not None:
+        verdict = item
+    elif isinstance(verdict, str):  # a reply that a script kept as it came
+        verdict = parse_score(verdict, low=0, high=TOP) or {}
+    asked = tuple(text_of(item[n], where=where) for n in ("q", "question", "q1", "q2") if n in item)
+    said = tuple(text_of(item[n], where=where) for n in _SAID if n in item)
+    if verdict is not None and not said:
+        said = (NOT_KEPT,) * max(1, len(asked))  # there was an answer to judge
+    record = Record(
+        id=f"{aspect}/{key}",
+        questions=asked or ("",),
+        gold=text_of(item.get("a", item.get("answer")), where=where),
+        facts={"aspects": [aspect]},
+    )
+    return Row(record=record, answers=said, verdicts={} if verdict is None else {aspect: verdict})
+
+
+def _differing(rows: Sequence[Row]) -> list[str]:
+    """Says where the files of one part judge different answers to the same question."""
+    given: dict[tuple[str, str], set[tuple[str, ...]]] = {}
+    for row in rows:
+        aspect, _, key = row.record.id.partition("/")
+        part = next(name for name, aspects in PARTS.items() if aspect in aspects)
+        if row.is_answered and row.answer != NOT_KEPT:
+            given.setdefault((part, key), set()).add(row.answers)
+    differ = sum(len(answers) > 1 for answers in given.values())
+    if not differ:
+        return []
+    return [f"the files judge different answers to {differ} questions: not one model's, or run's"]
 
 
 def _by_aspect(files: list[Path], *, where: str) -> dict[str, Path]:
@@ -101,18 +146,21 @@ def _by_aspect(files: list[Path], *, where: str) -> dict[str, Path]:
 def aspects_of(record: Record) -> tuple[str, ...]:
     """The aspects that a record's answers are graded in."""
     aspects = record.facts.get("aspects") or PARTS.get(str(record.fact("part")), ("?",))
-    unknown = [aspect for aspect in aspects if aspect not in ASPECTS]
-    if unknown:
-        raise EvaluationError(f"record {record.id!r}: is of no part or aspect of VideoInstruct")
+    if not isinstance(aspects, list | tuple) or any(name not in ASPECTS for name in aspects):
+        raise EvaluationError(
+            f"record {brief(record.id)}: is of no part or aspect of VideoInstruct"
+        )
     return tuple(aspects)
 
 
 def count(predictions: Predictions, _: Counting) -> Tally:
     """Mean of the integer part of each aspect's scores, and the mean of the five."""
-    sums, unanswered, unjudged = [], 0, 0
+    sums, unanswered, unjudged, judged = [], 0, 0, 0
     for row in predictions.rows:
         line = np.zeros((len(ASPECTS), 3))
-        scores = {a: number(row.verdicts.get(a, {}).get("score")) for a in aspects_of(row.record)}
+        aspects = aspects_of(row.record)
+        scores = {a: score_of(row.verdicts.get(a), low=0, high=TOP) for a in aspects}
+        judged += any(score is not None for score in scores.values())
         for aspect, score in scores.items():
             if score is not None:
                 line[ASPECTS.index(aspect)] = int(score), score, 1
@@ -125,6 +173,7 @@ def count(predictions: Predictions, _: Counting) -> Tally:
         metrics=_metrics,
         unanswered=unanswered,
         unjudged=unjudged,
+        judged=judged,
         protocol={"score": "mean of the score's integer part, over judged answers"},
     )
 
@@ -161,7 +210,7 @@ VIDEOINSTRUCT = Task(
     judging=Judging(
         questions=judge_questions,
         prompts=VIDEO_ASPECTS,
-        parse=lambda _, reply: parse_score(reply, low=0, high=5),
+        parse=lambda _, reply: parse_score(reply, low=0, high=TOP),
     ),
     generation=Generation(max_new_tokens=256),
 )
