@@ -35,6 +35,8 @@ class ImageRef:
     None where the image is handed in apart."""
     name: str = "image"
     """What messages about this image call it."""
+    note: str = ""
+    """What whoever reads an answer about it should know, such as that a video is damaged."""
 
     @classmethod
     def of(cls, source: Any, *, name: str | None = None) -> Self:
@@ -84,6 +86,7 @@ class Message:
             raise PromptError(f"message role must be one of {', '.join(ROLES)}, got {self.role!r}")
         if not isinstance(self.text, str):
             raise PromptError(f"message text must be a string, got {type(self.text).__name__}")
+        _check_text(self.text, what="message text")
         if self.images and self.role != "user":
             raise PromptError(f"only user messages may hold images, got one from {self.role!r}")
 
@@ -99,6 +102,7 @@ class Conversation:
     def __post_init__(self) -> None:
         if not self.turns:
             raise PromptError("conversation has no user message")
+        _check_text(self.context or "", what="context")
         for index, message in enumerate(self.turns):
             expected = "user" if index % 2 == 0 else "assistant"
             if message.role != expected:
@@ -192,6 +196,17 @@ class Conversation:
         `{"type": "image_url", "image_url": {"url": ...}}`.
         """
         return cls(messages=tuple(_read_message(m) for m in messages), context=context)
+
+
+def _check_text(text: str, *, what: str) -> None:
+    """PromptError for lone surrogates: no tokenizer takes them, and no file in UTF-8 holds them."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise PromptError(
+            f"{what} is not valid Unicode: character {error.start + 1} is the lone surrogate "
+            f"{text[error.start]!r}, as bytes that are not UTF-8 become"
+        ) from error
 
 
 def _read_message(message: Mapping[str, Any]) -> Message:

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from llama_adapter.cli.numbers import between
+
 
 def ablate(
     out: Annotated[Path, typer.Option(help="Where finished runs are kept.")] = Path(
@@ -16,8 +18,13 @@ def ablate(
         Path | None,
         typer.Option(help="Where the table and the plot go; by default OUT.", show_default=False),
     ] = None,
-    steps: Annotated[int, typer.Option(help="Optimizer steps of every run.")] = 300,
-    seeds: Annotated[int, typer.Option(help="How many seeds, from 0.", min=1)] = 3,
+    steps: Annotated[
+        int,
+        typer.Option(help="Optimizer steps of every run.", callback=between(1, 1_000_000)),
+    ] = 300,
+    seeds: Annotated[
+        int, typer.Option(help="How many seeds, from 0.", callback=between(1, 1000))
+    ] = 3,
     only: Annotated[
         list[str] | None,
         typer.Option("--only", help="A variant to run; may be repeated.", show_default=False),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from typing import Annotated
 
@@ -14,6 +15,7 @@ from llama_adapter.cli.eval import eval_
 from llama_adapter.cli.export import export
 from llama_adapter.cli.import_ import import_
 from llama_adapter.cli.info import info
+from llama_adapter.cli.output import drop_unwritten, one_line, set_up_streams
 from llama_adapter.cli.plot import plot
 from llama_adapter.cli.report import report
 from llama_adapter.cli.score import score
@@ -43,8 +45,6 @@ app.command("score")(score)
 app.command("eval")(eval_)
 app.command("report")(report)
 
-_BAD_PATH = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError)
-
 
 def _print_version(wanted: bool) -> None:
     if wanted:
@@ -71,17 +71,27 @@ def _options(
 
 def main() -> None:
     """Run the command line and exit with its status."""
+    if sys.stdout is None:
+        _refuse("standard output is closed")
+    set_up_streams()
     try:
         app()
     except LlamaAdapterError as error:
         _refuse(str(error))
-    except (*_BAD_PATH, PermissionError) as error:
-        _refuse(f"{error.strerror}: {error.filename}" if error.filename else str(error))
+    except OSError as error:
+        if error.errno is None:  # not the system's: an error of a library, and of ours
+            raise
+        _refuse(f"{error.strerror}: {error.filename}" if error.filename else str(error.strerror))
+    except MemoryError:
+        _refuse("out of memory")
     except KeyboardInterrupt:
         sys.exit(130)
 
 
 def _refuse(message: str) -> None:
     """Say what is wrong in one line and exit as bad input does."""
-    typer.echo(f"error: {' '.join(message.split())}", err=True)
+    with contextlib.suppress(OSError):  # stderr may be what cannot be written
+        typer.echo(f"error: {one_line(message)}", err=True)
+    if sys.stdout is not None:
+        drop_unwritten()
     sys.exit(2)

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from llama_adapter.cli.models import MODEL_HELP
+from llama_adapter.cli.numbers import MAX_FRAMES, MAX_NEW_TOKENS, MAX_TEMPERATURE, between
+from llama_adapter.cli.output import one_line
 from llama_adapter.errors import ImageError, PromptError
 
 if TYPE_CHECKING:
@@ -41,6 +43,9 @@ _Experts = Annotated[
         show_default=False,
     ),
 ]
+_Frames = Annotated[
+    int, typer.Option(help="Frames to take from the video.", callback=between(1, MAX_FRAMES))
+]
 _ExpertTokens = Annotated[
     int, typer.Option(help="Most tokens of what all experts say in a prompt.")
 ]
@@ -54,8 +59,19 @@ _Prompt = Annotated[
     str | None,
     typer.Option(help="Answer this once and exit; otherwise a conversation.", show_default=False),
 ]
+_MaxNewTokens = Annotated[
+    int, typer.Option(help="Longest answer, in tokens.", callback=between(1, MAX_NEW_TOKENS))
+]
 _Temperature = Annotated[
-    float, typer.Option(help="0: always the likeliest word; higher: more varied.")
+    float,
+    typer.Option(
+        help="0: always the likeliest word; higher: more varied.",
+        callback=between(0, MAX_TEMPERATURE),
+    ),
+]
+_Seed = Annotated[
+    int,
+    typer.Option(help="Makes sampled answers repeatable.", callback=between(-(2**63), 2**64 - 1)),
 ]
 _Device = Annotated[
     str | None,
@@ -68,16 +84,16 @@ def chat(
     model: Annotated[str, typer.Argument(help=MODEL_HELP, metavar="MODEL", show_default=False)],
     image: _Images = None,
     video: _Video = None,
-    frames: Annotated[int, typer.Option(help="Frames to take from the video.")] = 8,
+    frames: _Frames = 8,
     expert: _Experts = None,
     expert_timeout: Annotated[float, typer.Option(help="Seconds that each expert has.")] = 30.0,
     expert_tokens: _ExpertTokens = 512,
     expert_cache: _ExpertCache = True,
     context: _Context = None,
     prompt: _Prompt = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 256,
+    max_new_tokens: _MaxNewTokens = 256,
     temperature: _Temperature = 0.0,
-    seed: Annotated[int, typer.Option(help="Makes sampled answers repeatable.")] = 0,
+    seed: _Seed = 0,
     device: _Device = None,
     as_json: _AsJson = False,
 ) -> None:
@@ -143,7 +159,10 @@ def _frames_of(path: Path, count: int) -> Any:
     """The video's frames, as one set of visual prompts."""
     from llama_adapter.processing.video import load_video
 
-    return load_video(path, frames=count).as_image_ref()
+    video = load_video(path, frames=count)
+    if video.note:
+        typer.echo(one_line(f"note: {video.name}: {video.note}"), err=True)
+    return video.as_image_ref()
 
 
 def _open_session(
@@ -175,12 +194,13 @@ def _open_session(
 
 
 def _as_json(answer: Answer) -> dict[str, Any]:
-    return {
+    found: dict[str, Any] = {
         "answer": answer.text,
         "tokens": answer.tokens,
         "seconds": round(answer.seconds, 3),
         "contexts": [report.to_dict() for report in answer.contexts],
     }
+    return found | ({"notes": list(answer.notes)} if answer.notes else {})
 
 
 def _print_answer(session: ChatSession, question: str, images: list[Any]) -> None:
@@ -196,7 +216,7 @@ def _print_answer(session: ChatSession, question: str, images: list[Any]) -> Non
 
 def _converse(session: ChatSession, images: list[Any]) -> None:
     """Questions from stdin until it ends or the user leaves."""
-    if sys.stdin.isatty():
+    if sys.stdin is not None and sys.stdin.isatty():
         typer.echo(_HELP, err=True)
     waiting = list(images)
     while (line := _read_line()) is not None:
@@ -213,16 +233,18 @@ def _converse(session: ChatSession, images: list[Any]) -> None:
                 case "/image":
                     waiting.append(_checked(Path(argument.strip()).expanduser()))
                 case _ if command.startswith("/"):
-                    typer.echo(f"unknown command {command}. {_HELP}", err=True)
+                    typer.echo(f"unknown command {one_line(command)}. {_HELP}", err=True)
                 case _:
                     _print_answer(session, line.strip(), waiting)
                     waiting = []
         except (ImageError, PromptError) as error:
             # the session stands as it stood: let the user try again
-            typer.echo(f"error: {error}", err=True)
+            typer.echo(f"error: {one_line(str(error))}", err=True)
 
 
 def _read_line() -> str | None:
+    if sys.stdin is None:  # closed: there is nothing to read, as at the end of a file
+        return None
     try:
         return input("> " if sys.stdin.isatty() else "")
     except EOFError:

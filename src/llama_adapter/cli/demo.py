@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from llama_adapter.cli.numbers import MAX_SEED, between
+
 if TYPE_CHECKING:
     from llama_adapter.toyworld.demo import DemoResult
 
@@ -15,8 +17,13 @@ def demo(
     out: Annotated[Path, typer.Option(help="Where the report and the adapter go.")] = Path(
         "runs/demo"
     ),
-    seed: Annotated[int, typer.Option(help="Seed of the live training.")] = 0,
-    minutes: Annotated[float, typer.Option(help="How long the live training may take.")] = 6.0,
+    seed: Annotated[
+        int, typer.Option(help="Seed of the live training.", callback=between(0, MAX_SEED))
+    ] = 0,
+    minutes: Annotated[
+        float,
+        typer.Option(help="How long the live training may take.", callback=between(0.01, 10_000)),
+    ] = 6.0,
     quick: Annotated[
         bool, typer.Option("--quick", help="One minute of training and a smaller exam.")
     ] = False,

@@ -14,6 +14,7 @@ from typer import Option
 from llama_adapter.cli.experts import PanelChoice
 from llama_adapter.cli.judges import JudgeChoice, judge_answers
 from llama_adapter.cli.models import MODEL_HELP
+from llama_adapter.cli.numbers import MAX_FRAMES, MAX_NEW_TOKENS, MAX_SEED, MAX_TEMPERATURE, between
 from llama_adapter.cli.output import json_only
 from llama_adapter.cli.score import TASK_HELP
 from llama_adapter.errors import ConfigError
@@ -65,22 +66,40 @@ _JudgeModel = Annotated[
 _JudgePrompts = Annotated[
     Path | None, Option(help="JSON of prompts instead of ours.", metavar="FILE")
 ]
-_JudgeConcurrency = Annotated[int, Option(help="Prompts to a judge at once.")]
-_PriceIn = Annotated[float | None, Option(help="Of a million tokens that the judge reads.")]
-_PriceOut = Annotated[float | None, Option(help="Of a million tokens that it writes.")]
-_Limit = Annotated[int | None, Option(help="Only so many records, as many of each part.")]
+_PRICES = between(0, 1e9)
+_JudgeConcurrency = Annotated[
+    int, Option(help="Prompts to a judge at once.", callback=between(1, 1000))
+]
+_PriceIn = Annotated[
+    float | None, Option(help="Of a million tokens that the judge reads.", callback=_PRICES)
+]
+_PriceOut = Annotated[
+    float | None, Option(help="Of a million tokens that it writes.", callback=_PRICES)
+]
+_Limit = Annotated[
+    int | None,
+    Option(help="Only so many records, as many of each part.", callback=between(1, 10**12)),
+]
 _Shard = Annotated[
     str | None, Option(help="i/n: every n-th record from the i-th on.", metavar="I/N")
 ]
 _Merge = Annotated[bool, Option("--merge", help="Put finished shards together.")]
-_Seed = Annotated[int, Option(help="For sampled answers and the bootstrap.")]
-_Frames = Annotated[int | None, Option(help="Frames from a video.")]
+_Seed = Annotated[
+    int, Option(help="For sampled answers and the bootstrap.", callback=between(0, MAX_SEED))
+]
+_Frames = Annotated[
+    int | None, Option(help="Frames from a video.", callback=between(1, MAX_FRAMES))
+]
 _Prompt = Annotated[
     str | None, Option(help="What is asked, with {question} for the task's question.")
 ]
-_MaxNewTokens = Annotated[int | None, Option(help="Longest answer.")]
-_Temperature = Annotated[float | None, Option(help="0: no sampling.")]
-_BatchSize = Annotated[int | None, Option(help="Records at once.")]
+_MaxNewTokens = Annotated[
+    int | None, Option(help="Longest answer.", callback=between(1, MAX_NEW_TOKENS))
+]
+_Temperature = Annotated[
+    float | None, Option(help="0: no sampling.", callback=between(0, MAX_TEMPERATURE))
+]
+_BatchSize = Annotated[int | None, Option(help="Records at once.", callback=between(1, 1_000_000))]
 _Device = Annotated[str | None, Option(help="cpu, cuda, …")]
 _Json = Annotated[bool, Option("--json", help="Print one JSON object.")]
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from llama_adapter.cli.models import TOY
+from llama_adapter.cli.output import one_line
 from llama_adapter.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -88,6 +89,6 @@ def show_reports(reports: Sequence[Report]) -> None:
         if report.text:
             typer.echo(f"[{report.expert}] {report.text}", err=True)
         for note in report.notes:
-            typer.echo(f"[{report.expert}] note: {note}", err=True)
+            typer.echo(f"[{report.expert}] note: {one_line(note)}", err=True)
         if report.problem is not None:
-            typer.echo(f"[{report.expert}] failed: {report.problem}", err=True)
+            typer.echo(f"[{report.expert}] failed: {one_line(report.problem)}", err=True)

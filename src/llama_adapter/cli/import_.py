@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from llama_adapter.cli.numbers import between
+
 if TYPE_CHECKING:
     from llama_adapter.checkpoints import ImportReport
 
@@ -38,10 +40,16 @@ _Gate = Annotated[
     ),
 ]
 _PromptLength = Annotated[
-    int | None, typer.Option(min=1, help="Prompts per layer, where the file does not say (V1).")
+    int | None,
+    typer.Option(
+        callback=between(1, 100_000), help="Prompts per layer, where the file does not say (V1)."
+    ),
 ]
 _VisualHeads = Annotated[
-    int | None, typer.Option(min=1, help="Heads of the visual blocks, if not the authors' 16.")
+    int | None,
+    typer.Option(
+        callback=between(1, 10_000), help="Heads of the visual blocks, if not the authors' 16."
+    ),
 ]
 _AllowOtherBase = Annotated[
     bool, typer.Option("--allow-other-base", help="Import onto a base it was not trained for.")

@@ -3,10 +3,43 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
+
+
+def one_line(message: str) -> str:
+    """A message on one line; control characters, which steer terminals, are escaped."""
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape").decode("ascii")
+        for c in " ".join(message.split())
+    )
+
+
+def set_up_streams() -> None:
+    """Let any text be printed and any input be read, whatever the terminal's encoding.
+
+    What cannot be encoded is escaped; bytes that are no text become lone surrogates, which
+    questions may not have and names of files may.
+    """
+    for stream, errors in (
+        (sys.stdin, "surrogateescape"),
+        (sys.stdout, "backslashreplace"),
+        (sys.stderr, "backslashreplace"),
+    ):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=errors)
+
+
+def drop_unwritten() -> None:
+    """Give up what standard output did not take, which Python would try again at its end."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextlib.contextmanager
@@ -19,6 +52,10 @@ def json_only(wanted: bool) -> Iterator[Callable[[Mapping[str, Any]], None]]:
 
     def emit(result: Mapping[str, Any]) -> None:
         text = json.dumps(result, ensure_ascii=False, allow_nan=False, default=str)
+        try:
+            text.encode(stdout.encoding or "utf-8")
+        except UnicodeEncodeError:  # a terminal of few characters, or a lone surrogate
+            text = json.dumps(result, allow_nan=False, default=str)
         stdout.write(text + "\n")
         stdout.flush()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -20,6 +21,9 @@ from llama_adapter.model import LlamaAdapterForConditionalGeneration
 from llama_adapter.processing.images import load_image
 from llama_adapter.processing.processor import LlamaAdapterProcessor
 
+_COLDEST = 1e-6
+"""Temperatures below take the likeliest token: scores divided by them leave float32."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GenerationSettings:
@@ -33,14 +37,14 @@ class GenerationSettings:
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
             raise ConfigError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
-        if self.temperature < 0:
-            raise ConfigError(f"temperature must be at least 0, got {self.temperature}")
+        if not 0 <= self.temperature < math.inf:
+            raise ConfigError(f"temperature must be at least 0 and finite, got {self.temperature}")
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"top_p must be in (0, 1], got {self.top_p}")
 
     def as_keywords(self) -> dict[str, Any]:
         """What transformers' `generate` calls them."""
-        if self.temperature == 0:
+        if self.temperature < _COLDEST:
             return {"max_new_tokens": self.max_new_tokens, "do_sample": False}
         return {
             "max_new_tokens": self.max_new_tokens,
@@ -61,6 +65,8 @@ class Answer:
     """From the question to the last token, experts included."""
     contexts: tuple[Report, ...]
     """What each expert reported, as the model read it; those that failed say why."""
+    notes: tuple[str, ...] = ()
+    """What to know about the images it rests on, such as a video that is damaged."""
 
 
 class ChatSession:
@@ -120,6 +126,7 @@ class ChatSession:
                 if piece:
                     yield piece
         finally:
+            worker.stop()
             worker.join()
         tokens = worker.result()
         text = "".join(pieces).strip()
@@ -130,6 +137,7 @@ class ChatSession:
             tokens=int(tokens.shape[1] - inputs["input_ids"].shape[1]),
             seconds=time.perf_counter() - started,
             contexts=told,
+            notes=tuple(f"{ref.name}: {ref.note}" for ref in conversation.images if ref.note),
         )
         self.conversation = conversation.assistant(text)
         self._reports = reports
@@ -177,15 +185,25 @@ class _Worker(threading.Thread):
         self._model = model
         self._keywords = keywords
         self._streamer = streamer
+        self._abandoned = threading.Event()
         self._tokens: torch.Tensor | None = None
         self._error: BaseException | None = None
 
     def run(self) -> None:
         try:
-            self._tokens = self._model.generate(**self._keywords, streamer=self._streamer)
+            self._tokens = self._model.generate(
+                **self._keywords, streamer=self._streamer, stopping_criteria=[self._must_end]
+            )
         except BaseException as error:
             self._error = error
             self._streamer.end()
+
+    def stop(self) -> None:
+        """End after the current token: whoever read the pieces has gone."""
+        self._abandoned.set()
+
+    def _must_end(self, tokens: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:  # noqa: ARG002
+        return torch.full((len(tokens),), self._abandoned.is_set(), device=tokens.device)
 
     def result(self) -> torch.Tensor:
         """The tokens, prompt included; raises what generation raised."""
