@@ -81,3 +81,12 @@ def test_malformed_conversations_are_refused(messages: list[dict], complaint: st
 def test_images_belong_to_the_user() -> None:
     with pytest.raises(PromptError, match="only user messages"):
         Message("assistant", "here", images=(ImageRef.of("a.png"),))
+
+
+@pytest.mark.parametrize("text", ["lone \ud800", "\udcff"])
+def test_lone_surrogates_are_no_text(text: str) -> None:
+    with pytest.raises(PromptError, match="is not valid Unicode: character . is the lone"):
+        Conversation.ask(text)
+    with pytest.raises(PromptError, match="context is not valid Unicode"):
+        Conversation.ask("who?", context=text)
+    assert Conversation.ask("\U0001f600 é").turns[0].text == "\U0001f600 é"

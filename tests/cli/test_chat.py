@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -113,3 +114,30 @@ def test_a_video_is_one_picture_of_several_frames(
     refused = cli("chat", adapter_dir, "--video", tmp_path / "gone.mp4", *asked)
     assert (refused.status, refused.stdout) == (2, "")
     assert "gone.mp4: cannot be opened" in refused.stderr
+
+
+def test_a_damaged_video_is_said(cli: Cli, adapter_dir: Path, tmp_path: Path) -> None:
+    clip = damaged_clip(tmp_path)
+    asked = ("--video", clip, "--prompt", "what?", "--max-new-tokens", "2")
+    complaint = re.compile(r"half\.mp4: \d of 8 frames cannot be decoded")
+    done = cli("chat", adapter_dir, *asked)
+    assert done.status == 0
+    assert complaint.search(done.stderr)
+    [note] = json.loads(cli("chat", adapter_dir, *asked, "--json").stdout)["notes"]
+    assert complaint.search(note)
+
+
+def damaged_clip(folder: Path) -> Path:
+    """A video whose second half is missing."""
+    av = pytest.importorskip("av")
+    whole = folder / "whole.mp4"
+    with av.open(str(whole), "w", options={"movflags": "faststart"}) as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for i in range(100):
+            frame = av.VideoFrame.from_image(Image.new("RGB", (64, 48), (2 * i, 0, 0)))
+            container.mux(stream.encode(frame.reformat(format="yuv420p")))
+        container.mux(stream.encode())
+    half = folder / "half.mp4"
+    half.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
+    return half

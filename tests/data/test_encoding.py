@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from tests.data.files import open_source, write_pictures
 
 from llama_adapter import LlamaAdapterProcessor
 from llama_adapter.conversation import Conversation, ImageRef, Message
 from llama_adapter.data import Sample, SampleEncoder
+from llama_adapter.errors import DataError
 from llama_adapter.processing.encoding import IGNORED
+from llama_adapter.processing.video import Video
 
 
 def talk(exchanges: int, *, words: int = 6, images: tuple[ImageRef, ...] = ()) -> Sample:
@@ -131,3 +134,14 @@ def test_real_llava_conversations(
         assert prepared.pixels is not None
         scored = answers(processor, prepared.encoded.labels)
         assert record["QA"][0]["a"][:40] in scored
+
+
+def test_a_damaged_video_is_an_invalid_record(
+    processor: LlamaAdapterProcessor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    frames = tuple(Image.new("RGB", (16, 16)) for _ in range(4))
+    found = Video(frames=frames, times=(0.0,) * 4, seconds=1.0, name="a.mp4", repeated=1)
+    monkeypatch.setattr("llama_adapter.data.encoding.load_video", lambda *_, **__: found)
+    sample = talk(1, images=(ImageRef.of(tmp_path / "a.mp4"),))
+    with pytest.raises(DataError, match=r"a\.mp4: 1 of 4 frames cannot be decoded"):
+        SampleEncoder(processor, row_length=300).prepare(sample, 0, 1)

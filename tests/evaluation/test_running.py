@@ -19,6 +19,7 @@ from PIL import Image
 from llama_adapter.errors import EvaluationError
 from llama_adapter.evaluation.answering import EndpointAnswerer, LocalAnswerer
 from llama_adapter.evaluation.media import IMAGE_SUFFIXES, MediaFolders
+from llama_adapter.evaluation.predictions import read_ours
 from llama_adapter.evaluation.running import Selection, merge_shards, run
 from llama_adapter.evaluation.tasks import find_task
 from llama_adapter.evaluation.tasks.base import Generation, Inputs
@@ -266,3 +267,21 @@ def test_videoinstruct_with_its_pairs_of_questions(
         found["metrics"]
     )
     assert len(lines_of(tmp_path / "out")[0]["answers"]) == 2
+
+
+def test_an_answer_about_a_damaged_video_says_so(
+    tmp_path: Path, local: LocalAnswerer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from llama_adapter.processing.video import Video
+
+    frames = tuple(Image.new("RGB", (16, 16), (i, 0, 0)) for i in range(8))
+    found = Video(frames=frames, times=(0.0,) * 8, seconds=1.0, name="a.mp4", repeated=3)
+    monkeypatch.setattr("llama_adapter.evaluation.running.load_video", lambda *_, **__: found)
+    (tmp_path / "a.mp4").write_bytes(b"half")
+    asked = {"video_name": "a", "question": "what?", "answer": "x", "question_id": "1"}
+    (tmp_path / "questions.json").write_text(json.dumps([asked]))
+    run(find_task("msvd-qa"), local, Inputs(data=tmp_path / "questions.json"), tmp_path / "out")
+    [line] = lines_of(tmp_path / "out")
+    assert line["notes"] == ["a.mp4: 3 of 8 frames cannot be decoded; others stand in their place"]
+    read = read_ours(tmp_path / "out" / "predictions.jsonl", task="msvd-qa")
+    assert read.notes == ("1 answers rest on videos of which a part cannot be decoded",)

@@ -95,6 +95,8 @@ def test_the_caption_expert_gives_the_active_adapter_back(loaded, adapter_dir, p
     [
         ({"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
         ({"temperature": -1.0}, "temperature must be at least 0"),
+        ({"temperature": float("nan")}, "temperature must be at least 0"),
+        ({"temperature": float("inf")}, "temperature must be at least 0"),
         ({"top_p": 0.0}, "top_p must be in"),
     ],
 )

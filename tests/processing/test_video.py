@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import struct
 import time
 import tracemalloc
@@ -15,7 +16,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from llama_adapter.conversation import ImageRef
 from llama_adapter.errors import VideoError
+from llama_adapter.processing.prompts import frames_of
 from llama_adapter.processing.video import load_video
 
 av = pytest.importorskip("av")
@@ -160,6 +163,8 @@ def test_truncated_is_read_as_far_as_it_goes(tmp_path: Path) -> None:
     assert video.is_damaged
     assert 0 < video.repeated < 8
     assert len(video.frames) == 8
+    assert video.note.startswith(f"{video.repeated} of 8 frames cannot be decoded")
+    assert video.as_image_ref().note == video.note
 
 
 def headless(path: Path) -> bytes:
@@ -218,6 +223,17 @@ def test_a_broken_middle_is_skipped(tmp_path: Path) -> None:
     assert len(video.frames) == 8
 
 
+@pytest.mark.parametrize("place", [1500, 2000])
+def test_a_frame_in_the_place_of_a_lost_one_is_counted(tmp_path: Path, place: int) -> None:
+    path = encode(tmp_path / "a.mp4", count=100, gop=5, options={"movflags": "faststart"})
+    content = bytearray(path.read_bytes())
+    place += content.index(b"mdat")
+    content[place : place + 600] = bytes(600)
+    whole, damaged = load_video(path), load_video(bytes(content))
+    wrong = sum(abs(a - b) > 0.3 for a, b in zip(whole.times, damaged.times, strict=True))
+    assert damaged.repeated >= wrong > 0
+
+
 def test_one_frame(tmp_path: Path) -> None:
     video = load_video(encode(tmp_path / "a.mp4", count=1), frames=8)
     assert len(video.frames) == 8
@@ -268,3 +284,34 @@ def test_real_clips() -> None:
         video = load_video(clip)
         assert len(set(video.times)) == 8
         assert not video.is_damaged
+
+
+def test_only_regular_files_are_opened(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.mp4")
+    with pytest.raises(VideoError, match=r"pipe\.mp4: cannot be opened .it is not a regular file"):
+        load_video(tmp_path / "pipe.mp4")
+    with pytest.raises(VideoError, match=r"zero: cannot be opened .it is not a regular file"):
+        load_video("/dev/zero")
+
+
+def test_zeros_without_end_are_no_video(tmp_path: Path) -> None:
+    path = tmp_path / "a.mp4"
+    with path.open("wb") as file:
+        file.truncate(6 << 30)
+    with pytest.raises(VideoError, match="cannot be read as a video"):
+        load_video(path)
+
+
+def test_all_frames_together_are_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = encode(tmp_path / "a.mp4")
+    monkeypatch.setattr("llama_adapter.processing.video.MAX_VIDEO_PIXELS", 5 * 64 * 48)
+    assert len(load_video(path, frames=5).frames) == 5
+    with pytest.raises(VideoError, match="6 frames of 64x48 have 18432 pixels; at most 15360"):
+        load_video(path, frames=6)
+
+
+def test_a_processor_says_that_a_video_is_damaged(tmp_path: Path) -> None:
+    path = tmp_path / "half.mp4"
+    path.write_bytes(truncated(tmp_path / "a.mp4"))
+    with pytest.warns(UserWarning, match=r"half\.mp4: \d of 8 frames cannot be decoded"):
+        assert len(frames_of(ImageRef.of(path))) == 8

@@ -9,11 +9,12 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor
 
-from llama_adapter.conversation import Conversation
+from llama_adapter.conversation import Conversation, ImageRef
 from llama_adapter.data.samples import Sample
 from llama_adapter.errors import DataError, PromptError
 from llama_adapter.processing.encoding import IGNORED, Encoded, encode, opening_ids
 from llama_adapter.processing.processor import LlamaAdapterProcessor
+from llama_adapter.processing.video import is_video, load_video
 
 Overlong = Literal["skip", "truncate"]
 
@@ -106,7 +107,7 @@ class SampleEncoder:
     def prepare(self, sample: Sample, first: int, stop: int) -> Prepared:
         """Tokens and pixels. LlamaAdapterError where a picture cannot be read."""
         encoded = self.encode(sample, first, stop)
-        images = sample.conversation.images
+        images = tuple(map(_whole, sample.conversation.images))
         pixels = None
         if images:
             try:
@@ -128,6 +129,16 @@ class SampleEncoder:
             raise DataError(
                 f"{sample.id}: holds {count} images, but visual_scope 'all' reads one a sample"
             )
+
+
+def _whole(ref: ImageRef) -> ImageRef:
+    """The image; of a video the frames, DataError where some of it cannot be decoded."""
+    if not is_video(ref.source):
+        return ref
+    video = load_video(ref.source, name=ref.name)
+    if video.note:
+        raise DataError(f"{video.name}: {video.note}")
+    return video.as_image_ref()
 
 
 def _answer_ends(labels: tuple[int, ...]) -> Iterator[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -98,7 +99,10 @@ class LlamaAdapterLmms(lmms):
         refs = []
         for visual in visuals or ():
             if isinstance(visual, str) and Path(visual).suffix.lower() in VIDEO_SUFFIXES:
-                refs.append(load_video(visual, frames=self._frames).as_image_ref())
+                video = load_video(visual, frames=self._frames)
+                if video.note:
+                    warnings.warn(f"{video.name}: {video.note}", stacklevel=2)
+                refs.append(video.as_image_ref())
             else:
                 refs.append(ImageRef.of(visual))
         return refs

@@ -132,6 +132,9 @@ def read_ours(path: Path, *, task: str, parse: Parse | None = None) -> Predictio
                 problem=line.get("problem"),
             )
         )
+    damaged = sum(bool(line.get("notes")) for line in lines)
+    if damaged:
+        notes.append(f"{damaged} answers rest on videos of which a part cannot be decoded")
     rows, repeated = without_repeats(rows, where=str(path))
     return Predictions(rows=tuple(rows), notes=(*notes, *repeated), judge=judge, is_ours=True)
 

@@ -256,6 +256,8 @@ class _Asker:
         answers = iter(answerer.answer(flat, self._generation, seed=seed) if flat else ())
         for record, several in asked:
             lines[record.id] = _line([next(answers) for _ in several])
+            notes = [f"{ref.name}: {ref.note}" for ref in several[0].images if ref.note]
+            lines[record.id] |= {"notes": notes} if notes else {}
         seconds = round((time.perf_counter() - started) / len(batch), 4)
         return {id_: {**line, "seconds": seconds} for id_, line in lines.items()}
 

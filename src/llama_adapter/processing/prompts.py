@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -110,5 +111,8 @@ def frames_of(ref: ImageRef) -> list[Image.Image]:
     if isinstance(ref.source, tuple):
         return [load_image(f, name=f"{ref.name}, frame {i}") for i, f in enumerate(ref.source)]
     if is_video(ref.source):
-        return list(load_video(ref.source, name=ref.name).frames)
+        video = load_video(ref.source, name=ref.name)
+        if video.note:
+            warnings.warn(f"{video.name}: {video.note}", stacklevel=2)
+        return list(video.frames)
     return [load_image(ref)]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from PIL import Image
 
 from llama_adapter.conversation import ImageRef
 from llama_adapter.errors import MissingDependencyError, VideoError
+from llama_adapter.files import open_regular
 from llama_adapter.processing.images import MAX_PIXELS
 
 if TYPE_CHECKING:
@@ -29,6 +31,8 @@ DEFAULT_FRAMES = 8
 MAX_FRAMES = 512
 MAX_SECONDS = 4 * 3600.0
 """Longer videos are refused."""
+MAX_VIDEO_PIXELS = 2_000_000_000
+"""Pixels of all frames together, 6 GB; for more, fewer frames must be taken."""
 VIDEO_SUFFIXES = frozenset(
     ".3gp .avi .flv .gif .m4v .mkv .mov .mp4 .mpeg .mpg .mts .ogv .ts .webm .wmv".split()  # noqa: SIM905
 )
@@ -59,9 +63,19 @@ class Video:
         """Whether some moment could not be decoded."""
         return self.repeated > 0
 
+    @property
+    def note(self) -> str:
+        """What whoever reads an answer should know; nothing where all could be decoded."""
+        if not self.is_damaged:
+            return ""
+        return (
+            f"{self.repeated} of {len(self.frames)} frames cannot be decoded; others stand in "
+            "their place"
+        )
+
     def as_image_ref(self) -> ImageRef:
         """All frames as one set of visual prompts, for a conversation."""
-        return ImageRef(source=self.frames, name=self.name)
+        return ImageRef(source=self.frames, name=self.name, note=self.note)
 
 
 def load_video(
@@ -84,7 +98,7 @@ def load_video(
     label = name or (f"{len(source)} bytes of video" if isinstance(source, bytes) else str(source))
     try:
         with _open_file(source, label) as file, _open_container(av, file, label) as container:
-            stream = _video_stream(container, label, max_pixels=max_pixels)
+            stream = _video_stream(container, label, max_pixels=max_pixels, frames=frames)
             seconds = _length(av, container, stream)
             if seconds > max_seconds:
                 raise VideoError(
@@ -119,12 +133,12 @@ def _open_file(source: Path | str | bytes, label: str) -> Any:
         if not source:
             raise VideoError(f"{label}: is empty")
         return io.BytesIO(source)
-    path = Path(source)
     try:
-        file = path.open("rb")
-    except OSError as error:
-        raise VideoError(f"{label}: cannot be opened ({error.strerror})") from error
-    if path.stat().st_size == 0:
+        file = open_regular(Path(source), error=VideoError, name=label)
+    except VideoError as error:
+        reason = str(error).removeprefix(f"cannot read {label}: ")
+        raise VideoError(f"{label}: cannot be opened ({reason})") from error
+    if os.fstat(file.fileno()).st_size == 0:
         file.close()
         raise VideoError(f"{label}: is empty")
     return file
@@ -140,7 +154,9 @@ def _open_container(av: Any, file: Any, label: str) -> InputContainer:
     return container
 
 
-def _video_stream(container: InputContainer, label: str, *, max_pixels: int) -> VideoStream:
+def _video_stream(
+    container: InputContainer, label: str, *, max_pixels: int, frames: int
+) -> VideoStream:
     # a cover picture in a music file is a video stream to FFmpeg
     streams = [s for s in container.streams.video if not _is_cover(s)]
     if not streams:
@@ -152,6 +168,11 @@ def _video_stream(container: InputContainer, label: str, *, max_pixels: int) -> 
         raise VideoError(f"{label}: does not say how large its pictures are")
     if width * height > max_pixels:
         raise VideoError(f"{label}: pictures have {width}x{height} pixels, limit {max_pixels}")
+    if frames * width * height > MAX_VIDEO_PIXELS:
+        raise VideoError(
+            f"{label}: {frames} frames of {width}x{height} have {frames * width * height} pixels; "
+            f"at most {MAX_VIDEO_PIXELS} are held, take fewer frames"
+        )
     stream.thread_type = "AUTO"
     return stream
 
@@ -195,6 +216,7 @@ class _Reader:
         self._next: VideoFrame | None = None
         self._reach = 0.0  # farthest that decoding from a key frame had to go
         self._wanted = 0.0
+        self._lost: set[float] = set()  # moments of packets not decoded since the last seek
 
     def at(self, seconds: float) -> tuple[VideoFrame | None, bool]:
         """The frame on show at that time, and whether it stands in for one that is missing."""
@@ -206,11 +228,15 @@ class _Reader:
         shown = self._shown or self._next
         if shown is None:
             return None, True
-        return shown, self._next is None and seconds > self._end(shown) + _SLACK
+        is_past_the_end = self._next is None and seconds > self._end(shown) + _SLACK
+        since = -math.inf if self._shown is None else self.time(shown)
+        is_stale = any(since < lost <= seconds for lost in self._lost)
+        return shown, is_past_the_end or is_stale or shown.is_corrupt
 
     def _seek(self, seconds: float) -> None:
         stream = self._stream
         self._shown = None
+        self._lost.clear()
         base = float(stream.time_base or 0)
         try:
             if base:
@@ -237,7 +263,8 @@ class _Reader:
                 try:
                     yield from packet.decode()
                 except self._av.error.InvalidDataError:
-                    continue  # a damaged packet; the decoder picks up at a later one
+                    # a damaged packet; the decoder picks up at a later one
+                    self._lost.add((packet.pts or packet.dts or 0) * base - self._start)
         except self._av.error.FFmpegError:
             return
 
