@@ -85,7 +85,7 @@ def test_images_belong_to_the_user() -> None:
 
 @pytest.mark.parametrize("text", ["lone \ud800", "\udcff"])
 def test_lone_surrogates_are_no_text(text: str) -> None:
-    with pytest.raises(PromptError, match="is not valid Unicode: character . is the lone"):
+    with pytest.raises(PromptError, match=r"is not valid Unicode: character . is the lone"):
         Conversation.ask(text)
     with pytest.raises(PromptError, match="context is not valid Unicode"):
         Conversation.ask("who?", context=text)

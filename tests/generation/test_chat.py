@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 from PIL import Image
 
@@ -103,3 +105,19 @@ def test_the_caption_expert_gives_the_active_adapter_back(loaded, adapter_dir, p
 def test_bad_settings_are_refused(options, words):
     with pytest.raises(ConfigError, match=words):
         GenerationSettings(**options)
+
+
+def test_a_reader_that_goes_away_ends_the_answer(loaded):
+    session = ChatSession(*loaded, settings=GenerationSettings(max_new_tokens=100_000))
+    pieces = session.stream("who?")
+    next(pieces)
+    pieces.close()
+    assert session.last_answer is None
+    assert threading.active_count() == 1
+
+
+@pytest.mark.parametrize("temperature", [1e-300, 1e-9])
+def test_next_to_no_temperature_takes_the_likeliest(loaded, temperature):
+    cold = GenerationSettings(max_new_tokens=6, temperature=temperature)
+    likeliest = session(loaded).ask("who?").text
+    assert ChatSession(*loaded, settings=cold).ask("who?").text == likeliest
