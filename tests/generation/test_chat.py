@@ -110,10 +110,11 @@ def test_bad_settings_are_refused(options, words):
 def test_a_reader_that_goes_away_ends_the_answer(loaded):
     session = ChatSession(*loaded, settings=GenerationSettings(max_new_tokens=100_000))
     pieces = session.stream("who?")
+    before = threading.active_count()
     next(pieces)
     pieces.close()
     assert session.last_answer is None
-    assert threading.active_count() == 1
+    assert threading.active_count() <= before
 
 
 @pytest.mark.parametrize("temperature", [1e-300, 1e-9])
