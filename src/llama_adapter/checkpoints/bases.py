@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,10 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from llama_adapter.checkpoints.layout import BaseShape
-from llama_adapter.checkpoints.meta_base import MetaBase
+from llama_adapter.checkpoints.meta_base import MetaBase, hugging_face_name, rotary_permutation
+from llama_adapter.checkpoints.strangers import what_directory
 from llama_adapter.errors import CheckpointError
+from llama_adapter.model.configuration import ADAPTER_CONFIG_NAME
 from llama_adapter.model.references import (
     describe_model,
     fingerprint_of,
@@ -49,6 +52,10 @@ class Base:
         if MetaBase.is_at(directory):
             meta = MetaBase(directory)
             return cls(directory=directory, config=meta.config, meta=meta)
+        if (directory / ADAPTER_CONFIG_NAME).is_file():
+            raise CheckpointError(
+                f"the base {directory} is {what_directory(directory)}; expected a model"
+            )
         if not (directory / "config.json").is_file():
             raise CheckpointError(
                 f"the base {directory} has neither params.json (Meta's layout) nor config.json "
@@ -78,6 +85,29 @@ class Base:
             return f"norm_eps {config.rms_norm_eps} and {config.vocab_size} tokens: not LLaMA 1"
         return None
 
+    def differing(self, tensors: Mapping[str, Tensor]) -> str | None:
+        """The first of some tensors, by their names in Meta's layout, that this base has otherwise.
+
+        Looks at the rows of the first head, in the coarser of the two dtypes.
+        """
+        head = self.shape.head_size
+        first_shard = {} if self.meta is None or not tensors else self.meta.first_shard()
+        for name in (name for name in tensors if not name.endswith("rope.freqs")):
+            rows = tensors[name][:head] if tensors[name].ndim else tensors[name]
+            if self.meta is not None:
+                own = first_shard.get(name)
+            else:
+                hf_name, is_rotated = hugging_face_name(name)
+                found = _read_some(self.directory, [hf_name])
+                if found is None:  # other files, or tied: nothing to compare with
+                    continue
+                own = found[hf_name][1]
+                if is_rotated and len(rows) == head:
+                    rows = rows[rotary_permutation(head, head)]
+            if own is None or not _same_start(rows, own):
+                return name
+        return None
+
     def final_norm(self) -> Tensor:
         """Weights of the final norm, which the chat checkpoint leaves as they are."""
         if self.meta is not None:
@@ -87,6 +117,17 @@ class Base:
             model = load_language_model(str(self.directory))
             return model.get_decoder().norm.weight.detach()
         return found["model.norm.weight"][1]
+
+
+def _same_start(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors begin alike, as far as both have rows and columns."""
+    if one.ndim != other.ndim:
+        return False
+    dtypes = {one.dtype, other.dtype}
+    coarse = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+    dtype = next((dtype for dtype in coarse if dtype in dtypes), torch.float64)
+    part = tuple(slice(min(a, b)) for a, b in zip(one.shape, other.shape, strict=True))
+    return torch.equal(one[part].to(dtype), other[part].to(dtype))
 
 
 def describe_stored(directory: Path, *, reference: str) -> dict[str, Any]:

@@ -19,7 +19,9 @@ from llama_adapter.checkpoints.layout import Entry, layout
 from llama_adapter.checkpoints.meta_base import Progress
 from llama_adapter.checkpoints.released import Kind, Released, read_released
 from llama_adapter.checkpoints.settings import Hints, settings
+from llama_adapter.checkpoints.strangers import what_directory
 from llama_adapter.checkpoints.tokenizers import convert_tokenizer, find_tokenizer
+from llama_adapter.checkpoints.torch_files import why_not_finite
 from llama_adapter.checkpoints.vision_tower import read_openai_clip
 from llama_adapter.config import AdapterConfig
 from llama_adapter.errors import CheckpointError, ConfigError
@@ -80,11 +82,14 @@ def import_released(
     """
     sources = tuple(path for path in (checkpoint, base, vision) if path is not None)
     with staged_directory(out, overwrite=overwrite, sources=sources) as stage:
+        _refuse_directory(checkpoint)
         released = read_released(checkpoint)
         opened = Base.open(base)
         _check_base(released, opened, allow_other_base)
+        training = _training_checkpoint(released, opened, allow_other_base)
         hints = (hints or Hints()).or_else(Hints.beside(checkpoint))
         config, warnings = settings(released, opened.shape, base=str(base), gate=gate, hints=hints)
+        warnings += training
         if allow_other_base and (why := opened.why_other()) is not None:
             warnings.append(
                 f"{base} is not a base that {checkpoint} was trained for: {why}; "
@@ -118,6 +123,36 @@ def _check_base(released: Released, base: Base, allow_other_base: bool) -> None:
             f"{released.path} was made for LLaMA 1, the base {base.directory} is another: {why} "
             "(--allow-other-base imports it all the same)"
         )
+
+
+def _refuse_directory(checkpoint: Path) -> None:
+    if checkpoint.is_dir():
+        raise CheckpointError(
+            f"{checkpoint} is {what_directory(checkpoint)}; expected a .pth file of the authors"
+        )
+
+
+def _training_checkpoint(released: Released, base: Base, allow_other_base: bool) -> list[str]:
+    """Warnings about what of a training checkpoint is left out, if it is one.
+
+    Raises CheckpointError if the base that it was trained on is another, unless that is allowed.
+    """
+    warnings = []
+    frozen = [f"the base's own {len(released.frozen)} tensors"] if released.frozen else []
+    left_out = [*frozen, *released.left_out]
+    if left_out:
+        warnings.append(
+            f"{released.path} is a checkpoint of a training run: left out are {', '.join(left_out)}"
+        )
+    other = base.differing(released.frozen)
+    if other is not None:
+        says = f"{released.path}: tensor {other} is not that of the base {base.directory}"
+        if not allow_other_base:
+            raise CheckpointError(
+                f"{says}: it was trained on another (--allow-other-base imports it all the same)"
+            )
+        warnings.append(says)
+    return warnings
 
 
 def _open_vision(
@@ -162,11 +197,6 @@ def _fit(
                 f"{released.path}: tensor {entry.official} has shape {list(tensor.shape)}, "
                 f"expected {list(entry.shape)} for {what}"
             )
-        if not tensor.is_floating_point():
-            raise CheckpointError(
-                f"{released.path}: tensor {entry.official} has dtype {tensor.dtype}, "
-                "expected floating point"
-            )
     _refuse_strangers(released, {entry.official for entry in entries})
     return entries
 
@@ -187,12 +217,14 @@ def _refuse_strangers(released: Released, known: set[str]) -> None:
 
 
 def _not_finite(released: Released) -> list[str]:
-    return [
-        f"{released.path}: tensor {name} holds {int((~tensor.isfinite()).sum())} values that are "
-        f"not finite, of {tensor.numel()}"
-        for name, tensor in released.tensors.items()
-        if not tensor.isfinite().all()
-    ]
+    """Warnings about values that the file has; CheckpointError for what float32 would add."""
+    warnings = []
+    for name, tensor in released.tensors.items():
+        if (why := why_not_finite(tensor, tensor.dtype)) is not None:
+            warnings.append(f"{released.path}: tensor {name} {why}")
+        elif (why := why_not_finite(tensor, torch.float32)) is not None:
+            raise CheckpointError(f"{released.path}: tensor {name} {why}")
+    return warnings
 
 
 def _write_adapter(stage: Path, released: Released, entries: list[Entry], base: Base) -> None:

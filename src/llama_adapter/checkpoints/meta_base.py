@@ -84,6 +84,16 @@ def rotary_permutation(rows: int, head_size: int) -> Tensor:
     return torch.arange(rows).view(-1, head_size // 2, 2).transpose(1, 2).reshape(-1)
 
 
+def hugging_face_name(name: str) -> tuple[str, bool]:
+    """Hugging Face's name of a tensor of Meta's layout, and whether rows are reordered."""
+    match = re.fullmatch(r"layers\.(\d+)\.(.+)", name)
+    if match is not None:
+        inner, _ = _LAYER_TENSORS[match[2]]
+        return f"model.layers.{match[1]}.{inner}", ".wq." in name or ".wk." in name
+    top = {EMBEDDINGS: "model.embed_tokens.weight", OUTPUT: "lm_head.weight"}
+    return top.get(name, "model.norm.weight"), False
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Source:
     """One tensor of the converted base and where it comes from."""
@@ -154,6 +164,10 @@ class MetaBase:
         self._check_sums()
         pieces = self._pieces(source, self._open(), _Buffers())
         return torch.cat(pieces).view(source.spec.shape)
+
+    def first_shard(self) -> dict[str, Tensor]:
+        """What the first shard has of every tensor by Meta's names: first rows and columns."""
+        return self._open()[0]
 
     def _check_sums(self) -> None:
         """Compare the shards' checksums, once."""

@@ -1,16 +1,25 @@
-"""The files that the authors released: recognising one, by its content alone."""
+"""The files that the authors released: recognising one, by its content alone.
+
+Checkpoints of the authors' training scripts hold the same tensors beside the frozen base's, the
+vision encoder's, the optimizer and the settings of the run: those are left out.
+"""
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from llama_adapter.checkpoints.torch_files import read_torch_file
+from llama_adapter.checkpoints.torch_files import (
+    INERT,
+    check_archive,
+    read_torch_file,
+    why_not_float,
+)
 from llama_adapter.errors import CheckpointError
 
 
@@ -33,6 +42,18 @@ NEEDS = {
     "V2 chat": "layers.N.attention.wq_bias and layers.N.attention.wq_scale",
 }
 
+_FROZEN = re.compile(
+    r"(?P<prefix>llama\.)?(?P<name>(tok_embeddings|output)\.weight|rope\.freqs"
+    r"|layers\.\d+\.(attention\.w[qkvo]|feed_forward\.w[123])\.weight)"
+)
+"""Tensors of the frozen base in a training checkpoint."""
+_NORMS = re.compile(r"(layers\.\d+\.(attention|ffn)_)?norm\.weight")
+"""Norms, which V1 leaves frozen."""
+_ENCODER = "clip."
+"""Before the names of the frozen vision encoder in a training checkpoint."""
+
+_LITGPT = ("gating_factor", "adapter_wte.weight")
+
 PROMPTS = "adapter_query.weight"
 QUERY = "visual_query.weight"
 
@@ -49,6 +70,10 @@ class Released:
     """The `config` that V2 multimodal files carry."""
     is_wrapped: bool
     """Whether the file is `{"model": tensors, ...}` rather than the tensors themselves."""
+    frozen: dict[str, Tensor] = field(default_factory=dict)
+    """The base's own tensors in a training checkpoint, by their names in Meta's layout."""
+    left_out: tuple[str, ...] = ()
+    """What else of a training checkpoint is not read."""
 
     @property
     def prefix(self) -> str:
@@ -70,19 +95,30 @@ def read_released(path: Path) -> Released:
     Raises CheckpointError for a damaged file, code in it, and unknown or mixed content; it says
     what was found and what each known kind needs.
     """
-    content = read_torch_file(path)
+    content = read_torch_file(path, mmap=True, inert=INERT)  # it may hold a whole base
+    check_archive(path)
     is_wrapped = isinstance(content, dict) and isinstance(content.get("model"), dict)
     named = content["model"] if is_wrapped else content
     if not isinstance(named, dict):
         raise _unknown(path, f"a {type(named).__name__}")
-    tensors = {str(name): value for name, value in named.items() if isinstance(value, Tensor)}
-    if len(tensors) != len(named):
-        odd = next(name for name, value in named.items() if not isinstance(value, Tensor))
-        raise _unknown(path, f"{odd!r}, which is no tensor")
+    for name, value in named.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            raise _unknown(path, f"{name!r}, which is no tensor")
+    tensors = {name: value.detach().resolve_neg() for name, value in named.items()}
+    if tensors and all(name.startswith("module.") for name in tensors):  # DistributedDataParallel
+        tensors = {name.removeprefix("module."): value for name, value in tensors.items()}
+    _refuse_litgpt(path, tensors)
+    frozen, encoder = _take_frozen(tensors)
+    left_out = [f"the vision encoder's {encoder} tensors"] if encoder else []
+    if is_wrapped:
+        left_out += [f"{key!r}" for key in content if key not in ("model", "config")]
     file_config = content.get("config") if is_wrapped else None
     if file_config is not None and not isinstance(file_config, dict):
         raise _unknown(path, f"a config that is a {type(file_config).__name__}")
     kind = _recognise(path, tensors)
+    for name, tensor in tensors.items():
+        if (why := why_not_float(tensor)) is not None:
+            raise CheckpointError(f"{path}: tensor {name} {why}")
     if file_config is not None:
         _check_config(path, kind, file_config, tensors)
     return Released(
@@ -91,6 +127,40 @@ def read_released(path: Path) -> Released:
         tensors=tensors,
         file_config=file_config,
         is_wrapped=is_wrapped,
+        frozen=frozen,
+        left_out=tuple(left_out),
+    )
+
+
+def _take_frozen(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], int]:
+    """Take the base's own tensors out; they, and how many the vision encoder had, taken out too."""
+    frozen, encoder = {}, 0
+    for name in list(tensors):
+        match = _FROZEN.fullmatch(name)
+        if match is not None:
+            frozen[match["name"]] = tensors.pop(name)
+        elif name.startswith(_ENCODER):
+            del tensors[name]
+            encoder += 1
+    is_v1 = all(name.endswith(".gate") or name == PROMPTS or _NORMS.fullmatch(name)
+                for name in tensors)  # fmt: skip
+    if frozen and is_v1:
+        frozen |= {name: tensors.pop(name) for name in list(tensors) if _NORMS.fullmatch(name)}
+    return frozen, encoder
+
+
+def _refuse_litgpt(path: Path, tensors: dict[str, Tensor]) -> None:
+    if not any(name.endswith(_LITGPT) for name in tensors):
+        return
+    if any(name.startswith("lm_head.adapter_") for name in tensors):
+        raise CheckpointError(
+            f"{path} is an adapter of litgpt (adapter_v2): it learns a bias and a scale of "
+            "lm_head, which adapters have only inside decoder layers here; it would answer "
+            "otherwise without them and is not imported"
+        )
+    raise CheckpointError(
+        f"{path} is an adapter of litgpt, whose layout is not read: expected a file of the "
+        "authors' code"
     )
 
 

@@ -111,8 +111,8 @@ def _kind_of(config: AdapterConfig, directory: Path) -> Kind:
     presets = {
         Kind.V1: ("released-v1", ("prompt_length", "prompt_layers", "gate")),
         Kind.V2_CHAT: ("released-v2-chat", ("prompt_length", "prompt_layers")),
-        Kind.V2_BIAS: ("released-v2-bias", _OPEN_IN_V2),
-        Kind.V2_LORA_BIAS: ("released-v2-lora-bias", (*_OPEN_IN_V2, "lora_rank")),
+        Kind.V2_BIAS: ("released-v2-bias", (*_OPEN_IN_V2, "gate_scale")),
+        Kind.V2_LORA_BIAS: ("released-v2-lora-bias", (*_OPEN_IN_V2, "gate_scale", "lora_rank")),
     }
     differences = {}
     for kind, (name, free) in presets.items():

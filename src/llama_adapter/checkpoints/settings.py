@@ -107,6 +107,7 @@ def _multimodal(released: Released, shape: BaseShape, hints: Hints) -> AdapterCo
         "projector_heads": _projector_heads(released, width, hints),
         "projector_mlp_ratio": _projector_mlp_ratio(released, width),
         "caption_instruction": CAPTION_INSTRUCTION,
+        "gate_scale": any(name.endswith(".attention.new_gate") for name in released.tensors),
     }
     if not any(name.endswith(".bias") and ".feed_forward." in name for name in released.tensors):
         values["bias_targets"] = "none"

@@ -250,8 +250,10 @@ def why_not_finite(tensor: Tensor, dtype: torch.dtype) -> str | None:
     low, high = torch.aminmax(tensor)  # NaN if any value is
     if bool(torch.stack([low, high]).to(dtype).isfinite().all()):
         return None
-    count = int((~tensor.to(dtype).isfinite()).sum())
-    return f"holds {count} values that are not finite in {dtype}, of {tensor.numel()}"
+    count, where = int((~tensor.isfinite()).sum()), ""
+    if not count:
+        count, where = int((~tensor.to(dtype).isfinite()).sum()), f" in {dtype}"
+    return f"holds {count} values that are not finite{where}, of {tensor.numel()}"
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
