@@ -10,6 +10,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -103,14 +104,17 @@ class LlamaAdapterForConditionalGeneration(
         seed: int | None = None,
         dtype: torch.dtype | str | None = None,
         device_map: Any = None,
+        offload_folder: str | Path | None = None,
         quantization_config: Any = None,
         attn_implementation: str | None = None,
     ) -> LlamaAdapterForConditionalGeneration:
         """A fresh adapter on a base: it changes the base's logits by exactly 0.0.
 
         `language_model` and `vision` are loaded transformers models, or names or paths (then
-        `dtype`, `device_map`, `quantization_config`, `attn_implementation` apply). Without
-        `vision` the config's fusion becomes `none`.
+        `dtype`, `device_map`, `quantization_config`, `attn_implementation` apply;
+        `offload_folder` is where a `device_map` with `disk` may write). What learns and the
+        vision encoder stay where the base computes. Without `vision` the config's fusion becomes
+        `none`.
 
         Raises UnsupportedModelError for a family that cannot be adapted and ConfigError for
         a setting that the base cannot carry.
@@ -120,6 +124,7 @@ class LlamaAdapterForConditionalGeneration(
                 language_model,
                 dtype=dtype,
                 device_map=device_map,
+                offload_folder=offload_folder,
                 quantization_config=quantization_config,
                 attn_implementation=attn_implementation,
             )

@@ -30,10 +30,10 @@ def home_of(module: nn.Module) -> torch.device:
 
 
 @contextmanager
-def numbers_at_hand(module: nn.Module) -> Iterator[None]:
+def numbers_at_hand(module: nn.Module, *, recurse: bool = True) -> Iterator[None]:
     """Inside, the numbers of a module and its parts are where it computes, fetched if need be."""
     with ExitStack() as fetched:
-        for part in module.modules():
+        for part in module.modules() if recurse else (module,):
             hook: Any = getattr(part, HOOK, None)
             if hook is not None:
                 hook.pre_forward(part)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from llama_adapter.errors import CheckpointError, ConfigError
 from llama_adapter.model.configuration import LlamaAdapterConfig, read_adapter_config
+from llama_adapter.model.offloading import home_of
 from llama_adapter.model.references import (
     check_reference,
     load_language_model,
@@ -74,6 +75,7 @@ class AdapterPersistence:
         vision: nn.Module | None = None,
         dtype: torch.dtype | str | None = None,
         device_map: Any = None,
+        offload_folder: str | Path | None = None,
         quantization_config: Any = None,
         attn_implementation: str | None = None,
         **kwargs: Any,
@@ -98,6 +100,7 @@ class AdapterPersistence:
                 _reference(config.base, "base", directory),
                 dtype=dtype,
                 device_map=device_map,
+                offload_folder=offload_folder,
                 quantization_config=quantization_config,
                 attn_implementation=attn_implementation,
             )
@@ -106,7 +109,7 @@ class AdapterPersistence:
             if vision is None:
                 vision = load_vision(
                     _reference(config.vision, "vision tower", directory),
-                    device=language_model.device,
+                    device=home_of(language_model.get_input_embeddings()),
                 )
             check_reference(vision, config.vision, what="vision tower", source=str(directory))
         model = cls(config, language_model=language_model, vision=vision)  # type: ignore[call-arg]

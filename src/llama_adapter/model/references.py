@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrained
 from llama_adapter.errors import CheckpointError
 from llama_adapter.model.hub import why_missing
 from llama_adapter.model.loading import load_whole
+from llama_adapter.model.offloading import numbers_at_hand
 from llama_adapter.model.visual_prompts import vision_tower_of
 from llama_adapter.pretrained import load_pretrained
 
@@ -90,12 +91,17 @@ def describe_model(model: Any) -> dict[str, Any]:
 def fingerprint(model: nn.Module) -> str | None:
     """A checksum of a sample of the model's numbers that survives a change of dtype.
 
-    Adapters must be off. None for a model on the meta device.
+    Adapters must be off. None for a model on the meta device; what is offloaded is fetched.
     """
-    sampled = [(n, p.detach()) for n, p in model.named_parameters() if is_fingerprinted(n)]
-    if any(parameter.is_meta for _, parameter in sampled):
-        return None
-    return fingerprint_of((name, tuple(p.shape), p) for name, p in sampled)
+    sampled = []
+    for name in (n for n, _ in model.named_parameters() if is_fingerprinted(n)):
+        module = model.get_submodule(name.rpartition(".")[0])
+        with numbers_at_hand(module, recurse=False):
+            numbers = module.get_parameter(name.rpartition(".")[2]).detach()
+            if numbers.is_meta:
+                return None
+            sampled.append((name, tuple(numbers.shape), numbers.reshape(-1)[:256].cpu()))
+    return fingerprint_of(sampled)
 
 
 def is_fingerprinted(name: str) -> bool:
