@@ -13,6 +13,7 @@ import os
 import stat
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager, suppress
+from io import BufferedReader
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -35,7 +36,7 @@ def open_regular(
     error: type[LlamaAdapterError],
     limit: int | None = None,
     name: str | None = None,
-) -> BinaryIO:
+) -> BufferedReader:
     """Open a regular file for reading; `error` for anything else, or for more than `limit` bytes.
 
     Does not wait: opening a pipe, a socket or a device is refused at once. Symbolic links are

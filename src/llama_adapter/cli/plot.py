@@ -28,8 +28,11 @@ def plot(
     from llama_adapter.cli.output import json_only
     from llama_adapter.training.plot import plot_run
 
+    def say(message: str) -> None:
+        typer.echo(message, err=True)
+
     with json_only(as_json) as emit:
-        files = [str(path) for path in plot_run(run, out)]
+        files = [str(path) for path in plot_run(run, out, say=say)]
         if as_json:
             emit({"files": files})
         else:

@@ -30,6 +30,8 @@ Batch = Mapping[str, Tensor]
 """Keyword arguments of the model's forward, `labels` among them."""
 Batches = Batch | Sequence[Batch]
 """One micro-batch, or those whose gradients are accumulated."""
+_ADAMW_STATE, _MUON_STATE = {"step", "exp_avg", "exp_avg_sq"}, {"momentum_buffer"}
+_STEP_LIKE = torch.zeros(())
 GROUP_OF = {"caption": Group.VISION, "instruction": Group.LANGUAGE}
 """Which group the loss of a kind of batch moves."""
 
@@ -264,8 +266,15 @@ class JointTrainer:
 
     @torch.no_grad()
     def load_parameter_state(self, state: Mapping[str, Tensor]) -> None:
-        """Take over what `parameter_state` gave, in however many processes that was."""
-        for name, parameter in self._all_named().items():
+        """Take over what `parameter_state` gave, in however many processes that was.
+
+        CheckpointError where a tensor is missing, unknown, or of another shape or dtype.
+        """
+        named = self._all_named()
+        unknown = sorted(set(state) - set(named))
+        if unknown:
+            raise CheckpointError(f"tensors {unknown[:3]}, which this adapter does not have")
+        for name, parameter in named.items():
             parameter.copy_(self.engine.own_part(_of_shape(state, name, parameter), parameter))
 
     def _optimizer_of(self, parameter: nn.Parameter) -> torch.optim.Optimizer:
@@ -283,24 +292,34 @@ class JointTrainer:
         return {"moments": moments, "step_count": self.step_count}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a `state_dict`, in however many processes it was made."""
+        """Go on from a `state_dict`, in however many processes it was made.
+
+        CheckpointError where it is damaged or of another adapter.
+        """
         named = self._all_named()
-        unknown = sorted(set(state["moments"]) - set(named))
+        moments, step_count = state.get("moments"), state.get("step_count")
+        if not isinstance(moments, Mapping) or not isinstance(step_count, int):
+            raise CheckpointError("optimizer state without moments or step_count")
+        unknown = sorted(map(str, set(moments) - set(named)))
         if unknown:
             raise CheckpointError(
                 f"optimizer state of {unknown[:3]}, which this adapter does not have"
             )
         for optimizer in self.optimizers:
             optimizer.state.clear()
-        for name, kept in state["moments"].items():
+        for name, kept in moments.items():
             parameter = named[name]
-            self._optimizer_of(parameter).state[parameter] = {
-                key: kept[key].clone()
+            optimizer = self._optimizer_of(parameter)
+            expected = _MUON_STATE if isinstance(optimizer, Muon) else _ADAMW_STATE
+            if not isinstance(kept, Mapping) or set(kept) != expected:
+                raise CheckpointError(f"optimizer state of {name} is not {sorted(expected)}")
+            optimizer.state[parameter] = {
+                key: _checked(kept[key], key, _STEP_LIKE).clone()
                 if key == "step"
                 else self.engine.own_part(_of_shape(kept, key, parameter), parameter).clone()
                 for key in kept
             }
-        self.step_count = int(state["step_count"])
+        self.step_count = step_count
 
 
 def _as_list(batches: Batches | None) -> list[Batch]:
@@ -314,10 +333,21 @@ def _has_pictures(batch: Batch) -> bool:
 
 
 def _of_shape(state: Mapping[str, Tensor], name: str, parameter: Tensor) -> Tensor:
-    found = state.get(name)
-    if found is None or found.shape != parameter.shape:
-        shape = "missing" if found is None else f"of shape {list(found.shape)}"
-        raise CheckpointError(f"tensor {name} is {shape}, expected {list(parameter.shape)}")
+    return _checked(state.get(name), name, parameter)
+
+
+def _checked(found: Any, name: str, like: Tensor) -> Tensor:
+    """A tensor of a checkpoint: finite, and of the expected shape and dtype."""
+    if not isinstance(found, Tensor):
+        raise CheckpointError(f"tensor {name} is missing, expected {list(like.shape)}")
+    for what, is_, expected in (
+        ("shape", list(found.shape), list(like.shape)),
+        ("dtype", found.dtype, like.dtype),
+    ):
+        if is_ != expected:
+            raise CheckpointError(f"tensor {name} is of {what} {is_}, expected {expected}")
+    if not found.isfinite().all():
+        raise CheckpointError(f"tensor {name} holds values that are not finite")
     return found
 
 

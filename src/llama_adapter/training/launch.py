@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 
 from llama_adapter.data import SOURCES
+from llama_adapter.errors import TrainingError
 from llama_adapter.training.build import build, load_processor
 from llama_adapter.training.distributed import (
     Rendezvous,
@@ -25,7 +26,7 @@ from llama_adapter.training.machine import require_tracker, wants_cpu
 from llama_adapter.training.measures import Row
 from llama_adapter.training.recipe import Recipe, SourceTypes
 from llama_adapter.training.run import Outcome, TrainingRun, Watcher
-from llama_adapter.training.run_directory import BROKEN, JsonLines, RunDirectory
+from llama_adapter.training.run_directory import BROKEN, TRACKED, JsonLines, RunDirectory
 from llama_adapter.training.streams import RecipeData, open_data
 
 
@@ -59,8 +60,6 @@ def train(
                 pin_memory=accelerator.device.type == "cuda",
                 opened=watcher.stage if accelerator.is_main_process else None,
             )
-        if accelerator.is_main_process:
-            _list_broken(recipe, data, watcher)
         with _closing(data):
             sharded = is_sharded(recipe.compute.strategy, accelerator)
             built = build(recipe, device=accelerator.device, on_device=not sharded)
@@ -73,8 +72,9 @@ def train(
                 engine=engine,
                 watcher=watcher,
                 evaluate=_evaluation(recipe, built.model, processor, engine, data, score_captions),
-                track=_tracking(recipe, accelerator),
             )
+            on_rank_0(meeting, lambda: _begin(run.directory, recipe, data, watcher))
+            run.track = _tracking(recipe, accelerator)
             if accelerator.is_main_process:
                 watcher.say(_summary(run, engine, accelerator))
             outcome = run.run(resume=resume)
@@ -84,6 +84,11 @@ def train(
 def _take_directory(recipe: Recipe, held: ExitStack, watcher: Watcher, *, resume: bool) -> None:
     if not held.enter_context(RunDirectory(recipe.out).held(recipe, resume=resume)):
         watcher.say(f"{recipe.out} cannot be locked: see that no other run writes there")
+
+
+def _begin(directory: RunDirectory, recipe: Recipe, data: RecipeData, watcher: Watcher) -> None:
+    directory.begin(recipe)
+    _list_broken(recipe, data, watcher)
 
 
 @contextmanager
@@ -134,7 +139,10 @@ def _tracking(recipe: Recipe, accelerator: Accelerator) -> Any:
     if recipe.logging.tracker == "none":
         return None
     settings = dict(_flat(recipe.model_dump(mode="json")))
-    accelerator.init_trackers("llama-adapter", config=settings)
+    try:
+        accelerator.init_trackers(TRACKED, config=settings)
+    except Exception as error:  # without an account, a network, a disk: each has errors of its own
+        raise TrainingError(f"logging.tracker {recipe.logging.tracker!r}: {error}") from error
 
     def track(row: Row, step: int) -> None:
         accelerator.log({k: v for k, v in row.items() if isinstance(v, int | float)}, step=step)

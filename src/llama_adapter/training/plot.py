@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import base64
 import io
+import math
+import re
 from collections.abc import Callable, Iterable, Sequence
 from html import escape
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from llama_adapter.errors import TrainingError
+from llama_adapter.files import MAX_YAML_BYTES, read_text, write_atomically
 from llama_adapter.training.measures import Row
-from llama_adapter.training.run_directory import METRICS, RECIPE, RunDirectory, write_whole
+from llama_adapter.training.run_directory import METRICS, RECIPE, JsonLines
 
 PNG, HTML = "plot.png", "plot.html"
 _STYLE = """
@@ -22,23 +26,42 @@ pre{background:#f6f6f6;padding:1rem;overflow-x:auto;font-size:12px}"""
 _POINTS = 2000
 """At most so many points of a curve are drawn."""
 
+_MOST_SERIES = 500
+_NAME = re.compile(r"[\w./:@ -]{1,100}", re.ASCII)
+"""What a curve may be called; matplotlib reads a formula from other characters."""
+_LARGEST = 1e300
+
 Series = tuple[str, list[int], list[float]]
 
 
-def plot_run(run: Path, out: Path | None = None) -> list[Path]:
+def plot_run(
+    run: Path, out: Path | None = None, *, say: Callable[[str], None] = lambda _message: None
+) -> list[Path]:
     """Draw a run's losses, scores, gates, gradients, rates and throughput.
 
-    Raises TrainingError where the directory holds no run or nothing was measured yet.
+    `say` gets a sentence about lines that were left out. Raises TrainingError where the directory
+    holds no run, nothing was measured yet, or the files cannot be written.
     """
-    rows = list(RunDirectory(run).rows())
+    metrics = JsonLines(run / METRICS)
+    rows = list(metrics.rows())
     if not rows:
         raise TrainingError(f"{run} has no {METRICS} with a row in it")
+    if metrics.invalid:
+        say(f"{metrics.path}: {metrics.invalid} lines are not rows and are left out")
     out = run if out is None else out
-    out.mkdir(parents=True, exist_ok=True)
-    png = _draw(rows, title=run.name)
-    write_whole(out / PNG, png)
-    write_whole(out / HTML, _page(run, rows, png).encode())
+    png = _draw(rows, title=_shown(run.name).replace("$", r"\$"))
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        write_atomically(out / PNG, png)
+        write_atomically(out / HTML, _page(run, rows, png))
+    except OSError as error:
+        raise TrainingError(f"cannot write into {out}: {error.strerror}") from error
     return [out / PNG, out / HTML]
+
+
+def _shown(text: str) -> str:
+    """A name with its odd bytes escaped."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _draw(rows: Sequence[Row], *, title: str) -> bytes:
@@ -100,12 +123,19 @@ def _plain(_axes: Any) -> None:
 
 
 def _series(rows: Sequence[Row], prefix: str) -> Iterable[Series]:
-    names = dict.fromkeys(name for row in rows for name in row if name.startswith(prefix))
+    found = (n for row in rows for n in row if n.startswith(prefix) and _NAME.fullmatch(n))
+    names = list(islice(dict.fromkeys(found), _MOST_SERIES))
     for name in sorted(names, key=_natural) if prefix == "gate/" else names:
-        points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
+        points = [(row["step"], float(row[name])) for row in rows if _is_number(row.get(name))]
         if points:
             thin = points[:: max(1, len(points) // _POINTS)]
             yield name.removeprefix(prefix), [s for s, _ in thin], [v for _, v in thin]
+
+
+def _is_number(value: Any) -> bool:
+    """Whether a curve can go through it; a loss that was not finite is null."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and math.isfinite(value) and abs(value) < _LARGEST
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
@@ -115,7 +145,13 @@ def _natural(name: str) -> list[tuple[int, str]]:
 
 def _throughput(rows: Sequence[Row]) -> Iterable[Series]:
     # the first step also warms up
-    points = [(r["step"], r["tokens"] / r["seconds"]) for r in rows[1:] if r.get("seconds")]
+    points = [
+        (row["step"], row["tokens"] / row["seconds"])
+        for row in rows[1:]
+        if _is_number(row.get("tokens"))
+        and _is_number(row.get("seconds"))
+        and row["seconds"] > 1e-6
+    ]
     if points:
         thin = points[:: max(1, len(points) // _POINTS)]
         yield "tokens/s", [s for s, _ in thin], [v for _, v in thin]
@@ -133,14 +169,17 @@ def _smooth(series: Series) -> Series:
 
 
 def _page(run: Path, rows: Sequence[Row], png: bytes) -> str:
+    name = escape(_shown(run.name))
     picture = base64.b64encode(png).decode()
-    recipe = run / RECIPE
-    shown = escape(recipe.read_text()) if recipe.exists() else "(no recipe)"
+    try:
+        shown = escape(read_text(run / RECIPE, error=TrainingError, limit=MAX_YAML_BYTES))
+    except TrainingError as error:
+        shown = f"({escape(_shown(str(error)))})"
     skipped = [str(row["step"]) for row in rows if row.get("skipped")]
     notes = f"<p>Skipped steps: {', '.join(skipped)}</p>" if skipped else ""
     return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(run.name)}'
-        f"</title><style>{_STYLE}</style></head><body><h1>{escape(run.name)}</h1>"
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{name}'
+        f"</title><style>{_STYLE}</style></head><body><h1>{name}</h1>"
         f'<img alt="curves" src="data:image/png;base64,{picture}">{notes}'
         f"<h2>First and last values</h2>{_table(rows)}<h2>Recipe</h2><pre>{shown}</pre>"
         "</body></html>\n"

@@ -11,14 +11,15 @@ import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from llama_adapter.data import Batches, Kind, TrainBatch
-from llama_adapter.errors import TrainingError
-from llama_adapter.model.persistence import ADAPTER_WEIGHTS_NAME
+from llama_adapter.errors import CheckpointError, TrainingError
+from llama_adapter.model.persistence import ADAPTER_WEIGHTS_NAME, read_tensors
 from llama_adapter.processing.processor import LlamaAdapterProcessor
 from llama_adapter.training.build import Built
 from llama_adapter.training.engine import Engine, on_rank_0
@@ -32,6 +33,7 @@ from llama_adapter.training.run_directory import (
     METRICS,
     JsonLines,
     RunDirectory,
+    check_checksums,
     step_of,
 )
 from llama_adapter.training.snapshots import Snapshots
@@ -85,7 +87,6 @@ class TrainingRun:
         engine: Engine,
         watcher: Watcher | None = None,
         evaluate: Evaluate | None = None,
-        track: Callable[[Row, int], None] | None = None,
     ) -> None:
         self.recipe = recipe
         self.built = built
@@ -106,7 +107,8 @@ class TrainingRun:
         )
         self.snapshots = Snapshots(self.trainer, built, processor)
         self._evaluate = evaluate
-        self._track = track
+        self.track: Callable[[Row, int], None] | None = None
+        """What a row goes to, besides metrics.jsonl."""
         self._bad_steps = 0
         self._listed: set[str] = set()
         self._best: float | None = None
@@ -214,8 +216,8 @@ class TrainingRun:
         if self.engine.rank == 0:
             self.metrics.append(row)
             self.watcher.step(row)
-        if self._track is not None and self._due(row["step"], self.recipe.logging.every):
-            self._track(row, row["step"])
+        if self.track is not None and self._due(row["step"], self.recipe.logging.every):
+            self.track(row, row["step"])
 
     def _score(self, row: Row) -> None:
         """Score held-out samples, and keep the adapter if it is the best one so far."""
@@ -263,21 +265,77 @@ class TrainingRun:
         on_rank_0(self.engine, lambda: self.directory.publish(name, write))
 
     def _restore(self) -> int:
-        """Go on from the newest checkpoint, if there is one; the step that is."""
+        """Go on from the newest whole checkpoint, if there is one; the step that is.
+
+        CheckpointError where there are some and all are damaged.
+        """
         saved = self.directory.saved()
-        step = step_of(saved[-1]) if saved else 0
-        if saved:
-            self._take(self.snapshots.load(saved[-1]))
-            self._say(f"resumed at step {step}")
-        else:
-            self._say("no checkpoint yet: starting at the beginning")
-        if self.engine.rank == 0:
-            self.metrics.forget_after(step)
-            self.broken_file.forget_after(step)
+        step = self._newest_whole(saved) if saved else 0
+        self._say(
+            f"resumed at step {step}" if saved else "no checkpoint yet: starting at the beginning"
+        )
+        self._check_best()
+        on_rank_0(self.engine, lambda: self._forget_after(step))
         return step
+
+    def _newest_whole(self, saved: Sequence[Path]) -> int:
+        damaged: list[Path] = []
+        for checkpoint in reversed(saved):
+            try:
+                on_rank_0(self.engine, partial(check_checksums, checkpoint))
+                self._load(checkpoint)
+            except CheckpointError as error:
+                if checkpoint == saved[0]:
+                    raise CheckpointError(
+                        f"cannot resume, no checkpoint of {self.directory.path} is whole: {error}"
+                    ) from error
+                self._say(f"{checkpoint.name} is left out: {error}")
+                damaged.append(checkpoint)
+                continue
+            for one in damaged:
+                on_rank_0(self.engine, partial(self.directory.put_aside, one))
+            return step_of(checkpoint)
+        raise AssertionError("there is at least one")
+
+    def _load(self, checkpoint: Path) -> None:
+        """Take a checkpoint over; CheckpointError in all processes where one cannot."""
+        failure: CheckpointError | None = None
+        try:
+            self._take(self.snapshots.load(checkpoint))
+        except CheckpointError as error:
+            failure = error
+        failures = [one for one in self.engine.gather(failure) if one is not None]
+        if failures:
+            raise failures[0]
+
+    def _check_best(self) -> None:
+        """Forget the best value so far where its adapter is gone or damaged."""
+        if self._best is None:
+            return
+        weights = self.directory.path / BEST / ADAPTER_WEIGHTS_NAME
+        try:
+            found = {name: tuple(tensor.shape) for name, tensor in read_tensors(weights).items()}
+        except CheckpointError as error:
+            self._say(f"the best adapter so far cannot be kept, another will be: {error}")
+            self._best = None
+            return
+        factors = {} if self.built.lora is None else self.built.lora.factors
+        named = self.trainer.named.values()
+        own = {n: tuple(p.shape) for some in named for n, p in some.items() if n not in factors}
+        if found != own:
+            self._say(f"the best adapter so far cannot be kept: {weights} is of another adapter")
+            self._best = None
+
+    def _forget_after(self, step: int) -> None:
+        for file in (self.metrics, self.broken_file):
+            file.forget_after(step)
+            if file.invalid:
+                self._say(f"{file.path}: {file.invalid} lines are not rows and are left out")
 
     def _take(self, own: Mapping[str, Any]) -> None:
         for kind, stream in self.streams.items():
+            if kind not in own["streams"]:
+                raise CheckpointError(f"the checkpoint has no position in {kind} data")
             stream.load_state_dict(own["streams"][kind])
         self._bad_steps = own["bad_steps"]
         self._listed = set(own.get("listed", ()))
@@ -292,12 +350,11 @@ class TrainingRun:
             )
 
     def _finish(self, began: int) -> Outcome:
-        if began < self.recipe.steps or not (self.recipe.out / ADAPTER).is_dir():
-            if began < self.recipe.steps and not self._due(
-                self.recipe.steps, self.recipe.checkpoint_every
-            ):
-                self._save()
-            self._publish(ADAPTER)
+        if began < self.recipe.steps and not self._due(
+            self.recipe.steps, self.recipe.checkpoint_every
+        ):
+            self._save()
+        self._publish(ADAPTER)  # also of a run that was over: it may have been damaged since
         adapter = self.recipe.out / ADAPTER
         content = (adapter / ADAPTER_WEIGHTS_NAME).read_bytes()
         return Outcome(

@@ -3,26 +3,33 @@
 recipe.yaml            the resolved recipe
 metrics.jsonl          a row for each step
 broken.jsonl           records that could not be learned from
-checkpoints/step-…     the newest few; each holds a loadable `adapter` and `state.pt`
+checkpoints/step-…     the newest few; each holds a loadable `adapter`, `state.pt` and checksums
 adapter, best          the final adapter; the best one by the recipe's metric
 .lock                  held by the process that writes here
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import yaml
 from safetensors import SafetensorError
 
 from llama_adapter.errors import CheckpointError, TrainingError
+from llama_adapter.files import (
+    open_regular,
+    parse_json,
+    read_json_object,
+    read_yaml,
+    write_atomically,
+)
 from llama_adapter.training.directory_lock import LOCK, locked, refuse_locked
 from llama_adapter.training.recipe import Recipe
 
@@ -33,7 +40,15 @@ ADAPTER = "adapter"
 BEST = "best"
 STATE = "state.pt"
 CACHE = "cache"
-_STEP = re.compile(r"step-(\d+)")
+CHECKPOINTS = "checkpoints"
+CHECKSUMS = "checksums.json"
+TRACKED = "llama-adapter"
+"""The project's name for trackers; tensorboard writes into a folder of that name."""
+_WITHOUT_RESULTS = frozenset({RECIPE, METRICS, BROKEN, CACHE, CHECKPOINTS, TRACKED, LOCK})
+"""What a run that wrote no checkpoint can leave; nothing of it is worth to be kept."""
+_LONGEST_ROW = 1 << 24
+_MOST_STEPS = 10**12
+_STEP = re.compile(r"step-(\d{1,12})")
 _FREE = (
     "out", "checkpoint_every", "keep_checkpoints", "logging", "evaluation", "data.workers",
     "data.cache", "data.max_broken", "compute.device", "compute.strategy", "compute.threads",
@@ -47,36 +62,52 @@ class RunDirectory:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.checkpoints = path / "checkpoints"
+        self.checkpoints = path / CHECKPOINTS
 
     def check(self, recipe: Recipe, *, resume: bool) -> None:
         """Refuse what `held` would refuse, and leave no trace."""
-        refuse_locked(self.path)
-        self._check_free(recipe, resume=resume)
+        try:
+            refuse_locked(self.path)
+            self._check_free(recipe, resume=resume)
+            existing = next(p for p in (self.path, *self.path.absolute().parents) if p.exists())
+            if not existing.is_dir():
+                raise TrainingError(f"cannot write {self.path}: {existing} is not a folder")
+            if not os.access(existing, os.W_OK | os.X_OK):
+                raise TrainingError(f"cannot write {self.path}: {existing} is read-only for you")
+        except OSError as error:  # a name that is too long, a folder that may not be looked into
+            raise TrainingError(f"cannot use {self.path}: {error.strerror}") from error
 
     def _check_free(self, recipe: Recipe, *, resume: bool) -> None:
-        stored = self.path / RECIPE
-        if stored.exists() and not resume:
+        if not self.path.exists():
+            return
+        if not self.path.is_dir():
+            raise TrainingError(f"{self.path} exists and holds no run; choose another out=")
+        names = {path.name for path in self.path.iterdir() if not _is_partial(path)}
+        if names <= {CACHE, LOCK} or self._is_without_results(names):
+            return
+        if RECIPE not in names:
+            raise TrainingError(f"{self.path} exists and holds no run; choose another out=")
+        if not resume:
             raise TrainingError(
                 f"{self.path} holds a run already; go on with --resume or choose another out="
             )
-        if stored.exists():
-            self._check_same(recipe, stored)
-        elif self.path.exists() and (not self.path.is_dir() or self._holds_more_than_lengths()):
-            raise TrainingError(f"{self.path} exists and holds no run; choose another out=")
+        self._check_same(recipe, self.path / RECIPE)
 
-    def _holds_more_than_lengths(self) -> bool:
-        """Whether there is anything but the lengths of samples, which data leaves when opened."""
-        return any(path.name not in (CACHE, LOCK) for path in self.path.iterdir())
+    def _is_without_results(self, names: set[str]) -> bool:
+        """Whether a run began here and ended before its first checkpoint."""
+        return LOCK in names and names <= _WITHOUT_RESULTS and not self.saved()
 
     @contextmanager
     def held(self, recipe: Recipe, *, resume: bool) -> Iterator[bool]:
         """Take the directory for this recipe, within a block; False where it cannot be locked.
 
+        A block that ends before `begin` leaves no directory that was not there before it, but
+        for the lengths of samples, which data leaves when it is opened.
         Raises TrainingError where another process trains there, where it holds a run already and
         `resume` is not asked for, or, with `resume`, where that run's recipe is another one.
         """
         self.check(recipe, resume=resume)
+        absent = [p for p in (self.path, *self.path.absolute().parents) if not p.exists()]
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -85,30 +116,69 @@ class RunDirectory:
             # a run that began and ended just now was not there before
             self._check_free(recipe, resume=resume)
             try:
-                if not (self.path / RECIPE).exists():
-                    write_whole(self.path / RECIPE, recipe.to_yaml().encode())
-            except OSError as error:
-                raise TrainingError(f"cannot write {self.path}: {error.strerror}") from error
-            yield is_locked
+                yield is_locked
+            finally:
+                if absent and not (self.path / RECIPE).exists():
+                    self._leave(absent)
+
+    def begin(self, recipe: Recipe) -> None:
+        """Start-up is over and steps follow: write the recipe down, unless the run goes on.
+
+        What a run left that wrote no checkpoint is forgotten. Raises TrainingError where the
+        directory cannot be written.
+        """
+        names = {path.name for path in self.path.iterdir() if not _is_partial(path)}
+        try:
+            for abandoned in filter(_is_partial, list(self.path.iterdir())):
+                _remove(abandoned)
+            if RECIPE not in names or self._is_without_results(names):
+                for name in (METRICS, BROKEN):
+                    (self.path / name).unlink(missing_ok=True)
+                write_atomically(self.path / RECIPE, recipe.to_yaml())
+        except OSError as error:
+            raise TrainingError(f"cannot write {self.path}: {error.strerror}") from error
+
+    def _leave(self, absent: list[Path]) -> None:
+        for path in self.path.iterdir():
+            if path.name == LOCK or _is_partial(path):
+                _remove(path)
+        for folder in (self.path / CACHE, *absent):  # those that are not empty stay
+            with suppress(OSError):
+                folder.rmdir()
 
     def _check_same(self, recipe: Recipe, stored: Path) -> None:
-        try:
-            before = yaml.safe_load(stored.read_text())
-        except (OSError, ValueError, yaml.YAMLError) as error:
-            raise TrainingError(f"{stored} cannot be read: {error}") from error
+        before = read_yaml(stored, error=TrainingError)
+        if not isinstance(before, dict):
+            raise TrainingError(f"{stored} is damaged: it must hold keys and values")
         now = recipe.model_dump(mode="json")
+        if recipe.adapter.start is not None and isinstance(before.get("adapter"), dict):
+            before["adapter"].pop("preset", None)  # which version 0.1 wrote beside it
         for key, old, new in _differences(before, now):
             if not any(key == free or key.startswith(free + ".") for free in _FREE):
                 raise TrainingError(
-                    f"{self.path} is a run of another recipe: {key} was {old!r} and is now {new!r}"
+                    f"{self.path} is a run of another recipe: {key} was {_short(old)} and is now "
+                    f"{_short(new)}"
                 )
 
     def saved(self) -> list[Path]:
         """Whole checkpoints, the oldest first."""
         if not self.checkpoints.is_dir():
             return []
-        found = [path for path in self.checkpoints.iterdir() if _STEP.fullmatch(path.name)]
+        found = [
+            path
+            for path in self.checkpoints.iterdir()
+            if _STEP.fullmatch(path.name) and path.is_dir()
+        ]
         return sorted(found, key=step_of)
+
+    def put_aside(self, checkpoint: Path) -> None:
+        """Rename a damaged checkpoint, so that it is neither resumed from nor counted."""
+        aside = checkpoint.with_name(f"damaged-{checkpoint.name}")
+        try:
+            shutil.rmtree(aside, ignore_errors=True)
+            checkpoint.rename(aside)
+        except OSError as error:
+            raise CheckpointError(f"cannot rename {checkpoint}: {error.strerror}") from error
 
     def save(self, step: int, write: Callable[[Path], None], *, keep: int) -> Path:
         """Let `write` fill a new checkpoint, then let it appear, and drop all but the newest.
@@ -123,6 +193,7 @@ class RunDirectory:
                 shutil.rmtree(abandoned)
             partial.mkdir()
             write(partial)
+            write_checksums(partial)
             _appear(partial, target)
         except (OSError, SafetensorError) as error:
             shutil.rmtree(partial, ignore_errors=True)
@@ -146,45 +217,58 @@ class RunDirectory:
             raise CheckpointError(f"cannot write {target}: {error}") from error
         return target
 
-    def rows(self) -> Iterator[dict[str, Any]]:
-        """What metrics.jsonl holds; a torn last line is left out."""
-        return JsonLines(self.path / METRICS).rows()
-
 
 class JsonLines:
     """A file of JSON objects with a `step`, written line by line."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.invalid = 0
+        """Lines that the last reading left out, but for one that a kill tore at the end."""
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Write one row at once; TrainingError where the disk does not take it."""
+        line = json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
         try:
-            with self.path.open("a") as file:
-                file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+            with self.path.open("a", encoding="utf-8", errors="backslashreplace") as file:
+                file.write(line)
         except OSError as error:
             raise TrainingError(f"cannot write {self.path}: {error.strerror}") from error
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        """Every whole row."""
+        """Every valid row; `invalid` then says how many lines were left out."""
+        return (row for _, row in self._lines())
+
+    def _lines(self) -> Iterator[tuple[bytes, dict[str, Any]]]:
+        self.invalid = 0
         if not self.path.exists():
             return
-        with self.path.open("rb") as file:
-            for line in file:
-                try:
-                    row = json.loads(line)
-                except ValueError:
-                    row = None
-                if not isinstance(row, dict) or "step" not in row:
-                    return  # torn when the process was killed; what follows is of no run
-                yield row
+        with open_regular(self.path, error=TrainingError) as file:
+            while line := file.readline(_LONGEST_ROW):
+                row = self._row(line)
+                if row is not None:
+                    yield line, row
+                elif line.endswith(b"\n"):
+                    self.invalid += 1
+
+    def _row(self, line: bytes) -> dict[str, Any] | None:
+        try:
+            row = parse_json(line, name=str(self.path), error=TrainingError)
+        except TrainingError:
+            return None
+        step = row.get("step") if isinstance(row, dict) else None
+        is_step = isinstance(step, int) and not isinstance(step, bool) and 0 <= step < _MOST_STEPS
+        return row if is_step else None
 
     def forget_after(self, step: int) -> None:
-        """Keep rows up to a step: those after it will be written again."""
-        kept = [row for row in self.rows() if row["step"] <= step]
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept)
-        if kept or self.path.exists():
-            write_whole(self.path, text.encode())
+        """Keep valid rows up to a step: those after it will be written again."""
+        if not self.path.exists():
+            return
+        kept = [line.rstrip(b"\n") + b"\n" for line, row in self._lines() if row["step"] <= step]
+        try:
+            write_atomically(self.path, b"".join(kept))
+        except OSError as error:
+            raise TrainingError(f"cannot write {self.path}: {error.strerror}") from error
 
 
 def step_of(checkpoint: Path) -> int:
@@ -194,12 +278,56 @@ def step_of(checkpoint: Path) -> int:
     return int(found[1])
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file so that a crash leaves the old one or the new one."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(content)
-    _sync(temporary)
-    temporary.replace(path)
+def write_checksums(directory: Path) -> None:
+    """Write down the SHA-256 of every file in a directory."""
+    files = sorted(path for path in directory.rglob("*") if path.is_file())
+    sums = {path.relative_to(directory).as_posix(): _sha256(path) for path in files}
+    write_atomically(directory / CHECKSUMS, json.dumps({"sha256": sums}, indent=2) + "\n")
+
+
+def check_checksums(directory: Path) -> None:
+    """CheckpointError where a file differs from what `write_checksums` wrote down.
+
+    Checkpoints of version 0.1 have no checksums beside them.
+    """
+    path = directory / CHECKSUMS
+    if not path.exists():
+        return
+    sums = read_json_object(path, error=CheckpointError).get("sha256")
+    if not isinstance(sums, dict) or STATE not in sums:
+        raise CheckpointError(f"{path} is damaged: sha256 must hold a checksum for each file")
+    for name, expected in sums.items():
+        file = directory / name
+        if not file.resolve().is_relative_to(directory.resolve()):
+            raise CheckpointError(f"{path} is damaged: {name!a} is not in that folder")
+        found = _sha256(file)
+        if found != expected:
+            raise CheckpointError(
+                f"{file} is damaged: its SHA-256 is {found[:16]}…, {CHECKSUMS} says "
+                f"{str(expected)[:16]}…"
+            )
+
+
+def _sha256(path: Path) -> str:
+    with open_regular(path, error=CheckpointError) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _is_partial(path: Path) -> bool:
+    """Whether a kill left it in the middle of being written."""
+    return path.name.startswith(".") and ".partial" in path.name
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _short(value: Any) -> str:
+    text = ascii(value)
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _appear(partial: Path, target: Path) -> None:

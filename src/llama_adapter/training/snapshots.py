@@ -3,19 +3,57 @@
 from __future__ import annotations
 
 import io
-import pickle
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveInt,
+    ValidationError,
+)
 
+from llama_adapter.checkpoints.torch_files import read_torch_file
 from llama_adapter.errors import CheckpointError
 from llama_adapter.model.persistence import ADAPTER_WEIGHTS_NAME, read_tensors
 from llama_adapter.processing.processor import LlamaAdapterProcessor
 from llama_adapter.training.build import Built
 from llama_adapter.training.joint import JointTrainer
-from llama_adapter.training.run_directory import ADAPTER, STATE
+from llama_adapter.training.run_directory import ADAPTER, STATE, step_of
+
+
+class _Position(BaseModel):
+    """Where a stream stands; what else it says is compared with the data."""
+
+    model_config = ConfigDict(strict=True)
+
+    epoch: NonNegativeInt
+    row: NonNegativeInt
+    broken: list[Annotated[tuple[NonNegativeInt, str, str], Field(strict=False)]] = []
+
+
+class _Beside(BaseModel):
+    """The plain values of a checkpoint; `listed` and `best_of` are younger than the others."""
+
+    model_config = ConfigDict(strict=True)
+
+    streams: dict[str, _Position]
+    world_size: PositiveInt
+    bad_steps: NonNegativeInt
+    listed: list[str] = []
+    best: float | None
+    best_of: str | None = None
+
+
+class _State(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    trainer: dict[str, Any]
+    beside: _Beside
 
 
 class Snapshots:
@@ -66,18 +104,21 @@ class Snapshots:
         Raises CheckpointError for a checkpoint that is damaged or of another adapter.
         """
         path = checkpoint / STATE
+        state = read_torch_file(path)
         try:
-            state = torch.load(path, weights_only=True, map_location="cpu")
-        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            message = str(error).splitlines()[0]
-            raise CheckpointError(
-                f"{path} cannot be read: {message} (remove {checkpoint} to go on from the "
-                "checkpoint before it)"
-            ) from error
+            _State.model_validate(state)
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(map(str, first["loc"])) or "it"
+            raise CheckpointError(f"{path} is damaged: {place}: {first['msg']}") from error
         tensors = read_tensors(checkpoint / ADAPTER / ADAPTER_WEIGHTS_NAME)
         if self.built.lora is not None:
             tensors |= self.built.lora.read(checkpoint / ADAPTER)
         self.trainer.load_parameter_state(tensors)
         self.trainer.load_state_dict(state["trainer"])
+        if self.trainer.step_count != step_of(checkpoint):
+            raise CheckpointError(
+                f"{path} is of step {self.trainer.step_count}, not of {checkpoint.name}"
+            )
         beside: Mapping[str, Any] = state["beside"]
         return beside
