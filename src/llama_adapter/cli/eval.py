@@ -254,12 +254,13 @@ class _Plan:
         from llama_adapter.cli.score import print_report
         from llama_adapter.evaluation.running import merge_shards
         from llama_adapter.evaluation.score import score
+        from llama_adapter.files import write_atomically
 
         folder = merge_shards(self.task, self.out).parent if merge else self.folder
         usage = judge_answers(self.task, folder, choice, device=device)
         report = score(self.task.name, folder, seed=self.generation.seed)
         result = {**report.as_json(), **({} if usage is None else {"judging": usage})}
-        (folder / SCORE_FILE).write_text(json.dumps(result, indent=2) + "\n")
+        write_atomically(folder / SCORE_FILE, json.dumps(result, indent=2) + "\n")
         if emit is not None:
             emit({**result, "out": str(folder)})
             return

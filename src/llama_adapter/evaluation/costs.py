@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from llama_adapter.errors import EvaluationError
-from llama_adapter.evaluation.jsonfiles import read_jsonl
-from llama_adapter.evaluation.predictions import JUDGEMENTS, number
+from llama_adapter.evaluation.predictions import JUDGEMENTS, number, read_judgements
 
 _MILLION = 1_000_000
 
@@ -42,7 +41,7 @@ def judge_usage(folder: Path, *, prices: Prices | None = None) -> dict[str, Any]
     path = folder / JUDGEMENTS
     if not path.exists():
         return None
-    lines, _ = read_jsonl(path)
+    lines = read_judgements(path)
     judge = lines[-1].get("judge") if lines else None
     own = [line for line in lines if line.get("judge") == judge and line.get("reply") is not None]
     if not own:

@@ -50,6 +50,11 @@ def _usable(value: Any, text: str, path: Path) -> Any:
     return json.loads(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace"))
 
 
+def json_line(value: Mapping[str, Any]) -> str:
+    """A line of JSON; a lone surrogate, which no file takes, becomes a question mark."""
+    return json.dumps(value, ensure_ascii=False).encode("utf-8", "replace").decode() + "\n"
+
+
 def _documents(path: Path) -> tuple[list[Any], bool]:
     """The JSON documents that follow one another in a file, and whether its last line is cut.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import json
+import os
 import re
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from llama_adapter.errors import EvaluationError
-from llama_adapter.evaluation.jsonfiles import read_json, read_jsonl
+from llama_adapter.evaluation.jsonfiles import MAX_BYTES, brief, json_line, read_json
 from llama_adapter.evaluation.judges import WORD_JUDGES, Judge, JudgeUnavailableError
-from llama_adapter.evaluation.predictions import JUDGEMENTS
+from llama_adapter.evaluation.predictions import JUDGEMENTS, read_judgements
 from llama_adapter.evaluation.records import Row
 from llama_adapter.evaluation.tasks.base import Judging, Task
+from llama_adapter.files import read_bytes
 
 ATTEMPTS = 3
 """A reply that cannot be read is asked for again twice."""
@@ -126,14 +127,16 @@ def read_judge_prompts(task: Task, path: Path) -> Judging:
     """
     judging = _judging_of(task)
     content = read_json(path)
+    if not isinstance(content, dict) or not all(isinstance(v, str) for v in content.values()):
+        raise EvaluationError(f"{path}: expected an object of texts, found {brief(content)}")
     missing = [aspect for aspect in judging.prompts if aspect not in content]
     if missing:
         raise EvaluationError(f"{path}: lacks the prompt for {', '.join(missing)}")
     return replace(
         judging,
-        prompts={aspect: str(content[aspect]) for aspect in judging.prompts},
-        system=str(content.get("system", judging.system)),
-        version=f"file:{hashlib.sha256(path.read_bytes()).hexdigest()[:12]}",
+        prompts={aspect: content[aspect] for aspect in judging.prompts},
+        system=content.get("system", judging.system),
+        version=f"file:{hashlib.sha256(read_bytes(path, error=EvaluationError)).hexdigest()[:12]}",
     )
 
 
@@ -151,9 +154,9 @@ def mend_tail(path: Path) -> None:
     """Cut off half a line that a killed run left at the end, so that lines can be appended."""
     if not path.exists():
         return
-    content = path.read_bytes()
+    content = read_bytes(path, error=EvaluationError, limit=MAX_BYTES)
     if content and not content.endswith(b"\n"):
-        path.write_bytes(content[: content.rfind(b"\n") + 1])
+        os.truncate(path, content.rfind(b"\n") + 1)
 
 
 def _judging_of(task: Task) -> Judging:
@@ -175,14 +178,15 @@ def _questions(rows: Iterable[Row], judging: Judging) -> Iterable[_Question]:
             )
 
 
-def _stored(path: Path, *, task: str, judge: str, judging: Judging) -> set[tuple[str, str, str]]:
+def _stored(
+    path: Path, *, task: str, judge: str, judging: Judging
+) -> set[tuple[str, str, str | None]]:
     """Prompts that this judge has answered readably before."""
     if not path.exists():
         return set()
-    lines, _ = read_jsonl(path)
     return {
-        (str(line["id"]), line["aspect"], line["prompt_hash"])
-        for line in lines
+        (line["id"], line["aspect"], line.get("prompt_hash"))
+        for line in read_judgements(path)
         if line.get("task") == task
         and line.get("judge") == judge
         and line.get("reply") is not None
@@ -210,9 +214,9 @@ class _Writer:
         self._lock = threading.Lock()
 
     def write(self, **fields: Any) -> None:
-        line = json.dumps({**self._common, **fields}, ensure_ascii=False)
+        line = json_line({**self._common, **fields})
         with self._lock:
-            self._file.write(line + "\n")
+            self._file.write(line)
             self._file.flush()
 
 

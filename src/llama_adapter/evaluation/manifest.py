@@ -13,13 +13,23 @@ from pathlib import Path
 from typing import Any
 
 from llama_adapter.errors import EvaluationError
+from llama_adapter.evaluation.jsonfiles import brief, read_json
 from llama_adapter.evaluation.predictions import record_to_json
 from llama_adapter.evaluation.records import Record
 from llama_adapter.evaluation.tasks.base import Generation
+from llama_adapter.files import write_atomically
 
 MANIFEST = "manifest.json"
 _SAME = ("task", "model", "data_sha256", "records", "generation", "shard")
 """What must agree where a run is taken up again."""
+_KINDS = {
+    "task": str,
+    "model": dict,
+    "data": str,
+    "records": int,
+    "generation": dict,
+    "frames": dict,
+}
 
 
 def file_checksum(path: Path) -> str:
@@ -72,18 +82,40 @@ def make_manifest(
 
 def start_or_resume(folder: Path, manifest: Mapping[str, Any]) -> None:
     """Write the manifest, or check that the run in the folder is the same one."""
-    path = folder / MANIFEST
-    if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
+    if not (folder / MANIFEST).exists():
+        text = json.dumps(manifest, indent=2, ensure_ascii=False)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(folder / MANIFEST, text + "\n")
+        except OSError as error:
+            raise EvaluationError(f"{folder}: cannot hold a run: {error.strerror}") from error
         return
-    stored = json.loads(path.read_text())
+    stored = read_manifest(folder)
     for key in _SAME:
         if stored.get(key) != json.loads(json.dumps(manifest[key])):
             raise EvaluationError(
                 f"{folder}: holds another run; {key} was {_brief(stored.get(key))}, "
                 f"now {_brief(manifest[key])}. Choose another --out"
             )
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a run, its parts of the kind that a run writes; nothing where it has none."""
+    path = folder / MANIFEST
+    if not path.exists():
+        return {}
+    stored = read_json(path)
+    if not isinstance(stored, dict):
+        raise EvaluationError(f"{path}: is not a manifest: {brief(stored)}")
+    for name, kind in _KINDS.items():
+        if not isinstance(stored.get(name), kind | None):
+            found = brief(stored[name])
+            raise EvaluationError(f"{path}: {name} is not as a run writes it: {found}")
+    who = stored.get("model") or {}
+    for name in ("directory", "model"):
+        if not isinstance(who.get(name), str | None):
+            raise EvaluationError(f"{path}: model.{name} must be a text, found {brief(who[name])}")
+    return stored
 
 
 def _brief(value: Any) -> str:

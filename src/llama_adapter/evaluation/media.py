@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 
 from llama_adapter.errors import EvaluationError
+from llama_adapter.evaluation.jsonfiles import read_text
 from llama_adapter.evaluation.records import Record
 from llama_adapter.processing.video import VIDEO_SUFFIXES
 
@@ -41,7 +42,7 @@ class MediaFolders:
         """The file of that name, with any of the suffixes where the name has none that is."""
         for root in self.roots:
             path = root / name
-            if path.is_file() and root in path.resolve().parents:
+            if is_there(path) and path.is_file() and root in path.resolve().parents:
                 return path
         wanted = PurePosixPath(name.replace("\\", "/"))
         stem = wanted.stem if wanted.suffix.lower() in suffixes else wanted.name
@@ -50,7 +51,7 @@ class MediaFolders:
         found = [
             path
             for path in self._by_stem.get(stem, ())
-            if path.suffix.lower() in suffixes and folders.issubset(path.parts)
+            if path.suffix.lower() in suffixes and folders.issubset(path.parts) and path.is_file()
         ]
         return found[0] if found else None
 
@@ -76,9 +77,17 @@ class MediaFolders:
         for root in self.roots:
             path = root / _MAPPING
             if path.is_file():
-                pairs = [line.split() for line in path.read_text().splitlines()]
+                pairs = [line.split() for line in read_text(path).splitlines()]
                 return {pair[1]: pair[0] for pair in pairs if len(pair) == 2}
         return {}
+
+
+def is_there(path: Path) -> bool:
+    """Whether a file or folder is there; a name that the system cannot take is not one."""
+    try:
+        return path.exists()
+    except OSError:
+        return False
 
 
 def media_of(record: Record, folders: MediaFolders) -> tuple[list[Path], list[str]]:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from llama_adapter.errors import EvaluationError
-from llama_adapter.evaluation.manifest import MANIFEST
+from llama_adapter.evaluation.jsonfiles import field_of, read_jsonl
+from llama_adapter.evaluation.manifest import read_manifest
 from llama_adapter.evaluation.predictions import PREDICTIONS
 from llama_adapter.evaluation.published import published_for
 from llama_adapter.evaluation.score import ScoreReport, score
+from llama_adapter.files import write_atomically
 
 COLUMNS = ("task", "system", "metric", "value", "low", "high", "n", "missing", "source")
 
@@ -30,7 +31,7 @@ class Run:
     @property
     def name(self) -> str:
         """The folder, and what answered."""
-        model = self.manifest.get("model", {})
+        model = self.manifest.get("model") or {}
         who = model.get("directory") or model.get("model") or "unknown model"
         return f"{self.folder.name} ({Path(who).name})"
 
@@ -42,7 +43,8 @@ class Line:
     task: str
     system: str
     metric: str
-    value: float
+    value: float | None
+    """None where there is no number: nothing is judged, or answered."""
     interval: tuple[float, float] | None = None
     n: int | None = None
     missing: str = ""
@@ -57,7 +59,7 @@ def find_runs(folders: Iterable[Path], *, resamples: int = 1000) -> list[Run]:
         if not folder.is_dir():
             raise EvaluationError(f"{folder}: no such folder of runs")
         for path in sorted(folder.glob(f"**/{PREDICTIONS}")):
-            if path.stat().st_size:
+            if path.is_file() and path.stat().st_size:
                 runs.append(_read_run(path.parent, resamples))
     if not runs:
         names = ", ".join(str(folder) for folder in folders)
@@ -66,11 +68,11 @@ def find_runs(folders: Iterable[Path], *, resamples: int = 1000) -> list[Run]:
 
 
 def _read_run(folder: Path, resamples: int) -> Run:
-    with (folder / PREDICTIONS).open(encoding="utf-8") as lines:
-        task = json.loads(next(lines))["task"]
-    path = folder / MANIFEST
-    manifest = json.loads(path.read_text()) if path.exists() else {}
-    return Run(folder=folder, manifest=manifest, report=score(task, folder, resamples=resamples))
+    lines, _ = read_jsonl(folder / PREDICTIONS)
+    where = f"{folder / PREDICTIONS}: line 1"
+    task = str(field_of(lines[0] if lines else {}, ("task",), where=where))
+    found = score(task, folder, resamples=resamples)
+    return Run(folder=folder, manifest=read_manifest(folder), report=found)
 
 
 def table(runs: Sequence[Run]) -> list[Line]:
@@ -103,6 +105,8 @@ def _lines_of(run: Run) -> list[Line]:
         "unjudged": found.unjudged,
     }
     missing = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
+    # a run without any number stands in the table too
+    values: dict[str, float | None] = {**found.metrics} or {"": None}
     return [
         Line(
             task=found.task,
@@ -114,7 +118,7 @@ def _lines_of(run: Run) -> list[Line]:
             missing=missing,
             source=str(run.folder),
         )
-        for metric, value in found.metrics.items()
+        for metric, value in values.items()
     ]
 
 
@@ -123,7 +127,7 @@ def as_markdown(lines: Sequence[Line]) -> str:
     parts = ["# Results", ""]
     for task in dict.fromkeys(line.task for line in lines):
         own = [line for line in lines if line.task == task]
-        metrics = list(dict.fromkeys(line.metric for line in own))
+        metrics = list(dict.fromkeys(line.metric for line in own if line.metric))
         parts += [f"## {task}", "", "| system | n | " + " | ".join(metrics) + " | missing |"]
         parts.append("|---|---|" + "---|" * (len(metrics) + 1))
         for system in dict.fromkeys(line.system for line in own):
@@ -140,7 +144,7 @@ def as_markdown(lines: Sequence[Line]) -> str:
 
 
 def _cell(line: Line | None) -> str:
-    if line is None:
+    if line is None or line.value is None:
         return ""
     if line.interval is None:
         return f"{line.value:.2f}"
@@ -164,7 +168,10 @@ def write_report(runs: Sequence[Run], out: Path) -> list[Path]:
     """`report.md`, `report.csv` and a self-contained `report.html`."""
     from llama_adapter.evaluation.report_page import as_html
 
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise EvaluationError(f"{out}: cannot hold a report: {error.strerror}") from error
     lines = table(runs)
     contents = {
         "report.md": as_markdown(lines),
@@ -172,5 +179,5 @@ def write_report(runs: Sequence[Run], out: Path) -> list[Path]:
         "report.html": as_html(lines, runs),
     }
     for name, content in contents.items():
-        (out / name).write_text(content, encoding="utf-8")
+        write_atomically(out / name, content)
     return [out / name for name in contents]

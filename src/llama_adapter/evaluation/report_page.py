@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
 from llama_adapter.errors import ImageError, VideoError
-from llama_adapter.evaluation.media import MediaFolders, media_of
-from llama_adapter.evaluation.predictions import number
+from llama_adapter.evaluation.media import MediaFolders, is_there, media_of
+from llama_adapter.evaluation.predictions import number, score_of
 from llama_adapter.evaluation.records import Row
 from llama_adapter.evaluation.report import Line, Run
 from llama_adapter.evaluation.score import read_predictions
@@ -51,7 +52,8 @@ def _table(lines: Sequence[Line]) -> str:
         kind = ' class="published"' if line.is_published else ""
         span = "" if line.interval is None else f"[{line.interval[0]:.2f}, {line.interval[1]:.2f}]"
         cells = [line.system, line.metric]
-        numbers = [f"{line.value:.2f}", span, "" if line.n is None else str(line.n)]
+        value = "" if line.value is None else f"{line.value:.2f}"
+        numbers = [value, span, "" if line.n is None else str(line.n)]
         rows.append(
             f"<tr{kind}>"
             + "".join(f"<td>{escape(cell)}</td>" for cell in cells)
@@ -68,33 +70,30 @@ def _table(lines: Sequence[Line]) -> str:
 def _plot(lines: Sequence[Line]) -> str:
     """Each number as a dot with its interval, published ones hollow; each metric on its scale."""
     height, left, width = 20, 420, 560
-    tops = {
-        metric: max(
-            [abs(line.interval[1] if line.interval else line.value) for line in group] or [1]
-        )
-        or 1.0
-        for metric in dict.fromkeys(line.metric for line in lines)
-        for group in [[line for line in lines if line.metric == metric]]
-    }
+    placed = [(line, line.value) for line in lines if line.value is not None]
+    tops: dict[str, float] = {}
+    for line, value in placed:
+        end = abs(line.interval[1] if line.interval else value)
+        tops[line.metric] = max(tops.get(line.metric, 0.0), end)
     marks = []
-    ordered = sorted(lines, key=lambda line: list(tops).index(line.metric))
-    for row, line in enumerate(ordered):
+    ordered = sorted(placed, key=lambda pair: list(tops).index(pair[0].metric))
+    for row, (line, value) in enumerate(ordered):
         y = row * height + 14
-        scale = width / tops[line.metric]
+        scale = width / (tops[line.metric] or 1.0)
         label = escape(f"{line.metric}  {line.system}"[:60])
         marks.append(f'<text x="{left - 8}" y="{y + 4}" text-anchor="end">{label}</text>')
         if line.interval is not None:
-            low, high = (left + max(0.0, value) * scale for value in line.interval)
+            low, high = (left + max(0.0, end) * scale for end in line.interval)
             marks.append(f'<line x1="{low:.1f}" x2="{high:.1f}" y1="{y}" y2="{y}" stroke="#48a"/>')
         fill = "#fff" if line.is_published else "#48a"
-        x = left + max(0.0, line.value) * scale
+        x = left + max(0.0, value) * scale
         marks.append(f'<circle cx="{x:.1f}" cy="{y}" r="4" fill="{fill}" stroke="#48a"/>')
     size = f'viewBox="0 0 {left + width + 20} {len(ordered) * height + 10}"'
     return f'<svg {size} font-size="11" role="img">{"".join(marks)}</svg>'
 
 
 def _notes(run: Run) -> str:
-    rule = run.manifest.get("frames", {}).get("rule")
+    rule = (run.manifest.get("frames") or {}).get("rule")
     notes = [*run.report.notes, *([f"frame rule: {rule}"] if rule else [])]
     items = "".join(f"<li>{escape(note)}</li>" for note in notes)
     return f"<h3>{escape(run.name)}</h3>" + (f"<ul>{items}</ul>" if items else "")
@@ -102,7 +101,8 @@ def _notes(run: Run) -> str:
 
 def quality(row: Row) -> float | None:
     """How good an answer was judged, for sorting; None where nobody could say."""
-    scores = [number(verdict.get("score")) for verdict in row.verdicts.values()]
+    every = {"low": -math.inf, "high": math.inf}
+    scores = [score_of(verdict, **every) for verdict in row.verdicts.values()]
     scores += [number(verdict.get("score_2")) for verdict in row.verdicts.values()]
     known = [value for value in scores if value is not None]
     return sum(known) / len(known) if known else None
@@ -120,8 +120,8 @@ def _gallery(run: Run) -> str:
         "Worst": [*judged[max(SHOWN, len(judged) - SHOWN) :]],
         "Unjudged" if judged else "Answers": [*unjudged[:SHOWN]],
     }
-    data = Path(run.manifest.get("data", "."))
-    folders = MediaFolders.beside(data) if data.exists() else MediaFolders([])
+    data = Path(run.manifest.get("data") or ".")
+    folders = MediaFolders.beside(data) if is_there(data) else MediaFolders([])
     parts = []
     for kind, chosen in kinds.items():
         if chosen:

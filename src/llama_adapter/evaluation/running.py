@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import time
 from collections import Counter
@@ -15,8 +14,9 @@ from typing import Any
 from llama_adapter.conversation import Conversation, ImageRef
 from llama_adapter.errors import EvaluationError, ImageError, PromptError, VideoError
 from llama_adapter.evaluation.answering import Answered, Answerer
+from llama_adapter.evaluation.jsonfiles import json_line, read_text
 from llama_adapter.evaluation.judging import fill, mend_tail
-from llama_adapter.evaluation.manifest import make_manifest, start_or_resume
+from llama_adapter.evaluation.manifest import make_manifest, read_manifest, start_or_resume
 from llama_adapter.evaluation.media import MediaFolders, media_of
 from llama_adapter.evaluation.predictions import (
     JUDGEMENTS,
@@ -26,6 +26,7 @@ from llama_adapter.evaluation.predictions import (
 )
 from llama_adapter.evaluation.records import Record
 from llama_adapter.evaluation.tasks.base import Generation, Inputs, Task
+from llama_adapter.files import write_atomically
 from llama_adapter.processing.video import load_video
 
 _VIDEOS_KEPT = 4
@@ -134,7 +135,7 @@ def run(
             lines = asker.ask(batch, answerer, missing, seed=generation.seed * 1_000_003 + index)
             for record in pending:
                 line = {"task": task.name, **record_to_json(record), **lines[record.id]}
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+                file.write(json_line(line))
             file.flush()
             report(len(pending), len(records))
     rows = read_ours(folder / PREDICTIONS, task=task.name).rows
@@ -146,7 +147,8 @@ def run(
 
 def merge_shards(task: Task, out: Path) -> Path:
     """Put the predictions and judgements of all shards into `out`, in one file each."""
-    folders = sorted(out.glob("shard-*-of-*"))
+    named = sorted(out.glob("shard-*-of-*"))
+    folders = [path for path in named if re.fullmatch(r"shard-\d+-of-\d{1,4}", path.name)]
     if not folders:
         raise EvaluationError(f"{out}: holds no shards, such as shard-1-of-2")
     total = int(folders[0].name.rpartition("-")[2])
@@ -156,17 +158,16 @@ def merge_shards(task: Task, out: Path) -> Path:
         names = ", ".join(folder.name for folder in folders)
         raise EvaluationError(f"{out}: expected {', '.join(expected)}, found {names}")
     for folder in folders:
-        stored = json.loads((folder / "manifest.json").read_text())
+        stored = read_manifest(folder)
         found = read_ours(folder / PREDICTIONS, task=task.name)
-        if len(found.rows) != stored["records"]:
+        if len(found.rows) != stored.get("records"):
             raise EvaluationError(
-                f"{folder}: is not done, {len(found.rows)} of {stored['records']} records"
+                f"{folder}: is not done, {len(found.rows)} of {stored.get('records')} records"
             )
     for name in (PREDICTIONS, JUDGEMENTS):
         files = [out / part / name for part in expected if (out / part / name).exists()]
         if files:
-            text = "".join(path.read_text(encoding="utf-8") for path in files)
-            (out / name).write_text(text, encoding="utf-8")
+            write_atomically(out / name, "".join(map(read_text, files)))
     return out / PREDICTIONS
 
 
