@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import reprlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,9 @@ from llama_adapter.errors import ConfigError
 
 FORMAT_VERSION = 1
 """Version of the adapter directory's format, written to and checked from `adapter_config.json`."""
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 100
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "fusion": ("early", "late", "none"),
@@ -28,17 +32,20 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "frame_rule": ("mean", "concat", "late-mean"),
 }
 
-LEAST = {
-    "prompt_length": 0,
-    "prompt_layers": 0,
-    "visual_prompt_length": 1,
-    "visual_layers": 1,
-    "projector_width": 1,
-    "projector_blocks": 1,
-    "projector_heads": 1,
-    "lora_rank": 0,
+BOUNDS = {
+    "prompt_length": (0, 1 << 16),
+    "prompt_layers": (0, 10_000),
+    "visual_prompt_length": (1, 1 << 16),
+    "visual_layers": (1, 10_000),
+    "projector_width": (1, 1 << 17),
+    "projector_blocks": (1, 1_000),
+    "projector_heads": (1, 1 << 12),
+    "lora_rank": (0, 1 << 15),
 }
-"""The smallest value of every setting that counts something."""
+"""The smallest value of every setting that counts something, and one that no model reaches."""
+
+NEWER = frozenset({"projector_mlp_ratio"})
+"""Settings that directories of version 0.1 do not have; every other one is always written."""
 
 MOST_MLP_RATIO = 64
 """The largest `projector_mlp_ratio`."""
@@ -119,38 +126,48 @@ class AdapterConfig:
             value = getattr(self, name)
             if value not in allowed:
                 raise ConfigError(
-                    f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}"
+                    f"{name} must be one of {', '.join(map(repr, allowed))}, got {shown(value)}"
                     f"{did_you_mean(value, allowed)}"
                 )
-        for name, least in LEAST.items():
+        for name, (least, most) in BOUNDS.items():
             value = getattr(self, name)
             if name == "prompt_layers" and value is None:
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ConfigError(f"{name} must be an integer of at least {least}, got {value!r}")
+                raise ConfigError(
+                    f"{name} must be an integer of at least {least}, got {shown(value)}"
+                )
+            if value > most:
+                raise ConfigError(f"{name} must be at most {most}, got {shown(value)}")
         for name in ("train_norms", "gate_scale"):
             if not isinstance(getattr(self, name), bool):
-                raise ConfigError(f"{name} must be true or false, got {getattr(self, name)!r}")
+                raise ConfigError(f"{name} must be true or false, got {shown(getattr(self, name))}")
         ratio = self.projector_mlp_ratio
         is_number = isinstance(ratio, int | float) and not isinstance(ratio, bool)
         if not is_number or not 0 < ratio <= MOST_MLP_RATIO or self.projector_mlp_width < 1:
             raise ConfigError(
                 f"projector_mlp_ratio must be a number above 0 and at most {MOST_MLP_RATIO}, "
-                f"got {ratio!r}"
+                f"got {shown(ratio)}"
             )
-        for name in ("bias_targets", "scale_targets"):
+        for name in ("bias_targets", "scale_targets", "lora_targets"):
             value = getattr(self, name)
             names = (value,) if isinstance(value, str) else value
             if not (
                 isinstance(names, tuple) and names and all(isinstance(n, str) and n for n in names)
             ):
                 raise ConfigError(
-                    f"{name} must be 'all', 'none' or names of linears, got {value!r}"
+                    f"{name} must be 'all', 'none' or names of linears, got {shown(value)}"
                 )
         layer = self.vision_feature
         is_layer = isinstance(layer, int) and not isinstance(layer, bool)
         if not is_layer and layer != "projected":
-            raise ConfigError(f"vision_feature must be a layer index or 'projected', got {layer!r}")
+            raise ConfigError(
+                f"vision_feature must be a layer index or 'projected', got {shown(layer)}"
+            )
+        if not isinstance(self.caption_instruction, str):
+            raise ConfigError(
+                f"caption_instruction must be text, got {shown(self.caption_instruction)}"
+            )
 
     def _check_fusion(self) -> None:
         if self.fusion == "late":
@@ -225,7 +242,7 @@ class AdapterConfig:
         known = [field.name for field in dataclasses.fields(cls)]
         for key in values:
             if key not in known:
-                raise ConfigError(f"unknown adapter setting {key!r}{did_you_mean(key, known)}")
+                raise ConfigError(f"unknown adapter setting {shown(key)}{did_you_mean(key, known)}")
         checked: dict[str, Any] = {
             key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
         }
@@ -298,7 +315,12 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
+def shown(value: object) -> str:
+    """A value for a message: short, whatever it is."""
+    return _SHORT.repr(value)
+
+
 def did_you_mean(name: object, known: Iterable[str]) -> str:
     """`"; did you mean 'x'?"` for a near miss, else nothing."""
-    close = difflib.get_close_matches(str(name), list(known), n=1)
+    close = difflib.get_close_matches(str(name)[:100], list(known), n=1)
     return f"; did you mean {close[0]!r}?" if close else ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 
 import pytest
 import torch
@@ -182,7 +183,7 @@ def test_a_damaged_or_missing_file(copy):
         ({"adapter": {"prompt_lenght": 3}}, "prompt_lenght.*did you mean 'prompt_length'"),
         ({"adapter": {"prompt_length": -1}}, "prompt_length must be .* at least 0, got -1"),
         ({"adapter": 7}, "adapter must be an object"),
-        ({"base": {"model_type": "gpt2"}}, "does not say where its base is"),
+        ({"base": {"model_type": "gpt2"}}, "base lacks name_or_path, revision"),
     ],
 )
 def test_a_wrong_configuration(copy, changes, message):
@@ -279,3 +280,146 @@ def test_a_visual_adapter_needs_a_tower(saved, build, ids):
     with pytest.raises(ConfigError, match="needs a vision tower"):
         model.load_adapter(saved[0] / "adapter", "v2")
     assert torch.isfinite(model(ids).logits).all()
+
+
+# --- what is loaded is what was saved -----------------------------------------------------------
+
+
+def _config(directory):
+    return json.loads((directory / "adapter_config.json").read_text())
+
+
+def _places(content):
+    """Every key of the file, as a path."""
+    for key, value in content.items():
+        yield (key,)
+        if isinstance(value, dict):
+            yield from ((key, inner) for inner in value)
+
+
+def test_a_missing_key_is_damage_and_no_default(saved, copy):
+    whole = _config(copy)
+    places = list(_places(whole))
+    assert len(places) > 35
+    for first, *rest in places:
+        content = json.loads(json.dumps(whole))
+        if rest:
+            del content[first][rest[0]]
+        else:
+            del content[first]
+        (copy / "adapter_config.json").write_text(json.dumps(content))
+        with pytest.raises(CheckpointError) as refused:
+            load(copy)
+        assert str(copy) in str(refused.value)
+
+
+def test_directories_without_newer_settings_load(copy):
+    """What version 0.1 wrote: neither the newer settings nor checksums."""
+    content = _config(copy)
+    del content["adapter"]["projector_mlp_ratio"]
+    (copy / "adapter_config.json").write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match="saved with other settings"):
+        load(copy)
+    _write(copy, _tensors(copy))  # without metadata
+    load(copy)
+
+
+@pytest.mark.parametrize("place", ["", "adapter", "base"])
+def test_a_key_that_stands_twice(copy, place):
+    path = copy / "adapter_config.json"
+    text = path.read_text()
+    key = f'"{place}": {{' if place else "{"
+    path.write_text(text.replace(key, f'{key} "x": 1, "x": 2, ', 1))
+    with pytest.raises(CheckpointError, match="'x' stands twice"):
+        load(copy)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool])
+def test_integers_are_no_weights(copy, dtype):
+    _write(copy, {**_tensors(copy), LAYER: torch.ones(5, 64, dtype=dtype)})
+    with pytest.raises(CheckpointError, match=rf"{LAYER} is stored as .*expected a floating dtype"):
+        load(copy)
+
+
+def test_half_types_load_and_overflow_does_not(copy):
+    tensors = {name: tensor.bfloat16() for name, tensor in _tensors(copy).items()}
+    _write(copy, tensors)
+    assert torch.equal(load(copy).adapter.state_dict()[LAYER], tensors[LAYER].float())
+    _write(copy, {**tensors, LAYER: torch.full((5, 64), 1e300, dtype=torch.float64)})
+    with pytest.raises(CheckpointError, match=rf"{LAYER} .*not finite"):
+        load(copy)
+
+
+def test_every_flipped_bit_is_found(copy):
+    path = copy / "adapter_model.safetensors"
+    whole = path.read_bytes()
+    start = 8 + int.from_bytes(whole[:8], "little")
+    for at in range(start, len(whole), len(whole) // 20):
+        damaged = bytearray(whole)
+        damaged[at] ^= 1
+        path.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match=r"the checksum it states|not finite"):
+            load(copy)
+
+
+def test_settings_of_another_adapter_are_found(copy):
+    """All of these load without a word where nothing compares the two files."""
+    whole = _config(copy)
+    for change in ({"gate": "raw"}, {"frame_rule": "mean"}, {"vision_feature": -2},
+                   {"channel_order": "bgr"}, {"projector_heads": 2}):  # fmt: skip
+        _edit_config(copy, adapter={**whole["adapter"], **change})
+        with pytest.raises(CheckpointError, match="saved with other settings"):
+            load(copy)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"visual_layers": 10**12},
+        {"visual_layers": 9_000},
+        {"prompt_layers": 10**12},
+        {"prompt_length": 10**12},
+        {"prompt_length": 60_000},
+        {"visual_prompt_length": 10**12},
+        {"visual_prompt_length": 60_000},
+        {"projector_blocks": 10**12},
+        {"projector_blocks": 900},
+        {"projector_width": 10**12},
+        {"projector_width": 100_000, "projector_heads": 1},
+        {"projector_heads": 10**12},
+        {"lora_rank": 10**12},
+        {"lora_rank": 30_000},
+    ],
+)
+def test_sizes_are_compared_with_the_file_before_anything_is_built(copy, changes):
+    _write(copy, _tensors(copy))  # without checksums, which would tell as well
+    _edit_config(copy, adapter={**_config(copy)["adapter"], **changes})
+    started = time.perf_counter()
+    with pytest.raises((CheckpointError, ConfigError)):
+        load(copy)
+    assert time.perf_counter() - started < 5
+
+
+@pytest.mark.parametrize(
+    ("section", "changes"),
+    [
+        ("base", {"hidden_size": True}),
+        ("base", {"hidden_size": 64.0}),
+        ("base", {"num_hidden_layers": None}),
+        ("base", {"name_or_path": 3}),
+        ("base", {"fingerprint": []}),
+        ("base", {"more": 1}),
+        ("adapter", {"prompt_length": 5.0}),
+        ("adapter", {"train_norms": 1}),
+        ("adapter", {"gate": ["tanh"]}),
+        ("adapter", {"bias_targets": [1]}),
+        ("adapter", {"lora_targets": None}),
+        ("adapter", {"caption_instruction": None}),
+        ("adapter", {"caption_instruction": "x" * 10_000}),
+    ],
+)
+def test_values_of_another_type(copy, section, changes):
+    _edit_config(copy, **{section: {**_config(copy)[section], **changes}})
+    with pytest.raises(CheckpointError) as refused:
+        load(copy)
+    assert len(str(refused.value)) < 500

@@ -26,7 +26,7 @@ from llama_adapter.checkpoints.vision_tower import read_openai_clip
 from llama_adapter.config import AdapterConfig
 from llama_adapter.errors import CheckpointError, ConfigError
 from llama_adapter.model.configuration import LlamaAdapterConfig
-from llama_adapter.model.persistence import ADAPTER_WEIGHTS_NAME
+from llama_adapter.model.persistence import ADAPTER_WEIGHTS_NAME, write_tensors
 from llama_adapter.model.references import describe_model, load_vision
 from llama_adapter.model.visual_prompts import vision_feature_size
 from llama_adapter.pretrained import load_pretrained
@@ -99,7 +99,7 @@ def import_released(
         entries = _fit(released, config, opened, base, tower)
         warnings += _not_finite(released)
         tokenizer = _tokenizer(opened)  # before the base: converting one may take an hour
-        _write_adapter(stage, released, entries, opened)
+        _write_adapter(stage, released, entries, opened, config)
         described = _place_base(stage, opened, progress)
         _write_config(stage, config, described, tower)
         _write_tokenizer(stage, opened, tokenizer)
@@ -227,7 +227,9 @@ def _not_finite(released: Released) -> list[str]:
     return warnings
 
 
-def _write_adapter(stage: Path, released: Released, entries: list[Entry], base: Base) -> None:
+def _write_adapter(
+    stage: Path, released: Released, entries: list[Entry], base: Base, config: AdapterConfig
+) -> None:
     ours: dict[str, Tensor] = {}
     extras: dict[str, Tensor] = {}
     used = set()
@@ -241,7 +243,7 @@ def _write_adapter(stage: Path, released: Released, entries: list[Entry], base: 
         used.add(entry.official)
         ours |= {name: part.float() for name, part in entry.to_ours(tensor).items()}
     extras |= {n: t.clone() for n, t in released.tensors.items() if n not in used}
-    save_file(ours, stage / ADAPTER_WEIGHTS_NAME, metadata={"format": "pt"})
+    write_tensors(stage / ADAPTER_WEIGHTS_NAME, ours, semantics=config)
     origin = {
         "kind": released.kind,
         "is_wrapped": released.is_wrapped,

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -21,7 +20,7 @@ from llama_adapter.errors import CheckpointError, UnsupportedModelError
 from llama_adapter.model import LlamaAdapterForConditionalGeneration
 from llama_adapter.model.configuration import ADAPTER_CONFIG_NAME, LlamaAdapterConfig
 from llama_adapter.model.gated_attention import AdaptionPrompt
-from llama_adapter.model.persistence import ADAPTER_WEIGHTS_NAME
+from llama_adapter.model.persistence import ADAPTER_WEIGHTS_NAME, write_tensors
 from llama_adapter.model.references import resolve_reference
 from llama_adapter.model.scaled_linear import LearnedNorm, ScaledLinear
 
@@ -224,11 +223,7 @@ def _write_rest(
             vision = {**vision, "name_or_path": "vision"}
     base = describe_stored(stage / REFERENCE, reference=REFERENCE)
     LlamaAdapterConfig(adapter=smaller, base=base, vision=vision).save_pretrained(stage)
-    save_file(
-        {name: tensor.contiguous() for name, tensor in rest.items()},
-        stage / ADAPTER_WEIGHTS_NAME,
-        metadata={"format": "pt"},
-    )
+    write_tensors(stage / ADAPTER_WEIGHTS_NAME, rest, semantics=smaller)
 
 
 def _copy_rest(source: Path, target: Path) -> None:

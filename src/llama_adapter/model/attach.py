@@ -123,8 +123,8 @@ class Adapter:
         generator: torch.Generator | None,
     ) -> None:
         config, total = self.config, self.num_layers
-        visual = set(config.visual_layer_indices())
         static = set(config.prompt_layer_indices(total))
+        visual = set(config.visual_layer_indices())
         for index, (name, attention) in enumerate(attentions):
             if index not in visual and index not in static:
                 continue

@@ -6,14 +6,17 @@ stand in one place only.
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedConfig
 
-from llama_adapter.config import FORMAT_VERSION, AdapterConfig
+from llama_adapter.config import FORMAT_VERSION, NEWER, AdapterConfig, shown
 from llama_adapter.errors import CheckpointError, ConfigError
+from llama_adapter.files import read_json_object
 
 ADAPTER_CONFIG_NAME = "adapter_config.json"
 _FIELDS = ("adapter", "base", "vision")
@@ -22,6 +25,15 @@ OF_THE_BASE = frozenset(
      "head_dim", "intermediate_size", "max_position_embeddings"}
 )  # fmt: skip
 """Attributes that an adapted model's config has from its base, once the model is built."""
+_REFERENCE: dict[str, tuple[type, ...]] = {
+    "name_or_path": (str,),
+    "revision": (str, type(None)),
+    "model_type": (str,),
+    "hidden_size": (int,),
+    "num_hidden_layers": (int,),
+    "fingerprint": (str, type(None)),
+}
+"""What a reference to a base or encoder holds."""
 
 
 class LlamaAdapterConfig(PreTrainedConfig):
@@ -122,29 +134,53 @@ def read_adapter_config(directory: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{directory} is no adapter directory: {ADAPTER_CONFIG_NAME} is missing"
         )
-    try:
-        content = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(content, dict) or content.get("model_type") != LlamaAdapterConfig.model_type:
+    content = read_json_object(path, error=CheckpointError)
+    if content.get("model_type") != LlamaAdapterConfig.model_type:
         raise CheckpointError(
             f"{path} does not describe a llama_adapter model "
             "(is this an adapter of another library?)"
         )
     version = content.get("format_version")
-    if version != FORMAT_VERSION:
+    if type(version) is not int or version != FORMAT_VERSION:
         raise CheckpointError(
-            f"{path} has format version {version!r}, this package reads {FORMAT_VERSION}"
+            f"{path} has format version {shown(version)}, this package reads {FORMAT_VERSION}"
         )
     unknown = sorted(set(content) - {*_FIELDS, "model_type", "format_version"})
     if unknown:
-        raise CheckpointError(f"{path} has unknown keys {unknown}")
+        raise CheckpointError(f"{path} has unknown keys {shown(unknown)}")
+    # every key is written, so one that is not there is damage and no default
+    _refuse_missing(content, _FIELDS, where=str(path))
     for name in _FIELDS:
         found = content.get(name)
         if not isinstance(found, dict) and (found is not None or name == "adapter"):
-            raise CheckpointError(f"{path}: {name} must be an object, got {found!r}")
+            raise CheckpointError(f"{path}: {name} must be an object, got {shown(found)}")
     try:
-        AdapterConfig.from_dict(content["adapter"])
+        known = AdapterConfig.from_dict(content["adapter"]).to_dict()
     except ConfigError as error:
         raise CheckpointError(f"{path}: {error}") from error
+    _refuse_missing(content["adapter"], sorted(known.keys() - NEWER), where=f"{path}: adapter")
+    for name in ("base", "vision"):
+        if content[name] is not None:
+            _check_reference(content[name], where=f"{path}: {name}")
     return content
+
+
+def _refuse_missing(content: Mapping[str, Any], keys: Iterable[str], *, where: str) -> None:
+    missing = [key for key in keys if key not in content]
+    if missing:
+        raise CheckpointError(f"{where} lacks {', '.join(missing)}")
+
+
+def _check_reference(reference: Mapping[str, Any], *, where: str) -> None:
+    _refuse_missing(reference, _REFERENCE, where=where)
+    for key, value in reference.items():
+        if key not in _REFERENCE:
+            raise CheckpointError(f"{where} has an unknown key {shown(key)}")
+        if type(value) not in _REFERENCE[key]:
+            kinds = " or ".join(kind.__name__ for kind in _REFERENCE[key])
+            raise CheckpointError(f"{where}.{key} must be {kinds}, got {shown(value)}")
+
+
+def semantics_digest(adapter: Mapping[str, Any]) -> str:
+    """A checksum of the `adapter` section, as it stands in the file."""
+    return hashlib.sha256(json.dumps(adapter, sort_keys=True).encode()).hexdigest()

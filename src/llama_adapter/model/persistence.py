@@ -1,22 +1,33 @@
 """Saving and loading adapter directories, strictly.
 
 adapter_config.json          semantics, base and vision references
-adapter_model.safetensors    the trained numbers and nothing else
+adapter_model.safetensors    the trained numbers and nothing else; its metadata has checksums of
+                             them and of the semantics that they were trained with
 config.json                  a stub that lets the Auto classes find us
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
+from llama_adapter.config import AdapterConfig
 from llama_adapter.errors import CheckpointError, ConfigError
-from llama_adapter.model.configuration import LlamaAdapterConfig, read_adapter_config
+from llama_adapter.files import atomic_file
+from llama_adapter.model.configuration import (
+    ADAPTER_CONFIG_NAME,
+    LlamaAdapterConfig,
+    read_adapter_config,
+    semantics_digest,
+)
 from llama_adapter.model.offloading import home_of
 from llama_adapter.model.references import (
     check_reference,
@@ -24,6 +35,8 @@ from llama_adapter.model.references import (
     load_vision,
     resolve_reference,
 )
+from llama_adapter.model.tensor_files import Header, not_floating, read_header
+from llama_adapter.model.visual_prompts import VisualProjection, vision_feature_size
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -31,6 +44,8 @@ if TYPE_CHECKING:
     from llama_adapter.model.adapted import LlamaAdapterForConditionalGeneration
 
 ADAPTER_WEIGHTS_NAME = "adapter_model.safetensors"
+_TENSORS, _SEMANTICS = "sha256", "adapter_sha256"
+"""Keys of the metadata; files of version 0.1 and of other programs have none."""
 LORA_FOLDER = "lora"
 """Where peft's factors lie in an adapter directory that was trained beside them."""
 
@@ -56,10 +71,7 @@ class AdapterPersistence:
         directory = Path(save_directory)
         directory.mkdir(parents=True, exist_ok=True)
         tensors = model.adapter.state_dict() if state_dict is None else state_dict
-        state = {name: t.contiguous().cpu() for name, t in tensors.items()}
-        temporary = directory / f".{ADAPTER_WEIGHTS_NAME}.tmp"
-        save_file(state, temporary, metadata={"format": "pt"})
-        temporary.replace(directory / ADAPTER_WEIGHTS_NAME)
+        write_tensors(directory / ADAPTER_WEIGHTS_NAME, tensors, semantics=model.adapter_config)
         LlamaAdapterConfig(
             adapter=model.adapter_config,
             base=_relative_to(directory, model.config.base),
@@ -92,6 +104,8 @@ class AdapterPersistence:
         content = read_adapter_config(directory)
         config = LlamaAdapterConfig.from_dict(content)
         assert isinstance(config, LlamaAdapterConfig)
+        path = directory / ADAPTER_WEIGHTS_NAME
+        header = check_header(path, content)
         config.base = _absolute(config.base, directory)
         config.vision = _absolute(config.vision, directory)
         if language_model is None:
@@ -112,9 +126,9 @@ class AdapterPersistence:
                     device=home_of(language_model.get_input_embeddings()),
                 )
             check_reference(vision, config.vision, what="vision tower", source=str(directory))
+            check_projector(header, config.adapter_config, language_model, vision, source=str(path))
         model = cls(config, language_model=language_model, vision=vision)  # type: ignore[call-arg]
-        path = directory / ADAPTER_WEIGHTS_NAME
-        model.adapter.load_state_dict(read_tensors(path), source=str(path))  # type: ignore[attr-defined]
+        model.adapter.load_state_dict(read_checked(path), source=str(path))  # type: ignore[attr-defined]
         return model.eval()  # type: ignore[attr-defined]
 
     def load_adapter(self, directory: Any, adapter_name: str = "default") -> None:
@@ -127,7 +141,10 @@ class AdapterPersistence:
             raise ConfigError(f"an adapter named {adapter_name!r} is loaded already")
         directory = Path(directory)
         _refuse_lora(directory)
-        config = LlamaAdapterConfig.from_dict(read_adapter_config(directory))
+        content = read_adapter_config(directory)
+        config = LlamaAdapterConfig.from_dict(content)
+        path = directory / ADAPTER_WEIGHTS_NAME
+        header = check_header(path, content)
         assert isinstance(config, LlamaAdapterConfig)
         with model.adapters_disabled():
             check_reference(
@@ -137,10 +154,12 @@ class AdapterPersistence:
                 check_reference(
                     model.vision, config.vision, what="vision tower", source=str(directory)
                 )
+                semantics = config.adapter_config
+                base, vision = model.language_model, model.vision
+                check_projector(header, semantics, base, vision, source=str(path))
             adapter = model._new_adapter(config.adapter_config)
             try:
-                path = directory / ADAPTER_WEIGHTS_NAME
-                adapter.load_state_dict(read_tensors(path), source=str(path))
+                adapter.load_state_dict(read_checked(path), source=str(path))
             finally:
                 adapter.detach()
         model._adapters[adapter_name] = adapter
@@ -155,10 +174,125 @@ def _refuse_lora(directory: Path) -> None:
         )
 
 
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], *, semantics: AdapterConfig) -> None:
+    """Write an adapter's tensors, with checksums of them and of what they mean."""
+    state = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
+    metadata = {
+        "format": "pt",
+        _TENSORS: tensors_digest(state),
+        _SEMANTICS: semantics_digest(json.loads(json.dumps(semantics.to_dict()))),
+    }
+    written = save(state)
+    length = int.from_bytes(written[:8], "little")
+    # the library writes metadata in an order that changes from run to run
+    header = {"__metadata__": metadata, **json.loads(written[8 : 8 + length])}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with atomic_file(path) as file:
+        file.write(len(text).to_bytes(8, "little"))
+        file.write(text)
+        file.write(memoryview(written)[8 + length :])
+
+
+def tensors_digest(state: Mapping[str, Tensor]) -> str:
+    """A checksum of names, dtypes, shapes and every byte of tensors."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(state.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def check_header(path: Path, content: Mapping[str, Any]) -> Header:
+    """The header of an adapter's tensors, which fits `adapter_config.json`.
+
+    Looked at before the base is loaded and before anything is built of the sizes in the config.
+    Raises CheckpointError with what was found and what was expected.
+    """
+    header = read_header(path)
+    semantics = AdapterConfig.from_dict(content["adapter"])
+    stated = header.metadata.get(_SEMANTICS)
+    if stated is not None and stated != semantics_digest(content["adapter"]):
+        raise CheckpointError(
+            f"{path} was saved with other settings than the {ADAPTER_CONFIG_NAME} beside it has "
+            "under adapter: one of the two files was changed or replaced"
+        )
+    odd = not_floating(header.tensors, header.tensors)
+    if odd:
+        raise CheckpointError(
+            f"{path}: tensor {odd[0]} is stored as {header.tensors[odd[0]].dtype}, "
+            "expected a floating dtype"
+        )
+    if content["base"] is not None:
+        hidden_size = content["base"]["hidden_size"]
+        sides = {".prompt": (0, semantics.prompt_length), ".lora_down": (0, semantics.lora_rank),
+                 ".lora_up": (-1, semantics.lora_rank)}  # fmt: skip
+        for ending, (axis, length) in sides.items():
+            _check_side(header, ending, axis, length, path=path, hidden_size=hidden_size)
+    return header
+
+
+def _check_side(
+    header: Header, ending: str, axis: int, length: int, *, path: Path, hidden_size: int
+) -> None:
+    """Compare a size in the config with the tensors that have it."""
+    found = {n: t.shape for n, t in header.tensors.items() if n.endswith(ending)}
+    if length and not found:
+        raise CheckpointError(
+            f"{path} lacks every tensor of the name *{ending}; "
+            f"the {ADAPTER_CONFIG_NAME} beside it says they have {length}"
+        )
+    for name, shape in found.items():
+        if len(shape) != 2 or shape[axis] != length:
+            expected = [length, hidden_size] if ending == ".prompt" else f"{length} on axis {axis}"
+            raise CheckpointError(
+                f"{path}: tensor {name} has shape {list(shape)}, this base expects {expected}"
+            )
+
+
+def check_projector(
+    header: Header,
+    semantics: AdapterConfig,
+    language_model: PreTrainedModel,
+    vision: nn.Module,
+    *,
+    source: str,
+) -> None:
+    """CheckpointError where the stored projection has not the shapes that the config asks for."""
+    if not semantics.sees:
+        return
+    feature_size = vision_feature_size(vision, semantics)
+    hidden_size = int(language_model.config.get_text_config().hidden_size)
+    with torch.device("meta"):
+        module = VisualProjection(feature_size, hidden_size, config=semantics)
+    expected = {f"visual.{name}": tuple(p.shape) for name, p in module.trainable_parameters()}
+    stored = {n: t.shape for n, t in header.tensors.items() if n.startswith("visual.")}
+    for name in sorted(expected.keys() | stored.keys()):
+        found, wanted = stored.get(name), expected.get(name)
+        if found is None or wanted is None:
+            raise CheckpointError(
+                f"{source} {'lacks' if found is None else 'has unexpected'} {[name]}; "
+                "it does not fit its adapter_config.json"
+            )
+        if found != wanted:
+            raise CheckpointError(
+                f"{source}: tensor {name} has shape {list(found)}, "
+                f"this base and vision encoder expect {list(wanted)}"
+            )
+
+
+def read_checked(path: Path) -> dict[str, Tensor]:
+    """As `read_tensors`, in float32; CheckpointError where the stored checksum is another."""
+    tensors = read_tensors(path)
+    stated = read_header(path).metadata.get(_TENSORS)
+    if stated is not None and stated != tensors_digest(tensors):
+        raise CheckpointError(f"{path} is damaged: its tensors do not have the checksum it states")
+    return {name: tensor.float() for name, tensor in tensors.items()}
+
+
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """Every tensor of a safetensors file; CheckpointError if it is missing or damaged."""
-    if not path.is_file():
-        raise CheckpointError(f"{path} is missing")
+    read_header(path)
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
