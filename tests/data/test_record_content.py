@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tests.data.files import open_source, write_pictures
+from tests.processing.test_video import encode
 
 from llama_adapter import LlamaAdapterProcessor
 from llama_adapter.data import Sample, SampleEncoder
+from llama_adapter.data.packing import assemble
 from llama_adapter.data.records import JsonRecords
 from llama_adapter.errors import DataError, LlamaAdapterError
 from llama_adapter.processing.encoding import IGNORED
@@ -344,6 +347,34 @@ def test_names_that_no_file_has(tmp_path: Path, name: Any, message: str) -> None
     record = {"image": name, "conversations": TALK}
     found = refusal(lambda: only(tmp_path, "llava", record, images=tmp_path / "photos"))
     assert message.lower() in found.lower()
+
+
+def test_videos_beside_images_in_a_row(processor: LlamaAdapterProcessor, tmp_path: Path) -> None:
+    [name] = write_pictures(tmp_path, 1)
+    encode(tmp_path / "a.mp4", count=12)
+    talk = [{"from": "human", "value": "<video>\nWhat?"}, {"from": "gpt", "value": "Grey."}]
+    records = [
+        {"video": "a.mp4", "conversations": talk},
+        {"image": name, "conversations": TALK},
+        {"video": "../a.mp4", "conversations": talk},
+        {"video": name, "conversations": talk},
+        {"videos": ["a.mp4", "a.mp4"], "conversations": talk},
+    ]
+    path = write(tmp_path / "v.json", records)
+    source = open_source("llava", "instruction", path=path, images=tmp_path)
+    assert said(source[0]) == [("user", "What?"), ("assistant", "Grey.")]
+    assert "is outside the folder" in refusal(lambda: source[2])
+    assert "does not end as a video's name does" in refusal(lambda: source[3])
+    assert "has 1 <video> marks, but 2 videos" in refusal(lambda: source[4])
+    encoder = SampleEncoder(processor, row_length=256)
+    prepared = [encoder.prepare(source[index], 0, 1) for index in range(2)]
+    inputs = assemble([prepared], processor, padding="packed", row_length=256)
+    pixels = inputs["pixel_values"]
+    assert pixels.ndim == 5
+    assert torch.equal(pixels[0], prepared[0].pixels[0])
+    assert all(torch.equal(frame, prepared[1].pixels[0]) for frame in pixels[1])
+    sizes = [len(p.encoded) for p in prepared]
+    assert inputs["image_index"][0, : sum(sizes)].tolist() == [0] * sizes[0] + [1] * sizes[1]
 
 
 # --- captions -----------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from llama_adapter.conversation import Conversation
 from llama_adapter.data.keys import check_keys
 from llama_adapter.data.media import MediaFolder
 from llama_adapter.data.records import JsonRecords, RecordFile, Records, Span, Spans, arrays_of
-from llama_adapter.data.samples import Kind, Sample, SourceOptions
+from llama_adapter.data.samples import Kind, Sample, SourceOptions, placed
 from llama_adapter.data.turns import Fields
 from llama_adapter.errors import DataError, PromptError
 
@@ -148,7 +148,7 @@ class CaptionSource:
                 questions=self.options.questions,
             )
         except (DataError, PromptError) as error:
-            raise DataError(f"{where}: {error}") from error
+            raise placed(error, where) from error
 
     def _read(self, fields: Fields, number: int) -> tuple[Any, Any]:
         """The image's name and one of the record's captions."""
@@ -290,7 +290,7 @@ class CocoCaptions(CaptionSource):
         if index >= len(self.records):
             reason = self._faults[index - len(self.records)][1]
             where = self.where(index)
-            raise DataError(reason if reason.startswith(where) else f"{where}: {reason}")
+            raise placed(DataError(reason), where)
         return super().__getitem__(index)
 
     def where(self, index: int) -> str:
@@ -432,7 +432,7 @@ class PairsSource:
                 questions=self.options.questions,
             )
         except (DataError, PromptError, csv.Error, UnicodeDecodeError) as error:
-            raise DataError(f"{where}: {error}") from error
+            raise placed(error, where) from error
 
     def where(self, index: int) -> str:
         return f"{self.options.path}:{self.lines[index]}"

@@ -12,7 +12,7 @@ import numpy as np
 from llama_adapter.conversation import Conversation, Message
 from llama_adapter.data.media import MediaFolder
 from llama_adapter.data.records import JsonRecords
-from llama_adapter.data.samples import Kind, Sample, SourceOptions
+from llama_adapter.data.samples import Kind, Sample, SourceOptions, placed
 from llama_adapter.data.turns import (
     IMAGE_MARK,
     Fields,
@@ -68,10 +68,7 @@ class JsonSource(ABC):
             fields.check(shows_media=bool(conversation.images))
             return Sample(id=where, kind=self.kind, conversation=conversation)
         except (DataError, PromptError) as error:
-            message = str(error)
-            raise DataError(
-                message if message.startswith(where) else f"{where}: {error}"
-            ) from error
+            raise placed(error, where) from error
 
     @abstractmethod
     def read(self, fields: Fields, media: Media) -> Conversation:

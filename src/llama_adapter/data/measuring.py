@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import zipfile
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,13 +22,16 @@ from llama_adapter.conversation import Conversation, Message
 from llama_adapter.data.encoding import SampleEncoder
 from llama_adapter.data.samples import Broken, Source
 from llama_adapter.errors import DataError, LlamaAdapterError
+from llama_adapter.files import atomic_file, open_regular
 
 Progress = Callable[[int], None]
 """Called with the number of samples just done."""
 
-_FORMAT = 2
+_FORMAT = 3
 """Counts up when samples are cut or tokenised in another way."""
 _CHUNK = 256
+_MAX_HEADER_BYTES = 1 << 26
+"""Bytes of a cache file's first line, which lists broken records."""
 COLUMNS = ("sample", "first", "stop", "tokens", "answer_tokens")
 
 
@@ -79,17 +81,26 @@ def measure(
     """The pieces of all samples of a source.
 
     `cache` is a folder where they are kept; a change of source, template, tokenizer, processor or
-    row finds none.
+    row finds none, a damaged file is made anew, and a disk that cannot be written costs no more
+    than a warning.
     """
-    kept = None if cache is None else cache / f"pieces-{_key(source, encoder)}.npz"
-    found = None if kept is None else _kept(kept, num_samples=len(source))
+    key = "" if cache is None else _key(source, encoder)
+    kept = None if cache is None else cache / f"{key}.pieces"
+    found = None if kept is None else _kept(kept, key=key, num_samples=len(source))
     if found is not None:
         if progress is not None:
             progress(len(source))
         return found
     pieces = _measure(source, encoder, workers=workers, progress=progress)
     if kept is not None:
-        _keep(pieces, kept)
+        try:
+            _keep(pieces, kept, key=key)
+        except OSError as error:
+            warnings.warn(
+                f"the samples' lengths are not kept: cannot write {kept}: "
+                f"{error.strerror or error}",
+                stacklevel=2,
+            )
     return pieces
 
 
@@ -151,7 +162,7 @@ def _key(source: Source, encoder: SampleEncoder) -> str:
         str(encoder.limit),
         encoder.overlong,
     )
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
+    return hashlib.sha256("\0".join(parts).encode(errors="backslashreplace")).hexdigest()[:24]
 
 
 def _renderings(encoder: SampleEncoder) -> Iterator[str]:
@@ -172,25 +183,40 @@ def _renderings(encoder: SampleEncoder) -> Iterator[str]:
                     yield str(error)
 
 
-def _kept(path: Path, *, num_samples: int) -> Pieces | None:
-    """What `_keep` wrote; None where there is nothing, or nothing whole."""
+def _kept(path: Path, *, key: str, num_samples: int) -> Pieces | None:
+    """What `_keep` wrote; None where there is nothing, something else, or nothing whole."""
     try:
-        with np.load(path, allow_pickle=False) as stored:
-            listed = json.loads(str(stored["broken"]))
-            return Pieces(
-                table=stored["table"].reshape(-1, len(COLUMNS)),
-                broken=tuple(Broken(**each) for each in listed),
-                num_samples=num_samples,
-            )
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):
+        with open_regular(path, error=DataError) as file:
+            head = json.loads(file.readline(_MAX_HEADER_BYTES))
+            size = path.stat().st_size - file.tell()
+            if size != 4 * len(COLUMNS) * head["pieces"]:
+                return None
+            data = file.read(size)
+        broken = tuple(Broken(**each) for each in head["broken"])
+        stated = (head["key"], head["num_samples"], head["sha256"])
+        if stated != (key, num_samples, hashlib.sha256(data + _listed(broken)).hexdigest()):
+            return None
+    except (DataError, OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
+    # a copy, for what comes from bytes cannot be written to
+    table = np.frombuffer(data, dtype="<i4").astype(np.int32).reshape(-1, len(COLUMNS))
+    return Pieces(table=table, broken=broken, num_samples=num_samples)
 
 
-def _keep(pieces: Pieces, path: Path) -> None:
+def _keep(pieces: Pieces, path: Path, *, key: str) -> None:
     """Write whole or not at all: several processes may do it at once."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}.partial")
-    broken = json.dumps([each.to_dict() for each in pieces.broken])
-    with partial.open("wb") as file:
-        np.savez(file, table=pieces.table, broken=np.array(broken))
-    partial.replace(path)
+    data = pieces.table.astype("<i4").tobytes()
+    head = {
+        "key": key,
+        "num_samples": pieces.num_samples,
+        "pieces": len(pieces),
+        "sha256": hashlib.sha256(data + _listed(pieces.broken)).hexdigest(),
+        "broken": [each.to_dict() for each in pieces.broken],
+    }
+    with atomic_file(path) as file:
+        file.write(json.dumps(head).encode() + b"\n" + data)
+
+
+def _listed(broken: Sequence[Broken]) -> bytes:
+    return json.dumps([each.to_dict() for each in broken]).encode()

@@ -117,7 +117,7 @@ def assemble(
         inputs["attention_mask"] = batch(ones, value=0)
     pixels = [p.pixels for row in rows for p in row if p.pixels is not None]
     if pixels:
-        inputs["pixel_values"] = torch.cat(pixels)
+        inputs["pixel_values"] = torch.cat(_as_frames(pixels))
         inputs["image_index"] = batch(_pictures(rows), value=-1)
         if processor.visual_scope == "slots":
             slots = batch([_chain(p.encoded.slots for p in row) for row in rows], value=-1)
@@ -157,6 +157,15 @@ def _pictures(rows: Sequence[Sequence[Prepared]]) -> list[list[int]]:
             index[-1] += [count + max(slot, 0) for slot in prepared.encoded.slots]
             count += len(prepared.pixels)
     return index
+
+
+def _as_frames(pixels: Sequence[Tensor]) -> list[Tensor]:
+    """Pictures as they are, or beside videos [I, F, 3, H, W] as videos of equal frames."""
+    frames = max((p.shape[1] for p in pixels if p.ndim == 5), default=0)
+    return [
+        p if p.ndim == 5 or not frames else p[:, None].expand(-1, frames, -1, -1, -1)
+        for p in pixels
+    ]
 
 
 def _one_picture_at_most(row: Sequence[Prepared]) -> bool:

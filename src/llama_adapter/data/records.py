@@ -179,9 +179,15 @@ class JsonRecords(Records):
 class Arrays:
     """What is directly inside the only object of a file."""
 
-    keys: frozenset[str]
+    value: Mapping[str, Any]
+    """The object with its arrays emptied."""
     found: Mapping[str, Spans]
     """The items of each array, by its key."""
+
+    @property
+    def keys(self) -> frozenset[str]:
+        """All keys of the object."""
+        return frozenset(self.value)
 
 
 def arrays_of(file: RecordFile, start: int | None = None) -> Arrays | None:
@@ -219,23 +225,21 @@ def arrays_of(file: RecordFile, start: int | None = None) -> Arrays | None:
             items.take(at, end, separates=depth == 2 and token == b",")
     if depth:
         return None
-    names, keys = _names_of_arrays(file, kept, len(found))
+    value = _without_items(file, kept)
+    names = [key for key, inner in value.items() if inner == []]
+    if len(names) != len(found):
+        raise DataError(f"{file.path} is not valid JSON: brackets do not fit")
     spans = {key: Spans.of(iter(of)) for key, of in zip(names, found, strict=True)}
-    return Arrays(keys=keys, found=spans)
+    return Arrays(value=value, found=spans)
 
 
-def _names_of_arrays(
-    file: RecordFile, kept: list[Span], count: int
-) -> tuple[list[str], frozenset[str]]:
-    """Keys of the arrays, from the object's text with the arrays emptied, and all its keys."""
+def _without_items(file: RecordFile, kept: list[Span]) -> Mapping[str, Any]:
+    """An object whose arrays are emptied: the parts of its text that are kept."""
     if sum(end - start for start, end in kept) > MAX_RECORD_BYTES:
         raise DataError(f"{file.path} holds more than {MAX_RECORD_BYTES} bytes outside its arrays")
     text = b"".join(file.read(start, end - start) for start, end in kept).decode(errors="replace")
-    value = parse_json(text, name=str(file.path), error=DataError)
-    names = [key for key, inner in value.items() if inner == [] and isinstance(inner, list)]
-    if len(names) != count:
-        raise DataError(f"{file.path}: malformed JSON: brackets do not fit")
-    return names, frozenset(value)
+    value: Mapping[str, Any] = parse_json(text, name=str(file.path), error=DataError)
+    return value
 
 
 class _Items:

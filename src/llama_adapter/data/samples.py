@@ -45,6 +45,12 @@ class Sample:
                 ) from error
 
 
+def placed(error: Exception, where: str) -> DataError:
+    """The same refusal, with file and line in front once."""
+    message = str(error)
+    return DataError(message if message.startswith(where) else f"{where}: {message}")
+
+
 class Source(Protocol):
     """Samples by number. `DataError` from an item says which record is broken, and why."""
 

@@ -8,6 +8,7 @@ from llama_adapter.data.captions import CocoOptions, PairsOptions
 from llama_adapter.data.conversations import AlpacaOptions, LlavaOptions, ShareGptOptions
 from llama_adapter.data.samples import SourceOptions
 from llama_adapter.data.tar_shards import WebDatasetOptions
+from llama_adapter.data.vqa import VqaOptions
 
 SOURCES: Mapping[str, type[SourceOptions]] = {
     "alpaca": AlpacaOptions,
@@ -16,4 +17,5 @@ SOURCES: Mapping[str, type[SourceOptions]] = {
     "coco_captions": CocoOptions,
     "pairs": PairsOptions,
     "webdataset": WebDatasetOptions,
+    "vqa": VqaOptions,
 }

@@ -14,8 +14,8 @@ from llama_adapter.data import Sample
 from llama_adapter.data.packing import assemble
 from llama_adapter.errors import DataError, LlamaAdapterError
 from llama_adapter.model import LlamaAdapterForConditionalGeneration, scored_positions
-from llama_adapter.processing.images import load_image
 from llama_adapter.processing.processor import LlamaAdapterProcessor
+from llama_adapter.processing.prompts import frames_of
 from llama_adapter.training.engine import Engine
 from llama_adapter.training.recipe import Recipe
 from llama_adapter.training.streams import HeldOut, encoder_of
@@ -161,7 +161,7 @@ def _sound(held_out: HeldOut, numbers: Iterable[int]) -> list[Sample]:
         try:
             sample = held_out[number]
             for ref in sample.conversation.images:
-                load_image(ref)
+                frames_of(ref)
         except LlamaAdapterError:
             continue
         found.append(sample)
