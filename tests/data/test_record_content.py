@@ -178,7 +178,7 @@ def test_llavas_input_is_read_beside_its_image(tmp_path: Path) -> None:
         ("alpaca", {**ALPACA, "response": "Three."}, "'output' and 'response' both hold"),
         ("alpaca", {**ALPACA, "history": "x"}, "'history' must be a list of [question, answer]"),
         ("alpaca", {"instruction": "a", "instances": [{"output": "b"}] * 2}, "holds 2 answers"),
-        ("alpaca", {**ALPACA, "output": "\ud800"}, "a text holds a lone surrogate"),
+        ("alpaca", {**ALPACA, "output": "\ud800"}, "is the lone surrogate"),
         ("sharegpt", {"conversations": TALK, "image": "a.png"}, "the source names no folder"),
         ("sharegpt", {"conversations": TALK, "messages": TALK}, "both hold something"),
         ("sharegpt", {"conversations": TALK, "tools": "[1]"}, "key 'tools' is not read"),

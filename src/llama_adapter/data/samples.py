@@ -34,15 +34,6 @@ class Sample:
     def __post_init__(self) -> None:
         if self.kind == "caption" and not self.conversation.images:
             raise DataError(f"{self.id}: a caption needs an image, found none")
-        texts = [message.text for message in self.conversation.messages]
-        for text in (*texts, self.conversation.context or ""):
-            try:
-                text.encode()
-            except UnicodeEncodeError as error:
-                raise DataError(
-                    f"{self.id}: a text holds a lone surrogate ({text[error.start]!r}), "
-                    "which no tokenizer takes"
-                ) from error
 
 
 def placed(error: Exception, where: str) -> DataError:
