@@ -57,7 +57,9 @@ class Report:
     @property
     def text(self) -> str:
         """The findings as one paragraph for the prompt, which they cannot break out of."""
-        return paragraph(self.findings, wording=self.wording, between=self.between)
+        text = paragraph(self.findings, wording=self.wording, between=self.between)
+        # a PDF or JSON file may hold lone surrogates, which no prompt may
+        return text.encode("utf-8", "replace").decode()
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON: the text, the findings behind it and how they came about."""

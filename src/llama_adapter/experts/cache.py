@@ -71,7 +71,7 @@ class ReportCache:
                 found = self._open().execute(asked, (key,)).fetchone()
                 if found is None:
                     return None
-                report = _report_from(json.loads(found[0]))
+                report = _report_from(_unsealed(found[0]))
                 if time.time() - found[1] > _FRESH:
                     self._write("UPDATE reports SET used = ? WHERE key = ?", (time.time(), key))
             except (sqlite3.DatabaseError, OSError, *_DAMAGE) as error:
@@ -81,7 +81,7 @@ class ReportCache:
 
     def put(self, key: str, report: Report) -> None:
         """Remember a report; forget the longest unused ones where there is no room."""
-        value = json.dumps(asdict(report))
+        value = _sealed(json.dumps(asdict(report)))
         if len(value) > self.max_bytes:
             return
         with self._lock:
@@ -145,6 +145,19 @@ class ReportCache:
         passing = isinstance(error, sqlite3.OperationalError | OSError)
         if not passing:
             self.path.unlink(missing_ok=True)
+
+
+def _sealed(text: str) -> str:
+    """The text behind its checksum, since SQLite keeps none."""
+    return hashlib.sha256(text.encode()).hexdigest() + text
+
+
+def _unsealed(value: str) -> Any:
+    """What `_sealed` put away; ValueError where a bit of it has changed."""
+    text = value[64:]
+    if _sealed(text) != value:
+        raise ValueError("checksum differs")
+    return json.loads(text)
 
 
 def _report_from(stored: dict[str, Any]) -> Report:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 from collections.abc import Iterable, Iterator
@@ -10,17 +11,18 @@ from pathlib import Path
 from typing import Any
 
 from llama_adapter.errors import DataError, MissingDependencyError
+from llama_adapter.files import read_bytes
 
 SUFFIXES = frozenset({".txt", ".md", ".markdown", ".rst", ".text", ".jsonl", ".json", ".pdf"})
 MAX_FILE_BYTES = 64 * 2**20
 """Larger files are left out, and named."""
 PASSAGE_WORDS = 120
 """About as many words make a passage; paragraphs stay whole where they are shorter."""
+PASSAGE_CHARACTERS = 8000
+"""Most characters of a passage: text without blanks is cut there."""
 
 _TEXT_KEYS = ("text", "content", "body", "passage", "answer", "output", "caption")
 _TITLE_KEYS = ("title", "question", "instruction", "name", "id")
-# What pypdf runs into in damaged files, besides errors of its own.
-_PDF_DAMAGE = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError)
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 
 
@@ -52,8 +54,6 @@ def text_files(folder: Path) -> list[Path]:
 
 def passages_of(path: Path, *, name: str) -> list[Passage]:
     """The passages of one file; DataError saying why it holds none that can be read."""
-    if path.stat().st_size > MAX_FILE_BYTES:
-        raise DataError(f"{name}: {path.stat().st_size} bytes; at most {MAX_FILE_BYTES} are read")
     match path.suffix.lower():
         case ".pdf":
             return list(_of_pdf(path, name))
@@ -66,10 +66,7 @@ def passages_of(path: Path, *, name: str) -> list[Passage]:
 
 
 def _read(path: Path, name: str) -> str:
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{name}: cannot be read ({error.strerror})") from error
+    data = read_bytes(path, error=DataError, limit=MAX_FILE_BYTES, name=name)
     if b"\0" in data[:4096]:
         raise DataError(f"{name}: is no text")
     return data.decode("utf-8-sig", errors="replace")
@@ -109,7 +106,13 @@ def _paragraphs(text: str) -> Iterator[tuple[int, str]]:
 
 
 def _pieces(paragraph: str) -> Iterator[str]:
-    """A long paragraph in sentences put together, and a long sentence in words."""
+    """A long paragraph in sentences, a long sentence in words, a long word in characters."""
+    for piece in _sentences(paragraph):
+        for start in range(0, len(piece), PASSAGE_CHARACTERS):
+            yield piece[start : start + PASSAGE_CHARACTERS]
+
+
+def _sentences(paragraph: str) -> Iterator[str]:
     if len(paragraph.split()) <= PASSAGE_WORDS:
         yield paragraph
         return
@@ -163,10 +166,11 @@ def _of_pdf(path: Path, name: str) -> Iterator[Passage]:
         raise MissingDependencyError(
             "pypdf", extra="search", purpose="reading PDF files"
         ) from error
+    file = io.BytesIO(read_bytes(path, error=DataError, limit=MAX_FILE_BYTES, name=name))
     try:
-        pages = [page.extract_text() for page in pypdf.PdfReader(path).pages]
-    except (pypdf.errors.PyPdfError, pypdf.errors.DependencyError, *_PDF_DAMAGE) as error:
-        raise DataError(f"{name}: cannot be read as a PDF ({error})") from error
+        pages = [page.extract_text() for page in pypdf.PdfReader(file).pages]
+    except Exception as error:  # a damaged file makes pypdf raise whatever it runs into
+        raise DataError(f"{name}: cannot be read as a PDF ({str(error)[:200]})") from error
     if not any(page.strip() for page in pages):
         raise DataError(f"{name}: holds pictures of text, but no text")
     for number, page in enumerate(pages, start=1):

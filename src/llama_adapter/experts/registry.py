@@ -33,6 +33,9 @@ AUTO = "auto"
 GROUP = "llama_adapter.experts"
 """The entry-point group by which other packages add experts."""
 
+MAX_NUMBER = 1_000_000
+"""Numbers beyond, on either side of 0, are refused as options."""
+
 T = TypeVar("T", bool, int, float, str)
 _TRUE = {"yes": True, "true": True, "1": True, "no": False, "false": False, "0": False}
 
@@ -69,11 +72,15 @@ class Options:
             return default
         kind = type(default)
         try:
-            return _TRUE[text.lower()] if kind is bool else kind(text)
+            value = _TRUE[text.lower()] if kind is bool else kind(text)
+            # NaN is in no range
+            if isinstance(value, int | float) and not abs(value) <= MAX_NUMBER:
+                raise ValueError(value)
         except (ValueError, KeyError) as error:
             raise ExpertError(
-                f"expert {self.text!r}: {name} must be {_names[kind]}, got {text!r}"
+                f"expert {self.text[:200]!r}: {name} must be {_names[kind]}, got {text[:80]!r}"
             ) from error
+        return value
 
     def words(self, name: str) -> tuple[str, ...]:
         """An option of several words, parted by `+`."""

@@ -22,8 +22,11 @@ from typing import Any
 
 from llama_adapter.errors import DataError, ExpertError, MissingDependencyError
 from llama_adapter.experts.passages import Passage, as_rows, passages_of, text_files
+from llama_adapter.files import parse_json, read_bytes, read_json
 
 FORMAT = 1
+MAX_INDEX_BYTES = 1 << 30
+"""A larger index is made anew."""
 _FILES, _CHECKSUMS = "files.json", "checksums.json"
 _WORD = re.compile(r"\w+")
 
@@ -152,15 +155,15 @@ class FolderIndex:
         if not path.exists():
             return {}
         try:
-            checksums = json.loads((self.directory / _CHECKSUMS).read_text())
-            content = path.read_bytes()
+            checksums = read_json(self.directory / _CHECKSUMS, error=DataError)
+            content = read_bytes(path, error=DataError, limit=MAX_INDEX_BYTES)
             if checksums != {"format": FORMAT, _FILES: hashlib.sha256(content).hexdigest()}:
                 raise ValueError("checksums differ")
             return {
                 name: (list(entry["stamp"]), [[text, place] for text, place in entry["passages"]])
-                for name, entry in json.loads(content).items()
+                for name, entry in parse_json(content, name=_FILES, error=DataError).items()
             }
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        except (DataError, ValueError, KeyError, TypeError, AttributeError):
             notes.append(f"the index {self.directory.name} was damaged and is made anew")
             return {}
 

@@ -16,6 +16,10 @@ def _caption(options: Options, around: Surroundings) -> Expert:
     where = options.take("main", "")
     instruction = options.take("instruction", "") or None
     max_new_tokens = options.take("max_new_tokens", 96)
+    if max_new_tokens < 1:
+        raise ExpertError(
+            f"expert 'caption': max_new_tokens must be at least 1, got {max_new_tokens}"
+        )
     if not where:
         raise ExpertError(
             "expert 'caption' needs the directory of a caption adapter for the same base, or the "

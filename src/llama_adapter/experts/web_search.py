@@ -97,7 +97,7 @@ class WebSearchExpert:
             raise ExpertError(f"{self._host} answers with more than {MAX_BYTES} bytes")
         try:
             return json.loads(data)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ExpertError(f"{self._host} answers with something other than JSON") from error
 
 
