@@ -163,6 +163,8 @@ def _video_stream(
         found = ", ".join(sorted({s.type for s in container.streams})) or "nothing"
         raise VideoError(f"{label}: has no video stream, only {found}")
     stream = streams[0]
+    if stream.codec_context is None:  # whatever PyAV's types say
+        raise VideoError(f"{label}: is of a codec that is not known here")
     width, height = stream.codec_context.width, stream.codec_context.height
     if not width or not height:
         raise VideoError(f"{label}: does not say how large its pictures are")
