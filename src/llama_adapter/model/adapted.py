@@ -219,9 +219,9 @@ class LlamaAdapterForConditionalGeneration(
             )
         if labels is not None:
             total = num_items_in_batch if num_answer_tokens is None else num_answer_tokens
-            output.loss = answer_loss(
-                output.logits, labels, num_answer_tokens=total, kept=logits_to_keep
-            )
+            loss = answer_loss(output.logits, labels, num_answer_tokens=total, kept=logits_to_keep)
+            # made anew, for the loss to come first in the tuple that it also is
+            output = type(output)(**{**output, "loss": loss})
         return output.to_tuple() if return_dict is False else output
 
     def decoder_inputs(
@@ -255,7 +255,7 @@ class LlamaAdapterForConditionalGeneration(
                 visual_prompts, num_rows, num_tokens, image_index, visual_mask, known
             )
         if attention_mask is None:
-            self._refuse_packing_where_mixed(position_ids, kwargs)
+            use_cache = self._apart(position_ids, known, use_cache, kwargs)
         elif position_ids is None and getattr(attention_mask, "ndim", 0) == 2 and num_tokens:
             position_ids = positions_of(attention_mask, num_tokens=num_tokens, cache=known)
         inputs = {
@@ -288,20 +288,36 @@ class LlamaAdapterForConditionalGeneration(
                 near = did_you_mean(name, self.known_keywords)
                 raise ConfigError(f"forward has no keyword {name!r}{near}")
 
-    def _refuse_packing_where_mixed(
-        self, position_ids: Tensor | None, kwargs: dict[str, Any]
-    ) -> None:
-        """UnsupportedModelError where samples share a row and the family would mix them."""
-        if self._keeps_samples_apart or torch.compiler.is_compiling():
-            return
+    def _apart(
+        self,
+        position_ids: Tensor | None,
+        known: Any,
+        use_cache: bool | None,
+        kwargs: dict[str, Any],
+    ) -> bool | None:
+        """Keep samples that share a row apart: `use_cache` for that; refuse where they would mix.
+
+        transformers tells them apart by positions that restart, and only without a cache.
+        """
+        uncached = known is None and use_cache is False
+        if torch.compiler.is_compiling() or (uncached and self._keeps_samples_apart):
+            return use_cache
         packed = kwargs.get("cu_seq_lens_q") is not None or (
             position_ids is not None
             and position_ids.shape[-1] > 1
             and bool((position_ids[..., 1:] <= position_ids[..., :-1]).any())
         )
-        if packed:
+        if not packed:
+            return use_cache
+        if known is not None or use_cache:
+            raise ConfigError(
+                "position_ids restart, as where samples share a row, and such rows cannot be "
+                "cached: their samples would be mixed; pass use_cache=False and no cache"
+            )
+        if not self._keeps_samples_apart:
             check_packing(self.language_model)
             self._keeps_samples_apart = True
+        return False
 
     def _read(
         self,
@@ -436,13 +452,72 @@ class LlamaAdapterForConditionalGeneration(
             if was_attached:
                 self.enable_adapters()
 
-    def set_adapter(self, name: str) -> None:
+    def set_adapter(self, adapter_name: str) -> None:
         """Make a loaded adapter the active one; ConfigError if there is none of that name."""
-        if name not in self._adapters:
-            raise ConfigError(f"no adapter {name!r}; loaded: {', '.join(sorted(self._adapters))}")
+        self._loaded(adapter_name)
         self.disable_adapters()
-        self.active_adapter = name
+        self.active_adapter = adapter_name
         self.enable_adapters()
+
+    def add_adapter(
+        self,
+        config: LlamaAdapterConfig | AdapterConfig,
+        adapter_name: str,
+        *,
+        seed: int | None = None,
+    ) -> None:
+        """Put a fresh adapter beside the others; `set_adapter` makes it the active one.
+
+        Raises ConfigError for a name that is taken or a config of another library.
+        """
+        if adapter_name in self._adapters:
+            raise ConfigError(f"an adapter named {adapter_name!r} is loaded already")
+        semantics = config.adapter_config if isinstance(config, LlamaAdapterConfig) else config
+        if not isinstance(semantics, AdapterConfig):
+            raise ConfigError(
+                f"add_adapter takes a LlamaAdapterConfig, got {type(config).__name__} "
+                "(peft's adapters go onto the base before from_base)"
+            )
+        generator = None if seed is None else torch.Generator().manual_seed(seed)
+        with self.adapters_disabled(), _seeded(seed):
+            adapter = self._new_adapter(semantics, generator=generator)
+            adapter.detach()
+        self._adapters[adapter_name] = adapter
+
+    def delete_adapter(self, adapter_names: str | list[str]) -> None:
+        """Forget loaded adapters, but not the active one; all of them or, with an error, none."""
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        for name in names:
+            self._loaded(name)
+            if name == self.active_adapter:
+                raise ConfigError(
+                    f"adapter {name!r} is the active one; set_adapter another before deleting it"
+                )
+        for name in names:
+            self._adapters.pop(name, None)
+
+    def active_adapters(self) -> list[str]:
+        """The active adapter's name, in a list as in transformers; empty while it is off."""
+        return [self.active_adapter] if self.adapter.is_attached else []
+
+    def get_adapter_state_dict(self, adapter_name: str | None = None) -> dict[str, Tensor]:
+        """What an adapter's file holds, by default of the active one."""
+        return self._loaded(adapter_name or self.active_adapter).state_dict()
+
+    def enable_peft_hotswap(self, *_args: Any, **_kwargs: Any) -> None:
+        """ConfigError: adapters are loaded beside each other and switched by `set_adapter`."""
+        raise ConfigError(
+            "peft's hot-swapping is not for these adapters; load_adapter puts one beside the "
+            "others and set_adapter switches"
+        )
+
+    def _loaded(self, name: str) -> Adapter:
+        if name not in self._adapters:
+            known = ", ".join(sorted(self._adapters))
+            raise ConfigError(
+                f"no adapter {name!r}; loaded: {known}{did_you_mean(name, self._adapters)}"
+            )
+        return self._adapters[name]
 
     @property
     def adapters(self) -> tuple[str, ...]:
