@@ -80,6 +80,7 @@ class VisualGenerationMixin(GenerationMixin):
         inputs: dict[str, Any] = super().prepare_inputs_for_generation(
             input_ids, inputs_embeds=inputs_embeds, **kwargs
         )
+        inputs.pop("tokenizer", None)  # that of stop strings, which generate hands through
         visual = inputs.get("visual_prompts")
         by_token = _by_token(inputs)
         if visual is None or not by_token:
