@@ -6,9 +6,12 @@ transformers neither imports a file of the directory nor asks on standard input 
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 from llama_adapter.errors import CheckpointError, LlamaAdapterError
+from llama_adapter.files import open_regular, read_text
 
 MAX_REASON = 300
 """Characters of transformers' own explanation that an error message keeps."""
@@ -27,14 +30,56 @@ def load_pretrained(
     `what` names the thing for the message ("base", "tokenizer"). Raises `error` for whatever is
     missing, damaged or needs code of its own.
     """
+    check_settings(Path(where) / (options.get("subfolder") or ""), error=error)
     try:
         return loader.from_pretrained(where, trust_remote_code=False, **options)
     except LlamaAdapterError:
         raise
-    except (KeyboardInterrupt, MemoryError):
+    except MemoryError:
         raise
-    except Exception as fault:  # damaged files make loaders of others raise whatever they like
+    except BaseException as fault:  # damaged files make loaders of others raise whatever they like
+        # a panic of a library written in Rust is no Exception
+        if not isinstance(fault, Exception) and type(fault).__name__ != "PanicException":
+            raise
         raise error(f"cannot load the {what} {str(where)!r}: {explain(fault)}") from fault
+
+
+def check_settings(folder: Path, *, error: type[LlamaAdapterError] = CheckpointError) -> None:
+    """`error` where a settings file that transformers would read from a folder is damaged.
+
+    Its loaders wait for pipes, read `/dev/zero` and raise what they like.
+    """
+    if not folder.is_dir():
+        return
+    for path in (*folder.glob("*"), *folder.glob("additional_chat_templates/*")):
+        if path.name in _SETTINGS:
+            _check_object(path, error=error)
+        elif path.name.endswith(_TEXTS):
+            open_regular(path, error=error, limit=_MAX_VOCABULARY).close()
+
+
+_SETTINGS = {
+    "added_tokens.json",
+    "chat_template.json",
+    "config.json",
+    "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "special_tokens_map.json",
+    "tokenizer_config.json",
+}
+_TEXTS = (".json", ".jinja", ".txt", ".model", ".tiktoken")
+_MAX_VOCABULARY = 1 << 30
+
+
+def _check_object(path: Path, *, error: type[LlamaAdapterError]) -> None:
+    # not as strict as files of ours: a key that stands twice is the business of whoever wrote it
+    try:
+        content = json.loads(read_text(path, error=error))
+    except (ValueError, RecursionError) as fault:
+        raise error(f"{path} is not valid JSON: {explain(fault)}") from fault
+    if not isinstance(content, dict):
+        raise error(f"{path} must hold a JSON object, found {type(content).__name__}")
 
 
 def explain(fault: BaseException) -> str:

@@ -6,7 +6,9 @@ torchvision); an adapter should see the same pixels on every machine.
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import transformers
@@ -15,7 +17,11 @@ from torch import Tensor
 from transformers.image_processing_base import ImageProcessingMixin
 
 from llama_adapter.errors import CheckpointError, ImageError
+from llama_adapter.pretrained import check_settings, explain
 from llama_adapter.processing.images import MAX_PIXELS
+
+MAX_EDGE = 8192
+"""Pixels of a side that an encoder may want."""
 
 
 def pixel_values(image_processor: Any, images: Sequence[Image.Image]) -> Tensor:
@@ -61,15 +67,17 @@ def load_image_processor(name_or_path: str, **kwargs: Any) -> Any:
 
     Raises `CheckpointError` where there is none, or none that works on Pillow.
     """
+    check_settings(Path(name_or_path))
     try:
         stored, _ = ImageProcessingMixin.get_image_processor_dict(name_or_path, **kwargs)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{name_or_path} has no image processor: {error}") from error
+    except Exception as error:  # damaged files make it raise whatever it likes
+        reason = explain(error)
+        raise CheckpointError(f"{name_or_path} has no image processor: {reason}") from error
     return image_processor_from(stored, where=name_or_path)
 
 
 def image_processor_from(stored: Mapping[str, Any], *, where: Any) -> Any:
-    """An image processor from its stored settings."""
+    """An image processor from its stored settings; CheckpointError where they make none."""
     stated = stored.get("image_processor_type") or stored.get("feature_extractor_type") or ""
     kind = str(stated).removesuffix("Pil").removesuffix("Fast").replace("Feature", "Image")
     kind = kind.replace("Extractor", "Processor")
@@ -77,5 +85,31 @@ def image_processor_from(stored: Mapping[str, Any], *, where: Any) -> Any:
         found = getattr(transformers, name, None)
         # classes whose requirements are not installed are stand-ins that cannot be made
         if found is not None and not getattr(found, "is_dummy", False):
-            return found.from_dict(dict(stored))
-    raise CheckpointError(f"{where}: image processor {stated!r} is none that works on Pillow")
+            return _tried(found, stored, where=where)
+    raise CheckpointError(
+        f"{where}: image processor {reprlib.repr(stated)} is none that works on Pillow"
+    )
+
+
+def _tried(kind: Any, stored: Mapping[str, Any], *, where: Any) -> Any:
+    """An image processor that turns a small image into numbers."""
+    complaint = f"{where}: the image processor's settings are damaged"
+    for name, value in stored.items():
+        if name.startswith("do_") and not isinstance(value, bool | None):
+            raise CheckpointError(
+                f"{complaint}: {name} must be true or false, got {reprlib.repr(value)}"
+            )
+        sides = value if isinstance(value, dict) else {"height": value}
+        for side in ("height", "width") if name in {"size", "crop_size"} else ():
+            length = sides.get(side)
+            if isinstance(length, int | float) and not 1 <= length <= MAX_EDGE:
+                raise CheckpointError(f"{complaint}: {name} cannot have {side} {length!r}")
+    try:
+        made = kind.from_dict(dict(stored))
+        pixels = pixel_values(made, [Image.new("RGB", (4, 4), (90, 120, 200))])
+        is_sound = pixels.ndim == 4 and pixels.is_floating_point() and bool(pixels.isfinite().all())
+    except Exception as error:  # each class fails in its own way
+        raise CheckpointError(f"{complaint}: {explain(error)}") from error
+    if not is_sound:
+        raise CheckpointError(f"{complaint}: a plain image does not become finite numbers")
+    return made

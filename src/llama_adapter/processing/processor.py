@@ -11,10 +11,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 from transformers import AutoTokenizer, BatchFeature, ProcessorMixin
+from transformers.utils import cached_file
 
 from llama_adapter.conversation import Conversation, ImageRef
-from llama_adapter.errors import CheckpointError, ConfigError, PromptError
-from llama_adapter.pretrained import load_pretrained
+from llama_adapter.errors import CheckpointError, ConfigError, LlamaAdapterError, PromptError
+from llama_adapter.files import read_json_object, write_atomically
+from llama_adapter.pretrained import explain, load_pretrained
 from llama_adapter.processing.encoding import IGNORED, Encoded, Side, encode, opening_ids, pad
 from llama_adapter.processing.image_processors import image_processor_from, pixel_values
 from llama_adapter.processing.prompts import (
@@ -28,12 +30,39 @@ from llama_adapter.processing.prompts import (
     images_per_prompt,
     with_experts,
 )
-from llama_adapter.processing.templates import PromptRenderer, Rendered
+from llama_adapter.processing.templates import TEMPLATES, PromptRenderer, Rendered
 
 PROCESSOR_FILE = "processor_config.json"
 _OPTIONS = ("template", "visual_scope", "slot_text", "channel_order")
+# What a stored processor holds, and of which type.
+_STORED: dict[str, Any] = {
+    "processor_class": str,
+    "image_processor": dict | None,
+    "template": str,
+    "visual_scope": str,
+    "slot_text": str | None,
+    "channel_order": str,
+}
+_OF_TRANSFORMERS = {"auto_map"}
 # Tokenizers without a limit of their own carry an astronomically large one.
 _NO_LIMIT = 10**9
+
+
+def check_options(
+    *, template: str, visual_scope: str, slot_text: str | None, channel_order: str
+) -> None:
+    """ConfigError for options that no processor takes."""
+    if template not in TEMPLATES:
+        raise ConfigError(f"template must be one of {', '.join(TEMPLATES)}, got {template!r}")
+    if visual_scope not in {"all", "slots"}:
+        raise ConfigError(f"visual_scope must be 'all' or 'slots', got {visual_scope!r}")
+    if channel_order not in {"rgb", "bgr"}:
+        raise ConfigError(f"channel_order must be 'rgb' or 'bgr', got {channel_order!r}")
+    if (visual_scope == "slots") != bool(slot_text):
+        raise ConfigError(
+            "slot_text is the placeholder of visual_scope 'slots' and of nothing else, "
+            f"got visual_scope {visual_scope!r} and slot_text {slot_text!r}"
+        )
 
 
 class LlamaAdapterProcessor(ProcessorMixin):
@@ -66,15 +95,12 @@ class LlamaAdapterProcessor(ProcessorMixin):
         """
         if tokenizer is None:
             raise ConfigError("LlamaAdapterProcessor needs a tokenizer, got None")
-        if visual_scope not in {"all", "slots"}:
-            raise ConfigError(f"visual_scope must be 'all' or 'slots', got {visual_scope!r}")
-        if channel_order not in {"rgb", "bgr"}:
-            raise ConfigError(f"channel_order must be 'rgb' or 'bgr', got {channel_order!r}")
-        if (visual_scope == "slots") != bool(slot_text):
-            raise ConfigError(
-                "slot_text is the placeholder of visual_scope 'slots' and of nothing else, "
-                f"got visual_scope {visual_scope!r} and slot_text {slot_text!r}"
-            )
+        check_options(
+            template=template,
+            visual_scope=visual_scope,
+            slot_text=slot_text,
+            channel_order=channel_order,
+        )
         self.image_processor = image_processor
         self.tokenizer = tokenizer
         self.chat_template = None
@@ -90,6 +116,18 @@ class LlamaAdapterProcessor(ProcessorMixin):
         """Most tokens that the tokenizer says the base takes; None where it does not say."""
         length = self.tokenizer.model_max_length
         return int(length) if length < _NO_LIMIT else None
+
+    def try_out(self) -> None:
+        """Encode a short talk: what is damaged in the tokenizer fails here, not later.
+
+        Raises what the damage raises.
+        """
+        length = self.tokenizer.model_max_length
+        if not isinstance(length, int | float) or not length >= 1:
+            raise ConfigError(
+                f"the tokenizer's model_max_length must be at least 1, got {length!r}"
+            )
+        self.encode(Conversation.ask("a").assistant("b"), max_length=_NO_LIMIT)
 
     def count_tokens(self, text: str) -> int:
         """How many tokens a text has by itself."""
@@ -348,7 +386,7 @@ class LlamaAdapterProcessor(ProcessorMixin):
         directory.mkdir(parents=True, exist_ok=True)
         self.tokenizer.save_pretrained(directory)
         path = directory / PROCESSOR_FILE
-        path.write_text(json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n")
+        write_atomically(path, json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n")
         return [str(path)]
 
     @classmethod
@@ -358,30 +396,54 @@ class LlamaAdapterProcessor(ProcessorMixin):
         `CheckpointError` says what is missing; further keywords are those of transformers.
         """
         where = pretrained_model_name_or_path
-        try:
-            stored, _ = cls.get_processor_dict(where, **kwargs)
-        except OSError as error:
-            raise CheckpointError(f"{where} has no readable {PROCESSOR_FILE}: {error}") from error
-        options = _options(stored, where=where)
         kwargs.pop("trust_remote_code", None)  # Auto classes hand theirs on
+        stored = read_json_object(_stored_file(where, **kwargs), error=CheckpointError)
+        options = _options(stored, where=where)
         tokenizer = load_pretrained(AutoTokenizer, where, what="tokenizer of", **kwargs)
-        settings = stored.get("image_processor")
+        settings = stored["image_processor"]
         images = None if settings is None else image_processor_from(settings, where=where)
-        return cls(images, tokenizer, **options)
+        try:
+            processor = cls(images, tokenizer, **options)
+            processor.try_out()
+        except LlamaAdapterError as error:
+            raise CheckpointError(f"{where}: {explain(error)}") from error
+        except Exception as error:  # damaged tokenizers fail in whatever way they like
+            reason = explain(error)
+            raise CheckpointError(f"the tokenizer of {where} is damaged: {reason}") from error
+        return processor
+
+
+def _stored_file(where: Any, *, subfolder: str = "", **kwargs: Any) -> Path:
+    """`processor_config.json` of a directory, or of a model hub's cache."""
+    if Path(where).is_dir():
+        return Path(where) / subfolder / PROCESSOR_FILE
+    try:
+        return Path(str(cached_file(where, PROCESSOR_FILE, subfolder=subfolder, **kwargs)))
+    except (OSError, ValueError) as error:
+        reason = explain(error)
+        raise CheckpointError(f"{where} has no readable {PROCESSOR_FILE}: {reason}") from error
 
 
 def read_processor_options(directory: Path) -> dict[str, Any]:
     """The options of a stored processor, without loading its tokenizer."""
-    path = directory / PROCESSOR_FILE
-    try:
-        stored = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{directory} has no readable {PROCESSOR_FILE}: {error}") from error
+    stored = read_json_object(directory / PROCESSOR_FILE, error=CheckpointError)
     return _options(stored, where=directory)
 
 
 def _options(stored: Mapping[str, Any], *, where: Any) -> dict[str, Any]:
-    missing = [name for name in _OPTIONS if name not in stored]
-    if missing:
-        raise CheckpointError(f"{where}: {PROCESSOR_FILE} lacks {', '.join(missing)}")
-    return {name: stored[name] for name in _OPTIONS}
+    """The options of ours, every one of which is stored; CheckpointError names what is wrong."""
+    for name, expected in _STORED.items():
+        if name not in stored:
+            raise CheckpointError(f"{where}: {PROCESSOR_FILE} lacks {name}")
+        if not isinstance(stored[name], expected):
+            found = type(stored[name]).__name__
+            raise CheckpointError(f"{where}: {PROCESSOR_FILE}: {name} cannot be of type {found}")
+    unknown = sorted(set(stored) - set(_STORED) - _OF_TRANSFORMERS)
+    if unknown:
+        raise CheckpointError(f"{where}: {PROCESSOR_FILE} has an unknown key {unknown[0][:80]!r}")
+    options = {name: stored[name] for name in _OPTIONS}
+    try:
+        check_options(**options)
+    except ConfigError as error:
+        raise CheckpointError(f"{where}: {PROCESSOR_FILE}: {explain(error)}") from error
+    return options

@@ -29,6 +29,8 @@ import jinja2
 
 from llama_adapter.conversation import Conversation, Message
 from llama_adapter.errors import ConfigError, PromptError
+from llama_adapter.pretrained import explain
+from llama_adapter.processing.jinja import compile_template
 from llama_adapter.processing.markers import any_of, break_up, marker_expressions, special_tokens
 
 Span = tuple[int, int]
@@ -336,18 +338,33 @@ class ChatTemplate:
 
     @staticmethod
     def _apply(tokenizer: Any, messages: list[dict[str, str]], opens_answer: bool) -> str:
-        if not tokenizer.chat_template:
-            raise ConfigError(
-                "template 'chat' needs a tokenizer with a chat template; this one has none: "
-                "a base without one takes template 'alpaca'"
-            )
         try:
-            text: str = tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=opens_answer
+            return compile_template(chat_template_of(tokenizer)).render(
+                messages=messages,
+                tools=None,
+                documents=None,
+                add_generation_prompt=opens_answer,
+                **tokenizer.special_tokens_map,
             )
         except jinja2.TemplateError as error:
-            raise PromptError(f"the tokenizer's chat template refuses: {error}") from error
-        return text
+            raise PromptError(f"the tokenizer's chat template refuses: {explain(error)}") from error
+
+
+def chat_template_of(tokenizer: Any) -> str:
+    """The source of the tokenizer's chat template, of several the default one."""
+    template = tokenizer.chat_template
+    if isinstance(template, dict):
+        template = template.get("default")
+    if not template:
+        raise ConfigError(
+            "template 'chat' needs a tokenizer with a chat template; this one has none: "
+            "a base without one takes template 'alpaca'"
+        )
+    if not isinstance(template, str):
+        raise ConfigError(
+            f"the tokenizer's chat template must be a text, found {type(template).__name__}"
+        )
+    return template
 
 
 _PROBES: tuple[tuple[str, ...], ...] = (
