@@ -38,7 +38,7 @@ BOUNDS = {
     "visual_prompt_length": (1, 1 << 16),
     "visual_layers": (1, 10_000),
     "projector_width": (1, 1 << 17),
-    "projector_blocks": (1, 1_000),
+    "projector_blocks": (1, 512),
     "projector_heads": (1, 1 << 12),
     "lora_rank": (0, 1 << 15),
 }

@@ -383,7 +383,7 @@ def test_settings_of_another_adapter_are_found(copy):
         {"visual_prompt_length": 10**12},
         {"visual_prompt_length": 60_000},
         {"projector_blocks": 10**12},
-        {"projector_blocks": 900},
+        {"projector_blocks": 500},
         {"projector_width": 10**12},
         {"projector_width": 100_000, "projector_heads": 1},
         {"projector_heads": 10**12},

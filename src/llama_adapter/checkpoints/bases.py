@@ -18,10 +18,15 @@ from llama_adapter.checkpoints.meta_base import MetaBase, hugging_face_name, rot
 from llama_adapter.checkpoints.strangers import what_directory
 from llama_adapter.errors import CheckpointError
 from llama_adapter.model.configuration import ADAPTER_CONFIG_NAME
+from llama_adapter.model.fingerprints import (
+    fingerprints_of,
+    is_never_quantised,
+    is_quantised,
+    places,
+)
 from llama_adapter.model.references import (
     describe_model,
     fingerprint_of,
-    is_fingerprinted,
     load_language_model,
 )
 from llama_adapter.pretrained import load_pretrained
@@ -136,23 +141,27 @@ def describe_stored(directory: Path, *, reference: str) -> dict[str, Any]:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     described = describe_model(model)
-    names = [name for name, _ in model.named_parameters() if is_fingerprinted(name)]
+    names = [name for name, _ in model.named_parameters()]
     samples = _read_some(directory, names)
-    if samples is None:
-        described["fingerprint"] = describe_model(load_language_model(str(directory)))[
-            "fingerprint"
-        ]
+    if samples is None or is_quantised(model):
+        described = describe_model(load_language_model(str(directory)))
     else:
-        described["fingerprint"] = fingerprint_of(
-            (name, shape, sample) for name, (shape, sample) in samples.items()
+        first = [(n, shape, values) for n, (shape, values, _) in samples.items()]
+        described["fingerprint"] = fingerprint_of(s for s in first if is_never_quantised(s[0]))
+        described["weights"] = fingerprints_of(
+            ((n, shape, spread) for n, (shape, _, spread) in samples.items()),
+            dtype=next(iter(samples.values()))[1].dtype,
+            quantised=False,
         )
     return {**described, "name_or_path": reference}
 
 
 def _read_some(
     directory: Path, names: list[str]
-) -> dict[str, tuple[tuple[int, ...], Tensor]] | None:
-    """Shape and first rows of stored tensors; None if they are not safetensors of these names."""
+) -> dict[str, tuple[tuple[int, ...], Tensor, Tensor]] | None:
+    """Shape, first rows and sampled values of stored tensors; None if they are not safetensors
+    of these names.
+    """
     index = directory / "model.safetensors.index.json"
     if index.is_file():
         files: dict[str, str] = json.loads(index.read_text())["weight_map"]
@@ -168,8 +177,8 @@ def _read_some(
         with safe_open(directory / file_name, framework="pt") as file:
             for name in names:
                 if files[name] == file_name:
-                    piece = file.get_slice(name)
-                    shape = tuple(piece.get_shape())
-                    rows = shape[0] if len(shape) == 1 else min(256, shape[0])
-                    found[name] = (shape, piece[:rows])
+                    tensor = file.get_tensor(name)  # mapped: only what is touched is read
+                    flat = tensor.reshape(-1)
+                    rows = tensor if tensor.ndim < 2 else flat[:256]
+                    found[name] = (tuple(tensor.shape), rows, flat[places(flat.numel())])
     return found

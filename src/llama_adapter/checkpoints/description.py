@@ -17,6 +17,7 @@ from llama_adapter.config import PRESETS, AdapterConfig, did_you_mean
 from llama_adapter.errors import CheckpointError, ConfigError
 from llama_adapter.model.attach import Adapter
 from llama_adapter.model.configuration import read_adapter_config
+from llama_adapter.model.fingerprints import describe_rule
 from llama_adapter.model.persistence import ADAPTER_WEIGHTS_NAME
 from llama_adapter.model.references import resolve_reference
 from llama_adapter.pretrained import load_pretrained
@@ -95,9 +96,10 @@ def describe_directory(directory: Path) -> dict[str, Any]:
             "static": _layers_with(sizes, "prompt"),
             "visual": list(config.visual_layer_indices()),
         },
-        "base": stored["base"],
-        "vision": stored["vision"],
+        "base": _brief(stored["base"]),
+        "vision": _brief(stored["vision"]),
         "adapter": config.to_dict(),
+        "base_is_known_by": describe_rule(stored["base"]),
         "notes": _notes(stored["base"], base_config),
     }
 
@@ -193,6 +195,13 @@ def _kind(directory: Path, config: AdapterConfig) -> str:
         if AdapterConfig.preset(name) == config:
             return name
     return "custom"
+
+
+def _brief(reference: dict[str, Any] | None) -> dict[str, Any] | None:
+    """A reference without what is long and for comparisons alone."""
+    if reference is None:
+        return None
+    return {k: v for k, v in reference.items() if k not in ("weights", "config")}
 
 
 def _base_config(base: Mapping[str, Any] | None, directory: Path) -> Any:

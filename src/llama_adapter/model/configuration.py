@@ -17,6 +17,7 @@ from transformers import PreTrainedConfig
 from llama_adapter.config import FORMAT_VERSION, NEWER, AdapterConfig, shown
 from llama_adapter.errors import CheckpointError, ConfigError
 from llama_adapter.files import read_json_object
+from llama_adapter.model.fingerprints import check_form
 
 ADAPTER_CONFIG_NAME = "adapter_config.json"
 _FIELDS = ("adapter", "base", "vision")
@@ -34,6 +35,8 @@ _REFERENCE: dict[str, tuple[type, ...]] = {
     "fingerprint": (str, type(None)),
 }
 """What a reference to a base or encoder holds."""
+_NEWER = ("weights", "config")
+"""What references of version 0.1 do not have; later ones have both."""
 
 
 class LlamaAdapterConfig(PreTrainedConfig):
@@ -173,7 +176,17 @@ def _refuse_missing(content: Mapping[str, Any], keys: Iterable[str], *, where: s
 
 def _check_reference(reference: Mapping[str, Any], *, where: str) -> None:
     _refuse_missing(reference, _REFERENCE, where=where)
+    if any(key in reference for key in _NEWER):
+        _refuse_missing(reference, _NEWER, where=where)
+    for key in _NEWER:
+        value = reference.get(key)
+        if not isinstance(value, dict | None):
+            raise CheckpointError(f"{where}.{key} must be an object, got {shown(value)}")
+        if value is not None and key == "weights":
+            check_form(value, where=f"{where}.{key}")
     for key, value in reference.items():
+        if key in _NEWER:
+            continue
         if key not in _REFERENCE:
             raise CheckpointError(f"{where} has an unknown key {shown(key)}")
         if type(value) not in _REFERENCE[key]:

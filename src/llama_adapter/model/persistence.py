@@ -261,6 +261,11 @@ def check_projector(
     """CheckpointError where the stored projection has not the shapes that the config asks for."""
     if not semantics.sees:
         return
+    if semantics.projector_blocks > len(header.tensors):  # before so many are built
+        raise CheckpointError(
+            f"{source} holds {len(header.tensors)} tensors, too few for projector_blocks "
+            f"{semantics.projector_blocks}"
+        )
     feature_size = vision_feature_size(vision, semantics)
     hidden_size = int(language_model.config.get_text_config().hidden_size)
     with torch.device("meta"):

@@ -12,6 +12,13 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 from llama_adapter.errors import CheckpointError
+from llama_adapter.model.fingerprints import (
+    check_settings,
+    compare_weights,
+    fingerprints,
+    is_never_quantised,
+    settings_of,
+)
 from llama_adapter.model.hub import why_missing
 from llama_adapter.model.loading import load_whole
 from llama_adapter.model.offloading import numbers_at_hand
@@ -85,16 +92,18 @@ def describe_model(model: Any) -> dict[str, Any]:
         "hidden_size": int(shape.hidden_size),
         "num_hidden_layers": int(shape.num_hidden_layers),
         "fingerprint": fingerprint(model),
+        "weights": fingerprints(model),
+        "config": settings_of(shape),
     }
 
 
 def fingerprint(model: nn.Module) -> str | None:
-    """A checksum of a sample of the model's numbers that survives a change of dtype.
+    """Version 0.1's checksum, of the first numbers of embeddings and norms alone.
 
     Adapters must be off. None for a model on the meta device; what is offloaded is fetched.
     """
     sampled = []
-    for name in (n for n, _ in model.named_parameters() if is_fingerprinted(n)):
+    for name in (n for n, _ in model.named_parameters() if is_never_quantised(n)):
         module = model.get_submodule(name.rpartition(".")[0])
         with numbers_at_hand(module, recurse=False):
             numbers = module.get_parameter(name.rpartition(".")[2]).detach()
@@ -102,11 +111,6 @@ def fingerprint(model: nn.Module) -> str | None:
                 return None
             sampled.append((name, tuple(numbers.shape), numbers.reshape(-1)[:256].cpu()))
     return fingerprint_of(sampled)
-
-
-def is_fingerprinted(name: str) -> bool:
-    """Whether a parameter is embedding-like or norm-like, which no quantisation touches."""
-    return "norm" in name.lower() or "embed" in name.lower()
 
 
 def fingerprint_of(samples: Iterable[tuple[str, tuple[int, ...], Tensor]]) -> str:
@@ -131,7 +135,18 @@ def check_reference(model: nn.Module, expected: dict[str, Any], *, what: str, so
                 f"{source} was saved for a {what} with {key} {expected.get(key)}, "
                 f"this {what} has {found[key]}"
             )
-    if None not in (found["fingerprint"], expected.get("fingerprint")) and (
+    if expected.get("config") is not None:
+        check_settings(found["config"], expected["config"], what=what, source=source)
+    if None not in (found["weights"], expected.get("weights")):
+
+        def refuse(ours: str, theirs: str) -> None:
+            raise CheckpointError(
+                f"{source} was saved for another {what} of the same shape: its fingerprint is "
+                f"{theirs}, this {what} has {ours}"
+            )
+
+        compare_weights(found["weights"], expected["weights"], refuse=refuse)
+    elif None not in (found["fingerprint"], expected.get("fingerprint")) and (
         found["fingerprint"] != expected["fingerprint"]
     ):
         raise CheckpointError(
