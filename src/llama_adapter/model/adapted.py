@@ -558,10 +558,10 @@ class LlamaAdapterForConditionalGeneration(
         return self.language_model.get_decoder()
 
     def set_attn_implementation(
-        self, attn_implementation: str | dict[str, str], *_args: Any, **_kwargs: Any
+        self, attn_implementation: str | dict[str, str], allow_all_kernels: bool = False
     ) -> None:
         """Another attention for the base, with the adapter's prompts in it."""
-        if not isinstance(attn_implementation, str):
+        if not isinstance(attn_implementation, str) or allow_all_kernels:
             raise UnsupportedModelError("an adapted model takes the name of one attention")
         self.adapter.set_attn_implementation(attn_implementation)
 
