@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from llama_adapter.checkpoints.layout import BaseShape
 from llama_adapter.checkpoints.meta_base import MetaBase, hugging_face_name, rotary_permutation
 from llama_adapter.checkpoints.strangers import what_directory
 from llama_adapter.errors import CheckpointError
+from llama_adapter.files import read_json_object
 from llama_adapter.model.configuration import ADAPTER_CONFIG_NAME
 from llama_adapter.model.fingerprints import (
     fingerprints_of,
@@ -24,12 +24,14 @@ from llama_adapter.model.fingerprints import (
     is_quantised,
     places,
 )
+from llama_adapter.model.loading import check_sizes
 from llama_adapter.model.references import (
     describe_model,
     fingerprint_of,
     load_language_model,
 )
-from llama_adapter.pretrained import load_pretrained
+from llama_adapter.model.tensor_files import FLOATS, INDEX, SINGLE, stored_tensors
+from llama_adapter.pretrained import explain, load_pretrained
 
 REFERENCE = "base"
 """Where a converted base stands inside an adapter directory."""
@@ -71,6 +73,7 @@ class Base:
         for key in ("num_attention_heads", "intermediate_size", "hidden_size"):
             if not hasattr(text_config, key):
                 raise CheckpointError(f"{directory}/config.json lacks {key}; is it a decoder?")
+        _check_stored(directory, config)
         return cls(directory=directory.resolve(), config=text_config, meta=None)
 
     def why_other(self) -> str | None:
@@ -93,7 +96,7 @@ class Base:
     def differing(self, tensors: Mapping[str, Tensor]) -> str | None:
         """The first of some tensors, by their names in Meta's layout, that this base has otherwise.
 
-        Looks at the rows of the first head, in the coarser of the two dtypes.
+        Looks at the first rows or values, in the coarser of the two dtypes.
         """
         head = self.shape.head_size
         first_shard = {} if self.meta is None or not tensors else self.meta.first_shard()
@@ -109,6 +112,7 @@ class Base:
                 own = found[hf_name][1]
                 if is_rotated and len(rows) == head:
                     rows = rows[rotary_permutation(head, head)]
+                rows = rows.reshape(-1)
             if own is None or not _same_start(rows, own):
                 return name
         return None
@@ -122,6 +126,44 @@ class Base:
             model = load_language_model(str(self.directory))
             return model.get_decoder().norm.weight.detach()
         return found["model.norm.weight"][1]
+
+
+def _check_stored(directory: Path, config: Any) -> None:
+    """Compare a base's file headers with its configuration; CheckpointError if they disagree."""
+    stored = stored_tensors(directory)
+    if stored is None:  # other files, which are compared when they are loaded
+        return
+    check_sizes(config, stored, what=f"base {str(directory)!r}")
+    if config.model_type != "llama" or getattr(config, "quantization_config", None) is not None:
+        return
+    with torch.device("meta"):
+        model = load_from_config(config, what=f"base {directory}")
+    is_tied = config.tie_word_embeddings
+    for name, parameter in model.named_parameters():
+        found = stored.get(name)
+        if found is None:
+            raise CheckpointError(f"the base {directory} lacks tensor {name}")
+        if found.shape != tuple(parameter.shape) or found.dtype not in FLOATS:
+            raise CheckpointError(
+                f"the base {directory}: tensor {name} has shape {list(found.shape)} and dtype "
+                f"{found.dtype}, expected {list(parameter.shape)} of a floating dtype"
+            )
+    known = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    for name in stored.keys() - known:
+        if not name.endswith("rotary_emb.inv_freq") and not (is_tied and name == "lm_head.weight"):
+            raise CheckpointError(
+                f"the base {directory} has tensor {name}, which no llama model of its config has"
+            )
+
+
+def load_from_config(config: Any, *, what: str) -> Any:
+    """An empty model; CheckpointError where the configuration describes none."""
+    try:
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except Exception as fault:  # families raise whatever they like
+        raise CheckpointError(
+            f"the config of the {what} makes no model: {explain(fault)}"
+        ) from fault
 
 
 def _same_start(one: Tensor, other: Tensor) -> bool:
@@ -139,7 +181,7 @@ def describe_stored(directory: Path, *, reference: str) -> dict[str, Any]:
     """A reference to a stored base, without loading more of it than the fingerprint samples."""
     config = load_pretrained(AutoConfig, directory, what="config of the base")
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = load_from_config(config, what=f"base {directory}")
     described = describe_model(model)
     names = [name for name, _ in model.named_parameters()]
     samples = _read_some(directory, names)
@@ -162,16 +204,13 @@ def _read_some(
     """Shape, first rows and sampled values of stored tensors; None if they are not safetensors
     of these names.
     """
-    index = directory / "model.safetensors.index.json"
-    if index.is_file():
-        files: dict[str, str] = json.loads(index.read_text())["weight_map"]
-    elif (directory / "model.safetensors").is_file():
-        with safe_open(directory / "model.safetensors", framework="pt") as file:
-            files = dict.fromkeys(file.keys(), "model.safetensors")
+    stored = stored_tensors(directory)  # refuses files that are damaged or do not fit their index
+    if stored is None or not set(names) <= stored.keys():
+        return None
+    if (directory / SINGLE).exists():
+        files = dict.fromkeys(names, SINGLE)
     else:
-        return None
-    if not set(names) <= files.keys():
-        return None
+        files = read_json_object(directory / INDEX, error=CheckpointError)["weight_map"]
     found = {}
     for file_name in sorted({files[name] for name in names}):
         with safe_open(directory / file_name, framework="pt") as file:

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
-from llama_adapter.checkpoints.importing import EXTRAS_NAME
+from llama_adapter.checkpoints.bases import load_from_config
+from llama_adapter.checkpoints.extras import read_origin
 from llama_adapter.config import PRESETS, AdapterConfig, did_you_mean
 from llama_adapter.errors import CheckpointError, ConfigError
 from llama_adapter.model.attach import Adapter
 from llama_adapter.model.configuration import read_adapter_config
 from llama_adapter.model.fingerprints import describe_rule
+from llama_adapter.model.loading import check_sizes
 from llama_adapter.model.persistence import ADAPTER_WEIGHTS_NAME
 from llama_adapter.model.references import resolve_reference
+from llama_adapter.model.tensor_files import read_header, stored_tensors
 from llama_adapter.pretrained import load_pretrained
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -137,13 +138,7 @@ def describe_shape(name: str, *, preset: str = "v2") -> dict[str, Any]:
 
 def tensor_sizes(path: Path) -> dict[str, int]:
     """How many numbers each tensor of a safetensors file holds; reads its header alone."""
-    if not path.is_file():
-        raise CheckpointError(f"{path} is missing")
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {n: math.prod(file.get_slice(n).get_shape()) for n in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise CheckpointError(f"{path} is damaged: {error}") from error
+    return {name: math.prod(stored.shape) for name, stored in read_header(path).tensors.items()}
 
 
 def _sizes(sizes: Mapping[str, int], base_parameters: int | None) -> dict[str, Any]:
@@ -186,11 +181,9 @@ def _layers_with(names: Mapping[str, int], what: str) -> list[int]:
 
 def _kind(directory: Path, config: AdapterConfig) -> str:
     """The released kind it was imported from, the preset it equals, or `custom`."""
-    extras = directory / EXTRAS_NAME
-    if extras.is_file():
-        with safe_open(extras, framework="pt") as file:
-            origin = json.loads((file.metadata() or {}).get("released", "{}"))
-        return f"released {origin.get('kind', 'checkpoint')}"
+    origin = read_origin(directory)
+    if origin is not None:
+        return f"released {origin.kind}"
     for name in PRESETS:
         if AdapterConfig.preset(name) == config:
             return name
@@ -211,14 +204,18 @@ def _base_config(base: Mapping[str, Any] | None, directory: Path) -> Any:
         return None
     try:
         path = resolve_reference(name, directory=directory)
-        return load_pretrained(AutoConfig, path, what="config of the base", local_files_only=True)
+        config = load_pretrained(AutoConfig, path, what="config of the base", local_files_only=True)
+        stored = stored_tensors(Path(path)) if Path(path).is_dir() else None
+        if stored is not None:
+            check_sizes(config, stored, what=f"base {name!r}")
+        return config
     except CheckpointError:
         return None
 
 
 def _count(config: Any) -> int:
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = load_from_config(config, what="base")
     return sum(parameter.numel() for parameter in model.parameters())
 
 

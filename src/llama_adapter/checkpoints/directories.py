@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import threading
@@ -43,16 +44,39 @@ def staged_directory(
 
     After an error, an interrupt or a termination signal nothing is left; what a killed run left
     is removed by the next one. `sources` are inputs, which must not lie inside `out`.
-    Raises CheckpointError if `out` exists, unless `overwrite` and we wrote what is there.
+    Raises CheckpointError if `out` exists, unless `overwrite` and we wrote what is there, and
+    where the disk is full or cannot be written.
     """
-    out = out.expanduser().absolute()
+    try:
+        with _staged(out.expanduser().absolute(), overwrite, sources) as stage:
+            yield stage
+    except Exception as error:
+        if (reason := _reason_of_system(error)) is None:
+            raise
+        raise CheckpointError(f"cannot write {out}: {reason}") from error
+
+
+def _reason_of_system(error: Exception) -> str | None:
+    """What the operating system says (a full or read-only disk); None for any other error."""
+    if isinstance(error, OSError):
+        if error.errno is None:  # an error of a library
+            return None
+        about = f" ({error.filename})" if error.filename else ""
+        return f"{error.strerror}{about}"
+    # safetensors and tokenizers hand it on as text
+    found = re.search(r"([^:(\n]+) \(os error \d+\)", str(error))
+    return found[1].strip() if found else None
+
+
+@contextmanager
+def _staged(out: Path, overwrite: bool, sources: tuple[Path, ...]) -> Iterator[Path]:
     _check_target(out, overwrite=overwrite, sources=sources)
     missing_parents = [parent for parent in out.parents if not parent.exists()]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    _remove_abandoned(out)
     stage = out.parent / f".{out.name}.partial-{os.getpid()}"
-    stage.mkdir()
     try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(out)
+        stage.mkdir()
         with _termination_raises():
             yield stage
             _replace(out, stage)

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from llama_adapter.checkpoints.bases import REFERENCE, Base, describe_stored
 from llama_adapter.checkpoints.directories import staged_directory
+from llama_adapter.checkpoints.extras import Origin, write_extras
 from llama_adapter.checkpoints.layout import Entry, layout
 from llama_adapter.checkpoints.meta_base import Progress
 from llama_adapter.checkpoints.released import Kind, Released, read_released
@@ -30,9 +29,6 @@ from llama_adapter.model.persistence import ADAPTER_WEIGHTS_NAME, write_tensors
 from llama_adapter.model.references import describe_model, load_vision
 from llama_adapter.model.visual_prompts import vision_feature_size
 from llama_adapter.pretrained import load_pretrained
-
-EXTRAS_NAME = "released_extras.safetensors"
-"""What a released file holds beyond the adapter, for writing it back bit for bit."""
 
 TEMPLATES = {Kind.V2_CHAT: "human-assistant"}
 """Prompt templates of released adapters that are not Alpaca's."""
@@ -244,15 +240,14 @@ def _write_adapter(
         ours |= {name: part.float() for name, part in entry.to_ours(tensor).items()}
     extras |= {n: t.clone() for n, t in released.tensors.items() if n not in used}
     write_tensors(stage / ADAPTER_WEIGHTS_NAME, ours, semantics=config)
-    origin = {
-        "kind": released.kind,
-        "is_wrapped": released.is_wrapped,
-        "config": released.file_config,
-        "dtypes": {n: str(t.dtype).removeprefix("torch.") for n, t in released.tensors.items()},
-        "absent": absent,
-    }
-    metadata = {"format": "pt", "released": json.dumps(origin)}
-    save_file(extras or {"_": torch.zeros(0)}, stage / EXTRAS_NAME, metadata=metadata)
+    origin = Origin(
+        kind=released.kind,
+        is_wrapped=released.is_wrapped,
+        config=released.file_config,
+        dtypes={n: str(t.dtype).removeprefix("torch.") for n, t in released.tensors.items()},
+        absent=tuple(absent),
+    )
+    write_extras(stage, origin, extras)
 
 
 def _place_base(stage: Path, base: Base, progress: Progress | None) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from llama_adapter.checkpoints.bases import REFERENCE, describe_stored
 from llama_adapter.checkpoints.directories import adapter_sources, mark_export, staged_directory
-from llama_adapter.checkpoints.importing import EXTRAS_NAME
+from llama_adapter.checkpoints.extras import EXTRAS_NAME
 from llama_adapter.config import AdapterConfig
 from llama_adapter.errors import CheckpointError, UnsupportedModelError
 from llama_adapter.model import LlamaAdapterForConditionalGeneration

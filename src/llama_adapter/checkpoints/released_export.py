@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import io
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig
 
 from llama_adapter.checkpoints.directories import adapter_sources, mark_export, staged_directory
-from llama_adapter.checkpoints.importing import EXTRAS_NAME
-from llama_adapter.checkpoints.layout import BaseShape, layout
+from llama_adapter.checkpoints.extras import EXTRAS_NAME, Origin, read_extras, read_origin
+from llama_adapter.checkpoints.layout import BaseShape, Entry, layout
 from llama_adapter.checkpoints.released import Kind
 from llama_adapter.config import AdapterConfig
 from llama_adapter.errors import CheckpointError
+from llama_adapter.files import write_atomically
 from llama_adapter.model.configuration import read_adapter_config
 from llama_adapter.model.persistence import ADAPTER_WEIGHTS_NAME, read_tensors
 from llama_adapter.model.references import resolve_reference
@@ -38,22 +40,27 @@ def export_released(directory: Path, *, out: Path, overwrite: bool = False) -> P
     """
     content = read_adapter_config(directory)
     config = AdapterConfig.from_dict(content["adapter"])
-    origin, extras = _read_extras(directory)
-    kind = Kind(origin["kind"]) if origin else _kind_of(config, directory)
+    origin = read_origin(directory)
+    extras = read_extras(directory) if origin else {}
+    kind = origin.kind if origin else _kind_of(config, directory)
     ours = read_tensors(directory / ADAPTER_WEIGHTS_NAME)
     feature_size = ours[_FEATURES].shape[1] if _FEATURES in ours else None
     entries = layout(kind, config, _base_shape(content, directory), feature_size=feature_size)
+    _check_complete(directory, entries, ours)
     official = {entry.official: entry.to_official(ours) for entry in entries}
-    official = _as_in_source(official, origin, extras)
-    is_wrapped = origin["is_wrapped"] if origin else kind is not Kind.V1
-    file_config = origin["config"] if origin else _file_config(kind, config)
+    official = _as_in_source(directory, official, origin, extras)
+    is_wrapped = origin.is_wrapped if origin else kind is not Kind.V1
+    file_config = origin.config if origin else _file_config(kind, config)
     wrapped: dict[str, Any] = {"model": official} if is_wrapped else dict(official)
     if file_config is not None:
         wrapped["config"] = file_config
     sources = adapter_sources(directory, content["base"], content.get("vision"))
     with staged_directory(out, overwrite=overwrite, sources=sources) as stage:
         mark_export(stage, kind="released")
-        torch.save(wrapped, stage / RELEASED_NAME)
+        # in memory first: an error of the disk then is one of Python's
+        buffer = io.BytesIO()
+        torch.save(wrapped, buffer)
+        write_atomically(stage / RELEASED_NAME, buffer.getvalue())
         (stage / SIZES_NAME).write_text(json.dumps(_unsaid_sizes(config), indent=1) + "\n")
     return out / RELEASED_NAME
 
@@ -65,37 +72,39 @@ def _unsaid_sizes(config: AdapterConfig) -> dict[str, Any]:
     return sizes
 
 
-def _read_extras(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    path = directory / EXTRAS_NAME
-    if not path.is_file():
-        return {}, {}
-    extras = read_tensors(path)
-    with safe_open(path, framework="pt") as file:
-        origin = json.loads((file.metadata() or {}).get("released", "{}"))
-    return origin, extras
+def _check_complete(directory: Path, entries: list[Entry], ours: Mapping[str, Tensor]) -> None:
+    """CheckpointError unless the adapter has just the tensors of its kind, in shape."""
+    expected = {name: entry.our_shape for entry in entries for name in entry.ours}
+    path = directory / ADAPTER_WEIGHTS_NAME
+    for name in sorted(expected.keys() | ours.keys()):
+        found = tuple(ours[name].shape) if name in ours else None
+        if found != expected.get(name):
+            raise CheckpointError(
+                f"{path}: tensor {name} has shape {found and list(found)}, expected "
+                f"{list(expected[name]) if name in expected else 'none of that name'}"
+            )
 
 
 def _as_in_source(
-    official: dict[str, Tensor], origin: dict[str, Any], extras: dict[str, Tensor]
+    directory: Path, official: dict[str, Tensor], origin: Origin | None, extras: dict[str, Tensor]
 ) -> dict[str, Tensor]:
     """The source's tensors, order and dtypes: what it lacked and nothing changed is left out."""
-    if not origin:
+    if origin is None:
         return {name: tensor.contiguous() for name, tensor in official.items()}
-    for name in origin["absent"]:
+    lacking = [name for name in origin.absent if name not in extras or name not in official]
+    lacking += [n for n in origin.dtypes if n not in extras and n not in official]
+    if lacking:
+        raise CheckpointError(f"{directory / EXTRAS_NAME} lacks tensor {lacking[0]}")
+    for name in origin.absent:
         if torch.equal(official[name], extras[name].float()):
             del official[name]
-    everything = {**{n: extras[n] for n in origin["dtypes"] if n in extras}, **official}
-    order = [n for n in origin["dtypes"] if n in everything]
-    order += [n for n in everything if n not in origin["dtypes"]]
+    everything = {**{n: extras[n] for n in origin.dtypes if n in extras}, **official}
+    order = [n for n in origin.dtypes if n in everything]
+    order += [n for n in everything if n not in origin.dtypes]
+    dtypes = {name: getattr(torch, dtype) for name, dtype in origin.dtypes.items()}
     return {
-        name: everything[name].to(_dtype(origin["dtypes"].get(name, "float32"))).contiguous()
-        for name in order
+        name: everything[name].to(dtypes.get(name, torch.float32)).contiguous() for name in order
     }
-
-
-def _dtype(name: str) -> torch.dtype:
-    dtype = getattr(torch, name, None)
-    return dtype if isinstance(dtype, torch.dtype) else torch.float32
 
 
 def _base_shape(content: dict[str, Any], directory: Path) -> BaseShape:

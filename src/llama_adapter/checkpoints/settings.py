@@ -8,7 +8,6 @@ file has the size of theirs, for heads only if the blocks are as wide as theirs.
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from llama_adapter.checkpoints.layout import BaseShape
 from llama_adapter.checkpoints.released import PROMPTS, QUERY, Kind, Released
 from llama_adapter.config import AdapterConfig
 from llama_adapter.errors import CheckpointError, ConfigError
+from llama_adapter.files import read_json_object
 
 AUTHORS_PROMPT_LENGTH = 10
 AUTHORS_PROMPTS = ((300, 4096), (310, 4096))
@@ -41,16 +41,20 @@ class Hints:
 
     @classmethod
     def beside(cls, path: Path) -> Hints:
-        """From a `meta.json` beside the file; nothing if there is none or it is something else."""
+        """From a `meta.json` beside the file; nothing if there is none or it says neither.
+
+        Raises CheckpointError for one that is damaged or says something impossible.
+        """
         meta = path.parent / "meta.json"
-        try:
-            content = json.loads(meta.read_text()) if meta.is_file() else {}
-        except (json.JSONDecodeError, UnicodeDecodeError):
-            content = {}
-        visual = content.get("visual") if isinstance(content, dict) else None
+        if not meta.exists():
+            return cls()
+        content = read_json_object(meta, error=CheckpointError)
+        visual = content.get("visual")
+        if not isinstance(visual, dict | None):
+            raise CheckpointError(f"{meta}: visual must be an object, found {visual!r:.80}")
         return cls(
-            prompt_length=_positive(content, "adapter_len"),
-            projector_heads=_positive(visual, "v_num_heads"),
+            prompt_length=_positive(content, "adapter_len", meta),
+            projector_heads=_positive(visual or {}, "v_num_heads", meta),
         )
 
     def or_else(self, other: Hints) -> Hints:
@@ -239,6 +243,8 @@ def _lora_rank(released: Released) -> int:
     return int(rank)
 
 
-def _positive(content: Any, key: str) -> int | None:
-    value = content.get(key) if isinstance(content, dict) else None
-    return value if type(value) is int and value > 0 else None
+def _positive(content: dict[str, Any], key: str, path: Path) -> int | None:
+    value = content.get(key)
+    if value is not None and (type(value) is not int or not 0 < value <= 100_000):
+        raise CheckpointError(f"{path}: {key} must be a positive integer, found {value!r:.80}")
+    return value
