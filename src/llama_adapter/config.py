@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import reprlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -318,6 +318,15 @@ PRESETS: dict[str, dict[str, Any]] = {
 def shown(value: object) -> str:
     """A value for a message: short, whatever it is."""
     return _SHORT.repr(value)
+
+
+def differing(found: Any, expected: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Settings that both have, with other values: releases of transformers add and drop some."""
+    if isinstance(found, dict) and isinstance(expected, dict):
+        for key in sorted(found.keys() & expected.keys()):
+            yield from differing(found[key], expected[key], f"{name}.{key}" if name else key)
+    elif found != expected:
+        yield name, found, expected
 
 
 def did_you_mean(name: object, known: Iterable[str]) -> str:

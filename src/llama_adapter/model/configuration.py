@@ -16,11 +16,13 @@ from transformers import PreTrainedConfig
 
 from llama_adapter.config import FORMAT_VERSION, NEWER, AdapterConfig, shown
 from llama_adapter.errors import CheckpointError, ConfigError
-from llama_adapter.files import read_json_object
+from llama_adapter.files import read_json_object, write_atomically
 from llama_adapter.model.fingerprints import check_form
 
 ADAPTER_CONFIG_NAME = "adapter_config.json"
 _FIELDS = ("adapter", "base", "vision")
+_PROCESSOR = "processor"
+"""What `processing.agreement` records of the processor beside it."""
 OF_THE_BASE = frozenset(
     {"vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
      "head_dim", "intermediate_size", "max_position_embeddings"}
@@ -105,10 +107,9 @@ class LlamaAdapterConfig(PreTrainedConfig):
             "model_type": self.model_type,
             "architectures": ["LlamaAdapterForConditionalGeneration"],
         }
-        for name, content in ((ADAPTER_CONFIG_NAME, self.to_dict()), ("config.json", stub)):
-            temporary = directory / f".{name}.tmp"
-            temporary.write_text(json.dumps(content, indent=2) + "\n")
-            temporary.replace(directory / name)
+        ours = {**self.to_dict(), **_processor_of(directory)}
+        for name, content in ((ADAPTER_CONFIG_NAME, ours), ("config.json", stub)):
+            write_atomically(directory / name, json.dumps(content, indent=2) + "\n")
 
     @classmethod
     def get_config_dict(
@@ -148,7 +149,7 @@ def read_adapter_config(directory: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path} has format version {shown(version)}, this package reads {FORMAT_VERSION}"
         )
-    unknown = sorted(set(content) - {*_FIELDS, "model_type", "format_version"})
+    unknown = sorted(set(content) - {*_FIELDS, _PROCESSOR, "model_type", "format_version"})
     if unknown:
         raise CheckpointError(f"{path} has unknown keys {shown(unknown)}")
     # every key is written, so one that is not there is damage and no default
@@ -166,6 +167,17 @@ def read_adapter_config(directory: Path) -> dict[str, Any]:
         if content[name] is not None:
             _check_reference(content[name], where=f"{path}: {name}")
     return content
+
+
+def _processor_of(directory: Path) -> dict[str, Any]:
+    """The record of the processor that lies in a directory already, which stays there."""
+    if not (directory / ADAPTER_CONFIG_NAME).is_file():
+        return {}
+    try:
+        content = read_json_object(directory / ADAPTER_CONFIG_NAME, error=CheckpointError)
+    except CheckpointError:  # what is damaged is replaced
+        return {}
+    return {_PROCESSOR: content[_PROCESSOR]} if _PROCESSOR in content else {}
 
 
 def _refuse_missing(content: Mapping[str, Any], keys: Iterable[str], *, where: str) -> None:

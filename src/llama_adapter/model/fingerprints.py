@@ -12,13 +12,13 @@ import hashlib
 import json
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from llama_adapter.config import shown
+from llama_adapter.config import differing, shown
 from llama_adapter.errors import CheckpointError
 from llama_adapter.model.offloading import numbers_at_hand
 
@@ -138,15 +138,6 @@ def settings_of(config: Any) -> dict[str, Any]:
     if rotation.get("rope_type", "default") in _FREE_CONTEXT:
         kept.pop(_CONTEXT, None)
     return kept
-
-
-def differing(found: Any, expected: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Settings that both have, with other values: releases of transformers add and drop some."""
-    if isinstance(found, dict) and isinstance(expected, dict):
-        for key in sorted(found.keys() & expected.keys()):
-            yield from differing(found[key], expected[key], f"{name}.{key}" if name else key)
-    elif found != expected:
-        yield name, found, expected
 
 
 def check_settings(

@@ -17,6 +17,7 @@ from llama_adapter.conversation import Conversation, ImageRef
 from llama_adapter.errors import CheckpointError, ConfigError, LlamaAdapterError, PromptError
 from llama_adapter.files import read_json_object, write_atomically
 from llama_adapter.pretrained import explain, load_pretrained
+from llama_adapter.processing import agreement
 from llama_adapter.processing.encoding import IGNORED, Encoded, Side, encode, opening_ids, pad
 from llama_adapter.processing.image_processors import image_processor_from, pixel_values
 from llama_adapter.processing.prompts import (
@@ -387,6 +388,7 @@ class LlamaAdapterProcessor(ProcessorMixin):
         self.tokenizer.save_pretrained(directory)
         path = directory / PROCESSOR_FILE
         write_atomically(path, json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n")
+        agreement.record(directory, self.to_dict())
         return [str(path)]
 
     @classmethod
@@ -399,6 +401,7 @@ class LlamaAdapterProcessor(ProcessorMixin):
         kwargs.pop("trust_remote_code", None)  # Auto classes hand theirs on
         stored = read_json_object(_stored_file(where, **kwargs), error=CheckpointError)
         options = _options(stored, where=where)
+        agreement.check_agreement(Path(where), stored)
         tokenizer = load_pretrained(AutoTokenizer, where, what="tokenizer of", **kwargs)
         settings = stored["image_processor"]
         images = None if settings is None else image_processor_from(settings, where=where)

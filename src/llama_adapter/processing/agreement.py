@@ -1,0 +1,83 @@
+"""Whether a processor is the one that the adapter beside it was trained with.
+
+What both files of a directory say must be the same. What only the processor knows (template,
+placeholder, how images are scaled and normalised, the tokenizer) is recorded in
+`adapter_config.json` when the two are saved together; directories of version 0.1 have no record.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from llama_adapter.config import differing, shown
+from llama_adapter.errors import CheckpointError
+from llama_adapter.files import read_json, read_json_object, write_atomically
+
+_ADAPTER_CONFIG = "adapter_config.json"
+_TOKENIZER = "tokenizer.json"
+_RECORD = "processor"
+
+
+def record(directory: Path, stored: Mapping[str, Any]) -> None:
+    """Note in the adapter's config, where there is one, which processor stands beside it."""
+    content = _adapter_config(directory)
+    if content is None:
+        return
+    content[_RECORD] = {"settings": _plain(stored), "tokenizer": _tokenizer(directory)}
+    write_atomically(directory / _ADAPTER_CONFIG, json.dumps(content, indent=2) + "\n")
+
+
+def check_agreement(directory: Path, stored: Mapping[str, Any]) -> None:
+    """CheckpointError where the adapter in a directory was trained with another processor."""
+    content = _adapter_config(directory)
+    if content is None:
+        return
+    semantics = content.get("adapter")
+    if isinstance(semantics, dict) and semantics.get("fusion") != "none":
+        for name in ("channel_order", "visual_scope"):
+            if name in semantics and semantics[name] != stored.get(name):
+                _refuse(directory, name, stored.get(name), semantics[name])
+    known = content.get(_RECORD)
+    if known is None:
+        return
+    if not isinstance(known, dict) or known.keys() != {"settings", "tokenizer"}:
+        raise CheckpointError(f"{directory / _ADAPTER_CONFIG}: {_RECORD} is damaged")
+    for name, found, expected in differing(_plain(stored), known["settings"]):
+        _refuse(directory, name, found, expected)
+    if known["tokenizer"] != _tokenizer(directory):
+        raise CheckpointError(
+            f"{directory}: {_TOKENIZER} is not the one that the adapter was saved with"
+        )
+
+
+def _refuse(directory: Path, name: str, found: Any, expected: Any) -> None:
+    raise CheckpointError(
+        f"{directory}: the processor has {name} {shown(found)}, but the adapter was trained with "
+        f"{shown(expected)}"
+    )
+
+
+def _adapter_config(directory: Path) -> dict[str, Any] | None:
+    path = directory / _ADAPTER_CONFIG
+    if not path.is_file():
+        return None
+    content = read_json_object(path, error=CheckpointError)
+    return content if content.get("model_type") == "llama_adapter" else None
+
+
+def _plain(stored: Mapping[str, Any]) -> dict[str, Any]:
+    plain: dict[str, Any] = json.loads(json.dumps(stored))
+    return plain
+
+
+def _tokenizer(directory: Path) -> str | None:
+    """A checksum of what `tokenizer.json` says, however it is laid out."""
+    path = directory / _TOKENIZER
+    if not path.is_file():
+        return None
+    content = json.dumps(read_json(path, error=CheckpointError), sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()
