@@ -311,6 +311,19 @@ def test_images_outside_the_folder_are_refused(tmp_path: Path, name: str) -> Non
         assert sample.conversation.images
 
 
+def test_a_snapshot_of_the_hub_is_read(tmp_path: Path) -> None:
+    """Its files are links to the `blobs` beside the snapshots."""
+    [name] = write_pictures(tmp_path / "datasets--x" / "blobs", 1)
+    folder = tmp_path / "datasets--x" / "snapshots" / "0ab1" / "images"
+    folder.mkdir(parents=True)
+    (folder / "a.png").symlink_to(f"../../../blobs/{name}")
+    (folder / "b.png").symlink_to(tmp_path / "one.jsonl")
+    record = {"image": "a.png", "conversations": TALK}
+    assert shown(only(tmp_path, "llava", record, images=folder)) == [["a.png"], []]
+    record = {"image": "b.png", "conversations": TALK}
+    assert "is outside" in refusal(lambda: only(tmp_path, "llava", record, images=folder))
+
+
 @pytest.mark.parametrize("type_", ["coco_captions", "pairs"])
 def test_captions_of_images_outside_are_refused(tmp_path: Path, type_: str) -> None:
     write_pictures(tmp_path, 1)

@@ -101,8 +101,10 @@ def test_a_report_shows_what_it_finds_and_names_what_it_does_not(
         "x" * 5000,
         "\x00",
         "pipe.png",
+        "link.png",
     ]
     (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "link.png").symlink_to(tmp_path / "secret.png")
     Image.new("RGB", (8, 8)).save(tmp_path / "data" / "in.png")
     os.mkfifo(tmp_path / "data" / "pipe.png")
     lines = [{**ours("vqa", [(str(n), "a")])[0], "images": [x]} for n, x in enumerate(names)]
@@ -113,7 +115,7 @@ def test_a_report_shows_what_it_finds_and_names_what_it_does_not(
         write(f"runs/{run}/manifest.json", manifest)
     folders = MediaFolders([tmp_path / "data"])
     found = [folders.find(name, suffixes=IMAGE_SUFFIXES) is not None for name in names]
-    assert found == [True, False, False, False, False, False]
+    assert found == [True, *[False] * 6]
     assert write_report(find_runs([tmp_path / "runs"], resamples=0), tmp_path / "report")
 
 

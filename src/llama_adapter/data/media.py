@@ -7,7 +7,7 @@ import os
 import re
 import stat
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,8 @@ class MediaFolder:
         self.outside = outside
         folder = path or Path()
         # the folder's own name too: an absolute path may hold either
-        self._roots = (str(folder.absolute()), str(folder.resolve()))
+        self._roots = (folder.absolute(), folder.resolve())
+        self._reached = () if path is None else reached_from(path)
 
     def image(self, name: Any) -> ImageRef:
         """An image by its name in the folder; DataError if it is not there."""
@@ -81,17 +82,15 @@ class MediaFolder:
                     raise
                 if not stat.S_ISREG(mode):
                     continue
-                if not self.outside and not _is_below(os.path.realpath(path), self._roots[1]):
+                if not self.outside and not leads_into(path, self._reached):
                     raise self._outside(name, what)
                 yield path
 
     def _leaves(self, spelling: str) -> bool:
         if _WINDOWS_ROOT.match(spelling):
             return True
-        return not any(
-            _is_below(os.path.normpath(os.path.join(root, spelling)), root)  # noqa: PTH118
-            for root in self._roots
-        )
+        wanted = (Path(os.path.normpath(root / spelling)) for root in self._roots)
+        return not any(root in path.parents for root, path in zip(self._roots, wanted, strict=True))
 
     def _outside(self, name: str, what: str) -> DataError:
         return DataError(
@@ -100,8 +99,22 @@ class MediaFolder:
         )
 
 
-def _is_below(path: str, root: str) -> bool:
-    return path.startswith(root.rstrip(os.sep) + os.sep)
+def reached_from(folder: Path) -> tuple[Path, ...]:
+    """Where links in a folder may lead: into it.
+
+    A snapshot of the Hugging Face hub is made of links to the `blobs` beside `snapshots`.
+    """
+    root = folder.resolve()
+    for inner in (root, *root.parents):
+        if inner.parent.name == "snapshots" and (inner.parents[1] / "blobs").is_dir():
+            return root, inner.parents[1] / "blobs"
+    return (root,)
+
+
+def leads_into(path: Path, roots: Iterable[Path]) -> bool:
+    """Whether a file is below one of the folders, all links followed."""
+    parents = path.resolve().parents
+    return any(root in parents for root in roots)
 
 
 def _spellings(name: str) -> Iterator[str]:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 
+from llama_adapter.data.media import leads_into, reached_from
 from llama_adapter.errors import EvaluationError
 from llama_adapter.evaluation.jsonfiles import read_text
 from llama_adapter.evaluation.records import Record
@@ -42,7 +43,7 @@ class MediaFolders:
         """The file of that name, with any of the suffixes where the name has none that is."""
         for root in self.roots:
             path = root / name
-            if is_there(path) and path.is_file() and root in path.resolve().parents:
+            if is_there(path) and path.is_file() and leads_into(path, reached_from(root)):
                 return path
         wanted = PurePosixPath(name.replace("\\", "/"))
         stem = wanted.stem if wanted.suffix.lower() in suffixes else wanted.name
@@ -53,7 +54,8 @@ class MediaFolders:
             for path in self._by_stem.get(stem, ())
             if path.suffix.lower() in suffixes and folders.issubset(path.parts) and path.is_file()
         ]
-        return found[0] if found else None
+        reached = [folder for root in self.roots for folder in reached_from(root)]
+        return next((path for path in found if leads_into(path, reached)), None)
 
     @cached_property
     def _by_stem(self) -> dict[str, list[Path]]:
