@@ -9,13 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import OPTConfig, OPTForCausalLM
 
 from llama_adapter import LlamaAdapterProcessor
-from llama_adapter.errors import CheckpointError, ConfigError, DataError
+from llama_adapter.errors import CheckpointError, ConfigError, DataError, LlamaAdapterError
 from llama_adapter.toyworld.shipped import DECODER, SLOT_TEXT, VISION, toy_processor
 from llama_adapter.toyworld.sources import SOURCES_WITH_MINIATURES
 from llama_adapter.training.build import load_processor
 from llama_adapter.training.checking import CheckReport, check_recipe
+from llama_adapter.training.launch import train
 from llama_adapter.training.recipe import Recipe, load_recipe, parse_recipe
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
@@ -161,3 +163,105 @@ def test_a_start_that_is_not_there(tmp_path: Path) -> None:
     recipe = recipe_of(path, adapter={"start": str(tmp_path / "absent")}, prompt={})
     with pytest.raises(CheckpointError, match=r"adapter.start: .*absent is no adapter directory"):
         load_processor(recipe)
+
+
+def refused_alike(recipe: Recipe, message: str, **options: Any) -> None:
+    """Checking and training refuse it with the same words; training leaves lengths at most."""
+    report = check_recipe(recipe, load_processor(recipe), types=SOURCES_WITH_MINIATURES, **options)
+    with pytest.raises(DataError, match=message):
+        report.refuse()
+    with pytest.raises(LlamaAdapterError, match=message):
+        train(recipe, types=SOURCES_WITH_MINIATURES, **options)
+    assert {path.name for path in recipe.out.glob("*")} <= {"cache"}
+
+
+class Captions:
+    metrics = ("cider",)
+
+    def __call__(self, captions: Any, references: Any) -> dict[str, float]:
+        return {"cider": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"base": {"model": DECODER, "attention": "flash_attention_2"}},
+            "cannot build the base .*[Ff]lash",
+        ),
+        (
+            {"evaluation": {"best": "alpaca.cidr"}},
+            "evaluation.best names 'alpaca.cidr', but the scores are alpaca.perplexity$",
+        ),
+        ({"lora": {"rank": 2, "targets": ["nothing"]}}, "lora.targets"),
+        (
+            {"base": {"model": DECODER, "quantization": "nf4", "random_weights": True}},
+            "base.random_weights and base.quantization exclude each other",
+        ),
+        (
+            {"instructions": {"rows": 2**17, "row_length": 2**22, "sources": [{}]}},
+            "the recipe cannot fit: .* GiB, this machine has",
+        ),
+    ],
+)
+def test_checking_finds_what_training_refuses(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    if "lora" in changes:
+        pytest.importorskip("peft")
+    path = write(tmp_path / "a.jsonl", [GOOD] * 30)
+    source = {"type": "alpaca", "path": str(path), "held_out": 4}
+    if "instructions" in changes:
+        changes = {"instructions": {**changes["instructions"], "sources": [source]}}
+    recipe = recipe_of(path, out=str(tmp_path / "run"), **changes)
+    refused_alike(recipe, message, score_captions=Captions())
+
+
+def test_a_metric_of_captions_is_known_before_the_first_evaluation(tmp_path: Path) -> None:
+    source = {"type": "miniature_captions", "count": 40, "held_out": 4}
+    recipe = recipe_of(
+        write(tmp_path / "a.jsonl", [GOOD] * 30),
+        out=str(tmp_path / "run"),
+        captions={"rows": 2, "row_length": 256, "sources": [source]},
+        evaluation={"best": "miniature_captions.cidr"},
+    )
+    message = "the scores are miniature_captions.perplexity, miniature_captions.cider$"
+    refused_alike(recipe, message, score_captions=Captions())
+
+
+def small_base(folder: Path, tokenizer: Any, **changes: Any) -> Path:
+    """An OPT of 64 learned positions, with a tokenizer beside it."""
+    torch.manual_seed(0)
+    values = {"vocab_size": len(tokenizer), "max_position_embeddings": 64, "hidden_size": 8}
+    values |= {"word_embed_proj_dim": 8, "ffn_dim": 8, "num_hidden_layers": 2}
+    special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    OPTForCausalLM(
+        OPTConfig(**{**values, **special, "num_attention_heads": 2, **changes})
+    ).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_tokens_and_positions_that_the_base_does_not_have(
+    tmp_path: Path, toy_tokenizer: Any
+) -> None:
+    long = {**GOOD, "output": "the star is red. " * 40}
+    path = write(tmp_path / "a.jsonl", [GOOD] * 29 + [long])
+    common: dict[str, Any] = {
+        "out": str(tmp_path / "run"),
+        "vision": None,
+        "adapter": {"preset": "v1"},
+        "prompt": {"template": "toy"},
+        "data": {"padding": "padded", "workers": 0},
+    }
+    base = small_base(tmp_path / "base", toy_tokenizer)
+    recipe = recipe_of(path, base={"model": str(base)}, **common)
+    refused_alike(recipe, "a sample of 2.. tokens, but the base has embeddings of 64 positions")
+    short = recipe_of(write(tmp_path / "b.jsonl", [GOOD] * 30), base={"model": str(base)}, **common)
+    check_recipe(short, load_processor(short)).refuse()
+    train(short.model_copy(update={"steps": 1, "out": tmp_path / "short"}))
+
+    rows = len(toy_tokenizer) - 8
+    base = small_base(tmp_path / "narrow", toy_tokenizer, vocab_size=rows)
+    recipe = recipe_of(path, base={"model": str(base)}, **common)
+    refused_alike(recipe, f"number {len(toy_tokenizer) - 1}, but the base has embeddings of {rows}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,11 +11,13 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from llama_adapter.config import AdapterConfig
 from llama_adapter.errors import CheckpointError, ConfigError
 from llama_adapter.model import LlamaAdapterConfig, LlamaAdapterForConditionalGeneration
+from llama_adapter.model.configuration import read_adapter_config
 from llama_adapter.model.persistence import LORA_FOLDER
 from llama_adapter.model.references import load_language_model, load_vision, locate
-from llama_adapter.pretrained import load_pretrained
+from llama_adapter.pretrained import explain, load_pretrained
 from llama_adapter.processing.image_processors import load_image_processor
 from llama_adapter.processing.processor import LlamaAdapterProcessor
 from llama_adapter.training.distributed import decoder_layers
@@ -67,26 +69,28 @@ def _check_slots(recipe: Recipe, tokenizer: Any, length: int) -> None:
         )
 
 
+META = torch.device("meta")
+"""Models are built there without their weights, for what their shapes alone tell."""
+
+
 def build(recipe: Recipe, *, device: torch.device, on_device: bool = True) -> Built:
     """The model of a recipe, in training mode.
 
-    With `on_device` false an unquantised base stays on the CPU, from where sharding takes it.
+    With `on_device` false an unquantised base stays on the CPU, from where sharding takes it. On
+    the device `META` nothing is read but configs.
     Raises ConfigError for settings that the base cannot carry, such as more layers than it has.
     """
     base = _language_model(recipe, device=device, on_device=on_device)
     vision = None if recipe.vision is None else _vision(recipe, device)
     lora = _lora(recipe, base)
     start = recipe.adapter.start
-    if start is not None:
+    if start is not None and device != META:
         model = LlamaAdapterForConditionalGeneration.from_pretrained(
             start, language_model=base, vision=vision
         )
     else:
         model = LlamaAdapterForConditionalGeneration.from_base(
-            base,
-            vision,
-            LlamaAdapterConfig(adapter=recipe.adapter.semantics()),
-            seed=recipe.seed,
+            base, vision, LlamaAdapterConfig(adapter=_semantics(recipe)), seed=recipe.seed
         )
     if lora is not None:
         for factor in lora.named_parameters().values():
@@ -101,6 +105,15 @@ def build(recipe: Recipe, *, device: torch.device, on_device: bool = True) -> Bu
         for layer in decoder_layers(model):
             layer.compile()
     return Built(model=model, lora=lora)
+
+
+def _semantics(recipe: Recipe) -> AdapterConfig:
+    start = recipe.adapter.start
+    if start is None:
+        return recipe.adapter.semantics()
+    config = LlamaAdapterConfig.from_dict(read_adapter_config(start))
+    assert isinstance(config, LlamaAdapterConfig)
+    return config.adapter_config
 
 
 def _lora(recipe: Recipe, base: PreTrainedModel) -> Lora | None:
@@ -118,9 +131,7 @@ def _language_model(recipe: Recipe, *, device: torch.device, on_device: bool) ->
         # the CPU's fused attention is several times slower in half types, backwards
         attention = "eager"
     dtype = section.dtype if section.dtype == "auto" else getattr(torch, section.dtype)
-    if section.random_weights:
-        if section.quantization != "none":
-            raise ConfigError("base.random_weights and base.quantization exclude each other")
+    if section.random_weights or device == META:
         return _random_decoder(recipe, device if on_device else torch.device("cpu"), attention)
     quantization: dict[str, Any] = {}
     if section.quantization != "none":
@@ -153,18 +164,23 @@ def _random_decoder(recipe: Recipe, device: torch.device, attention: str | None)
     options: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
     if recipe.base.dtype != "auto":
         options["dtype"] = getattr(torch, recipe.base.dtype)
-    with _seeded(recipe.seed), device:
-        model = AutoModelForCausalLM.from_config(config, **options)
+    with _seeded(recipe.seed, device), device:
+        try:
+            model = AutoModelForCausalLM.from_config(config, **options)
+        except (ImportError, ValueError) as error:  # such as an attention that is not installed
+            raise CheckpointError(
+                f"cannot build the base {recipe.base.model!r}: {explain(error)}"
+            ) from error
     model.config._name_or_path = ""
     return model.eval()
 
 
 def _vision(recipe: Recipe, device: torch.device) -> nn.Module:
     assert recipe.vision is not None
-    if not recipe.vision.random_weights:
+    if not recipe.vision.random_weights and device != META:
         return load_vision(recipe.vision.model, device=device)
     config = read_config(recipe.vision.model, "vision tower")
-    with _seeded(recipe.seed):
+    with _seeded(recipe.seed, device), META if device == META else nullcontext():
         model = AutoModel.from_config(config)
     model.config._name_or_path = ""
     return model.to(device)
@@ -176,7 +192,7 @@ def read_config(name: str, what: str) -> Any:
 
 
 @contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    with torch.random.fork_rng():
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield

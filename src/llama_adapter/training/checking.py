@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 
 from llama_adapter.data import (
     SOURCES,
@@ -18,13 +20,17 @@ from llama_adapter.data import (
 from llama_adapter.errors import DataError, LlamaAdapterError
 from llama_adapter.processing.encoding import IGNORED, Encoded
 from llama_adapter.processing.processor import LlamaAdapterProcessor
-from llama_adapter.training.machine import missing_here
+from llama_adapter.training.build import build
+from llama_adapter.training.held_out import CaptionScorer
 from llama_adapter.training.recipe import Recipe, SourceTypes, StreamSection
 from llama_adapter.training.sizes import Sizes, sizes_of
+from llama_adapter.training.startup import check_positions, faults_of
 from llama_adapter.training.streams import choose_held_out, encoder_of
 
 READ = 200
 """Samples of each source that are read, pictures too."""
+SMALL = 1 << 29
+"""Bytes of frozen weights up to which checking reads them."""
 ANSWER_MARKS = ("⟦", "⟧")
 """What stands around answer tokens in the example."""
 _PACKED_FILL = 0.97
@@ -108,8 +114,11 @@ def check_recipe(
     types: SourceTypes = SOURCES,
     samples: int = READ,
     world: int = 1,
+    score_captions: CaptionScorer | None = None,
 ) -> CheckReport:
     """Read some samples of each source, spread over it, and reckon up steps and memory.
+
+    A model that is small is built with its weights, as training would do it.
 
     Nothing is raised for bad data: the report holds every error.
     """
@@ -125,12 +134,15 @@ def check_recipe(
         if all(source.pieces for source in found):
             kinds[kind] = _reckon(recipe, section, found)
     errors = [f"{s.place}: {s.error}" for s in sources if s.error is not None]
-    errors += missing_here(recipe)
     sizes = None
     try:
         sizes = sizes_of(recipe, world=world)
     except LlamaAdapterError as error:
         errors.append(str(error))
+    faults = list(faults_of(recipe, processor, sizes, score_captions=score_captions))
+    errors += map(str, faults)
+    if sizes is not None and not faults:
+        errors += _build_faults(recipe, sizes, sources)
     return CheckReport(
         sources=tuple(sources),
         kinds=kinds,
@@ -139,6 +151,16 @@ def check_recipe(
         errors=tuple(errors),
         warnings=tuple(_warnings(recipe, sources, kinds, sizes)),
     )
+
+
+def _build_faults(recipe: Recipe, sizes: Sizes, sources: list[SourceReport]) -> Iterator[str]:
+    try:
+        for source in sources:
+            check_positions(sizes, source.tokens.get("most", 0), name=source.place)
+        if sizes.frozen_bytes <= SMALL and recipe.base.quantization == "none":
+            build(recipe, device=torch.device("cpu"))
+    except LlamaAdapterError as error:
+        yield str(error)
 
 
 def _check_source(

@@ -27,6 +27,7 @@ from llama_adapter.training.measures import Row
 from llama_adapter.training.recipe import Recipe, SourceTypes
 from llama_adapter.training.run import Outcome, TrainingRun, Watcher
 from llama_adapter.training.run_directory import BROKEN, TRACKED, JsonLines, RunDirectory
+from llama_adapter.training.startup import check_positions, refuse_at_start
 from llama_adapter.training.streams import RecipeData, open_data
 
 
@@ -50,6 +51,12 @@ def train(
         meeting = Rendezvous(accelerator.device)
         on_rank_0(meeting, lambda: _take_directory(recipe, held, watcher, resume=resume))
         processor = load_processor(recipe)
+        sizes = refuse_at_start(
+            recipe,
+            processor,
+            score_captions=score_captions,
+            world=accelerator.num_processes,
+        )
         with accelerator.main_process_first():  # it leaves the samples' lengths for the others
             data = open_data(
                 recipe,
@@ -60,6 +67,9 @@ def train(
                 pin_memory=accelerator.device.type == "cuda",
                 opened=watcher.stage if accelerator.is_main_process else None,
             )
+        for part in (part for stream in data.streams.values() for part in stream.parts):
+            longest = int(part.pieces.column("tokens").max(initial=0))
+            check_positions(sizes, longest, name=part.source.name)
         with _closing(data):
             sharded = is_sharded(recipe.compute.strategy, accelerator)
             built = build(recipe, device=accelerator.device, on_device=not sharded)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from llama_adapter.errors import ConfigError, LlamaAdapterError, MissingDependencyError
+from llama_adapter.errors import ConfigError, MissingDependencyError
 
 if TYPE_CHECKING:
     from llama_adapter.training.recipe import Recipe
@@ -44,15 +44,17 @@ def require_tracker(recipe: Recipe) -> None:
         )
 
 
-def missing_here(recipe: Recipe) -> list[str]:
-    """Why the recipe cannot be trained on this machine, a line for each reason."""
-    reasons = []
-    for require in (wants_cpu, require_tracker):
-        try:
-            require(recipe)
-        except LlamaAdapterError as error:
-            reasons.append(str(error))
-    return reasons
+def require_quantizer(recipe: Recipe) -> None:
+    """MissingDependencyError where the recipe's quantization is not installed."""
+    quantization = recipe.base.quantization
+    if quantization == "none":
+        return
+    if recipe.base.random_weights:
+        raise ConfigError("base.random_weights and base.quantization exclude each other")
+    if find_spec("bitsandbytes") is None:
+        raise MissingDependencyError(
+            "bitsandbytes", extra="quantization", purpose=f"base.quantization {quantization!r}"
+        )
 
 
 @cache

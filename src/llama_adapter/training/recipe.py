@@ -7,7 +7,7 @@ An unknown or misspelt key is an error with a suggestion. Values may be changed 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
@@ -284,13 +284,22 @@ class Recipe(Section):
 
     def _check_scored(self, best: str | None) -> None:
         """Now, not hours later when held-out samples are scored for the first time."""
-        types = [s.type for part in self.streams.values() for s in part.sources if s.held_out]
-        if not types:
+        names = self.held_out_kinds
+        if not names:
             raise ValueError("evaluation needs samples to score: set held_out of a source")
-        names = [f"{t}-{types[:i].count(t) + 1}".removesuffix("-1") for i, t in enumerate(types)]
         if best is not None and best.rpartition(".")[0] not in names:
             known = ", ".join(f"{name}.perplexity" for name in names)
             raise ValueError(f"evaluation.best names {best!r}, but the scores are {known}, ...")
+
+    @property
+    def held_out_kinds(self) -> dict[str, Kind]:
+        """The kinds of held-out samples, by the names under which they are scored."""
+        names: dict[str, Kind] = {}
+        for kind, section in self.streams.items():
+            for source in section.sources:
+                if source.held_out:
+                    names[free_name(source.type, names)] = kind
+        return names
 
     @property
     def streams(self) -> dict[Kind, StreamSection]:
@@ -302,6 +311,14 @@ class Recipe(Section):
     def to_yaml(self) -> str:
         """The resolved recipe, every default written out; reads back as the same recipe."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def free_name(type_: str, taken: Collection[str]) -> str:
+    """The name of a source's scores: its type, or `type-2` where that is taken."""
+    number = 1
+    while (name := type_ if number == 1 else f"{type_}-{number}") in taken:
+        number += 1
+    return name
 
 
 def load_recipe(

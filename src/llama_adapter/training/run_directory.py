@@ -118,7 +118,7 @@ class RunDirectory:
             try:
                 yield is_locked
             finally:
-                if absent and not (self.path / RECIPE).exists():
+                if not (self.path / RECIPE).exists():
                     self._leave(absent)
 
     def begin(self, recipe: Recipe) -> None:

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import chain
 from typing import Any
 
-import torch
-from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM
+from torch import Tensor, nn
 
-from llama_adapter.errors import CheckpointError
-from llama_adapter.model import LlamaAdapterConfig, LlamaAdapterForConditionalGeneration
-from llama_adapter.training.build import read_config
+from llama_adapter.training.build import META, build
 from llama_adapter.training.recipe import Recipe
 
 _BYTES = {"float32": 4.0, "float16": 2.0, "bfloat16": 2.0}
 _QUANTISED_BYTES = {"nf4": 0.53, "int8": 1.0}
+_TABLES = re.compile(r"(^|\.)(wpe|embed_positions|position_embeddings?|pos_embeddings?)(\.|$)")
+"""What decoders call their embeddings of positions, learned or computed once."""
 _TRAINED_BYTES = 16
 """Of a trained number: itself, its gradient and two moments of AdamW, in float32."""
 
@@ -31,10 +32,15 @@ class Sizes:
     layers: int
     context: int | None
     """Positions that the base knows, where its config says."""
+    positions: int | None
+    """Rows of the base's table of positions; None: it computes them, and fails beyond none."""
+    embedding_rows: int
     frozen_bytes: int
     trained_bytes: int
     activation_bytes: int
     """A rough figure: what the backward pass keeps of a micro-batch."""
+    least_activation_bytes: int
+    """Of them what no setting saves: the input of the first layer."""
     logit_bytes: int
     """If every place of the rows were scored; packed rows score half of theirs or more."""
 
@@ -50,22 +56,20 @@ class Sizes:
 def sizes_of(recipe: Recipe, *, world: int = 1) -> Sizes:
     """Build the recipe's model without numbers, and count.
 
-    Raises ConfigError where the base has too few layers for the recipe, and CheckpointError where
-    a config cannot be read.
+    Raises what `build` does, for all that needs no weights.
     """
-    with torch.device("meta"):
-        base = AutoModelForCausalLM.from_config(read_config(recipe.base.model, "base"))
-        vision = None
-        if recipe.vision is not None:
-            vision = AutoModel.from_config(read_config(recipe.vision.model, "vision tower"))
-        base_count = _count(base)
-        semantics = _semantics(recipe)
-        model = LlamaAdapterForConditionalGeneration.from_base(base, vision, semantics)
-    vision_count = 0 if model.vision is None else _count(model.vision)
+    built = build(recipe, device=META)
+    model, base = built.model, built.model.language_model
     trained = {
         group: sum(p.numel() for p in model.group_parameters(group))
         for group in ("vision", "language")
     }
+    if built.lora is not None:
+        trained["lora"] = sum(p.numel() for p in built.lora.named_parameters().values())
+    learns = {id(p) for _, p in model.adapter.named_parameters()}
+    learns |= {id(p) for p in (built.lora.named_parameters().values() if built.lora else ())}
+    base_count = sum(p.numel() for p in base.parameters() if id(p) not in learns)
+    vision_count = 0 if model.vision is None else _count(model.vision)
     text = base.config.get_text_config()
     per_number = _base_bytes(recipe, text)
     rows = max(-(-section.rows // world) for section in recipe.streams.values())
@@ -77,6 +81,8 @@ def sizes_of(recipe: Recipe, *, world: int = 1) -> Sizes:
         trained_parameters=trained,
         layers=text.num_hidden_layers,
         context=getattr(text, "max_position_embeddings", None),
+        positions=_positions(base, text),
+        embedding_rows=base.get_input_embeddings().weight.shape[0],
         frozen_bytes=int(base_count * per_number + vision_count * 4),
         trained_bytes=_TRAINED_BYTES * sum(trained.values()),
         activation_bytes=_activations(
@@ -85,6 +91,11 @@ def sizes_of(recipe: Recipe, *, world: int = 1) -> Sizes:
             width=2 if half else 4,
             checkpointing=recipe.compute.gradient_checkpointing,
         ),
+        # rows that are not packed may be short
+        least_activation_bytes=rows
+        * (8 if recipe.data.padding == "padded" else length)
+        * text.hidden_size
+        * 2,
         # the logits, their float32 form, its softmax and the gradient
         logit_bytes=rows * length * text.vocab_size * (2 + 12 if half else 16),
     )
@@ -108,16 +119,14 @@ def _base_bytes(recipe: Recipe, text: Any) -> float:
     return _BYTES.get(name, 4.0)
 
 
-def _semantics(recipe: Recipe) -> LlamaAdapterConfig:
-    start = recipe.adapter.start
-    if start is None:
-        return LlamaAdapterConfig(adapter=recipe.adapter.semantics())
-    try:
-        config = LlamaAdapterConfig.from_pretrained(start)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"adapter.start: cannot read {start}: {error}") from error
-    return LlamaAdapterConfig(adapter=config.adapter_config)
-
-
 def _count(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
+
+
+def _positions(base: nn.Module, text: Any) -> int | None:
+    """How many positions a base has whose positions are a table, in a layer or a buffer."""
+    tables: Iterator[tuple[str, Tensor]] = chain(base.named_parameters(), base.named_buffers())
+    found = [table.shape[0] for name, table in tables if _TABLES.search(name) and table.ndim == 2]
+    known = getattr(text, "max_position_embeddings", None)
+    # some tables have rows beside those of positions, such as OPT's for padding
+    return min([*found, *([known] if isinstance(known, int) else [])]) if found else None

@@ -21,7 +21,13 @@ from llama_adapter.data import (
 )
 from llama_adapter.errors import DataError
 from llama_adapter.processing.processor import LlamaAdapterProcessor
-from llama_adapter.training.recipe import Recipe, SourceSection, SourceTypes, StreamSection
+from llama_adapter.training.recipe import (
+    Recipe,
+    SourceSection,
+    SourceTypes,
+    StreamSection,
+    free_name,
+)
 
 Opened = Callable[[str, int], Callable[[int], None]]
 """Called with a source's name and its number of samples; what it returns, with samples done."""
@@ -80,7 +86,7 @@ def open_data(
             part = _open_part(recipe, described, kind, encoder, types=types, opened=opened)
             parts.append(part)
             if described.held_out:
-                held_out[_free_name(described.type, held_out)] = _held_out(part, kind)
+                held_out[free_name(described.type, held_out)] = _held_out(part, kind)
         streams[kind] = BatchStream(
             kind,
             parts,
@@ -167,10 +173,3 @@ def _held_out(part: Part, kind: Kind) -> HeldOut:
         indices=sound,
         groups=None if groups is None else groups[sound],
     )
-
-
-def _free_name(type_: str, taken: Mapping[str, HeldOut]) -> str:
-    number = 1
-    while (name := type_ if number == 1 else f"{type_}-{number}") in taken:
-        number += 1
-    return name
