@@ -44,3 +44,13 @@ def test_another_runs_checkpoint_is_refused(tmp_path):
     one.save(tmp_path / "checkpoint.pt")
     with pytest.raises(CheckpointError, match="this one is"):
         Shipment(settings(steps=5)).load(tmp_path / "checkpoint.pt")
+
+
+def test_a_damaged_checkpoint_is_refused(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    shipment = Shipment(settings())
+    torch.save({"settings": 1}, path)
+    for content in (path.read_bytes(), b"", b"PK"):
+        path.write_bytes(content)
+        with pytest.raises(CheckpointError, match=r"checkpoint\.pt is"):
+            shipment.load(path)

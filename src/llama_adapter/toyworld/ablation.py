@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from llama_adapter.config import AdapterConfig
 from llama_adapter.errors import ConfigError
+from llama_adapter.files import atomic_file, read_json_object, write_atomically
 from llama_adapter.model.references import fingerprint
 from llama_adapter.toyworld.course import Course, run_course
 from llama_adapter.toyworld.demo import TEST_SEED, Stage, shipped_captions
@@ -31,6 +32,8 @@ from llama_adapter.toyworld.recipes import ABLATION_COURSE
 from llama_adapter.toyworld.scenes import Split
 from llama_adapter.toyworld.shipped import load_decoder, load_tower
 
+MOST = 1_000_000
+"""Of anything that is counted; an ablation of so much would take years."""
 SHOWN = ("C1", "C2", "C3", "C3key", "C4", "C5shuffledkey", "C6")
 
 
@@ -72,6 +75,13 @@ class AblationSettings:
     questions: int = 440
     only: tuple[str, ...] = ()
     """Names of the variants to run; empty: all."""
+
+    def __post_init__(self) -> None:
+        counts = {"seeds": len(self.seeds)}
+        counts |= {n: getattr(self, n) for n in ("steps", "pictures", "test_pictures", "questions")}
+        for name, count in counts.items():
+            if not 1 <= count <= MOST:
+                raise ConfigError(f"{name} must be from 1 to {MOST}, got {count}")
 
     def chosen(self) -> dict[str, Course]:
         """The courses to run; ConfigError for an unknown variant."""
@@ -156,15 +166,21 @@ def _run(
 def _finished(path: Path, key: Mapping[str, Any]) -> dict[str, Any] | None:
     if not path.is_file():
         return None
-    row: dict[str, Any] = json.loads(path.read_text())
-    return row if all(row.get(name) == value for name, value in key.items()) else None
+    try:
+        row = read_json_object(path, error=ConfigError)
+    except ConfigError:  # damaged: it runs again
+        return None
+    is_same = all(row.get(name) == value for name, value in key.items())
+    return row if is_same and all(_is_measured(row[n]) for n in SHOWN if n in row) else None
+
+
+def _is_measured(claim: Any) -> bool:
+    return isinstance(claim, dict) and isinstance(claim.get("value"), int | float)
 
 
 def _write(path: Path, row: Mapping[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(row, indent=2) + "\n")
-    temporary.replace(path)
+    write_atomically(path, json.dumps(row, indent=2) + "\n")
 
 
 def table(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
@@ -206,7 +222,8 @@ def plot(results: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None
     axes.set_ylabel("% right")
     figure.legend(loc="outside upper center", fontsize="small", ncols=5)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    with atomic_file(path) as file:
+        figure.savefig(file, dpi=120, format="png")
 
 
 def write_results(
@@ -225,4 +242,4 @@ def write_results(
         "seeds, and the lowest and highest.\n\n"
         f"{table(results)}\n{claims}\n\n![the same as bars](ablation.png)\n"
     )
-    (docs / "ablation-results.md").write_text(text)
+    write_atomically(docs / "ablation-results.md", text)

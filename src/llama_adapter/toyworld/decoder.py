@@ -33,6 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from llama_adapter.files import atomic_file
 from llama_adapter.toyworld.captions import describe_tasks, passage
 from llama_adapter.toyworld.fairness import unscored_tokens, without_unscored
 from llama_adapter.toyworld.pretraining_text import Document, Piece, course, sample_document
@@ -195,9 +196,8 @@ class DecoderPretraining:
     def save(self, path: Path) -> None:
         """Write a checkpoint; a crash leaves the previous one whole."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        torch.save(self.state_dict(), partial)
-        partial.replace(path)
+        with atomic_file(path) as file:
+            torch.save(self.state_dict(), file)
 
     @classmethod
     def load(cls, path: Path) -> DecoderPretraining:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from llama_adapter.errors import ConfigError
+from llama_adapter.files import write_atomically
 from llama_adapter.model import Group
 from llama_adapter.toyworld.course import Class, run_course
 from llama_adapter.toyworld.exam import Exam, write_captions
@@ -189,9 +190,7 @@ def save_demo(result: DemoResult, out: Path) -> None:
         ("metrics.jsonl", rows),
         ("results.json", json.dumps(result.to_dict(), indent=2) + "\n"),
     ):
-        temporary = out / f".{name}.tmp"
-        temporary.write_text(text)
-        temporary.replace(out / name)
+        write_atomically(out / name, text)
     write_report(result, out / "report.html")
     model, processor = load_shipped("v2")
     shown = show(model, processor, result.test, count=ON_SHEET, seed=TEST_SEED)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import Environment, PackageLoader, select_autoescape
 from PIL import Image
 
+from llama_adapter.files import write_atomically
 from llama_adapter.toyworld.measure import CLAIMS
 from llama_adapter.toyworld.sheet import show
 
@@ -35,9 +36,7 @@ def write_report(result: DemoResult, path: Path) -> None:
         curve=_data_url(_curve(result.school.history.rows)),
         gallery=list(_gallery(result)),
     )
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(page)
-    temporary.replace(path)
+    write_atomically(path, page)
 
 
 def _gallery(result: DemoResult) -> Iterator[dict[str, Any]]:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from llama_adapter.files import atomic_file
 from llama_adapter.generation.chat import ChatSession, GenerationSettings
 from llama_adapter.model import LlamaAdapterForConditionalGeneration
 from llama_adapter.processing.processor import LlamaAdapterProcessor
@@ -87,6 +88,5 @@ def write_sheet(shown: Sequence[Shown], path: Path) -> None:
             x = column / len(shown) + 0.012
             figure.text(x, height, "\n".join(lines), fontsize=9, va="top", color=color)
             height -= 0.036 * len(lines) + (0.02 if text[0] in "“→" else 0.0)
-    temporary = path.with_name(f".{path.name}.tmp")
-    figure.savefig(temporary, dpi=100, format="png")
-    temporary.replace(path)
+    with atomic_file(path) as file:
+        figure.savefig(file, dpi=100, format="png")

@@ -17,7 +17,9 @@ from pathlib import Path
 
 import torch
 
+from llama_adapter.checkpoints.torch_files import read_torch_file
 from llama_adapter.errors import CheckpointError
+from llama_adapter.files import atomic_file, parse_json
 from llama_adapter.toyworld.course import Class
 from llama_adapter.toyworld.exam import Exam, score_captions, write_captions
 from llama_adapter.toyworld.measure import CLAIMS, Measured, measure
@@ -72,19 +74,21 @@ class Shipment:
             "trainer": self.school.trainer.state_dict(),
             "rows": json.dumps(self.school.history.rows),
         }
-        partial = path.with_suffix(".partial")
-        torch.save(state, partial)
-        partial.replace(path)
+        with atomic_file(path) as file:
+            torch.save(state, file)
 
     def load(self, path: Path) -> None:
-        """Go on from a checkpoint; CheckpointError if it is another run's."""
-        state = torch.load(path, weights_only=True)
+        """Go on from a checkpoint; CheckpointError if it is damaged or another run's."""
+        state = read_torch_file(path)
         expected = {"name": self.settings.name, "steps": self.settings.steps}
+        if not isinstance(state, dict) or set(state) != {"settings", "adapter", "trainer", "rows"}:
+            raise CheckpointError(f"{path} is not a checkpoint of this program")
         if state["settings"] != expected:
             raise CheckpointError(f"{path} is of a run {state['settings']}, this one is {expected}")
         self.school.model.adapter.load_state_dict(state["adapter"], source=str(path))
         self.school.trainer.load_state_dict(state["trainer"])
-        self.school.history.rows = json.loads(state["rows"])
+        rows = parse_json(state["rows"], name=f"rows of {path}", error=CheckpointError)
+        self.school.history.rows = rows
 
     def measure(self) -> Measured:
         """The claims on development scenes; captions alone where nothing else was learnt."""
