@@ -34,11 +34,11 @@ from llama_adapter.model.groups import Group
 from llama_adapter.model.last_layer import last_layer_at
 from llama_adapter.model.loss import answer_loss, is_places, logits_at
 from llama_adapter.model.offloading import home_of
-from llama_adapter.model.persistence import AdapterPersistence
 from llama_adapter.model.places import of_this_pass, positions_of
 from llama_adapter.model.quantised import keep_unpacked
 from llama_adapter.model.references import describe_model, load_language_model, load_vision
 from llama_adapter.model.self_check import check_packing
+from llama_adapter.model.trainer_checkpoints import TrainerCheckpoints
 from llama_adapter.model.visual_generation import CACHE, VisualGenerationMixin
 from llama_adapter.model.visual_prompts import (
     VisionTower,
@@ -49,7 +49,7 @@ from llama_adapter.model.visual_prompts import (
 
 
 class LlamaAdapterForConditionalGeneration(
-    AdapterPersistence, VisualGenerationMixin, PreTrainedModel
+    TrainerCheckpoints, VisualGenerationMixin, PreTrainedModel
 ):
     """A frozen text LLM that reads pictures through a small adapter.
 
