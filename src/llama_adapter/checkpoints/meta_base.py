@@ -227,7 +227,7 @@ class MetaBase:
         if stated not in (None, -1) and _integer(params, "vocab_size", path) != vocab:
             raise CheckpointError(
                 f"{self.shards[0]}: tensor {EMBEDDINGS} holds {vocab} tokens, "
-                f"{path.name} says {stated}"
+                f"{path.name} says {stated!r:.80}"
             )
         theta = _number(params, "rope_theta", path, default=10000.0)
         return LlamaConfig(
@@ -369,12 +369,13 @@ def _read_params(path: Path) -> dict[str, Any]:
     for key in params:
         if key not in (*_PARAMS, *_OF_RUNS):
             raise CheckpointError(
-                f"{path}: unknown key {key!r}{did_you_mean(key, _PARAMS)}; "
+                f"{path}: unknown key {key!r:.80}{did_you_mean(key, _PARAMS)}; "
                 f"a LLaMA base has {', '.join(_PARAMS)}"
             )
-    if not isinstance(params.get("use_scaled_rope"), bool | None):
+    scaled = params.get("use_scaled_rope")
+    if not isinstance(scaled, bool | None):
         raise CheckpointError(
-            f"{path}: use_scaled_rope must be true or false, found {params['use_scaled_rope']!r}"
+            f"{path}: use_scaled_rope must be true or false, found {scaled!r:.80}"
         )
     return params
 
@@ -382,7 +383,7 @@ def _read_params(path: Path) -> dict[str, Any]:
 def _integer(params: dict[str, Any], key: str, path: Path) -> int:
     value = params.get(key)
     if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**31:
-        raise CheckpointError(f"{path}: {key} must be a positive integer, found {value!r}")
+        raise CheckpointError(f"{path}: {key} must be a positive integer, found {value!r:.80}")
     return value
 
 
@@ -391,9 +392,9 @@ def _number(params: dict[str, Any], key: str, path: Path, *, default: float) -> 
     value = default if params.get(key) is None else params[key]
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if not is_number or not value > 0:
-        raise CheckpointError(f"{path}: {key} must be a positive number, found {value!r}")
+        raise CheckpointError(f"{path}: {key} must be a positive number, found {value!r:.80}")
     if value > _MOST[key]:
-        raise CheckpointError(f"{path}: {key} is {value!r}, expected at most {_MOST[key]:g}")
+        raise CheckpointError(f"{path}: {key} is {value!r:.80}, expected at most {_MOST[key]:g}")
     return float(value)
 
 
@@ -423,7 +424,7 @@ def _joined_shape(slices: list[Tensor], axis: int | None) -> list[int]:
 
 
 def _layer_index(name: str) -> int:
-    match = re.match(r"layers\.(\d+)\.", name)
+    match = re.match(r"layers\.(\d{1,5})\.", name)
     return int(match[1]) if match else -1
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from llama_adapter.checkpoints.torch_files import (
     INERT,
     check_archive,
+    is_name,
     read_torch_file,
     why_not_float,
 )
@@ -84,7 +85,7 @@ class Released:
     @property
     def num_layers(self) -> int:
         """Layers that the file speaks of."""
-        pattern = re.compile(rf"{re.escape(self.prefix)}layers\.(\d+)\.")
+        pattern = re.compile(rf"{re.escape(self.prefix)}layers\.(\d{{1,5}})\.")
         found = [int(match[1]) for name in self.tensors if (match := pattern.match(name))]
         return 1 + max(found, default=-1)
 
@@ -102,8 +103,8 @@ def read_released(path: Path) -> Released:
     if not isinstance(named, dict):
         raise _unknown(path, f"a {type(named).__name__}")
     for name, value in named.items():
-        if not isinstance(name, str) or not isinstance(value, Tensor):
-            raise _unknown(path, f"{name!r}, which is no tensor")
+        if not is_name(name) or not isinstance(value, Tensor):
+            raise _unknown(path, f"{name!r:.80}, which is no tensor")
     tensors = {name: value.detach().resolve_neg() for name, value in named.items()}
     if tensors and all(name.startswith("module.") for name in tensors):  # DistributedDataParallel
         tensors = {name.removeprefix("module."): value for name, value in tensors.items()}
@@ -192,13 +193,13 @@ def _check_config(
     has_lora = kind is Kind.V2_LORA_BIAS
     if "w_lora" in config and bool(config["w_lora"]) != has_lora:
         raise CheckpointError(
-            f"{path}: config says w_lora {config['w_lora']}, but the file "
+            f"{path}: config says w_lora {config['w_lora']!r:.80}, but the file "
             f"{'has' if has_lora else 'lacks'} LoRA tensors"
         )
     has_bias = any(re.search(r"\.w.\.bias$|\.w._bias$", name) for name in tensors)
     if "w_bias" in config and bool(config["w_bias"]) != has_bias:
         raise CheckpointError(
-            f"{path}: config says w_bias {config['w_bias']}, but the file "
+            f"{path}: config says w_bias {config['w_bias']!r:.80}, but the file "
             f"{'has' if has_bias else 'lacks'} biases"
         )
 

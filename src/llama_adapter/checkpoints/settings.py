@@ -101,7 +101,12 @@ def _multimodal(released: Released, shape: BaseShape, hints: Hints) -> AdapterCo
             f"{released.path}: tensor {PROMPTS} has {rows} rows, expected a multiple of the "
             f"{length} rows of {QUERY} for at most {shape.num_layers} layers"
         )
-    blocks = {int(m[1]) for n in released.tensors if (m := re.match(r"visual_blocks\.(\d+)\.", n))}
+    pattern = re.compile(r"visual_blocks\.(\d{1,5})\.")
+    blocks = {int(match[1]) for name in released.tensors if (match := pattern.match(name))}
+    if max(blocks, default=-1) >= len(blocks):
+        raise CheckpointError(
+            f"{released.path} has visual_blocks.{max(blocks)}, but {len(blocks)} such blocks"
+        )
     values: dict[str, Any] = {
         "prompt_length": length,
         "prompt_layers": rows // length,

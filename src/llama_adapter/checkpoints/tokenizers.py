@@ -13,6 +13,8 @@ from transformers import LlamaTokenizer, PreTrainedTokenizerBase, PreTrainedToke
 from transformers.convert_slow_tokenizer import TikTokenConverter, generate_merges
 
 from llama_adapter.errors import CheckpointError
+from llama_adapter.files import read_bytes
+from llama_adapter.pretrained import explain
 
 FILE_NAME = "tokenizer.model"
 
@@ -32,14 +34,20 @@ def convert_tokenizer(
 
     Raises CheckpointError if the file is neither kind or has more tokens than the base.
     """
-    ranks = _read_tiktoken(path)
-    if ranks is None:
-        tokenizer = _from_sentencepiece(path, context_length)
-    else:
-        if len(ranks) > vocab_size:
-            raise _too_large(path, len(ranks), vocab_size)
-        specials = _llama3_specials(vocab_size - len(ranks), is_later=context_length > 8192)
-        tokenizer = _from_tiktoken(path, ranks, specials, context_length)
+    content = read_bytes(path, error=CheckpointError)
+    ranks = _read_tiktoken(content)
+    try:
+        if ranks is None:
+            tokenizer = _from_sentencepiece(path, content, context_length)
+        else:
+            if len(ranks) > vocab_size:
+                raise _too_large(path, len(ranks), vocab_size)
+            specials = _llama3_specials(vocab_size - len(ranks), is_later=context_length > 8192)
+            tokenizer = _from_tiktoken(path, ranks, specials, context_length)
+    except CheckpointError:
+        raise
+    except Exception as fault:  # odd pieces make the libraries raise whatever they like
+        raise CheckpointError(f"{path} makes no tokenizer: {explain(fault)}") from fault
     if len(tokenizer) > vocab_size:
         raise _too_large(path, len(tokenizer), vocab_size)
     return tokenizer
@@ -49,12 +57,12 @@ def _too_large(path: Path, found: int, expected: int) -> CheckpointError:
     return CheckpointError(f"{path} has {found} tokens, the base has embeddings for {expected}")
 
 
-def _from_sentencepiece(path: Path, context_length: int) -> PreTrainedTokenizerBase:
+def _from_sentencepiece(path: Path, content: bytes, context_length: int) -> PreTrainedTokenizerBase:
     import sentencepiece
 
     model = sentencepiece.SentencePieceProcessor()
     try:
-        model.LoadFromFile(str(path))
+        model.LoadFromSerializedProto(content)
     except (RuntimeError, OSError) as error:
         raise CheckpointError(
             f"{path} is neither a sentencepiece model nor a tiktoken file"
@@ -88,11 +96,11 @@ def _from_sentencepiece(path: Path, context_length: int) -> PreTrainedTokenizerB
     )
 
 
-def _read_tiktoken(path: Path) -> dict[bytes, int] | None:
+def _read_tiktoken(content: bytes) -> dict[bytes, int] | None:
     """Tokens and ranks of a tiktoken file: one base64 token and its rank per line."""
     ranks: dict[bytes, int] = {}
+    lines = 0
     allowed = set(string.printable.encode())
-    content = path.read_bytes()
     if not set(content[:4096]) <= allowed:
         return None
     try:
@@ -100,9 +108,11 @@ def _read_tiktoken(path: Path) -> dict[bytes, int] | None:
             if line:
                 token, rank = line.split()
                 ranks[base64.b64decode(token, validate=True)] = int(rank)
+                lines += 1
     except (ValueError, binascii.Error):
         return None
-    return ranks or None
+    has_all = sorted(ranks.values()) == list(range(lines))
+    return ranks if ranks and has_all else None
 
 
 class _RankedConverter(TikTokenConverter):

@@ -220,6 +220,8 @@ def _leaves(content: Any) -> Iterator[tuple[str, Any]]:
             yield name, value
 
 
+_LONGEST_NAME = 300
+
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 """Dtypes of weights; float8 needs scales that no file of these layouts holds."""
 
@@ -229,11 +231,16 @@ def state_dict(path: Path, content: Any) -> dict[str, Tensor]:
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, expected tensors by name")
     for name, value in content.items():
-        if not isinstance(name, str) or not isinstance(value, Tensor):
+        if not is_name(name) or not isinstance(value, Tensor):
             raise CheckpointError(
-                f"{path}: {name!r} is a {type(value).__name__}, expected tensors by name"
+                f"{path}: {name!r:.80} is a {type(value).__name__}, expected tensors by name"
             )
     return {name: value.detach().resolve_neg() for name, value in content.items()}
+
+
+def is_name(value: Any) -> bool:
+    """Whether a value can be a tensor's name: text of one line and some length."""
+    return isinstance(value, str) and value.isprintable() and len(value) <= _LONGEST_NAME
 
 
 def why_not_float(tensor: Tensor) -> str | None:
@@ -298,7 +305,9 @@ def read_torchscript(path: Path) -> dict[str, Tensor]:
             # programs may be compressed, values and their pickle never are
             needed = [m for m in archive.infolist() if m.filename.startswith(f"{root}data")]
             _check_members(path, needed)
-            tensors = dict(_tensors_of(_Values(path, archive).load(), prefix=""))
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                tensors = dict(_tensors_of(_Values(path, archive).load(), prefix=""))
     except (zipfile.BadZipFile, pickle.UnpicklingError, *_DAMAGE) as error:
         raise CheckpointError(_damaged(path, error)) from error
     _check_expansion(path, tensors.values())
@@ -363,7 +372,9 @@ class _Outline(pickle.Unpickler):
     @classmethod
     def check(cls, path: Path, archive: zipfile.ZipFile) -> None:
         """Raises CheckpointError for a storage that its member does not exactly fill."""
-        cls(path, archive).load()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of odd escapes in damaged text
+            cls(path, archive).load()
 
     def find_class(self, module: str, name: str) -> Any:
         if module == "torch" and name in _STORAGES:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from llama_adapter.checkpoints.torch_files import read_tensors
+from llama_adapter.checkpoints.torch_files import read_tensors, why_not_finite, why_not_float
 from llama_adapter.errors import CheckpointError
 
 _NEEDED = (
@@ -46,7 +46,7 @@ def read_openai_clip(path: Path) -> CLIPVisionModelWithProjection:
     Raises CheckpointError naming the tensor that is missing or misshapen.
     """
     tensors = {
-        name.removeprefix("visual."): tensor
+        name.removeprefix("visual."): tensor.detach().resolve_neg()
         for name, tensor in read_tensors(path).items()
         if name.startswith("visual.")
     }
@@ -56,7 +56,13 @@ def read_openai_clip(path: Path) -> CLIPVisionModelWithProjection:
             f"{path} is no CLIP vision tower of OpenAI (a transformer): it lacks {lacks[0]}, "
             f"found {len(tensors)} tensors under 'visual.'"
         )
+    for name, tensor in tensors.items():
+        if (why := why_not_float(tensor)) is not None:
+            raise CheckpointError(f"{path}: tensor visual.{name} {why}")
     config = _config(path, tensors)
+    for name, tensor in tensors.items():
+        if (why := why_not_finite(tensor, config.dtype)) is not None:
+            raise CheckpointError(f"{path}: tensor visual.{name} {why}")
     converted: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         converted.update(_convert(path, name, tensor))
@@ -69,13 +75,14 @@ def read_openai_clip(path: Path) -> CLIPVisionModelWithProjection:
 
 def _config(path: Path, tensors: dict[str, Tensor]) -> CLIPVisionConfig:
     conv = tensors["conv1.weight"]
-    if conv.ndim != 4 or tensors["proj"].ndim != 2:
-        raise CheckpointError(
-            f"{path}: tensor visual.conv1.weight has shape {list(conv.shape)}, "
-            "expected [width, 3, patch, patch]"
-        )
+    for name, axes in (("conv1.weight", 4), ("proj", 2), ("positional_embedding", 2)):
+        if tensors[name].ndim != axes or 0 in tensors[name].shape:
+            raise CheckpointError(
+                f"{path}: tensor visual.{name} has shape {list(tensors[name].shape)}, "
+                f"expected {axes} axes"
+            )
     width, patch = conv.shape[0], conv.shape[-1]
-    if width % HEAD_SIZE:
+    if width % HEAD_SIZE or width == 0:
         raise CheckpointError(
             f"{path}: tensor visual.conv1.weight has width {width}, "
             f"expected a multiple of {HEAD_SIZE}"
@@ -87,12 +94,16 @@ def _config(path: Path, tensors: dict[str, Tensor]) -> CLIPVisionConfig:
             f"{path}: tensor visual.positional_embedding has {num_tokens} rows, "
             "expected one more than a square number of patches"
         )
-    blocks = {int(m[1]) for n in tensors if (m := re.match(r"transformer\.resblocks\.(\d+)\.", n))}
+    pattern = re.compile(r"transformer\.resblocks\.(\d{1,5})\.")
+    blocks = {int(match[1]) for name in tensors if (match := pattern.match(name))}
+    if max(blocks, default=-1) >= len(blocks):
+        raise CheckpointError(
+            f"{path} has visual.transformer.resblocks.{max(blocks)}, but {len(blocks)} blocks"
+        )
+    c_fc = tensors.get("transformer.resblocks.0.mlp.c_fc.weight")
     return CLIPVisionConfig(
         hidden_size=width,
-        intermediate_size=tensors["transformer.resblocks.0.mlp.c_fc.weight"].shape[0]
-        if "transformer.resblocks.0.mlp.c_fc.weight" in tensors
-        else 4 * width,
+        intermediate_size=4 * width if c_fc is None or c_fc.ndim != 2 else c_fc.shape[0],
         projection_dim=tensors["proj"].shape[1],
         num_hidden_layers=1 + max(blocks, default=-1),
         num_attention_heads=width // HEAD_SIZE,
@@ -115,6 +126,11 @@ def _convert(path: Path, name: str, tensor: Tensor) -> dict[str, Tensor]:
         layer, inner, kind = match.groups()
         prefix = f"vision_model.encoder.layers.{layer}."
         if inner == "attn.in_proj":
+            if tensor.ndim == 0 or tensor.shape[0] == 0 or tensor.shape[0] % 3:
+                raise CheckpointError(
+                    f"{path}: tensor visual.{name} has shape {list(tensor.shape)}, "
+                    "expected three times the width in rows"
+                )
             thirds = zip("qkv", tensor.chunk(3), strict=True)
             return {f"{prefix}self_attn.{p}_proj.{kind}": t.contiguous() for p, t in thirds}
         if inner in _BLOCK:
