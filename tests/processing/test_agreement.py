@@ -58,6 +58,13 @@ def test_another_tokenizer_is_refused(copy):
     content = json.loads(path.read_text())
     path.write_text(json.dumps(content, indent=7))  # laid out in another way
     LlamaAdapterProcessor.from_pretrained(copy)
+    edit(copy, "tokenizer_config.json", model_max_length=77)
+    LlamaAdapterProcessor.from_pretrained(copy)
+    whole = (copy / "tokenizer_config.json").read_bytes()
+    edit(copy, "tokenizer_config.json", bos_token=None)
+    with pytest.raises(CheckpointError, match=r"tokenizer_config\.json is not the one"):
+        LlamaAdapterProcessor.from_pretrained(copy)
+    (copy / "tokenizer_config.json").write_bytes(whole)
     vocabulary = content["model"]["vocab"]
     one, two = list(vocabulary)[60:62]
     vocabulary[one], vocabulary[two] = vocabulary[two], vocabulary[one]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llama_adapter.config import shown
 from llama_adapter.errors import CheckpointError
 from llama_adapter.files import open_regular, parse_json, read_json_object
 
@@ -18,6 +19,7 @@ MAX_HEADER_BYTES = 100_000_000
 FLOATS = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ",
                     "F8_E8M0", "F6_E2M3", "F6_E3M2", "F4"})  # fmt: skip
 """Names of floating dtypes in a header."""
+_LONGEST_NAME = 500
 _MOST = 2**48
 """No tensor has more elements."""
 
@@ -54,10 +56,13 @@ def read_header(path: Path) -> Header:
     try:
         metadata = content.pop("__metadata__", None) or {}
         tensors = {name: _stored(entry, rest - length) for name, entry in content.items()}
+        too_long = [name for name in tensors if len(name) > _LONGEST_NAME]
+        if too_long:
+            raise ValueError(f"a name of {len(too_long[0])} characters")
         if not all(isinstance(value, str) for value in metadata.values()):
             raise ValueError("metadata that is not text")
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path} is damaged: its header has {error!r}") from error
+        raise CheckpointError(f"{path} is damaged: its header has {shown(error)}") from error
     return Header(tensors, metadata)
 
 
@@ -66,10 +71,12 @@ def _stored(entry: Any, most: int) -> Stored:
     shape = entry["shape"]
     numbers = (begin, end, *shape)
     if any(type(number) is not int or not 0 <= number <= _MOST for number in numbers):
-        raise ValueError(f"odd numbers {numbers[:4]}")
+        raise ValueError(f"odd numbers {shown(numbers)}")
     if not begin <= end <= most or math.prod(shape) > _MOST:
-        raise ValueError(f"shape {shape} in {most} bytes")
-    return Stored(str(entry["dtype"]), tuple(shape))
+        raise ValueError(f"shape {shown(shape)} in {most} bytes")
+    if not isinstance(entry["dtype"], str) or len(entry["dtype"]) > 20:
+        raise ValueError(f"dtype {shown(entry['dtype'])}")
+    return Stored(entry["dtype"], tuple(shape))
 
 
 def stored_tensors(directory: Path) -> dict[str, Stored] | None:

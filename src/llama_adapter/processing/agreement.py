@@ -15,10 +15,12 @@ from typing import Any
 
 from llama_adapter.config import differing, shown
 from llama_adapter.errors import CheckpointError
-from llama_adapter.files import read_json, read_json_object, write_atomically
+from llama_adapter.files import read_json, read_json_object, read_text, write_atomically
 
 _ADAPTER_CONFIG = "adapter_config.json"
-_TOKENIZER = "tokenizer.json"
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+_FREE = frozenset({"model_max_length", "name_or_path", "processor_class", "transformers_version"})
+"""Settings of a tokenizer that change none of its tokens."""
 _RECORD = "processor"
 
 
@@ -48,10 +50,12 @@ def check_agreement(directory: Path, stored: Mapping[str, Any]) -> None:
         raise CheckpointError(f"{directory / _ADAPTER_CONFIG}: {_RECORD} is damaged")
     for name, found, expected in differing(_plain(stored), known["settings"]):
         _refuse(directory, name, found, expected)
-    if known["tokenizer"] != _tokenizer(directory):
-        raise CheckpointError(
-            f"{directory}: {_TOKENIZER} is not the one that the adapter was saved with"
-        )
+    ours, theirs = _tokenizer(directory), known["tokenizer"]
+    for name in _TOKENIZER_FILES:
+        if not isinstance(theirs, dict) or ours.get(name) != theirs.get(name):
+            raise CheckpointError(
+                f"{directory}: {name} is not the one that the adapter was saved with"
+            )
 
 
 def _refuse(directory: Path, name: str, found: Any, expected: Any) -> None:
@@ -74,10 +78,19 @@ def _plain(stored: Mapping[str, Any]) -> dict[str, Any]:
     return plain
 
 
-def _tokenizer(directory: Path) -> str | None:
-    """A checksum of what `tokenizer.json` says, however it is laid out."""
-    path = directory / _TOKENIZER
-    if not path.is_file():
-        return None
-    content = json.dumps(read_json(path, error=CheckpointError), sort_keys=True)
-    return hashlib.sha256(content.encode()).hexdigest()
+def _tokenizer(directory: Path) -> dict[str, str]:
+    """Checksums of what a tokenizer's files say, however they are laid out."""
+    found = {}
+    for name in _TOKENIZER_FILES:
+        path = directory / name
+        if not path.is_file():
+            continue
+        if path.suffix == ".json":
+            content = read_json(path, error=CheckpointError)
+            if isinstance(content, dict):
+                content = {key: value for key, value in content.items() if key not in _FREE}
+            text = json.dumps(content, sort_keys=True)
+        else:
+            text = "\n".join(read_text(path, error=CheckpointError).splitlines())
+        found[name] = hashlib.sha256(text.encode()).hexdigest()
+    return found
