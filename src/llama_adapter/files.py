@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import stat
+import unicodedata
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager, suppress
 from io import BufferedReader
@@ -209,6 +210,12 @@ def _written_out(
         )
     sizes[id(node)] = size
     return size
+
+
+def can_be_path(text: str) -> bool:
+    """Whether a text can name a file at all: no control characters, nothing too long."""
+    odd = any(unicodedata.category(letter) in ("Cc", "Cs") for letter in text)
+    return not odd and len(text) <= 4096 and all(len(p.encode()) <= 255 for p in text.split("/"))
 
 
 @contextmanager

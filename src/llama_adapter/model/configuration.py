@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig
 
 from llama_adapter.config import FORMAT_VERSION, NEWER, AdapterConfig, shown
 from llama_adapter.errors import CheckpointError, ConfigError
-from llama_adapter.files import read_json_object, write_atomically
+from llama_adapter.files import can_be_path, read_json_object, write_atomically
 from llama_adapter.model.fingerprints import check_form
 
 ADAPTER_CONFIG_NAME = "adapter_config.json"
@@ -204,6 +204,9 @@ def _check_reference(reference: Mapping[str, Any], *, where: str) -> None:
         if type(value) not in _REFERENCE[key]:
             kinds = " or ".join(kind.__name__ for kind in _REFERENCE[key])
             raise CheckpointError(f"{where}.{key} must be {kinds}, got {shown(value)}")
+    if not can_be_path(reference["name_or_path"]):
+        name = shown(reference["name_or_path"])
+        raise CheckpointError(f"{where}.name_or_path {name} is neither a path nor a name")
 
 
 def semantics_digest(adapter: Mapping[str, Any]) -> str:

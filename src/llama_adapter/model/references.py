@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
 
+from llama_adapter.config import shown
 from llama_adapter.errors import CheckpointError
+from llama_adapter.files import can_be_path
 from llama_adapter.model.fingerprints import (
     check_settings,
     compare_weights,
@@ -37,8 +39,8 @@ def resolve_reference(reference: str, *, directory: Path | None = None) -> str:
     folders of this package and of no other, so that no name can make Python import something;
     anything else is a name or path as it stands. Raises CheckpointError for what cannot be one.
     """
-    if not reference.isprintable():
-        raise CheckpointError(f"{reference!r} is neither a path nor a name")
+    if not can_be_path(reference):
+        raise CheckpointError(f"{shown(reference)} is neither a path nor a name")
     if reference.startswith("package:"):
         return str(_own_folder(reference))
     if directory is not None and not Path(reference).is_absolute():
