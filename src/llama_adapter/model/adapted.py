@@ -570,6 +570,29 @@ class LlamaAdapterForConditionalGeneration(
         """The model without its head, as `base_model` of transformers: hidden states of inputs."""
         return Backbone(self)
 
+    def resize_token_embeddings(
+        self,
+        new_num_tokens: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        mean_resizing: bool = True,  # noqa: ARG002
+    ) -> nn.Module:
+        """The embeddings as they are: the base is frozen, and an adapter belongs to it as it is.
+
+        Raises ConfigError, and changes nothing, where another number of tokens is asked for.
+        """
+        embeddings = self.get_input_embeddings()
+        assert isinstance(embeddings.weight, Tensor)
+        rows = embeddings.weight.shape[0]
+        wanted = rows if new_num_tokens is None else new_num_tokens
+        if pad_to_multiple_of:
+            wanted = -(-wanted // pad_to_multiple_of) * pad_to_multiple_of
+        if wanted != rows:
+            raise ConfigError(
+                f"the base has embeddings of {rows} tokens and is frozen, {wanted} were asked "
+                "for: resize and save the base first, then attach an adapter to it"
+            )
+        return embeddings
+
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: dict[str, Any] | None = None
     ) -> None:
