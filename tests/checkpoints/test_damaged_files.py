@@ -169,7 +169,8 @@ def index(directory: Path, content: Any) -> None:
         (b'{"adapter_len": 10000000000}', "adapter_len must be a positive integer"),
         (b'{"adapter_len": 10, "adapter_len": 3}', "stands twice"),
         (b'{"visual": [4]}', "visual must be an object"),
-        (b'{"visual": {"v_num_heads": 0}}', "v_num_heads must be a positive integer, found 0"),
+        (b'{"visual": {"v_num_heads": -4}}', "v_num_heads must be a positive integer, found -4"),
+        (b'{"visual": {"v_num_heads": true}}', "v_num_heads must be a positive integer"),
     ],
 )
 def test_descriptions_beside_a_file(content: bytes, says: str, tmp_path: Path) -> None:
@@ -177,6 +178,11 @@ def test_descriptions_beside_a_file(content: bytes, says: str, tmp_path: Path) -
     with pytest.raises(CheckpointError, match=says) as refused:
         Hints.beside(tmp_path / "adapter.pth")
     assert "meta.json" in str(refused.value)
+
+
+def test_a_chat_adapter_has_no_prompts(tmp_path: Path) -> None:
+    (tmp_path / "meta.json").write_text('{"adapter_len": 0}')
+    assert Hints.beside(tmp_path / "adapter.pth") == Hints()
 
 
 def test_a_description_of_something_else_is_not_read(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import warnings
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from torch.nn import functional as F
 from llama_adapter.checkpoints.torch_files import read_torchscript
 from llama_adapter.checkpoints.vision_tower import read_openai_clip
 from llama_adapter.errors import CheckpointError
+
+BLOCK = "transformer.resblocks.0."
 
 
 class Scripted(nn.Module):
@@ -119,3 +122,35 @@ def test_mixed_dtypes_become_float32(world: Any) -> None:
     model = read_openai_clip(world.root / "clip.pt")
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     assert torch.equal(model.visual_projection.weight, tensors["visual.proj"].T)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "says"),
+    [
+        ("proj", lambda t: t.int(), "visual.proj has dtype torch.int32"),
+        ("ln_pre.bias", lambda t: t.to(torch.float8_e4m3fn), "has dtype torch.float8"),
+        ("ln_pre.bias", lambda t: t * float("nan"), "holds 64 values that are not finite, of 64"),
+        ("ln_pre.bias", lambda t: t.double() * 1e300, "not finite in torch.float32, of 64"),
+        ("conv1.weight", lambda t: t[0], r"has shape \[3, 4, 4\], expected 4 axes"),
+        ("positional_embedding", lambda t: t[0, 0], r"has shape \[\], expected 2 axes"),
+        (f"{BLOCK}attn.in_proj_bias", lambda t: t[1:], "expected three times the width in rows"),
+        (f"{BLOCK}mlp.c_fc.weight", lambda t: t[:, 0], "that becomes .*fc1.weight has shape"),
+    ],
+)
+def test_tensors_that_no_tower_has(
+    name: str, change: Callable[[torch.Tensor], torch.Tensor], says: str, world: Any
+) -> None:
+    tensors = world.clip()
+    tensors[f"visual.{name}"] = change(tensors[f"visual.{name}"])
+    torch.save(tensors, world.root / "clip.pt")
+    with pytest.raises(CheckpointError, match=says):
+        read_openai_clip(world.root / "clip.pt")
+
+
+@pytest.mark.parametrize("number", ["7", "99999", "9" * 5000])
+def test_a_block_of_an_absurd_number(number: str, world: Any) -> None:
+    tensors = world.clip()
+    tensors[f"visual.transformer.resblocks.{number}.ln_1.weight"] = torch.ones(64)
+    torch.save(tensors, world.root / "clip.pt")
+    with pytest.raises(CheckpointError, match=r"(resblocks|layers)\.[79]"):
+        read_openai_clip(world.root / "clip.pt")

@@ -249,7 +249,8 @@ def _lora_rank(released: Released) -> int:
 
 
 def _positive(content: dict[str, Any], key: str, path: Path) -> int | None:
+    """A size, or None; 0 is as good as absent (a chat adapter has no prompts)."""
     value = content.get(key)
-    if value is not None and (type(value) is not int or not 0 < value <= 100_000):
+    if value is not None and (type(value) is not int or not 0 <= value <= 100_000):
         raise CheckpointError(f"{path}: {key} must be a positive integer, found {value!r:.80}")
-    return value
+    return value or None

@@ -148,6 +148,12 @@ def _load(path: Path, model: Any, converted: dict[str, Tensor]) -> None:
                 f"{path}: the tensor that becomes {name} has shape "
                 f"{list(converted[name].shape)}, expected {list(parameter.shape)}"
             )
+    unexpected = sorted(converted.keys() - expected.keys())
+    if unexpected:
+        raise CheckpointError(
+            f"{path} has a tensor that becomes {unexpected[0]:.80}, which its other tensors leave "
+            "no place for"
+        )
     # an index of positions is a buffer without weights: made anew where there is memory
     model.to_empty(device="cpu")
     embeddings = model.vision_model.embeddings
