@@ -102,6 +102,21 @@ def test_checkpointing_takes_its_keywords_or_refuses_them(build, ids):
         model.gradient_checkpointing_enable({"use_reentrant": True})
 
 
+def test_checkpointing_by_its_newer_name_as_trainer_calls_it(build, ids):
+    model = build("v2-chat").train()
+    expected = model(ids, labels=ids).loss
+    enable = getattr(model, "activation_checkpointing_enable", None)
+    if enable is None:
+        pytest.skip("this transformers has the older name alone")
+    enable(activation_checkpointing_kwargs=None, every_n_layers=2, offload=False)
+    layers = model.get_decoder().layers
+    assert [layer.gradient_checkpointing for layer in layers] == [True, False, True, False]
+    loss = model(ids, labels=ids, use_cache=False).loss
+    assert_close(loss, expected, **SAME)
+    loss.backward()
+    assert all(p.grad is not None for p in model.group_parameters("language"))
+
+
 # --- a backbone -----------------------------------------------------------------------------
 
 

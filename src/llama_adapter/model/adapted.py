@@ -594,20 +594,21 @@ class LlamaAdapterForConditionalGeneration(
         return embeddings
 
     def gradient_checkpointing_enable(
-        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
     ) -> None:
         """Recompute activations in the backward pass, always non-reentrant.
 
-        The keywords are those of `torch.utils.checkpoint.checkpoint`. Raises ConfigError for
-        `use_reentrant=True`, which would lose gradients of whatever learns in a layer.
+        The keywords are those of `torch.utils.checkpoint.checkpoint`; `options` go to the base's
+        method (`every_n_layers`, `offload`). Raises ConfigError for `use_reentrant=True`, which
+        would lose gradients of whatever learns in a layer.
         """
-        options = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
-        if options["use_reentrant"]:
+        keywords = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
+        if keywords["use_reentrant"]:
             raise ConfigError(
                 "gradient checkpointing with use_reentrant=True would lose gradients; leave it "
                 "out or pass False"
             )
-        self._checkpointing("enable")(options)
+        self._checkpointing("enable")(keywords, **options)
 
     def gradient_checkpointing_disable(self) -> None:
         self._checkpointing("disable")()
