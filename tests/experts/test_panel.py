@@ -12,7 +12,6 @@ from llama_adapter.conversation import Conversation
 from llama_adapter.errors import ConfigError
 from llama_adapter.experts import CaptionExpert, Finding, Panel, Report, Traits
 from llama_adapter.experts.cache import ReportCache
-from llama_adapter.experts.training_text import ExpertTextMixer
 from llama_adapter.generation.chat import ChatSession, GenerationSettings
 
 PICTURE = Image.new("RGB", (12, 12), (200, 30, 30))
@@ -296,21 +295,6 @@ def test_half_of_the_context_stays_free(loaded):
     panel = Panel.beside(processor, [Sayer()], max_tokens=100_000)
     assert panel.max_tokens == processor.context_length // 2
     assert panel.count("star star") == processor.count_tokens("star star") > 0
-
-
-def test_training_gets_text_for_a_fraction_of_samples():
-    mixer = ExpertTextMixer(fraction=0.3, texts=("a sign says stop.", "two dogs, left."), seed=1)
-    plain = Conversation.ask("what is two?", answer="a number", context="numbers")
-    mixed = [mixer(f"file:{i}", plain) for i in range(2000)]
-    changed = [c for c in mixed if c != plain]
-    assert 0.25 < len(changed) / 2000 < 0.35
-    assert {c.context for c in changed} == {f"{t}\nnumbers" for t in mixer.texts}
-    assert mixed == [mixer(f"file:{i}", plain) for i in range(2000)]
-    seeing = ExpertTextMixer(fraction=1.0, panel=Panel([Sayer()]))
-    told = seeing("x", Conversation.ask("what?", images=[PICTURE], answer="red"))
-    assert told.context == "12 wide"
-    with pytest.raises(ConfigError, match="from 0 to 1"):
-        ExpertTextMixer(fraction=2)
 
 
 def test_what_was_read_in_pictures_is_for_its_owner_alone(tmp_path):

@@ -55,8 +55,6 @@ class Page:
 
     lines: tuple[Line, ...]
     """In the picture's own pixels, in no particular order."""
-    turned: int = 0
-    """Degrees, clockwise, by which the picture was turned to stand upright."""
     notes: tuple[str, ...] = ()
     complete: bool = True
     """Whether there was time for all of it."""
@@ -112,7 +110,7 @@ class OcrEngine:
             page = self._read_upright(turned, deadline=deadline)
             lines = tuple(_turned_back(line, turn, image.size) for line in page.lines)
             notes = (f"turned by {turn} degrees", *page.notes)
-            return replace(page, lines=lines, turned=turn, notes=notes, upright=page.lines)
+            return replace(page, lines=lines, notes=notes, upright=page.lines)
         return replace(page, upright=page.lines)
 
     def _read_upright(self, image: Image.Image, *, deadline: float | None) -> Page:

@@ -65,8 +65,6 @@ class Hit:
     passage: Passage
     score: float
     """BM25: comparable within one search only."""
-    shared: int
-    """How many different words of the query it holds."""
 
 
 class FolderIndex:
@@ -78,7 +76,6 @@ class FolderIndex:
         self.notes: tuple[str, ...] = ()
         """What happened when the index was last brought up to date."""
         self._passages: list[Passage] = []
-        self._words: list[frozenset[str]] = []
         self._engine: Any = None
         self._state: dict[str, list[int]] = {}
 
@@ -89,14 +86,9 @@ class FolderIndex:
         if not tokens or not self._passages:
             return []
         scores = self._engine.get_scores(tokens)
-        asked = set(tokens)
         best = sorted(range(len(scores)), key=lambda i: (-float(scores[i]), i))[:count]
         return [
-            Hit(
-                passage=self._passages[i],
-                score=float(scores[i]),
-                shared=len(asked & self._words[i]),
-            )
+            Hit(passage=self._passages[i], score=float(scores[i]))
             for i in best
             if float(scores[i]) > 0
         ]
@@ -144,7 +136,6 @@ class FolderIndex:
             Passage(text=text, source=source) for some in rows.values() for text, source in some
         ]
         tokens = [words_of(passage.text) or ["-"] for passage in self._passages]
-        self._words = [frozenset(found) for found in tokens]
         if self._passages:
             self._engine = bm25s.BM25()
             self._engine.index(tokens, show_progress=False)
