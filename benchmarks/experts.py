@@ -17,12 +17,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 
 from benchmarks.measuring import report
 from benchmarks.receipts import measure_receipts
 from llama_adapter.conversation import Conversation
-from llama_adapter.experts import Finding, Panel, Report, Surroundings, Traits, make_experts
+from llama_adapter.experts import (
+    ExpertContext,
+    ExpertInfo,
+    ExpertPool,
+    Finding,
+    Report,
+    Request,
+    make_experts,
+)
 from llama_adapter.experts.cache import ReportCache
 from llama_adapter.generation.chat import ChatSession, GenerationSettings
 from llama_adapter.model import LlamaAdapterForConditionalGeneration
@@ -71,17 +78,17 @@ def measure_signs(loaded: Loaded, options: argparse.Namespace) -> dict[str, Any]
     ]
     asked = [ask(scene, rng, "sign") for scene in scenes]
     questions = [(a.question, a.answer) for a in asked if a is not None]
-    panel = Panel(make_experts([OCR]), timeout=120)
+    pool = ExpertPool(make_experts([OCR]), timeout=120)
     seconds, texts, right_text = 0.0, [], 0
     for scene, image, (question, _) in zip(scenes, pictures, questions, strict=True):
         started = time.perf_counter()
-        found = panel.consult([image], question)
+        found = pool.consult([image], question)
         seconds += time.perf_counter() - started
-        texts.append(found.text)
-        right_text += [f.text.lower() for r in found.reports for f in r.findings] == [scene.sign]
+        texts.append("\n".join(report.text for report in found))
+        right_text += [f.text.lower() for r in found for f in r.findings] == [scene.sign]
     result: dict[str, Any] = {"chance": round(CHANCE, 4), "pixels": options.size}
-    around = Surroundings(model=loaded[0], processor=loaded[1])
-    captioner = Panel(make_experts([f"caption={options.caption}"], around), timeout=600)
+    context = ExpertContext(model=loaded[0])
+    captioner = ExpertPool(make_experts([f"caption={options.caption}"], context), timeout=600)
     captions = captions_of(captioner, scenes, seed=options.seed)
     ways: dict[str, Sequence[str | None]] = {
         "without": [None] * len(scenes),
@@ -109,8 +116,8 @@ def measure_signs(loaded: Loaded, options: argparse.Namespace) -> dict[str, Any]
 def measure_captions(loaded: Loaded, options: argparse.Namespace) -> dict[str, Any]:
     """Visual questions and text questions, without and with the caption expert, seed by seed."""
     model, processor = loaded
-    around = Surroundings(model=model, processor=processor)
-    panel = Panel(make_experts([f"caption={options.caption}"], around), timeout=600)
+    context = ExpertContext(model=model)
+    pool = ExpertPool(make_experts([f"caption={options.caption}"], context), timeout=600)
     assert model.vision is not None
     seeds: dict[str, Any] = {}
     for seed in options.seeds:
@@ -123,8 +130,8 @@ def measure_captions(loaded: Loaded, options: argparse.Namespace) -> dict[str, A
             split=Split.TEST,
         )
         exam = Exam(pool, count=options.questions, seed=seed)
-        captions = captions_of(panel, pool.scenes, seed=9_000 + seed)
-        seeds[str(seed)] = _take(loaded, exam, captions, panel)
+        captions = captions_of(pool, pool.scenes, seed=9_000 + seed)
+        seeds[str(seed)] = _take(loaded, exam, captions, pool)
     gains = [s["gain"] for s in seeds.values()]
     harm = [
         s["text_alone_with_experts"]["value"] - s["text_alone"]["value"] for s in seeds.values()
@@ -137,21 +144,23 @@ def measure_captions(loaded: Loaded, options: argparse.Namespace) -> dict[str, A
     }
 
 
-def captions_of(panel: Panel, scenes: Sequence[Scene], *, seed: int, batch: int = 40) -> list[str]:
+def captions_of(
+    pool: ExpertPool, scenes: Sequence[Scene], *, seed: int, batch: int = 40
+) -> list[str]:
     """What the expert says of each scene's picture."""
-    [expert] = panel.experts
+    [expert] = pool.experts
     captions: list[str] = []
     for start in range(0, len(scenes), batch):
         part = range(start, min(start + batch, len(scenes)))
         images = [picture(scenes[i], seed=seed, index=i) for i in part]
-        captions += [finding.text for finding in expert.consult(images, "").findings]
+        captions += [finding.text for finding in expert.consult(Request(images=images)).findings]
     return captions
 
 
-def _take(loaded: Loaded, exam: Exam, captions: Sequence[str], panel: Panel) -> dict[str, Any]:
+def _take(loaded: Loaded, exam: Exam, captions: Sequence[str], pool: ExpertPool) -> dict[str, Any]:
     def without_picture(question: str, passage: str) -> str:
         """What a session would put before a question that comes without a picture."""
-        return "\n".join(t for t in (panel.consult([], question).text, passage) if t)
+        return "\n".join(t for t in (*(r.text for r in pool.consult([], question)), passage) if t)
 
     marks = {
         "picture": exam.take(*loaded, picture=lambda item: item.scene),
@@ -174,13 +183,13 @@ def _take(loaded: Loaded, exam: Exam, captions: Sequence[str], panel: Panel) -> 
 class Sleeper:
     """An expert that takes its time."""
 
-    traits = Traits(version="1", asks=False)
+    info = ExpertInfo(version="1", uses_question=False)
 
     def __init__(self, name: str, seconds: float) -> None:
         self.name = name
         self.seconds = seconds
 
-    def consult(self, images: Sequence[Image.Image], question: str) -> Report:  # noqa: ARG002
+    def consult(self, request: Request) -> Report:  # noqa: ARG002
         time.sleep(self.seconds)
         return Report(expert=self.name, findings=(Finding(text="a nap", kind="note"),))
 
@@ -189,8 +198,9 @@ class Faller:
     """An expert that breaks."""
 
     name = "faller"
+    info = ExpertInfo()
 
-    def consult(self, images: Sequence[Image.Image], question: str) -> Report:  # noqa: ARG002
+    def consult(self, request: Request) -> Report:  # noqa: ARG002
         raise RuntimeError("out of luck")
 
 
@@ -200,22 +210,22 @@ def measure_panel(loaded: Loaded, options: argparse.Namespace) -> dict[str, Any]
     image = picture(scene, seed=options.seed, index=0, size=512)
     nap = 0.5
     together = [Sleeper(f"sleeper {i}", nap) for i in range(4)]
-    side_by_side = timed(lambda: Panel(together).consult([image], "?"))
-    one_by_one = timed(lambda: [e.consult([image], "?") for e in together])
+    side_by_side = timed(lambda: ExpertPool(together).consult([image], "?"))
+    one_by_one = timed(lambda: [e.consult(Request(images=[image])) for e in together])
     session = ChatSession(
         *loaded,
-        experts=Panel([Sleeper("slow", 20.0), Faller(), Sleeper("quick", 0.0)], timeout=1.0),
+        experts=ExpertPool([Sleeper("slow", 20.0), Faller(), Sleeper("quick", 0.0)], timeout=1.0),
         settings=GenerationSettings(max_new_tokens=16),
     )
     started = time.perf_counter()
     answer = session.ask("how many things are there?", images=[image])
     with tempfile.TemporaryDirectory() as folder:
         cache = ReportCache(Path(folder) / "experts.sqlite")
-        panel = Panel(make_experts([OCR]), timeout=120, cache=cache)
+        pool = ExpertPool(make_experts([OCR]), timeout=120, cache=cache)
         other = picture(scene, seed=options.seed + 1, index=0, size=512)
-        panel.consult([other], "?")  # the models are loaded once
-        first = timed(lambda: panel.consult([image], "?"))
-        again = min(timed(lambda: panel.consult([image], "?")) for _ in range(5))
+        pool.consult([other], "?")  # the models are loaded once
+        first = timed(lambda: pool.consult([image], "?"))
+        again = min(timed(lambda: pool.consult([image], "?")) for _ in range(5))
         cache.close()
     return {
         "four_experts_of_half_a_second": {

@@ -15,7 +15,7 @@ from typing import Any
 
 from PIL import Image
 
-from llama_adapter.experts import Finding
+from llama_adapter.experts import Finding, Request
 from llama_adapter.experts.ocr import OcrExpert
 
 Box = tuple[float, float, float, float]
@@ -38,12 +38,13 @@ def _folder(folder: Path, records: Sequence[dict[str, Any]], reader: OcrExpert) 
     totals = {"errors": 0, "errors_with_spaces": 0, "letters": 0, "letters_with_spaces": 0}
     seconds = processor_seconds = 0.0
     with Image.open(folder / records[0]["image"]) as first:
-        reader.consult([first.convert("RGB").crop((0, 0, 200, 200))], "")  # loads the models
+        # the models are loaded
+        reader.consult(Request(images=[first.convert("RGB").crop((0, 0, 200, 200))]))
     for record in records:
         with Image.open(folder / record["image"]) as opened:
             image = opened.convert("RGB")
         started, spent = time.perf_counter(), time.process_time()
-        findings = reader.consult([image], "").findings
+        findings = reader.consult(Request(images=[image])).findings
         took, used = time.perf_counter() - started, time.process_time() - spent
         seconds, processor_seconds = seconds + took, processor_seconds + used
         counted = _count(findings, record["lines"])

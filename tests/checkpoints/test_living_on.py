@@ -145,7 +145,7 @@ def test_the_caption_adapter_is_the_expert_of_the_other(
 
 
 def test_the_expert_asks_what_the_adapter_learned(pair: Any, tmp_path: Path) -> None:
-    from llama_adapter.experts import CaptionExpert
+    from llama_adapter.experts import CaptionExpert, Request
 
     asked: list[Any] = []
 
@@ -158,7 +158,7 @@ def test_the_expert_asks_what_the_adapter_learned(pair: Any, tmp_path: Path) -> 
     model.load_adapter(tmp_path / "caption", "caption")
     processor = Listening.from_pretrained(tmp_path / "caption")
     expert = CaptionExpert(model, processor, max_new_tokens=2)
-    expert.consult([Image.new("RGB", (20, 20))], "what?")
+    expert.consult(Request(images=[Image.new("RGB", (20, 20))]))
     assert asked[0].messages[0].text == "Generate caption of this image"
     assert model.active_adapter == "default"
 

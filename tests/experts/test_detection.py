@@ -5,14 +5,21 @@ import torch
 from PIL import Image
 
 from llama_adapter.errors import ExpertError
-from llama_adapter.experts.detection import DetectionExpert, nouns
-from llama_adapter.experts.positions import Seen, group, place, without_doubles
+from llama_adapter.experts import Finding, Request
+from llama_adapter.experts.detection import (
+    DetectionExpert,
+    DetectionOptions,
+    counted,
+    grouped,
+    nouns,
+    place,
+)
 
 LABELS = {0: "dog", 1: "ball"}
 
 
 def seen(label, box, confidence=0.9):
-    return Seen(label=label, confidence=confidence, box=box)
+    return Finding(text=label, kind="object", confidence=confidence, box=box)
 
 
 @pytest.mark.parametrize(
@@ -31,9 +38,9 @@ def seen(label, box, confidence=0.9):
     ],
 )
 def test_places_are_cells_of_a_grid(box, where):
-    assert place(box, width=100, height=100) == where
+    assert place(box, size=(100, 100)) == where
     wide = (box[0] * 3, box[1], box[2] * 3, box[3])
-    assert place(wide, width=300, height=100) == where
+    assert place(wide, size=(300, 100)) == where
 
 
 def test_things_of_one_kind_and_place_are_counted():
@@ -43,11 +50,31 @@ def test_things_of_one_kind_and_place_are_counted():
         seen("dog", (5, 40, 32, 70)),
         seen("dog", (1, 31, 30, 61), 0.6),  # the first one once more
     ]
-    assert [g.text for g in group(things, width=100, height=100)] == [
-        "two dogs, left",
-        "a ball, bottom right",
-    ]
-    assert len(without_doubles(things)) == 3
+    found = grouped(things, size=(100, 100), picture=1)
+    assert [f.text for f in found] == ["two dogs, left", "a ball, bottom right"]
+    assert found[0].box == (0, 30, 32, 70)
+    assert {f.picture for f in found} == {1}
+
+
+def test_labels_of_coco_are_counted_in_english():
+    irregular = {
+        "person": "people",
+        "mouse": "mice",
+        "knife": "knives",
+        "sheep": "sheep",
+        "skis": "skis",
+        "scissors": "scissors",
+        "bus": "buses",
+        "bench": "benches",
+        "toothbrush": "toothbrushes",
+        "wine glass": "wine glasses",
+        "teddy bear": "teddy bears",
+        "tv": "tvs",
+    }
+    for label, plural in irregular.items():
+        assert counted(2, label) == f"two {plural}"
+    assert counted(1, "umbrella") == "an umbrella"
+    assert counted(13, "berry") == "13 berries"
 
 
 @pytest.fixture(scope="module")
@@ -87,9 +114,9 @@ def detector(tmp_path_factory):
 
 
 def test_a_detr_says_what_is_where(detector):
-    expert = DetectionExpert(detector, confidence=0.0)
+    expert = DetectionExpert(DetectionOptions(model=detector, confidence=0.0))
     images = [Image.new("RGB", (64, 48), (200, 30, 30)), Image.new("RGB", (48, 64))]
-    report = expert.consult(images, "what is there?")
+    report = expert.consult(Request(images=images, question="what is there?"))
     assert {finding.picture for finding in report.findings} == {0, 1}
     assert report.text.startswith("Picture 1: In the picture: ")
     for finding in report.findings:
@@ -98,25 +125,26 @@ def test_a_detr_says_what_is_where(detector):
         left, top, right, bottom = finding.box
         assert left <= right
         assert top <= bottom
-    assert expert.traits.version is not None
-    assert expert.traits.asks is False
+    assert expert.info.version is not None
+    assert expert.info.uses_question is False
 
 
 def test_nothing_sure_enough_is_said(detector):
-    report = DetectionExpert(detector, confidence=1.0).consult([Image.new("RGB", (64, 48))], "?")
+    expert = DetectionExpert(DetectionOptions(model=detector, confidence=1.0))
+    report = expert.consult(Request(images=[Image.new("RGB", (64, 48))], question="?"))
     assert report.text == ""
     assert report.notes == ("nothing seen with a confidence of 1 or more",)
 
 
 def test_what_cannot_detect_is_refused(detector, adapter_dir, tmp_path):
     with pytest.raises(ExpertError, match="cannot load the model"):
-        DetectionExpert(str(tmp_path))
+        DetectionExpert(DetectionOptions(model=str(tmp_path)))
     with pytest.raises(ExpertError, match="no usable object-detection model"):
-        DetectionExpert(str(adapter_dir.parent / "base"))
+        DetectionExpert(DetectionOptions(model=str(adapter_dir.parent / "base")))
     with pytest.raises(ExpertError, match="labels are for zero-shot"):
-        DetectionExpert(detector, labels=["cat"])
-    with pytest.raises(ExpertError, match="confidence must be"):
-        DetectionExpert(detector, confidence=-1)
+        DetectionExpert(DetectionOptions(model=detector, labels=["cat"]))
+    with pytest.raises(ExpertError, match="confidence must be at least 0, got '-1'"):
+        DetectionOptions(model=detector, confidence=-1)
 
 
 def test_nouns_are_what_a_zero_shot_detector_looks_for():

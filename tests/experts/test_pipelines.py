@@ -6,9 +6,9 @@ from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from llama_adapter.errors import ExpertError
-from llama_adapter.experts import Surroundings, make_experts
-from llama_adapter.experts.detection import DetectionExpert
-from llama_adapter.experts.pipeline_caption import PipelineCaptionExpert
+from llama_adapter.experts import Request, make_experts
+from llama_adapter.experts.caption import PipelineCaptionExpert
+from llama_adapter.experts.detection import DetectionExpert, DetectionOptions
 
 WORDS = ["<pad>", "<unk>", "<bos>", "<eos>", "a", "photo", "of", "dog", "ball", "red"]
 TINY = {
@@ -84,31 +84,31 @@ def finder(tmp_path_factory, tokenizer):
 
 
 def test_any_captioner_of_transformers_captions(captioner):
-    [expert] = make_experts([f"caption={captioner},max_new_tokens=4"], Surroundings())
+    [expert] = make_experts([f"caption={captioner},max_new_tokens=4"])
     assert isinstance(expert, PipelineCaptionExpert)
-    report = expert.consult([PICTURE, PICTURE], "?")
+    report = expert.consult(Request(images=[PICTURE, PICTURE]))
     assert [finding.picture for finding in report.findings] == [0, 1]
     assert report.findings[0].text == report.findings[1].text
     assert report.findings[0].text
-    assert expert.traits.version
+    assert expert.info.version
     with pytest.raises(ExpertError, match="only 0 of 1 captions were done in time"):
-        expert.consult_within([PICTURE], "?", seconds=0.0)
+        expert.consult(Request(images=[PICTURE], deadline=0.0))
 
 
 def test_a_zero_shot_detector_looks_for_what_the_question_names(finder):
-    expert = DetectionExpert(finder, confidence=0.0)
-    report = expert.consult([PICTURE], "Where is the dog?")
+    expert = DetectionExpert(DetectionOptions(model=finder, confidence=0.0))
+    report = expert.consult(Request(images=[PICTURE], question="Where is the dog?"))
     assert report.findings
     assert all("dog" in finding.text for finding in report.findings)
     for left, top, right, bottom in (finding.box for finding in report.findings):
         assert 0 <= left <= right <= 40
         assert 0 <= top <= bottom <= 30
-    assert expert.traits.asks
-    nothing = expert.consult([PICTURE], "What do you see?")
+    assert expert.info.uses_question
+    nothing = expert.consult(Request(images=[PICTURE], question="What do you see?"))
     assert nothing.notes == ("the question names nothing to look for",)
-    named = DetectionExpert(finder, labels=["ball"], confidence=0.0)
-    assert not named.traits.asks
-    assert "ball" in named.consult([PICTURE], "?").text
+    named = DetectionExpert(DetectionOptions(model=finder, labels=["ball"], confidence=0.0))
+    assert not named.info.uses_question
+    assert "ball" in named.consult(Request(images=[PICTURE])).text
 
 
 def test_what_cannot_caption_is_refused(finder, tmp_path):

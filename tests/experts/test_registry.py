@@ -8,8 +8,19 @@ import pytest
 from PIL import Image
 
 from llama_adapter.errors import ExpertError, MissingDependencyError
-from llama_adapter.experts import ExpertKind, Finding, Panel, Report, make_experts, registry
-from llama_adapter.experts.automatic import AutomaticExpert, signals_of, text_likelihood
+from llama_adapter.experts import (
+    ExpertContext,
+    ExpertInfo,
+    ExpertOptions,
+    ExpertPool,
+    Finding,
+    Report,
+    Request,
+    make_experts,
+    make_pool,
+    registry,
+)
+from llama_adapter.experts.auto import AutoRouter, text_likelihood
 from llama_adapter.toyworld.pictures import picture
 from llama_adapter.toyworld.scenes import Scene, Thing
 
@@ -18,18 +29,27 @@ STAR = Thing(shape="star", color="red", size="large", place="north")
 
 class Echo:
     name = "echo"
+    info = ExpertInfo()
 
     def __init__(self, text):
         self.text = text
 
-    def consult(self, images, question):
+    def consult(self, request):
         return Report(expert=self.name, findings=(Finding(text=self.text, kind="note"),))
 
 
-KIND = ExpertKind(
-    make=lambda options, around: Echo(options.take("main", "hello")), summary="says something"
-)
+class EchoOptions(ExpertOptions):
+    name = "echo"
+    main = "text"
+
+    text: str = "hello"
+
+    def open(self, context):
+        return Echo(self.text)
+
+
 BROKEN = "no kind"
+IMAGE = Image.new("RGB", (64, 64))
 
 
 @pytest.fixture
@@ -45,13 +65,13 @@ def other_package(monkeypatch):
 
 
 def test_other_packages_add_experts(other_package):
-    other_package("echoing:KIND")
+    other_package("echoing:EchoOptions")
     [expert] = make_experts(["echo=good day"])
-    assert Panel([expert]).consult([Image.new("RGB", (4, 4))], "?").text == "good day"
+    assert ExpertPool([expert]).consult([IMAGE], "?")[0].text == "good day"
     other_package("echoing:BROKEN")
-    with pytest.raises(ExpertError, match="must name an ExpertKind, got str"):
+    with pytest.raises(ExpertError, match="must name a subclass of ExpertOptions, got 'no kind'"):
         registry.kinds()
-    for value in ("no_such_package:KIND", "echoing:NO_SUCH"):
+    for value in ("no_such_package:EchoOptions", "echoing:NO_SUCH"):
         other_package(value)
         with pytest.raises(ExpertError, match=r"entry point 'echo' in .* cannot be loaded"):
             registry.kinds()
@@ -63,7 +83,7 @@ def test_other_packages_add_experts(other_package):
         (["oracle"], "unknown expert 'oracle'; known: auto, caption"),
         (["ocr", "ocr"], "named twice"),
         (["ocr,confidence"], "must be OPTION=VALUE"),
-        (["ocr,confidnce=0.5"], "unknown option 'confidnce'; did you mean confidence"),
+        (["ocr,confidnce=0.5"], "unknown option 'confidnce'; did you mean 'confidence'"),
         (["ocr,confidence=much"], "confidence must be a number, got 'much'"),
         (["ocr=eng"], "unknown value"),
         (["search"], "needs a folder of texts"),
@@ -71,11 +91,26 @@ def test_other_packages_add_experts(other_package):
         (["detection"], "needs the name or directory"),
         (["web=ftp://x"], "must start with http"),
         (["caption"], "needs the directory of a caption adapter"),
+        (["detection="], "needs the name or directory"),
+        (["ocr,confidence=nan"], "confidence must be a number, got 'nan'"),
+        (["ocr,threads=10000000"], "threads must be at most 1000000"),
+        (["ocr,threads=1.5"], "threads must be a whole number, got '1.5'"),
+        (["ocr,wording=text"], "wording must have a place for the text"),
+        (["web=http://x,with_findings=maybe"], "with_findings must be yes or no, got 'maybe'"),
+        (["auto"], "use make_pool"),
+        (["auto,confidence=1"], "takes no options"),
     ],
 )
 def test_bad_names_and_options_are_refused(texts, words):
     with pytest.raises(ExpertError, match=words):
         make_experts(texts)
+
+
+def test_options_are_read_as_users_write_them():
+    texts = ["ocr,languages=en+de,confidence=0.25", "search=my,,notes,passages=5"]
+    ocr, search = registry.read_options(texts, {"ocr": {"wording": "<{}>", "confidence": 1}})
+    assert (ocr.languages, ocr.confidence, ocr.wording) == (("en", "de"), 0.25, "<{}>")
+    assert (search.folder, search.passages) == ("my,notes", 5)
 
 
 def test_a_missing_package_names_the_command(monkeypatch):
@@ -84,15 +119,14 @@ def test_a_missing_package_names_the_command(monkeypatch):
         make_experts(["ocr"])
     with pytest.raises(MissingDependencyError, match=r"pip install 'llama-adapter\[search\]'"):
         make_experts(["search=."])
-    [auto] = make_experts(["auto"])
-    _, decision = auto.choose([Image.new("RGB", (64, 64))], "read the sign")
+    [decision] = make_pool(["auto"]).consult([IMAGE], "read the sign")
     assert any("llama-adapter[ocr]" in note for note in decision.notes)
 
 
 def test_importing_experts_needs_no_extra(monkeypatch):
     for name in ("rapidocr", "bm25s", "pypdf", "onnxruntime"):
         monkeypatch.setitem(sys.modules, name, None)
-    for name in ("ocr", "search", "web_search", "detection", "automatic", "table"):
+    for name in ("ocr", "search", "web_search", "detection", "auto", "registry"):
         importlib.import_module(f"llama_adapter.experts.{name}")
     from llama_adapter.experts.ocr_engine import import_rapidocr
 
@@ -127,8 +161,8 @@ def test_text_is_noticed():
 )
 def test_signals_choose(question, sign, expected):
     names = ("caption", "ocr", "detection", "search")
-    auto = AutomaticExpert({name: lambda: Echo("x") for name in names})
-    chosen, decision = auto.choose([scene(sign)], question)
+    router = AutoRouter([(name, lambda: Echo("x")) for name in names])
+    chosen, decision = router.choose(Request(images=[scene(sign)], question=question))
     assert {note.split(",")[0] for note in decision.notes if ", since " in note} == expected
     assert len(chosen) == len(expected)
 
@@ -137,18 +171,31 @@ def test_the_decision_is_shown_and_acted_upon():
     def refuse():
         raise ExpertError("no model")
 
-    auto = AutomaticExpert({"caption": lambda: Echo("a star"), "ocr": refuse})
-    decision, found = Panel([auto]).consult([scene(None)], "read it").reports
+    router = AutoRouter([("caption", lambda: Echo("a star")), ("ocr", refuse)])
+    decision, found = ExpertPool(router=router).consult([scene(None)], "read it")
     assert decision.expert == "auto"
     assert decision.notes == ("caption, since there is a picture", "not ocr: no model")
     assert decision.text == ""
     assert found.text == "a star"
-    with pytest.raises(ExpertError, match="chooses for a panel"):
-        auto.consult([], "x")
 
 
-def test_without_a_picture_only_texts_are_searched():
-    assert signals_of([], "how to charge it?").asks_for_knowledge
-    auto = AutomaticExpert({name: lambda: Echo("x") for name in ("caption", "search")})
-    chosen, _ = auto.choose([], "how to charge it?")
+def test_without_an_image_only_texts_are_searched():
+    router = AutoRouter([(name, lambda: Echo("x")) for name in ("caption", "search", "echo")])
+    chosen, decision = router.choose(Request(question="how to charge it?"))
     assert len(chosen) == 1
+    assert "search, since the question asks for knowledge" in decision.notes
+
+
+def test_named_experts_are_candidates_of_auto(tmp_path, other_package):
+    other_package("echoing:EchoOptions")
+    defaults = {"echo": {"text": "good day"}}
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "a.txt").write_text("The pool is warm.")
+    texts = ["auto", f"search={tmp_path / 'one'}", f"search={tmp_path / 'two'}"]
+    pool = make_pool(texts, ExpertContext(defaults=defaults))
+    decision, *found = pool.consult([IMAGE], "why is the pool warm?")
+    assert [report.expert for report in found] == ["echo", "search", "search"]
+    assert found[0].text == "good day"
+    assert "not web: it needs the address" not in decision.notes
+    assert any(note.startswith("not web: it needs the address") for note in decision.notes)

@@ -11,11 +11,11 @@ import pytest
 pytest.importorskip("bm25s")
 
 from llama_adapter.errors import ExpertError
-from llama_adapter.experts import Finding, Report
+from llama_adapter.experts import Finding, Report, Request
 from llama_adapter.experts.passages import text_files
-from llama_adapter.experts.search import SearchExpert
+from llama_adapter.experts.search import SearchExpert, SearchOptions
 from llama_adapter.experts.search_index import FolderIndex
-from llama_adapter.experts.web_search import WebSearchExpert
+from llama_adapter.experts.web_search import WebOptions, WebSearchExpert
 
 
 @pytest.fixture
@@ -40,58 +40,66 @@ def folder(tmp_path):
     return folder
 
 
+def opened(folder, **options):
+    return SearchExpert(SearchOptions(folder=str(folder), **options))
+
+
+def ask(expert, question, reports=()):
+    return expert.consult(Request(question=question, reports=reports))
+
+
+def web(url, **options):
+    return WebSearchExpert(WebOptions(url=url, **options))
+
+
 def sources(report):
     return [finding.source for finding in report.findings]
 
 
 def test_passages_come_with_their_place(folder):
-    report = SearchExpert(folder, passages=1).consult([], "When does the Pacific open?")
+    report = ask(opened(folder, passages=1), "When does the Pacific open?")
     assert sources(report) == ["hotels.md:1"]
     assert "opens at seven" in report.text
-    assert sources(SearchExpert(folder, passages=1).consult([], "warm pool?")) == [
-        "more/faq.jsonl:1"
-    ]
-    assert sources(SearchExpert(folder, passages=1).consult([], "battery")) == ["more/faq.jsonl:3"]
-    assert all(
-        len(f.text.split()) <= 240 for f in SearchExpert(folder).consult([], "room").findings
-    )
+    assert sources(ask(opened(folder, passages=1), "warm pool?")) == ["more/faq.jsonl:1"]
+    assert sources(ask(opened(folder, passages=1), "battery")) == ["more/faq.jsonl:3"]
+    assert all(len(f.text.split()) <= 240 for f in ask(opened(folder), "room").findings)
 
 
 def test_what_others_read_in_the_picture_is_looked_up(folder):
     read = Report(expert="ocr", findings=(Finding(text="HOTEL PACIFIC", kind="line"),))
-    report = SearchExpert(folder, passages=1).consult_after("What should I know?", [read])
+    report = ask(opened(folder, passages=1), "What should I know?", [read])
     assert sources(report) == ["hotels.md:1"]
 
 
 def test_the_index_lies_beside_the_folder_and_follows_it(folder):
-    assert "4 of" not in str(SearchExpert(folder).consult([], "pool").notes)
+    assert "4 of" not in str(ask(opened(folder), "pool").notes)
     directory = folder.parent / ".notes.llama-adapter-index"
     assert (directory / "files.json").exists()
-    assert SearchExpert(folder).consult([], "pool").notes == (), "nothing changed"
+    assert ask(opened(folder), "pool").notes == (), "nothing changed"
     (folder / "new.txt").write_text("Zebras graze.")
     (folder / "hotels.md").unlink()
-    expert = SearchExpert(folder)
-    report = expert.consult([], "zebra")
+    expert = opened(folder)
+    report = ask(expert, "zebra")
     assert report.notes == ("index brought up to date: 1 of 3 files read, 1 gone",)
     assert sources(report) == ["new.txt:1"]
-    assert expert.consult([], "Pacific").findings == ()
+    assert ask(expert, "Pacific").findings == ()
 
 
 @pytest.mark.parametrize("damage", [b"", b"{}", b'{"hotels.md": 3}', b"\x00\xff" * 50])
 def test_a_damaged_index_is_made_anew_and_says_so(folder, damage):
-    SearchExpert(folder).consult([], "pool")
+    ask(opened(folder), "pool")
     (folder.parent / ".notes.llama-adapter-index" / "files.json").write_bytes(damage)
-    report = SearchExpert(folder).consult([], "pool")
+    report = ask(opened(folder), "pool")
     assert sources(report) == ["more/faq.jsonl:1"]
     assert any("was damaged and is made anew" in note for note in report.notes)
-    assert SearchExpert(folder).consult([], "pool").notes == ()
+    assert ask(opened(folder), "pool").notes == ()
 
 
 def test_files_that_cannot_be_read_are_named_and_left_out(folder):
     (folder / "bad.jsonl").write_text('{"text": "fine"}\nnot json\n')
     (folder / "bad.pdf").write_bytes(b"no pdf at all")
     (folder / "binary.txt").write_bytes(b"\x00\x01\x02")
-    notes = " ".join(SearchExpert(folder).consult([], "pool").notes)
+    notes = " ".join(ask(opened(folder), "pool").notes)
     assert "bad.jsonl: line 2 is no JSON" in notes
     assert "bad.pdf" in notes
     assert "binary.txt: is no text" in notes
@@ -100,7 +108,7 @@ def test_files_that_cannot_be_read_are_named_and_left_out(folder):
 def test_a_pdf_is_searched_page_by_page(folder):
     pytest.importorskip("pypdf")
     (folder / "manual.pdf").write_bytes(_pdf("Press the violet button twice"))
-    report = SearchExpert(folder, passages=1).consult([], "violet button")
+    report = ask(opened(folder, passages=1), "violet button")
     assert sources(report) == ["manual.pdf, page 1"]
 
 
@@ -114,7 +122,7 @@ def test_folders_without_text_are_refused(tmp_path):
 
 
 def test_no_shared_word_is_said(folder):
-    report = SearchExpert(folder).consult([], "xylophone")
+    report = ask(opened(folder), "xylophone")
     assert report.findings == ()
     assert report.notes[-1].startswith("no passage shares a word")
 
@@ -184,18 +192,18 @@ def service():
 
 def test_results_are_findings_and_the_picture_stays_private(service):
     read = Report(expert="ocr", findings=(Finding(text="PRIVATE", kind="line"),))
-    report = WebSearchExpert(f"{service}/search").consult_after("what is a star?", [read])
+    report = ask(web(f"{service}/search"), "what is a star?", [read])
     assert [f.text for f in report.findings] == ["Star: A shape.", "plain"]
     assert report.findings[0].source == "https://a.example"
     assert "PRIVATE" not in Service.asked[-1]
-    shared = WebSearchExpert(f"{service}/search?k={{query}}", with_findings=True)
-    shared.consult_after("what?", [read])
+    shared = web(f"{service}/search?k={{query}}", with_findings=True)
+    ask(shared, "what?", [read])
     assert Service.asked[-1] == "/search?k=what%3F%20PRIVATE"
 
 
 def test_the_key_goes_to_the_named_service_alone(service, monkeypatch):
     monkeypatch.setenv("LLAMA_ADAPTER_SEARCH_KEY", "sesame")
-    WebSearchExpert(f"{service}/moved").consult([], "x")
+    ask(web(f"{service}/moved"), "x")
     assert Service.asked[-1] == "/empty"
     assert Service.keys[-2:] == ["Bearer sesame", None]
 
@@ -205,15 +213,15 @@ def test_the_key_goes_to_the_named_service_alone(service, monkeypatch):
 )
 def test_a_service_that_misbehaves_is_reported(service, path, words):
     with pytest.raises(ExpertError, match=words):
-        WebSearchExpert(service + path).consult([], "x")
+        ask(web(service + path), "x")
 
 
 def test_no_results_and_no_service(service):
-    assert WebSearchExpert(f"{service}/empty").consult([], "x").notes[-1] == "no results"
+    assert ask(web(f"{service}/empty"), "x").notes[-1] == "no results"
     with pytest.raises(ExpertError, match="cannot be reached"):
-        WebSearchExpert("http://127.0.0.1:9/").consult([], "x")
+        ask(web("http://127.0.0.1:9/"), "x")
     with pytest.raises(ExpertError, match="must start with http"):
-        WebSearchExpert("file:///etc/passwd")
+        web("file:///etc/passwd")
 
 
 def test_links_that_lead_out_of_the_folder_are_not_followed(tmp_path: Path) -> None:

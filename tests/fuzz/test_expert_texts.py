@@ -97,8 +97,8 @@ def test_damaged_indexes_are_made_anew(tmp_path: Path) -> None:
     whole = {path: path.read_bytes() for path in store.iterdir()}
     campaign = Campaign("expert indexes", inputs=30)
 
-    def found(hits: list) -> None:
-        assert [hit.passage for hit in hits] == [Passage(text="A star is red.", source="a.md:1")]
+    def found(passages: list[Passage]) -> None:
+        assert passages == [Passage(text="A star is red.", source="a.md:1")]
 
     for rng in campaign:
         for path, content in whole.items():

@@ -9,7 +9,7 @@ from PIL import Image
 
 from llama_adapter import LlamaAdapterForConditionalGeneration, LlamaAdapterProcessor
 from llama_adapter.errors import ConfigError, ImageError, PromptError
-from llama_adapter.experts import CaptionExpert, Finding, Report
+from llama_adapter.experts import CaptionExpert, ExpertInfo, Finding, Report, Request
 from llama_adapter.generation.chat import ChatSession, GenerationSettings
 
 
@@ -62,9 +62,11 @@ class Loud:
     """An expert that says what it was shown."""
 
     name = "loud"
+    info = ExpertInfo()
 
-    def consult(self, images, question):
-        finding = Finding(text=f"{len(images)} pictures: {question}", kind="note")
+    def consult(self, request):
+        text = f"{len(request.images)} pictures: {request.question}"
+        finding = Finding(text=text, kind="note")
         return Report(expert=self.name, findings=(finding,))
 
 
@@ -84,12 +86,12 @@ def test_the_caption_expert_gives_the_active_adapter_back(loaded, adapter_dir, p
         model.load_adapter(adapter_dir, "caption")
     before = session(loaded).ask("what do you see?", images=[picture]).text
     expert = CaptionExpert(model, processor, max_new_tokens=4)
-    report = expert.consult([picture, picture], "anything")
+    report = expert.consult(Request(images=[picture, picture]))
     assert [finding.picture for finding in report.findings] == [0, 1]
     assert report.findings[0].text == report.findings[1].text
     assert model.active_adapter == "default"
     assert session(loaded).ask("what do you see?", images=[picture]).text == before
-    assert expert.consult([], "nothing to see").findings == ()
+    assert expert.consult(Request()).findings == ()
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from llama_adapter.cli.output import one_line
 from llama_adapter.errors import ImageError, PromptError
 
 if TYPE_CHECKING:
-    from llama_adapter.cli.experts import PanelChoice
+    from llama_adapter.cli.experts import ExpertChoice
     from llama_adapter.generation.chat import Answer, ChatSession
 
 _HELP = "/image FILE shows a picture with the next question, /reset forgets, /quit leaves."
@@ -107,14 +107,15 @@ def chat(
       llama-adapter chat toy --video clip.mp4 --prompt "What happens?"
       llama-adapter chat runs/mine/adapter --prompt "Describe the picture." --image a.jpg --json
     """
-    from llama_adapter.cli.experts import PanelChoice
+    from llama_adapter.cli.experts import ExpertChoice
     from llama_adapter.cli.output import json_only
 
     if as_json and prompt is None:
         raise typer.BadParameter("--json answers once and needs --prompt")
     if prompt is not None and not prompt.strip():
         raise PromptError("--prompt is empty")
-    panel = PanelChoice(
+    experts = ExpertChoice(
+        model=model,
         names=tuple(expert or ()),
         timeout=expert_timeout,
         max_tokens=expert_tokens,
@@ -124,7 +125,7 @@ def chat(
     with json_only(as_json) as emit:
         session = _open_session(
             model,
-            panel=panel,
+            experts=experts,
             context=context,
             device=device,
             seed=seed,
@@ -168,7 +169,7 @@ def _frames_of(path: Path, count: int) -> Any:
 def _open_session(
     model: str,
     *,
-    panel: PanelChoice,
+    experts: ExpertChoice,
     context: str | None,
     device: str | None,
     seed: int,
@@ -187,7 +188,7 @@ def _open_session(
     return ChatSession(
         loaded,
         processor,
-        experts=panel.open(model=model, loaded=loaded, processor=processor, device=device),
+        experts=experts.open(loaded=loaded, processor=processor, device=device),
         context=context,
         settings=settings,
     )

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer import Option
 
-from llama_adapter.cli.experts import PanelChoice
+from llama_adapter.cli.experts import ExpertChoice
 from llama_adapter.cli.judges import JudgeChoice, judge_answers
 from llama_adapter.cli.models import MODEL_HELP
 from llama_adapter.cli.numbers import MAX_FRAMES, MAX_NEW_TOKENS, MAX_SEED, MAX_TEMPERATURE, between
@@ -159,7 +159,12 @@ def eval_(
         raise ConfigError(
             "--predictions are answers already: no --model, --limit, --shard, --merge"
         )
-    panel = PanelChoice(names=tuple(expert or ()), timeout=expert_timeout, max_tokens=expert_tokens)
+    experts = ExpertChoice(
+        model=model,
+        names=tuple(expert or ()),
+        timeout=expert_timeout,
+        max_tokens=expert_tokens,
+    )
     sampling = {"seed": seed, "temperature": temperature, "max_new_tokens": max_new_tokens}
     asking = {"frames": frames, "prompt": prompt, "batch_size": batch_size}
     plan = _plan(task, out, {**sampling, **asking}, limit=limit, shard=shard)
@@ -170,7 +175,7 @@ def eval_(
             plan.take(predictions, known)
         elif not merge:
             inputs = plan.inputs(data, baseline=baseline, split=split)
-            answerer = _answerer(opened, model, endpoint, device=device, panel=panel)
+            answerer = _answerer(opened, model, endpoint, device=device, experts=experts)
             plan.answer(answerer, inputs, media=media)
         plan.judge_and_score(chosen, merge=merge, device=device, emit=emit if as_json else None)
 
@@ -291,7 +296,7 @@ def _answerer(
     endpoint: str | None,
     *,
     device: str | None,
-    panel: PanelChoice,
+    experts: ExpertChoice,
 ) -> Answerer:
     from llama_adapter.evaluation.answering import EndpointAnswerer, LocalAnswerer
 
@@ -307,9 +312,9 @@ def _answerer(
 
         loaded, processor = load(model, device=device)
         answerer = LocalAnswerer(loaded, processor, directory=adapter_directory(model))
-    if not panel.names:
+    if not experts.names:
         return answerer
     from llama_adapter.evaluation.with_experts import ExpertAnswerer
 
-    experts = panel.open(model=model, loaded=loaded, processor=processor, device=device)
-    return ExpertAnswerer(answerer, experts, named=panel.names)
+    pool = experts.open(loaded=loaded, processor=processor, device=device)
+    return ExpertAnswerer(answerer, pool, named=experts.names)

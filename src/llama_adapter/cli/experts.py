@@ -1,11 +1,11 @@
-"""`--expert`: from what a user writes to a panel of experts."""
+"""`--expert`: from what a user writes to a pool of experts."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from threading import TIMEOUT_MAX
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -14,15 +14,17 @@ from llama_adapter.cli.output import one_line
 from llama_adapter.errors import ConfigError
 
 if TYPE_CHECKING:
-    from llama_adapter.experts import Panel, Report, Surroundings
+    from llama_adapter.experts import ExpertPool, Report
     from llama_adapter.model import LlamaAdapterForConditionalGeneration
     from llama_adapter.processing.processor import LlamaAdapterProcessor
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class PanelChoice:
+class ExpertChoice:
     """Which experts to ask, and how, as the options say; refused before a model is loaded."""
 
+    model: str | None
+    """MODEL, for what experts are told by default."""
     names: tuple[str, ...] = ()
     timeout: float = 30.0
     max_tokens: int = 512
@@ -37,50 +39,44 @@ class PanelChoice:
         if self.max_tokens < 1:
             raise ConfigError(f"--expert-tokens must be at least 1, got {self.max_tokens}")
         if self.names:
-            from llama_adapter.experts.registry import check
+            from llama_adapter.experts.registry import read_options
 
-            check(self.names)
+            read_options(self.names, _defaults(self.model))
 
     def open(
         self,
         *,
-        model: str,
         loaded: LlamaAdapterForConditionalGeneration | None,
         processor: LlamaAdapterProcessor | None,
         device: str | None = None,
-    ) -> Panel:
-        """The panel for MODEL, which is loaded already or answers elsewhere."""
-        from llama_adapter.experts import Panel, make_experts
+    ) -> ExpertPool:
+        """The pool for MODEL, which is loaded already or answers elsewhere."""
+        from llama_adapter.experts import ExpertContext, make_pool
         from llama_adapter.experts.cache import ReportCache, default_cache_file
 
-        experts = make_experts(self.names, surroundings(model, loaded, processor, device))
         cache = ReportCache(default_cache_file()) if self.cache and self.names else None
-        if processor is None:
-            return Panel(experts, timeout=self.timeout, max_tokens=self.max_tokens, cache=cache)
-        return Panel.beside(
-            processor, experts, timeout=self.timeout, max_tokens=self.max_tokens, cache=cache
+        context = ExpertContext(model=loaded, device=device, defaults=_defaults(self.model))
+        return make_pool(
+            self.names,
+            context,
+            processor=processor,
+            timeout=self.timeout,
+            max_tokens=self.max_tokens,
+            cache=cache,
         )
 
 
-def surroundings(
-    model: str,
-    loaded: LlamaAdapterForConditionalGeneration | None,
-    processor: LlamaAdapterProcessor | None,
-    device: str | None,
-) -> Surroundings:
-    """What experts may use, and what they are told where MODEL is `toy`."""
-    from llama_adapter.experts import Surroundings
+def _defaults(model: str | None) -> dict[str, dict[str, Any]]:
+    """What experts are told where MODEL is `toy`."""
+    if model != TOY:
+        return {}
+    from llama_adapter.toyworld.shipped import shipped_adapter
 
-    defaults = {}
-    if model == TOY:
-        from llama_adapter.toyworld.shipped import shipped_adapter
-
-        defaults = {
-            "caption": {"main": str(shipped_adapter("caption"))},
-            # the toy decoder knows signs by this sentence, and no language but English
-            "ocr": {"wording": "a sign says {}.", "languages": "en"},
-        }
-    return Surroundings(model=loaded, processor=processor, device=device, defaults=defaults)
+    return {
+        "caption": {"model": str(shipped_adapter("caption"))},
+        # the toy decoder knows signs by this sentence, and no language but English
+        "ocr": {"wording": "a sign says {}.", "languages": "en"},
+    }
 
 
 def show_reports(reports: Sequence[Report]) -> None:

@@ -10,18 +10,16 @@ from llama_adapter.conversation import Conversation
 from llama_adapter.errors import LlamaAdapterError
 from llama_adapter.evaluation.answering import Answered, Answerer
 from llama_adapter.evaluation.tasks.base import Generation
-from llama_adapter.experts import Panel
-from llama_adapter.experts.base import Report, traits_of
-from llama_adapter.processing.prompts import with_experts
+from llama_adapter.experts import ExpertPool, Report
 
 
 class ExpertAnswerer:
-    """Puts what a panel of experts says of the pictures before each question."""
+    """Puts what experts say of the images before each question."""
 
-    def __init__(self, answerer: Answerer, panel: Panel, *, named: Sequence[str]) -> None:
+    def __init__(self, answerer: Answerer, pool: ExpertPool, *, named: Sequence[str]) -> None:
         """Set up; `named` are the experts as the user wrote them, for the manifest."""
         self._answerer = answerer
-        self._panel = panel
+        self._pool = pool
         self._named = tuple(named)
 
     def answer(
@@ -32,9 +30,9 @@ class ExpertAnswerer:
         reports: list[tuple[Report, ...]] = []
         for conversation in conversations:
             try:
-                told, said = with_experts(conversation, [self._panel])
+                told, said, _ = self._pool.inform(conversation)
             except LlamaAdapterError:
-                # a picture that cannot be read: the answerer says so for this record alone
+                # an image that cannot be read: the answerer says so for this record alone
                 told, said = conversation, ()
             helped.append(told)
             reports.append(said)
@@ -46,12 +44,15 @@ class ExpertAnswerer:
 
     def describe(self) -> dict[str, Any]:
         """The answerer's, with the experts, their versions and limits."""
+        versions = {expert.name: expert.info.version for expert in self._pool.experts}
+        if self._pool.router is not None:
+            versions["auto"] = None  # it may choose others for each question
         return {
             **self._answerer.describe(),
             "experts": {
                 "named": list(self._named),
-                "versions": {e.name: traits_of(e).version for e in self._panel.experts},
-                "timeout": self._panel.timeout,
-                "max_tokens": self._panel.max_tokens,
+                "versions": versions,
+                "timeout": self._pool.timeout,
+                "max_tokens": self._pool.max_tokens,
             },
         }

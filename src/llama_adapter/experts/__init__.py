@@ -1,19 +1,21 @@
-"""Experts: systems that turn a picture into text which the model reads (V2 §4.4)."""
+"""Experts: systems that turn an image into text which the model reads (V2 §4.4)."""
 
-from llama_adapter.experts.base import Expert, Finding, Report, Traits
+from llama_adapter.experts.base import Expert, ExpertInfo, Finding, Report, Request
 from llama_adapter.experts.caption import CaptionExpert
-from llama_adapter.experts.panel import Consultation, Panel
-from llama_adapter.experts.registry import ExpertKind, Surroundings, make_experts
+from llama_adapter.experts.options import ExpertContext, ExpertOptions
+from llama_adapter.experts.pool import ExpertPool
+from llama_adapter.experts.registry import make_experts, make_pool
 
 __all__ = [
     "CaptionExpert",
-    "Consultation",
     "Expert",
-    "ExpertKind",
+    "ExpertContext",
+    "ExpertInfo",
+    "ExpertOptions",
+    "ExpertPool",
     "Finding",
-    "Panel",
     "Report",
-    "Surroundings",
-    "Traits",
+    "Request",
     "make_experts",
+    "make_pool",
 ]

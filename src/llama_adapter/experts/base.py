@@ -1,14 +1,21 @@
-"""What an expert is: something that looks at pictures and reports findings in words."""
+"""What an expert is: `consult(request)` looks at images and gives a report of findings."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol, runtime_checkable
+from itertools import groupby
+from typing import Any, Protocol
 
 from PIL import Image
 
-from llama_adapter.experts.wording import paragraph
+from llama_adapter.experts.wording import QUOTES, harmless
+
+LONGEST_PARAGRAPH = 12_000
+"""Characters of a report's text, whatever the budget in tokens."""
+CELLS = " | "
+"""What parts the cells of a row."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -21,11 +28,11 @@ class Finding:
     confidence: float | None = None
     """From 0 to 1, where the expert has one."""
     box: tuple[float, float, float, float] | None = None
-    """Left, top, right, bottom in pixels of the picture."""
+    """Left, top, right, bottom in pixels of the image."""
     picture: int = 0
-    """Which of the pictures it was found in; to an expert, which of the images it was given."""
+    """Index of the image: of the request's to an expert, of the question's in a pool's report."""
     frame: int | None = None
-    """Which frame, where the picture is a video."""
+    """Index of the frame, where the image is a video."""
     row: int | None = None
     """Findings of one row stand side by side, such as the cells of a table; rows count on."""
     source: str | None = None
@@ -34,7 +41,7 @@ class Finding:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Report:
-    """What one expert has to say about a question's pictures."""
+    """What one expert found out about a question's images."""
 
     expert: str
     findings: tuple[Finding, ...] = ()
@@ -42,22 +49,37 @@ class Report:
     wording: str = "{}"
     """What stands around the findings in the prompt; `{}` is their place."""
     between: str = " "
-    """What parts one finding from the next, where they are not cells of a row."""
+    """Separates the findings, except for the cells of a row."""
     notes: tuple[str, ...] = ()
-    """What a user should know: a picture was scaled, lines were left out. Never in a prompt."""
+    """What a user should know: an image was scaled, lines were left out. Never in a prompt."""
     problem: str | None = None
-    """Why the expert has nothing to say, where it failed or ran out of time."""
+    """Why there are no findings, where the expert failed or ran out of time."""
     seconds: float | None = None
     """How long it took."""
     cached: bool = False
-    """Whether the findings were remembered, not found anew."""
+    """Whether the findings come from the cache."""
     complete: bool = True
-    """Whether there was time for all of the pictures; what is cut short is not remembered."""
+    """Whether there was time for all images; incomplete reports are not cached."""
 
     @property
     def text(self) -> str:
-        """The findings as one paragraph for the prompt, which they cannot break out of."""
-        text = paragraph(self.findings, wording=self.wording, between=self.between)
+        """The findings as one paragraph for the prompt; images are numbered if there are several.
+
+        No finding can end the paragraph or a quotation in it.
+        """
+        quoted = any(mark in self.wording for mark in "\"'")
+        several = any(finding.picture > 0 for finding in self.findings)
+        parts: list[str] = []
+        for picture, group in groupby(self.findings, lambda finding: finding.picture):
+            cells = [[harmless(finding.text) for finding in row] for row in rows_of(list(group))]
+            rows = (CELLS.join(cell for cell in row if cell) for row in cells)
+            text = self.between.join(row for row in rows if row)
+            if quoted:
+                text = QUOTES.sub("'", text)
+            if text:
+                said = self.wording.replace("{}", text)
+                parts.append(f"Picture {picture + 1}: {said}" if several else said)
+        text = ("\n" if several else " ").join(parts)[:LONGEST_PARAGRAPH]
         # a PDF or JSON file may hold lone surrogates, which no prompt may
         return text.encode("utf-8", "replace").decode()
 
@@ -74,63 +96,65 @@ class Report:
         }
 
 
+def rows_of(findings: Sequence[Finding]) -> list[list[Finding]]:
+    """Findings in rows: the cells of a row together, one without a row alone."""
+
+    def key(item: tuple[int, Finding]) -> tuple[object, ...]:
+        index, found = item
+        return (found.picture, found.frame, found.row, index if found.row is None else None)
+
+    return [[found for _, found in group] for _, group in groupby(enumerate(findings), key)]
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Traits:
-    """What whoever consults an expert has to know about it; its attribute `traits`, if any."""
+class Request:
+    """What an expert is asked."""
+
+    images: Sequence[Image.Image] = ()
+    question: str = ""
+    deadline: float | None = None
+    """When the report must be there, by `time.monotonic`; None: any time."""
+    reports: Sequence[Report] = ()
+    """What other experts found; only experts with `reads_reports` get them."""
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Time until the deadline, negative after it; None where there is none."""
+        return None if self.deadline is None else self.deadline - time.monotonic()
+
+    @property
+    def is_late(self) -> bool:
+        """Whether the deadline has passed."""
+        return self.deadline is not None and time.monotonic() >= self.deadline
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExpertInfo:
+    """What has to be known to consult an expert."""
 
     version: str | None = None
-    """Changes whenever the findings could; None: they are never remembered."""
-    asks: bool = True
-    """Whether findings depend on the question, not on the pictures alone."""
-    on_model: bool = False
-    """Whether it uses the model that will answer, and must be done before anyone else does."""
+    """Changes whenever the findings could; None: they are never cached."""
+    uses_question: bool = True
+    """Whether findings depend on the question, not on the images alone."""
+    uses_model: bool = False
+    """Whether it runs the model that will answer, which no other thread may do meanwhile."""
+    reads_reports: bool = False
+    """Whether it starts from what others found; it comes last and needs no image."""
 
 
 class Expert(Protocol):
-    """Anything with a name that reports on pictures; it is never trained here.
+    """Anything that reports on images; it is never trained here.
 
-    `consult` may be called from any thread, one call at a time.
+    `consult` may be called from any thread, one call at a time. It should stop by itself at the
+    request's deadline: what is not found in time is left out and noted, or ExpertError raised.
     """
 
-    name: str
+    @property
+    def name(self) -> str: ...
 
-    def consult(self, images: Sequence[Image.Image], question: str) -> Report:
-        """Findings about the pictures that may help with the question."""
+    @property
+    def info(self) -> ExpertInfo: ...
+
+    def consult(self, request: Request) -> Report:
+        """Findings about the request's images that may help with its question."""
         ...
-
-
-@runtime_checkable
-class TimedExpert(Protocol):
-    """An expert that can be told how long it has, and stops by itself."""
-
-    def consult_within(
-        self, images: Sequence[Image.Image], question: str, *, seconds: float
-    ) -> Report:
-        """As `consult`; what is not found in time is left out and noted, or ExpertError raised."""
-        ...
-
-
-@runtime_checkable
-class FollowUpExpert(Protocol):
-    """An expert that starts from what others found; it is asked without pictures too."""
-
-    def consult_after(self, question: str, reports: Sequence[Report]) -> Report:
-        """Findings that may help with the question, given what others reported."""
-        ...
-
-
-@runtime_checkable
-class Chooser(Protocol):
-    """An expert that leaves the work to others, which it chooses for each question."""
-
-    def choose(
-        self, images: Sequence[Image.Image], question: str
-    ) -> tuple[Sequence[Expert], Report]:
-        """Whom to ask, and a report whose notes say why."""
-        ...
-
-
-def traits_of(expert: Expert) -> Traits:
-    """The expert's traits; the most careful ones where it names none."""
-    found = getattr(expert, "traits", None)
-    return found if isinstance(found, Traits) else Traits()

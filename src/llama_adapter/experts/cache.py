@@ -12,14 +12,11 @@ import os
 import sqlite3
 import threading
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
-from llama_adapter.experts.base import Expert, Finding, Report, traits_of
+from llama_adapter.experts.base import Expert, Finding, Report, Request
 
 DEFAULT_BYTES = 64 * 2**20
 _DAMAGE = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
@@ -50,15 +47,15 @@ class ReportCache:
         self._lock = threading.Lock()
         self._connection: sqlite3.Connection | None = None
 
-    def key(self, expert: Expert, images: Sequence[Image.Image], question: str) -> str | None:
+    def key(self, expert: Expert, request: Request) -> str | None:
         """What a report is found by; None where it must not be remembered."""
-        traits = traits_of(expert)
-        if traits.version is None:
+        info = expert.info
+        if info.version is None or info.reads_reports:
             return None
         digest = hashlib.blake2b(digest_size=32)
-        asked = question if traits.asks else ""
-        digest.update(json.dumps([expert.name, traits.version, asked]).encode())
-        for image in images:
+        asked = request.question if info.uses_question else ""
+        digest.update(json.dumps([expert.name, info.version, asked]).encode())
+        for image in request.images:
             digest.update(f"{image.mode}{image.size}".encode())
             digest.update(image.tobytes())
         return digest.hexdigest()

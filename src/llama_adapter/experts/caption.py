@@ -1,35 +1,61 @@
-"""The paper's default expert: a caption adapter on the same frozen base (V2 §4.4).
+"""Captions: by an adapter on the same frozen base (V2 §4.4), or by a model of another kind.
 
-No second model is in memory: the caption adapter takes the active one's place for the time of
-a caption, and the active one comes back, exactly as it was.
+With a caption adapter no second model is in memory: it takes the active adapter's place for the
+time of a caption, and the active one comes back, exactly as it was.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
+from pydantic import Field
 
 from llama_adapter.conversation import Conversation
 from llama_adapter.errors import ExpertError
-from llama_adapter.experts.base import Finding, Report, Traits
+from llama_adapter.experts.base import Expert, ExpertInfo, Finding, Report, Request
+from llama_adapter.experts.options import Count, ExpertContext, ExpertOptions
+from llama_adapter.experts.pipelines import check_size, load_pipeline, pipeline_version
 from llama_adapter.model import LlamaAdapterForConditionalGeneration
 from llama_adapter.model.configuration import ADAPTER_CONFIG_NAME
 from llama_adapter.model.persistence import ADAPTER_WEIGHTS_NAME
 from llama_adapter.processing.processor import LlamaAdapterProcessor
 
-INSTRUCTION = "describe the picture."
+ADAPTER_INSTRUCTION = "describe the picture."
 """What adapters are asked that name no instruction of their own."""
+MODEL_INSTRUCTION = "Describe the picture in one sentence."
+
+
+class CaptionOptions(ExpertOptions):
+    """Describes the image: a caption adapter on the same base, or another model."""
+
+    name = "caption"
+    main = "model"
+
+    model: str = Field(
+        min_length=1,
+        title="DIR",
+        description="the directory of a caption adapter for the same base, or the name of an "
+        "image-text-to-text model",
+    )
+    instruction: str | None = None
+    max_new_tokens: Count = 96
+
+    def open(self, context: ExpertContext) -> Expert:
+        directory = Path(self.model).expanduser()
+        if not (directory / ADAPTER_CONFIG_NAME).is_file():
+            return PipelineCaptionExpert(self, device=context.device)
+        if context.model is None:
+            raise ExpertError("a caption adapter needs its base: no model is loaded")
+        return load_caption_expert(directory, self, model=context.model)
 
 
 class CaptionExpert:
-    """Captions pictures with one of the model's loaded adapters."""
+    """Captions images with one of the model's loaded adapters."""
 
     name = "caption"
 
@@ -43,77 +69,60 @@ class CaptionExpert:
         max_new_tokens: int = 96,
         version: str | None = None,
     ) -> None:
-        """Set up; without a `version` captions are never remembered."""
+        """Set up; without a `version` captions are never cached."""
         self.model = model
         self.processor = processor
         self.adapter_name = adapter_name
         self.instruction = instruction
         self.max_new_tokens = max_new_tokens
-        self.traits = Traits(version=version, asks=False, on_model=True)
-
-    def consult(self, images: Sequence[Image.Image], question: str) -> Report:  # noqa: ARG002
-        """One caption per picture."""
-        return self._captions(images, seconds=None)
-
-    def consult_within(
-        self,
-        images: Sequence[Image.Image],
-        question: str,  # noqa: ARG002
-        *,
-        seconds: float,
-    ) -> Report:
-        """One caption per picture; ExpertError where they are not done in time."""
-        return self._captions(images, seconds=seconds)
+        self.info = ExpertInfo(version=version, uses_question=False, uses_model=True)
 
     @torch.no_grad()
-    def _captions(self, images: Sequence[Image.Image], *, seconds: float | None) -> Report:
-        if not images:
+    def consult(self, request: Request) -> Report:
+        """One caption per image; ExpertError where they are not done in time."""
+        if not request.images:
             return Report(expert=self.name)
-        started = time.perf_counter()
+        seconds = request.seconds_left
         limit: dict[str, Any] = {} if seconds is None else {"max_time": seconds}
         active = self.model.active_adapter
         self.model.set_adapter(self.adapter_name)
         try:
             # an adapter that learned captions from one instruction is asked with that one
             learned = self.model.adapter_config.caption_instruction
-            instruction = self.instruction or learned or INSTRUCTION
-            prompts = [Conversation.ask(instruction, images=[image]) for image in images]
+            instruction = self.instruction or learned or ADAPTER_INSTRUCTION
+            prompts = [Conversation.ask(instruction, images=[image]) for image in request.images]
             inputs = self.processor(prompts, padding_side="left").to(self.model.device)
             tokens = self.model.generate(
                 **inputs, max_new_tokens=self.max_new_tokens, do_sample=False, **limit
             )
         finally:
             self.model.set_adapter(active)
-        if seconds is not None and time.perf_counter() - started >= seconds:
+        if request.is_late:
             raise ExpertError(f"captions took longer than {seconds:g} seconds")
         answers = self.processor.batch_decode(
             tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
         )
-        findings = tuple(
-            Finding(text=answer.strip(), kind="caption", picture=index)
-            for index, answer in enumerate(answers)
-        )
-        return Report(expert=self.name, findings=findings)
-
-
-def is_adapter_directory(where: str) -> bool:
-    """Whether a path is an adapter directory of ours."""
-    return (Path(where).expanduser() / ADAPTER_CONFIG_NAME).is_file()
+        return _captions([answer.strip() for answer in answers])
 
 
 def load_caption_expert(
-    where: str,
-    *,
-    model: LlamaAdapterForConditionalGeneration,
-    instruction: str | None = None,
-    max_new_tokens: int = 96,
+    directory: Path, options: CaptionOptions, *, model: LlamaAdapterForConditionalGeneration
 ) -> CaptionExpert:
     """The caption expert of an adapter directory, loaded beside the model's other adapters.
 
     Raises CheckpointError where it belongs to another base.
     """
-    directory = Path(where).expanduser()
-    version = _version(directory, model, instruction, max_new_tokens)
+    # everything that a caption depends on, the image apart
+    digest = hashlib.sha256()
+    for name in (ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME):
+        path = directory / name
+        if not path.is_file():
+            raise ExpertError(f"caption adapter {directory} lacks {name}")
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    settings = [options.instruction, options.max_new_tokens]
+    depends = [model.config.base, model.config.vision, str(model.dtype), *settings]
+    digest.update(json.dumps(depends, sort_keys=True, default=str).encode())
     # the same directory may be asked for again; another one must not be taken for it
     adapter_name = f"caption-{hashlib.sha256(str(directory.resolve()).encode()).hexdigest()[:8]}"
     if adapter_name not in model.adapters:
@@ -122,26 +131,60 @@ def load_caption_expert(
         model,
         LlamaAdapterProcessor.from_pretrained(directory),
         adapter_name=adapter_name,
-        instruction=instruction,
-        max_new_tokens=max_new_tokens,
-        version=version,
+        instruction=options.instruction,
+        max_new_tokens=options.max_new_tokens,
+        version=digest.hexdigest()[:16],
     )
 
 
-def _version(
-    directory: Path,
-    model: LlamaAdapterForConditionalGeneration,
-    instruction: str | None,
-    max_new_tokens: int,
-) -> str:
-    """A name for everything that a caption depends on, the picture apart."""
-    digest = hashlib.sha256()
-    for name in (ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME):
-        path = directory / name
-        if not path.is_file():
-            raise ExpertError(f"caption adapter {directory} lacks {name}")
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    rest = [model.config.base, model.config.vision, str(model.dtype), instruction, max_new_tokens]
-    digest.update(json.dumps(rest, sort_keys=True, default=str).encode())
-    return digest.hexdigest()[:16]
+class PipelineCaptionExpert:
+    """Captions images with a second model, of any kind that transformers can load.
+
+    transformers 5 has no `image-to-text` pipeline any more; its models (BLIP, GIT, Pix2Struct …)
+    are loaded as `image-text-to-text` ones, and captioners that take no instruction get none.
+    """
+
+    name = "caption"
+
+    def __init__(self, options: CaptionOptions, *, device: str | None = None) -> None:
+        """Load the model; ExpertError where there is none, or none that captions."""
+        task = "image-text-to-text"
+        self._pipeline = load_pipeline(task, options.model, expert=self.name, device=device)
+        self._options = options
+        settings = (options.instruction, options.max_new_tokens)
+        version = pipeline_version(self._pipeline, *settings)
+        self.info = ExpertInfo(version=version, uses_question=False)
+
+    def consult(self, request: Request) -> Report:
+        """One caption per image; ExpertError where they are not done in time."""
+        captions: list[str] = []
+        for image in request.images:
+            if request.is_late:
+                done = f"{len(captions)} of {len(request.images)}"
+                raise ExpertError(f"only {done} captions were done in time")
+            captions.append(self._caption(image))
+        return _captions(captions)
+
+    def _caption(self, image: Image.Image) -> str:
+        check_size(self._pipeline, image)
+        tokens = self._options.max_new_tokens
+        keywords: dict[str, Any] = {
+            "generate_kwargs": {"max_new_tokens": tokens, "do_sample": False},
+            "return_full_text": False,
+        }
+        instruction = self._options.instruction
+        if getattr(self._pipeline.processor, "chat_template", None):
+            content = [
+                {"type": "image", "image": image},
+                {"type": "text", "text": instruction or MODEL_INSTRUCTION},
+            ]
+            [found] = self._pipeline(text=[{"role": "user", "content": content}], **keywords)
+        else:
+            # plain captioners go on from a text; without an instruction, from nothing
+            [found] = self._pipeline(images=image, text=instruction or "", **keywords)
+        return str(found["generated_text"]).strip()
+
+
+def _captions(texts: list[str]) -> Report:
+    findings = (Finding(text=t, kind="caption", picture=i) for i, t in enumerate(texts))
+    return Report(expert=CaptionOptions.name, findings=tuple(findings))

@@ -1,161 +1,225 @@
-"""What is where in a picture: any object detector of transformers, its boxes put into words."""
+"""What is where in an image: any object detector of transformers, its boxes put into words."""
 
 from __future__ import annotations
 
 import re
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from PIL import Image
+from pydantic import Field
 
 from llama_adapter.errors import ExpertError
-from llama_adapter.experts.base import Finding, Report, Traits
+from llama_adapter.experts.base import ExpertInfo, Finding, Report, Request
+from llama_adapter.experts.options import ExpertContext, ExpertOptions, Share, Words
 from llama_adapter.experts.pipelines import check_size, load_pipeline, pipeline_version
-from llama_adapter.experts.positions import Box, Group, Seen, group
+from llama_adapter.experts.wording import words_of
 from llama_adapter.pretrained import load_pretrained
 
+Box = tuple[float, float, float, float]
+"""Left, top, right, bottom."""
 DEFAULT_CONFIDENCE = 0.5
 ZERO_SHOT_CONFIDENCE = 0.15
 """Zero-shot detectors score lower: OWL-ViT's own examples take 0.1."""
+MOST_OBJECTS = 40
+SAME = 0.8
+"""Intersection over union from which on two boxes of one label are one object."""
 
-_WORDS = re.compile(r"[a-z][a-z-]+")
-_NO_THINGS = frozenset(
+_WORD = re.compile(r"[a-z][a-z-]+")
+_NOT_NOUNS = frozenset(
     """
-    about above all and any are around below can colour color colours colors count describe
-    does doing find for from has have here how image kind large left list look looks lower
-    made many much near next not of on one or over picture place please right say see seen
-    shape show side size small tell that the their there these they thing things this those
-    to top two under upper was what when where which who whose why with you your
+    about above all any around below colour color colours colors count describe doing find here
+    image kind large left list look looks lower made near next one over picture place right see
+    seen shape show side size small thing things top two under upper
     """.split()  # noqa: SIM905
 )
+_NUMBERS = "no one two three four five six seven eight nine ten eleven twelve".split()  # noqa: SIM905
+_IRREGULAR = {
+    "person": "people", "child": "children", "man": "men", "woman": "women", "mouse": "mice",
+    "knife": "knives", "sheep": "sheep", "skis": "skis", "scissors": "scissors",
+}  # fmt: skip
+
+
+class DetectionOptions(ExpertOptions):
+    """Lists the objects in the image and where they are."""
+
+    name = "detection"
+    main = "model"
+
+    model: str = Field(
+        min_length=1, description="the name or directory of an object-detection model"
+    )
+    labels: Words = ()
+    """What a zero-shot detector looks for; without labels, the question's nouns."""
+    confidence: Share | None = None
+
+    def open(self, context: ExpertContext) -> DetectionExpert:
+        return DetectionExpert(self, device=context.device)
 
 
 class DetectionExpert:
-    """Lists things and their places: "two dogs, left; a ball, bottom right"."""
+    """Lists objects and their places: "two dogs, left; a ball, bottom right"."""
 
     name = "detection"
 
-    def __init__(
-        self,
-        model: str,
-        *,
-        labels: Sequence[str] = (),
-        confidence: float | None = None,
-        max_things: int = 40,
-        device: str | None = None,
-    ) -> None:
-        """Load a detector by name or directory.
-
-        A zero-shot detector looks for the `labels`, or without them for the question's nouns.
-        Raises ExpertError where it cannot be loaded; it says so where torchvision is missing.
-        """
-        if confidence is not None and not 0 <= confidence <= 1:
-            raise ExpertError(f"confidence must be from 0 to 1, got {confidence}")
-        self._pipeline, self._is_zero_shot = _load(model, device=device)
-        if labels and not self._is_zero_shot:
-            raise ExpertError(f"{model!r} knows its own labels; labels are for zero-shot detectors")
-        self._labels = tuple(labels)
+    def __init__(self, options: DetectionOptions, *, device: str | None = None) -> None:
+        """Load a detector by name or directory; ExpertError where it cannot be loaded."""
+        self._pipeline, self._is_zero_shot = _load(options.model, device=device)
+        if options.labels and not self._is_zero_shot:
+            raise ExpertError(
+                f"{options.model!r} knows its own labels; labels are for zero-shot detectors"
+            )
+        self._labels = options.labels
         usual = ZERO_SHOT_CONFIDENCE if self._is_zero_shot else DEFAULT_CONFIDENCE
-        self._confidence = usual if confidence is None else confidence
-        self._max_things = max_things
-        version = pipeline_version(self._pipeline, self._labels, self._confidence, max_things)
-        self.traits = Traits(version=version, asks=self._is_zero_shot and not labels)
+        self._confidence = usual if options.confidence is None else options.confidence
+        version = pipeline_version(self._pipeline, self._labels, self._confidence, MOST_OBJECTS)
+        asks = self._is_zero_shot and not self._labels
+        self.info = ExpertInfo(version=version, uses_question=asks)
 
-    def consult(self, images: Sequence[Image.Image], question: str) -> Report:
-        """Things in each picture, the largest first."""
-        return self._report(images, question, deadline=None)
-
-    def consult_within(
-        self, images: Sequence[Image.Image], question: str, *, seconds: float
-    ) -> Report:
-        """As `consult`; pictures that are not reached in time are noted."""
-        return self._report(images, question, deadline=time.perf_counter() + seconds)
-
-    def _report(
-        self, images: Sequence[Image.Image], question: str, *, deadline: float | None
-    ) -> Report:
+    def consult(self, request: Request) -> Report:
+        """Objects in each image, the largest first; images not reached in time are noted."""
         findings: list[Finding] = []
         notes: list[str] = []
         complete = True
-        labels = self._labels or nouns(question)
+        labels = self._labels or nouns(request.question)
         if self._is_zero_shot and not labels:
-            notes.append("the question names nothing to look for")
-            return Report(expert=self.name, notes=tuple(notes))
-        for index, image in enumerate(images):
-            if deadline is not None and time.perf_counter() >= deadline:
-                notes.append(f"time for {index} of {len(images)} pictures only")
+            return Report(expert=self.name, notes=("the question names nothing to look for",))
+        for index, image in enumerate(request.images):
+            if request.is_late:
+                notes.append(f"time for {index} of {len(request.images)} images only")
                 complete = False
                 break
-            things = self._things(image, labels)
-            if len(things) > self._max_things:
-                notes.append(f"{len(things)} things seen, the surest {self._max_things} listed")
-                things = sorted(things, key=lambda t: -t.confidence)[: self._max_things]
-            for found in group(things, width=image.width, height=image.height):
-                findings.append(_finding(found, picture=index))
-            if not things:
+            found = self._objects(image, labels)
+            if len(found) > MOST_OBJECTS:
+                notes.append(f"{len(found)} objects seen, the surest {MOST_OBJECTS} listed")
+                found = sorted(found, key=_confidence, reverse=True)[:MOST_OBJECTS]
+            if not found:
                 notes.append(f"nothing seen with a confidence of {self._confidence:g} or more")
-        wording = "In the picture: {}."
+            findings += grouped(found, size=image.size, picture=index)
         return Report(
             expert=self.name,
             findings=tuple(findings),
-            wording=wording,
+            wording="In the picture: {}.",
             between="; ",
             notes=tuple(dict.fromkeys(notes)),
             complete=complete,
         )
 
-    def _things(self, image: Image.Image, labels: Sequence[str]) -> list[Seen]:
+    def _objects(self, image: Image.Image, labels: Sequence[str]) -> list[Finding]:
+        """Each object with its label as text, its box within the image."""
         check_size(self._pipeline, image)
         options: dict[str, Any] = {"threshold": self._confidence}
         if self._is_zero_shot:
             options["candidate_labels"] = list(labels)
-        return [
-            Seen(
-                label=str(found["label"]),
-                confidence=float(found["score"]),
-                box=_within(found["box"], image.size),
+        sides = {"xmin": image.width, "ymin": image.height, "xmax": image.width,
+                 "ymax": image.height}  # fmt: skip
+        objects = []
+        for found in self._pipeline(image, **options):
+            box = [min(max(float(found["box"][key]), 0.0), side) for key, side in sides.items()]
+            objects.append(
+                Finding(
+                    text=str(found["label"]),
+                    kind="object",
+                    confidence=float(found["score"]),
+                    box=(box[0], box[1], box[2], box[3]),
+                )
             )
-            for found in self._pipeline(image, **options)
-        ]
+        return objects
 
 
-def _within(box: Mapping[str, float], size: tuple[int, int]) -> Box:
-    """A pipeline's box, as far as it lies in the picture."""
-    width, height = size
-    return (
-        min(max(float(box["xmin"]), 0.0), width),
-        min(max(float(box["ymin"]), 0.0), height),
-        min(max(float(box["xmax"]), 0.0), width),
-        min(max(float(box["ymax"]), 0.0), height),
-    )
+def _confidence(finding: Finding) -> float:
+    return finding.confidence or 0.0
 
 
 def nouns(question: str) -> tuple[str, ...]:
-    """Words of a question that may name things, for a detector that must be told what to find.
+    """Words of a question that may name objects, for a detector that must be told what to find.
 
     >>> nouns("How many dogs are there, and where is the ball?")
     ('dog', 'ball')
     """
-    words = (w for w in _WORDS.findall(question.lower()) if w not in _NO_THINGS and len(w) > 2)
-    singular = (w[:-1] if w.endswith("s") and not w.endswith("ss") else w for w in words)
-    return tuple(dict.fromkeys(singular))
+    kept = (word for word in _WORD.findall(question.lower()) if word not in _NOT_NOUNS)
+    found = (word for word in words_of(" ".join(kept)) if len(word) > 2)
+    return tuple(dict.fromkeys(found))
 
 
-def _finding(found: Group, *, picture: int) -> Finding:
-    boxes = [member.box for member in found.members]
-    return Finding(
-        text=found.text,
-        kind="object",
-        confidence=max(member.confidence for member in found.members),
-        box=(
-            min(box[0] for box in boxes),
-            min(box[1] for box in boxes),
-            max(box[2] for box in boxes),
-            max(box[3] for box in boxes),
-        ),
-        picture=picture,
-    )
+def place(box: Box, *, size: tuple[int, int]) -> str:
+    """Where the middle of a box is: a cell of a three by three grid.
+
+    >>> place((0, 0, 10, 10), size=(100, 100))
+    'top left'
+    >>> place((40, 80, 60, 100), size=(100, 100))
+    'bottom'
+    >>> place((0, 0, 95, 99), size=(100, 100))
+    'filling the picture'
+    """
+    width, height = size
+    if _area(box) >= 0.8 * width * height:
+        return "filling the picture"
+    x, y = (box[0] + box[2]) / 2 / width, (box[1] + box[3]) / 2 / height
+    column = "left" if x < 1 / 3 else "right" if x > 2 / 3 else ""
+    row = "top" if y < 1 / 3 else "bottom" if y > 2 / 3 else ""
+    return f"{row} {column}".strip() or "centre"
+
+
+def grouped(objects: Sequence[Finding], *, size: tuple[int, int], picture: int) -> list[Finding]:
+    """Objects of one label and place as one finding, such as `two dogs, left`; largest first.
+
+    Of boxes of one label that all but coincide the surest counts.
+    """
+    groups: dict[tuple[str, str], list[Finding]] = {}
+    kept: list[Finding] = []
+    for thing in sorted(objects, key=_confidence, reverse=True):
+        assert thing.box is not None
+        twins = (k.box for k in kept if k.text == thing.text and k.box is not None)
+        if all(intersection_over_union(box, thing.box) < SAME for box in twins):
+            kept.append(thing)
+            where = place(thing.box, size=size)
+            groups.setdefault((thing.text, where), []).append(thing)
+    found = []
+    for (label, where), members in groups.items():
+        lefts, tops, rights, bottoms = zip(*(m.box for m in members if m.box), strict=True)
+        finding = Finding(
+            text=f"{counted(len(members), label)}, {where}",
+            kind="object",
+            confidence=members[0].confidence,
+            box=(min(lefts), min(tops), max(rights), max(bottoms)),
+            picture=picture,
+        )
+        found.append((max(_area(m.box) for m in members if m.box), finding))
+    return [finding for _, finding in sorted(found, key=lambda pair: -pair[0])]
+
+
+def _area(box: Box) -> float:
+    return max(0.0, box[2] - box[0]) * max(0.0, box[3] - box[1])
+
+
+def intersection_over_union(one: Box, other: Box) -> float:
+    """Share of their common area in the area that either covers.
+
+    >>> intersection_over_union((0, 0, 2, 1), (1, 0, 3, 1))
+    0.3333333333333333
+    """
+    left, top = max(one[0], other[0]), max(one[1], other[1])
+    common = _area((left, top, max(left, min(one[2], other[2])), min(one[3], other[3])))
+    union = _area(one) + _area(other) - common
+    return common / union if union > 0 else 0.0
+
+
+def counted(count: int, label: str) -> str:
+    """A number and a noun, right for the 80 labels of COCO.
+
+    >>> counted(1, "orange"), counted(2, "bus"), counted(3, "wine glass"), counted(2, "person")
+    ('an orange', 'two buses', 'three wine glasses', 'two people')
+    """
+    if count == 1:
+        return f"{'an' if label[:1].lower() in 'aeiou' else 'a'} {label}"
+    head, space, last = label.rpartition(" ")
+    if last.endswith("y") and last[-2:-1] not in "aeiou":
+        made = f"{last[:-1]}ies"
+    else:
+        made = f"{last}{'es' if last.endswith(('s', 'x', 'z', 'ch', 'sh')) else 's'}"
+    number = _NUMBERS[count] if count < len(_NUMBERS) else str(count)
+    return f"{number} {head}{space}{_IRREGULAR.get(last, made)}"
 
 
 def _load(model: str, *, device: str | None) -> tuple[Any, bool]:
@@ -173,6 +237,6 @@ def _load(model: str, *, device: str | None) -> tuple[Any, bool]:
     config = load_pretrained(
         AutoConfig, model, what="model of expert 'detection'", error=ExpertError
     )
-    kind = config.model_type
-    task = "zero-shot-object-detection" if kind in ZERO_SHOT else "object-detection"
-    return load_pipeline(task, model, expert="detection", device=device), kind in ZERO_SHOT
+    is_zero_shot = config.model_type in ZERO_SHOT
+    task = "zero-shot-object-detection" if is_zero_shot else "object-detection"
+    return load_pipeline(task, model, expert="detection", device=device), is_zero_shot

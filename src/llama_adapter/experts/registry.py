@@ -1,140 +1,51 @@
 """Experts by name: ours in a table, other packages' by an entry point, options in one string.
 
     caption=DIR         a caption adapter for the same base; a model of another kind by its name
-    ocr                 words in the picture
-    detection=MODEL     things in the picture
+    ocr                 words in the image
+    detection=MODEL     things in the image
     search=FOLDER       passages of the user's own texts
     web=URL             results of a search service that the user names
-    auto                whichever of the others a question and its picture call for
+    auto                whichever of the others a question and its image call for
 
 Options follow after commas: `ocr,confidence=0.6`; a comma that belongs to a value is doubled.
-A package adds experts in the entry-point group `llama_adapter.experts`: each entry point names an
-`ExpertKind`.
+A package adds experts in the entry-point group `llama_adapter.experts`: each entry point names a
+subclass of `ExpertOptions`.
 """
 
 from __future__ import annotations
 
-import difflib
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from functools import partial
 from importlib.metadata import entry_points
 from importlib.util import find_spec
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any
 
 from llama_adapter.errors import ExpertError, MissingDependencyError
+from llama_adapter.experts.auto import AUTO, AutoRouter
+from llama_adapter.experts.base import Expert
+from llama_adapter.experts.caption import CaptionOptions
+from llama_adapter.experts.detection import DetectionOptions
+from llama_adapter.experts.ocr import OcrOptions
+from llama_adapter.experts.options import ExpertContext, ExpertOptions
+from llama_adapter.experts.pool import ExpertPool
+from llama_adapter.experts.search import SearchOptions
+from llama_adapter.experts.web_search import WebOptions
 
-if TYPE_CHECKING:
-    from llama_adapter.experts.base import Expert
-
-AUTO = "auto"
 GROUP = "llama_adapter.experts"
 """The entry-point group by which other packages add experts."""
+EXPERTS: Mapping[str, type[ExpertOptions]] = {
+    kind.name: kind
+    for kind in (CaptionOptions, OcrOptions, DetectionOptions, SearchOptions, WebOptions)
+}
+"""Those of this package, by name; `auto` is not an expert but chooses among them."""
 
-MAX_NUMBER = 1_000_000
-"""Numbers beyond, on either side of 0, are refused as options."""
-
-T = TypeVar("T", bool, int, float, str)
-_TRUE = {"yes": True, "true": True, "1": True, "no": False, "false": False, "0": False}
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Surroundings:
-    """What experts may use of the model that will answer; all of it may be missing."""
-
-    model: Any = None
-    """A `LlamaAdapterForConditionalGeneration`."""
-    processor: Any = None
-    """Its `LlamaAdapterProcessor`."""
-    device: str | None = None
-    """Where an expert's own model runs."""
-    defaults: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
-    """Options by expert where the user gives none, such as the caption adapter of a base."""
+Defaults = Mapping[str, Mapping[str, Any]]
 
 
-@dataclass(slots=True)
-class Options:
-    """One expert's options as the user wrote them; each is taken once, the rest are refused."""
-
-    text: str
-    """All of it, for messages."""
-    values: dict[str, str]
-    """By name; the first, unnamed one is called `main`."""
-    known: list[str] = field(default_factory=list)
-
-    def take(self, name: str, default: T) -> T:
-        """An option's value, of the type of its default."""
-        self.known.append(name)
-        text = self.values.pop(name, None)
-        if text is None:
-            return default
-        kind = type(default)
-        try:
-            value = _TRUE[text.lower()] if kind is bool else kind(text)
-            # NaN is in no range
-            if isinstance(value, int | float) and not abs(value) <= MAX_NUMBER:
-                raise ValueError(value)
-        except (ValueError, KeyError) as error:
-            raise ExpertError(
-                f"expert {self.text[:200]!r}: {name} must be {_names[kind]}, got {text[:80]!r}"
-            ) from error
-        return value
-
-    def words(self, name: str) -> tuple[str, ...]:
-        """An option of several words, parted by `+`."""
-        return tuple(w.strip() for w in self.take(name, "").split("+") if w.strip())
-
-    def done(self) -> None:
-        """Refuse what nobody took."""
-        for name in self.values:
-            close = difflib.get_close_matches(name, self.known, n=1)
-            hint = f"; did you mean {close[0]}?" if close else ""
-            known = ", ".join(n for n in self.known if n != "main") or "none"
-            what = "value" if name == "main" else f"option {name!r}"
-            raise ExpertError(f"expert {self.text!r}: unknown {what}{hint} (options: {known})")
-
-
-_names: dict[type, str] = {bool: "yes or no", int: "a whole number", float: "a number"}
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ExpertKind:
-    """How an expert is made, and what it needs."""
-
-    make: Callable[[Options, Surroundings], Expert]
-    summary: str
-    needs: tuple[tuple[str, str], ...] = ()
-    """Packages that must be importable, each with the extra of ours that installs it."""
-    wants: str | None = None
-    """What must follow `=`, for messages; None where nothing must."""
-
-
-def parse(text: str) -> tuple[str, Options]:
-    """A name and its options.
-
-    >>> parse("ocr,confidence=0.6")[1].values
-    {'confidence': '0.6'}
-    >>> parse("search=my,,notes,passages=5")[1].values
-    {'main': 'my,notes', 'passages': '5'}
-    """
-    parts = [part.replace(",,", ",") for part in re.split(r"(?<!,),(?!,)", text)]
-    name, separator, value = parts[0].partition("=")
-    values = {"main": value} if separator else {}
-    for part in parts[1:]:
-        key, separator, value = part.partition("=")
-        if not separator:
-            raise ExpertError(f"expert {text!r}: {part!r} must be OPTION=VALUE")
-        values[key.strip()] = value.strip()
-    return name.strip(), Options(text, values)
-
-
-def kinds() -> dict[str, ExpertKind]:
+def kinds() -> dict[str, type[ExpertOptions]]:
     """Every kind of expert by name; ours cannot be replaced by another package's."""
-    from llama_adapter.experts.table import EXPERTS
-
-    found: dict[str, ExpertKind] = {}
+    found: dict[str, type[ExpertOptions]] = {}
     for point in entry_points(group=GROUP):
         try:
             kind = point.load()
@@ -142,84 +53,103 @@ def kinds() -> dict[str, ExpertKind]:
             raise ExpertError(
                 f"entry point {point.name!r} in {GROUP} cannot be loaded: {error}"
             ) from error
-        if not isinstance(kind, ExpertKind):
+        if not (isinstance(kind, type) and issubclass(kind, ExpertOptions)):
             raise ExpertError(
-                f"entry point {point.name!r} in {GROUP} must name an ExpertKind, "
-                f"got {type(kind).__name__}"
+                f"entry point {point.name!r} in {GROUP} must name a subclass of ExpertOptions, "
+                f"got {kind!r}"[:300]
             )
         found[point.name] = kind
     return {**found, **EXPERTS}
 
 
-def check(texts: Sequence[str]) -> None:
-    """Refuse an unknown expert, a missing value or package, before anything is loaded."""
+def read_options(texts: Sequence[str], defaults: Defaults | None = None) -> list[ExpertOptions]:
+    """The options of experts such as `ocr,confidence=0.6`; `auto` has none and is passed over.
+
+    Refuses unknown experts and options, wrong values and missing packages; loads nothing.
+    """
     table = kinds()
+    read: list[ExpertOptions] = []
     seen: set[str] = set()
     for text in texts:
-        name, options = parse(text)
-        if name not in table:
-            known = ", ".join(sorted(table))
-            raise ExpertError(f"unknown expert {name!r}; known: {known}")
-        if name in seen and name != "search":
+        name, value, rest = _parse(text)
+        if name not in table and name != AUTO:
+            known = ", ".join(sorted([*table, AUTO]))
+            raise ExpertError(f"unknown expert {name[:80]!r}; known: {known}")
+        if name in seen and name != SearchOptions.name:
             raise ExpertError(f"expert {name!r} is named twice")
         seen.add(name)
+        if name == AUTO:
+            if rest or value is not None:
+                raise ExpertError(f"expert 'auto' takes no options, got {text[:200]!r}")
+            continue
         kind = table[name]
         for package, extra in kind.needs:
             if find_spec(package) is None:
                 raise MissingDependencyError(package, extra=extra, purpose=f"the expert {name!r}")
-        if kind.wants and not options.values.get("main"):
-            raise ExpertError(f"expert {name!r} needs {kind.wants}: --expert {name}=…")
+        if value is not None:
+            if kind.main is None:
+                raise ExpertError(f"expert {name!r}: unknown value {value[:80]!r}")
+            rest[kind.main] = value
+        read.append(kind(**{**(defaults or {}).get(name, {}), **rest}))
+    return read
 
 
-def make_experts(texts: Sequence[str], surroundings: Surroundings | None = None) -> list[Expert]:
-    """The experts that texts such as `ocr,confidence=0.6` name.
+def _parse(text: str) -> tuple[str, str | None, dict[str, Any]]:
+    """Name, main value and options.
 
-    With `auto` among them, the others are those it chooses from.
+    >>> _parse("ocr,confidence=0.6")
+    ('ocr', None, {'confidence': '0.6'})
+    >>> _parse("search=my,,notes,passages=5")
+    ('search', 'my,notes', {'passages': '5'})
     """
-    check(texts)
-    around = surroundings or Surroundings()
-    if any(parse(text)[0] == AUTO for text in texts):
-        return [_automatic([text for text in texts if parse(text)[0] != AUTO], around)]
-    return [make(text, around) for text in texts]
+    first, *parts = [part.replace(",,", ",") for part in re.split(r"(?<!,),(?!,)", text)]
+    name, separator, value = first.partition("=")
+    options: dict[str, Any] = {}
+    for part in parts:
+        key, equals, rest = part.partition("=")
+        if not equals:
+            raise ExpertError(f"expert {text[:200]!r}: {part[:80]!r} must be OPTION=VALUE")
+        options[key.strip()] = rest.strip()
+    return name.strip(), value if separator else None, options
 
 
-def _automatic(texts: Sequence[str], around: Surroundings) -> Expert:
-    """The chooser among the named experts, and those of ours that need nothing named."""
-    from llama_adapter.experts.automatic import AutomaticExpert
+def _has_auto(texts: Sequence[str]) -> bool:
+    return any(_parse(text)[0] == AUTO for text in texts)
 
-    named = {parse(text)[0]: text for text in texts}
+
+def make_experts(texts: Sequence[str], context: ExpertContext | None = None) -> list[Expert]:
+    """The experts that texts such as `ocr,confidence=0.6` name; `make_pool` takes `auto`, too."""
+    context = context or ExpertContext()
+    named = read_options(texts, context.defaults)
+    if _has_auto(texts):
+        raise ExpertError("expert 'auto' chooses among others: use make_pool")
+    return [options.open(context) for options in named]
+
+
+def make_pool(
+    texts: Sequence[str], context: ExpertContext | None = None, **limits: Any
+) -> ExpertPool:
+    """A pool of the experts that texts name, with the limits of `ExpertPool`.
+
+    With `auto` among them the others are candidates, and so are those of ours that need nothing
+    named.
+    """
+    context = context or ExpertContext()
+    if not _has_auto(texts):
+        return ExpertPool(make_experts(texts, context), **limits)
+    named = read_options(texts, context.defaults)
+    candidates: list[ExpertOptions] = []
     missing: dict[str, str] = {}
     for name, kind in kinds().items():
-        if name in named or name == AUTO:
-            continue
-        lacking = [package for package, _ in kind.needs if find_spec(package) is None]
-        if lacking:
+        own = [options for options in named if isinstance(options, kind)]
+        defaults = context.defaults.get(name, {})
+        if own:
+            candidates += own
+        elif any(find_spec(package) is None for package, _ in kind.needs):
             missing[name] = f"pip install 'llama-adapter[{kind.needs[0][1]}]' adds it"
-        elif kind.wants:
-            missing[name] = f"it needs {kind.wants}: --expert {name}=…"
-        elif name == "caption" and not around.defaults.get(name):
-            missing[name] = "it needs a caption adapter: --expert caption=DIR"
+        elif kind.main is not None and not defaults.get(kind.main):
+            missing[name] = f"it {kind.wants()}"
         else:
-            named[name] = name
-    order = [name for name in kinds() if name in named]
-    makers = {name: partial(make, named[name], around) for name in order}
-    return AutomaticExpert(makers, missing=missing)
-
-
-def make(text: str, surroundings: Surroundings) -> Expert:
-    """One expert, from its text and the defaults around it."""
-    name, options = parse(text)
-    for key, value in surroundings.defaults.get(name, {}).items():
-        options.values.setdefault(key, value)
-    expert = kinds()[name].make(options, surroundings)
-    options.done()
-    return expert
-
-
-def existing_folder(text: str, *, expert: str) -> Path:
-    """The folder of that path; ExpertError where there is none."""
-    path = Path(text).expanduser()
-    if not path.is_dir():
-        what = "is a file" if path.exists() else "does not exist"
-        raise ExpertError(f"expert {expert!r}: folder {text!r} {what}")
-    return path
+            candidates.append(kind(**defaults))
+    makers = [(options.name, partial(options.open, context)) for options in candidates]
+    return ExpertPool(router=AutoRouter(makers, missing=missing), **limits)

@@ -1,4 +1,4 @@
-"""The librarian: passages of the user's own texts that bear on the question and the picture."""
+"""Passages of the user's own texts that bear on the question and the image."""
 
 from __future__ import annotations
 
@@ -6,15 +6,30 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
-from PIL import Image
+from pydantic import Field
 
 from llama_adapter.errors import ExpertError
-from llama_adapter.experts.base import Finding, Report, Traits
+from llama_adapter.experts.base import ExpertInfo, Finding, Report, Request
+from llama_adapter.experts.options import Count, ExpertContext, ExpertOptions
 from llama_adapter.experts.search_index import FolderIndex, import_bm25s
 
-WORDING = 'From the user\'s documents: "{}"'
 QUERY_WORDS = 64
 """Words of other experts' findings that join the question: a page of text is no query."""
+
+
+class SearchOptions(ExpertOptions):
+    """Finds passages in a folder of texts."""
+
+    name = "search"
+    main = "folder"
+    needs = (("bm25s", "search"),)
+
+    folder: str = Field(min_length=1, description="a folder of texts")
+    passages: Count = 3
+    """Most passages to show the model."""
+
+    def open(self, context: ExpertContext) -> SearchExpert:  # noqa: ARG002
+        return SearchExpert(self)
 
 
 class SearchExpert:
@@ -22,39 +37,40 @@ class SearchExpert:
 
     name = "search"
     # the folder may change at any time, and looking is fast
-    traits = Traits(version=None)
+    info = ExpertInfo(version=None, reads_reports=True)
 
-    def __init__(self, folder: Path | str, *, passages: int = 3) -> None:
+    def __init__(self, options: SearchOptions) -> None:
         """Set up; the folder is indexed with the first question."""
-        if passages < 1:
-            raise ExpertError(f"expert 'search': passages must be at least 1, got {passages}")
+        folder = Path(options.folder).expanduser()
+        if not folder.is_dir():
+            what = "is a file" if folder.exists() else "does not exist"
+            raise ExpertError(f"expert 'search': folder {options.folder!r} {what}")
         import_bm25s()
-        self._index = FolderIndex(Path(folder))
-        self._passages = passages
+        self._index = FolderIndex(folder)
+        self._passages = options.passages
         self._lock = threading.Lock()
 
-    def consult(self, images: Sequence[Image.Image], question: str) -> Report:  # noqa: ARG002
-        """Passages that bear on the question alone."""
-        return self.consult_after(question, ())
-
-    def consult_after(self, question: str, reports: Sequence[Report]) -> Report:
+    def consult(self, request: Request) -> Report:
         """Passages that bear on the question and on what others reported."""
+        query = query_of(request.question, request.reports)
         with self._lock:
-            hits = self._index.search(query_of(question, reports), count=self._passages)
+            hits = self._index.search(query, count=self._passages)
             notes = self._index.notes
-        findings = tuple(
-            Finding(text=hit.passage.text, kind="passage", source=hit.passage.source)
-            for hit in hits
-        )
-        if not findings:
-            notes = (*notes, "no passage shares a word with the question or the picture")
+        if not hits:
+            notes = (*notes, "no passage shares a word with the question or the image")
         return Report(
-            expert=self.name, findings=findings, wording=WORDING, between="\n", notes=notes
+            expert=self.name,
+            findings=tuple(
+                Finding(text=hit.text, kind="passage", source=hit.source) for hit in hits
+            ),
+            wording='From the user\'s documents: "{}"',
+            between="\n",
+            notes=notes,
         )
 
 
 def query_of(question: str, reports: Sequence[Report]) -> str:
-    """The question, and the words of captions, text and things in the picture."""
+    """The question, and the words of captions, text and objects in the image."""
     found = [
         word
         for report in reports

@@ -7,75 +7,86 @@ import os
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 from urllib.parse import quote, urlencode, urlsplit
 
-from PIL import Image
+from pydantic import Field, field_validator
 
 from llama_adapter.errors import ExpertError
-from llama_adapter.experts.base import Finding, Report, Traits
+from llama_adapter.experts.base import ExpertInfo, Finding, Report, Request
+from llama_adapter.experts.options import Count, ExpertContext, ExpertOptions
 from llama_adapter.experts.search import query_of
 
 KEY_VARIABLE = "LLAMA_ADAPTER_SEARCH_KEY"
+"""Sent as a bearer token where it is set."""
 MAX_BYTES = 2**20
 SECONDS = 10.0
 LONGEST_RESULT = 600
-WORDING = 'Search results: "{}"'
 _LISTS = ("results", "items", "data", "hits", "organic")
 _TEXTS = ("content", "snippet", "text", "description", "body")
 _ADDRESSES = ("url", "link", "href")
+
+
+class WebOptions(ExpertOptions):
+    """Asks a search service of the user's choice."""
+
+    name = "web"
+    main = "url"
+
+    url: str = Field(min_length=1, description="the address of a search service")
+    """With `{query}` where the question goes, or else it is added as the parameter `q`."""
+    results: Count = 3
+    """Most results to show the model."""
+    with_findings: bool = False
+    """Whether what other experts read in the image is sent too."""
+
+    @field_validator("url")
+    @classmethod
+    def _is_http(cls, value: str) -> str:
+        parts = urlsplit(value)
+        if parts.scheme not in {"http", "https"} or not parts.netloc:
+            raise ValueError("must start with http:// or https://")
+        return value
+
+    def open(self, context: ExpertContext) -> WebSearchExpert:  # noqa: ARG002
+        return WebSearchExpert(self)
 
 
 class WebSearchExpert:
     """Asks an HTTP endpoint that answers with JSON, such as one's own SearXNG."""
 
     name = "web"
-    traits = Traits(version=None)
+    info = ExpertInfo(version=None, reads_reports=True)
 
-    def __init__(self, url: str, *, results: int = 3, with_findings: bool = False) -> None:
-        """Set up.
-
-        Args:
-            url: where to ask, with `{query}` where the question goes, or else it is added as the
-                parameter `q`. A key in LLAMA_ADAPTER_SEARCH_KEY is sent as a bearer token.
-            results: how many results to show the model.
-            with_findings: whether what other experts read in the picture is sent too.
-        """
-        parts = urlsplit(url)
-        if parts.scheme not in {"http", "https"} or not parts.netloc:
-            raise ExpertError(f"expert 'web': url must start with http:// or https://, got {url!r}")
-        if results < 1:
-            raise ExpertError(f"expert 'web': results must be at least 1, got {results}")
-        self._url = url
+    def __init__(self, options: WebOptions) -> None:
+        self._options = options
+        parts = urlsplit(options.url)
         self._host = parts.hostname or parts.netloc
-        self._results = results
-        self._with_findings = with_findings
 
-    def consult(self, images: Sequence[Image.Image], question: str) -> Report:  # noqa: ARG002
-        """Results for the question alone."""
-        return self.consult_after(question, ())
-
-    def consult_after(self, question: str, reports: Sequence[Report]) -> Report:
+    def consult(self, request: Request) -> Report:
         """Results for the question, and for what others reported where that may be sent."""
-        query = query_of(question, reports if self._with_findings else ())
-        results = list(_results(self._ask(query)))[: self._results]
-        findings = tuple(
+        reports = request.reports if self._options.with_findings else ()
+        query = query_of(request.question, reports)
+        findings = [
             Finding(text=text[:LONGEST_RESULT], kind="passage", source=address)
-            for text, address in results
-        )
-        notes: tuple[str, ...] = (f"asked {self._host}: {query[:120]!r}",)
-        if not findings:
-            notes = (*notes, "no results")
+            for text, address in _results(self._ask(query))
+        ]
+        notes = (f"asked {self._host}: {query[:120]!r}",)
         return Report(
-            expert=self.name, findings=findings, wording=WORDING, between="\n", notes=notes
+            expert=self.name,
+            findings=tuple(findings[: self._options.results]),
+            wording='Search results: "{}"',
+            between="\n",
+            notes=notes if findings else (*notes, "no results"),
         )
 
     def _ask(self, query: str) -> Any:
-        if "{query}" in self._url:
-            url = self._url.replace("{query}", quote(query))
+        url = self._options.url
+        if "{query}" in url:
+            url = url.replace("{query}", quote(query))
         else:
-            url = f"{self._url}{'&' if '?' in self._url else '?'}{urlencode({'q': query})}"
+            url = f"{url}{'&' if '?' in url else '?'}{urlencode({'q': query})}"
         headers = {"Accept": "application/json", "User-Agent": "llama-adapter"}
         request = urllib.request.Request(url, headers=headers)  # noqa: S310  (scheme is checked)
         if key := os.environ.get(KEY_VARIABLE):
@@ -109,9 +120,7 @@ def _results(content: Any) -> Iterator[tuple[str, str | None]]:
     """
     if isinstance(content, dict):
         content = next((content[key] for key in _LISTS if key in content), [])
-    if not isinstance(content, list):
-        return
-    for result in content:
+    for result in content if isinstance(content, list) else ():
         if isinstance(result, str):
             yield result, None
         elif isinstance(result, dict):

@@ -6,7 +6,7 @@ import math
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +16,7 @@ from transformers import TextIteratorStreamer
 from llama_adapter.conversation import Conversation, ImageRef
 from llama_adapter.errors import ConfigError
 from llama_adapter.experts.base import Expert, Report
-from llama_adapter.experts.panel import Panel, Picture
+from llama_adapter.experts.pool import ExpertPool
 from llama_adapter.model import LlamaAdapterForConditionalGeneration
 from llama_adapter.processing.images import load_image
 from llama_adapter.processing.processor import LlamaAdapterProcessor
@@ -74,7 +74,7 @@ class ChatSession:
 
     Experts look at pictures when they arrive, and those that search do so for every question;
     their reports and the given `context` stand before the conversation for as long as it lasts,
-    cut anew for each question to the panel's budget.
+    cut anew for each question to the pool's budget.
     """
 
     def __init__(
@@ -82,13 +82,15 @@ class ChatSession:
         model: LlamaAdapterForConditionalGeneration,
         processor: LlamaAdapterProcessor,
         *,
-        experts: Panel | Sequence[Expert] = (),
+        experts: ExpertPool | Sequence[Expert] = (),
         context: str | None = None,
         settings: GenerationSettings | None = None,
     ) -> None:
         self.model = model
         self.processor = processor
-        self.panel = experts if isinstance(experts, Panel) else Panel.beside(processor, experts)
+        if not isinstance(experts, ExpertPool):
+            experts = ExpertPool(experts, processor=processor)
+        self.pool = experts
         self.settings = settings or GenerationSettings()
         self.conversation: Conversation | None = None
         self._given_context = context
@@ -148,17 +150,16 @@ class ChatSession:
 
     def _prepare(self, question: str, images: Sequence[Any]) -> _Prepared:
         loaded = [_load(image) for image in images]
-        pictures = [_frames(picture) for picture in loaded]
-        found = self.panel.findings(pictures, question, known=self._reports)
-        shown = len(self.conversation.images) if self.conversation is not None else 0
-        reports = _joined(self._reports, found, first=shown)
-        told = self.panel.fit(reports, question)
-        texts = [report.text for report in told] + [self._given_context or ""]
-        context = "\n".join(text for text in texts if text) or None
+        context = self._given_context
+        shown = 0
         if self.conversation is None:
             conversation = Conversation.ask(question, images=loaded, context=context)
         else:
+            shown = len(self.conversation.images)
             conversation = self.conversation.user(question, images=loaded).with_context(context)
+        conversation, told, reports = self.pool.inform(
+            conversation, earlier=self._reports, seen=shown
+        )
         inputs = self.processor([conversation])
         return _Prepared(conversation, reports, told, inputs.to(self.model.device))
 
@@ -217,29 +218,3 @@ def _load(image: Any) -> Image.Image | ImageRef:
     ref = ImageRef.of(image)
     # the frames of a video, decoded already
     return ref if isinstance(ref.source, tuple) else load_image(ref.source, name=ref.name)
-
-
-def _frames(picture: Image.Image | ImageRef) -> Picture:
-    """What experts see: a picture, or the frames of a video."""
-    if isinstance(picture, Image.Image):
-        return picture
-    return [load_image(frame, name=picture.name) for frame in picture.source]
-
-
-def _joined(
-    earlier: tuple[Report, ...], found: tuple[Report, ...], *, first: int
-) -> tuple[Report, ...]:
-    """Earlier reports and new ones, whose pictures are counted on from `first`.
-
-    Passages are of the latest question alone: what was found for an earlier one goes.
-    """
-    renewed = {report.expert for report in found if _is_of_texts(report)}
-    kept = tuple(r for r in earlier if not (r.expert in renewed and _is_of_texts(r)))
-    return kept + tuple(
-        replace(r, findings=tuple(replace(f, picture=f.picture + first) for f in r.findings))
-        for r in found
-    )
-
-
-def _is_of_texts(report: Report) -> bool:
-    return all(finding.kind == "passage" for finding in report.findings)

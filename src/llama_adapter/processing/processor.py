@@ -21,7 +21,7 @@ from llama_adapter.processing import agreement
 from llama_adapter.processing.encoding import IGNORED, Encoded, Side, encode, opening_ids, pad
 from llama_adapter.processing.image_processors import image_processor_from, pixel_values
 from llama_adapter.processing.prompts import (
-    Consultant,
+    Informant,
     Prompt,
     as_conversation,
     as_prompts,
@@ -29,7 +29,6 @@ from llama_adapter.processing.prompts import (
     frames_of,
     hand_out,
     images_per_prompt,
-    with_experts,
 )
 from llama_adapter.processing.templates import TEMPLATES, PromptRenderer, Rendered
 
@@ -225,7 +224,7 @@ class LlamaAdapterProcessor(ProcessorMixin):
         text: Prompt | Sequence[Prompt] | None = None,
         images: Any = None,
         *,
-        experts: Sequence[Consultant] | Consultant = (),
+        experts: Informant | None = None,
         **options: Any,
     ) -> BatchFeature:
         """Model inputs for one prompt or a batch of prompts.
@@ -234,9 +233,9 @@ class LlamaAdapterProcessor(ProcessorMixin):
             text: prompts; a plain string is a question, put into the template.
             images: what the prompts do not hold themselves: an image, one a prompt, or a list of
                 lists.
-            experts: whoever describes pictures in words, which become context; a
-                `llama_adapter.experts.Panel` asks several at once, in bounded time. What they
-                said is the result's attribute `contexts`, one tuple for each prompt.
+            experts: a `llama_adapter.experts.ExpertPool`, whose texts about the images become
+                context. What the experts said is the result's attribute `contexts`, one tuple of
+                reports for each prompt.
             options: `labels=True` adds labels (a training batch, padded on the right; otherwise
                 padding is on the left, for generation); `padding_side`; `padding`: True, or
                 "max_length"; `max_length`; `truncation`; `return_tensors`: "pt".
@@ -253,22 +252,22 @@ class LlamaAdapterProcessor(ProcessorMixin):
         texts: list[Rendered] = []
         held: list[tuple[ImageRef, ...]] = []
         contexts: list[tuple[Any, ...]] = []
-        asked = experts if isinstance(experts, Sequence) else (experts,)
         given = images_per_prompt(images, len(prompts))
         for prompt, extra in zip(prompts, given, strict=True):
             if isinstance(prompt, Rendered):
-                if asked:
+                if experts is not None:
                     raise PromptError("a rendered prompt has no place left for what experts say")
                 texts.append(prompt)
                 held.append(extra)
             else:
                 conversation = fill_in(as_conversation(prompt), extra)
-                conversation, reports = with_experts(conversation, asked)
-                contexts.append(reports)
+                if experts is not None:
+                    conversation, told, _ = experts.inform(conversation)
+                    contexts.append(told)
                 texts.append(self.render(conversation))
                 held.append(conversation.images)
         batch = self._batch(texts, held, **options)
-        if asked:
+        if experts is not None:
             # an attribute, not an entry: entries are what the model takes
             batch.contexts = contexts
         return batch

@@ -18,38 +18,14 @@ Prompt = Conversation | Rendered | str | Sequence[Mapping[str, Any]]
 """A conversation, a prompt of `apply_chat_template`, a question, or Hugging Face messages."""
 
 
-class Consultant(Protocol):
-    """Whoever says something about pictures: an expert, or a panel of them.
+class Informant(Protocol):
+    """Adds what experts say of a conversation's images; `llama_adapter.experts.ExpertPool`."""
 
-    Of a video it sees the middle frame, or all frames as a list if its `takes_frames` is true.
-    """
-
-    def consult(self, images: Sequence[Any], question: str) -> Any:
-        """A report with a `text`, or several of them under `reports`."""
+    def inform(
+        self, conversation: Conversation
+    ) -> tuple[Conversation, tuple[Any, ...], tuple[Any, ...]]:
+        """The conversation with their texts in its context, and the reports behind these."""
         ...
-
-
-def with_experts(
-    conversation: Conversation, experts: Sequence[Consultant]
-) -> tuple[Conversation, tuple[Any, ...]]:
-    """The conversation with what experts say of its pictures in front of its own context, and
-    their reports.
-    """
-    if not experts:
-        return conversation, ()
-    pictures = [frames_of(ref) for ref in conversation.images]
-    question = [message.text for message in conversation.turns if message.role == "user"][-1]
-    reports: list[Any] = []
-    seen: list[Any]
-    for expert in experts:
-        if getattr(expert, "takes_frames", False):
-            seen = [frames if len(frames) > 1 else frames[0] for frames in pictures]
-        else:
-            seen = [frames[len(frames) // 2] for frames in pictures]
-        found = expert.consult(seen, question)
-        reports += getattr(found, "reports", (found,))
-    texts = [*(report.text for report in reports), conversation.context or ""]
-    return conversation.with_context("\n".join(t for t in texts if t) or None), tuple(reports)
 
 
 def as_conversation(prompt: Any) -> Conversation:

@@ -10,8 +10,15 @@ from PIL import Image
 from llama_adapter import LlamaAdapterForConditionalGeneration, LlamaAdapterProcessor
 from llama_adapter.conversation import Conversation
 from llama_adapter.errors import ConfigError
-from llama_adapter.experts import CaptionExpert, Finding, Panel, Report, Traits
+from llama_adapter.experts import (
+    CaptionExpert,
+    ExpertInfo,
+    ExpertPool,
+    Finding,
+    Report,
+)
 from llama_adapter.experts.cache import ReportCache
+from llama_adapter.experts.wording import rough_tokens
 from llama_adapter.generation.chat import ChatSession, GenerationSettings
 
 PICTURE = Image.new("RGB", (12, 12), (200, 30, 30))
@@ -24,89 +31,89 @@ class Sayer:
         self.name = name
         self.seconds = seconds
         self.kind = kind
-        self.traits = Traits(version=version, asks=asks)
+        self.info = ExpertInfo(version=version, uses_question=asks)
         self.asked = 0
 
-    def consult(self, images, question):
+    def consult(self, request):
         self.asked += 1
         time.sleep(self.seconds)
         findings = [
             Finding(text=f"{image.size[0]} wide", kind=self.kind, picture=i)
-            for i, image in enumerate(images)
+            for i, image in enumerate(request.images)
         ]
         return Report(expert=self.name, findings=tuple(findings))
 
 
 class Faller:
     name = "faller"
+    info = ExpertInfo()
 
-    def consult(self, images, question):
+    def consult(self, request):
         raise RuntimeError("out of\nluck")
 
 
 class Librarian:
     name = "librarian"
+    info = ExpertInfo(reads_reports=True)
 
-    def consult(self, images, question):
-        return self.consult_after(question, ())
-
-    def consult_after(self, question, reports):
-        texts = " ".join(report.text for report in reports)
-        found = Finding(text=f"about {texts or question}", kind="passage")
+    def consult(self, request):
+        texts = " ".join(report.text for report in request.reports)
+        found = Finding(text=f"about {texts or request.question}", kind="passage")
         return Report(expert=self.name, findings=(found,))
 
 
 def test_they_work_at_the_same_time_and_answer_in_order():
     sayers = [Sayer(f"sayer {i}", seconds=0.3) for i in range(4)]
     started = time.perf_counter()
-    found = Panel(sayers).consult([PICTURE], "?")
+    found = ExpertPool(sayers).consult([PICTURE], "?")
     assert time.perf_counter() - started < 0.9
-    assert [r.expert for r in found.reports] == [s.name for s in sayers]
-    assert all(r.seconds >= 0.3 for r in found.reports)
+    assert [r.expert for r in found] == [s.name for s in sayers]
+    assert all(r.seconds >= 0.3 for r in found)
 
 
 def test_one_that_fails_or_is_late_is_reported_and_the_rest_is_heard():
     slow = Sayer("slow", seconds=3.0)
-    panel = Panel([slow, Faller(), Sayer()], timeout=0.2)
+    pool = ExpertPool([slow, Faller(), Sayer()], timeout=0.2)
     started = time.perf_counter()
-    late, fallen, heard = panel.consult([PICTURE], "?").reports
+    late, fallen, heard = pool.consult([PICTURE], "?")
     assert time.perf_counter() - started < 1.5
     assert late.problem == "took longer than 0.2 seconds"
     assert fallen.problem == "RuntimeError: out of luck"
     assert heard.text == "12 wide"
-    again = panel.consult([PICTURE], "?").reports[0]
+    again = pool.consult([PICTURE], "?")[0]
     assert "still busy" in again.problem
     assert slow.asked == 1
 
 
 def test_without_pictures_only_those_that_need_none_are_asked():
     sayer = Sayer()
-    found = Panel([sayer, Librarian()]).consult([], "stars")
-    assert [r.text for r in found.reports] == ["about stars"]
+    found = ExpertPool([sayer, Librarian()]).consult([], "stars")
+    assert [r.text for r in found] == ["about stars"]
     assert sayer.asked == 0
 
 
 def test_a_librarian_starts_from_what_the_others_found():
-    found = Panel([Librarian(), Sayer()]).consult([PICTURE], "?")
-    assert [r.text for r in found.reports] == ["about 12 wide", "12 wide"]
+    found = ExpertPool([Librarian(), Sayer()]).consult([PICTURE], "?")
+    assert [r.text for r in found] == ["about 12 wide", "12 wide"]
 
 
 def test_frames_of_a_video_are_few_and_said_once():
     frames = [PICTURE] * 9
-    [report] = Panel([Sayer()]).consult([frames], "?").reports
+    [report] = ExpertPool([Sayer()]).consult([frames], "?")
     assert [(f.text, f.picture, f.frame) for f in report.findings] == [("12 wide", 0, 0)]
     wide = Image.new("RGB", (20, 5))
-    [report] = Panel([Sayer()]).consult([PICTURE, [wide, PICTURE]], "?").reports
+    [report] = ExpertPool([Sayer()]).consult([PICTURE, [wide, PICTURE]], "?")
     places = [(f.text, f.picture, f.frame) for f in report.findings]
     assert places == [("12 wide", 0, None), ("20 wide", 1, 0), ("12 wide", 1, 1)]
 
 
 def test_the_budget_holds_for_all_together():
-    panel = Panel([Sayer(), Sayer("other")], max_tokens=8, count=lambda text: len(text.split()))
-    pictures = [Image.new("RGB", (10 + i, 4)) for i in range(9)]
-    found = panel.consult(pictures, "?")
-    assert len(found.text.split()) <= 8
-    assert any("kept to stay within" in note for r in found.reports for note in r.notes)
+    pool = ExpertPool([Sayer(), Sayer("other")], max_tokens=20)
+    images = [Image.new("RGB", (10 + i, 4)) for i in range(9)]
+    informed = pool.inform(Conversation.ask("?", images=images))
+    assert rough_tokens(informed.conversation.context) <= 20
+    assert any("kept to stay within" in note for r in informed.told for note in r.notes)
+    assert [len(r.findings) for r in informed.reports] == [9, 9]
 
 
 @pytest.mark.parametrize(
@@ -120,7 +127,7 @@ def test_the_budget_holds_for_all_together():
 )
 def test_bad_limits_are_refused(options, words):
     with pytest.raises(ConfigError, match=words):
-        Panel([], **options)
+        ExpertPool([], **options)
 
 
 # --- remembering ------------------------------------------------------------------------------
@@ -135,13 +142,13 @@ def cache(tmp_path):
 
 def test_a_picture_is_looked_at_once(cache):
     sayer = Sayer(version="1", seconds=0.05)
-    panel = Panel([sayer], cache=cache)
-    first = panel.consult([PICTURE], "?").reports[0]
-    again = panel.consult([PICTURE.copy()], "another question").reports[0]
+    pool = ExpertPool([sayer], cache=cache)
+    first = pool.consult([PICTURE], "?")[0]
+    again = pool.consult([PICTURE.copy()], "another question")[0]
     assert (sayer.asked, first.cached, again.cached) == (1, False, True)
     assert again.findings == first.findings
     assert again.seconds < first.seconds
-    panel.consult([Image.new("RGB", (12, 12))], "?")
+    pool.consult([Image.new("RGB", (12, 12))], "?")
     assert sayer.asked == 2
 
 
@@ -156,70 +163,75 @@ def test_a_picture_is_looked_at_once(cache):
     ],
 )
 def test_only_what_depends_on_the_same_is_remembered(other, asked, cache):
-    Panel([Sayer(version="1")], cache=cache).consult([PICTURE], "?")
-    Panel([other], cache=cache).consult([PICTURE], "!")
+    ExpertPool([Sayer(version="1")], cache=cache).consult([PICTURE], "?")
+    ExpertPool([other], cache=cache).consult([PICTURE], "!")
     assert other.asked == asked
 
 
 def test_failures_are_not_remembered(cache):
     class Recovering(Sayer):
-        def consult(self, images, question):
+        def consult(self, request):
             if not self.asked:
                 self.asked += 1
                 raise OSError("not yet")
-            return super().consult(images, question)
+            return super().consult(request)
 
-    panel = Panel([Recovering(version="1")], cache=cache)
-    assert panel.consult([PICTURE], "?").reports[0].problem == "OSError: not yet"
-    assert panel.consult([PICTURE], "?").reports[0].text == "12 wide"
+    pool = ExpertPool([Recovering(version="1")], cache=cache)
+    assert pool.consult([PICTURE], "?")[0].problem == "OSError: not yet"
+    assert pool.consult([PICTURE], "?")[0].text == "12 wide"
 
 
 def test_what_was_cut_short_is_not_remembered(cache):
     class Hasty(Sayer):
-        def consult_within(self, images, question, *, seconds):
-            found = self.consult(images, question)
-            return found if seconds > 1 else Report(expert=self.name, complete=False)
+        def consult(self, request):
+            found = super().consult(request)
+            in_time = request.seconds_left > 1
+            return found if in_time else Report(expert=self.name, complete=False)
 
     hasty = Hasty(version="1")
-    assert Panel([hasty], timeout=1.0, cache=cache).consult([PICTURE], "?").text == ""
-    assert Panel([hasty], timeout=9.0, cache=cache).consult([PICTURE], "?").text == "12 wide"
-    assert Panel([hasty], timeout=1.0, cache=cache).consult([PICTURE], "?").text == "12 wide"
+    assert ExpertPool([hasty], timeout=1.0, cache=cache).consult([PICTURE], "?")[0].text == ""
+    assert (
+        ExpertPool([hasty], timeout=9.0, cache=cache).consult([PICTURE], "?")[0].text == "12 wide"
+    )
+    assert (
+        ExpertPool([hasty], timeout=1.0, cache=cache).consult([PICTURE], "?")[0].text == "12 wide"
+    )
 
 
 @pytest.mark.parametrize("value", ['"text"', "null", "[" * 100_000, '{"findings": [5]}'])
 def test_an_entry_that_is_no_report_is_found_anew(value, cache):
-    panel = Panel([Sayer(version="1")], cache=cache)
-    panel.consult([PICTURE], "?")
+    pool = ExpertPool([Sayer(version="1")], cache=cache)
+    pool.consult([PICTURE], "?")
     cache.close()
     with sqlite3.connect(cache.path) as connection:
         connection.execute("UPDATE reports SET value = ?", (value,))
     connection.close()
-    assert panel.consult([PICTURE], "?").reports[0].text == "12 wide"
+    assert pool.consult([PICTURE], "?")[0].text == "12 wide"
 
 
 def test_the_cache_stays_within_its_bound(cache):
     sayer = Sayer(version="1")
-    panel = Panel([sayer], cache=cache)
+    pool = ExpertPool([sayer], cache=cache)
     for width in range(10, 60):
-        panel.consult([Image.new("RGB", (width, 4))], "?")
+        pool.consult([Image.new("RGB", (width, 4))], "?")
     assert 5 < len(cache) < 50
-    panel.consult([Image.new("RGB", (59, 4))], "?")
+    pool.consult([Image.new("RGB", (59, 4))], "?")
     assert sayer.asked == 50, "the latest is still there"
 
 
 def test_a_damaged_cache_is_started_anew(cache):
-    panel = Panel([Sayer(version="1")], cache=cache)
-    panel.consult([PICTURE], "?")
+    pool = ExpertPool([Sayer(version="1")], cache=cache)
+    pool.consult([PICTURE], "?")
     cache.close()
     cache.path.write_bytes(b"no database" * 100)
-    assert panel.consult([PICTURE], "?").reports[0].text == "12 wide"
-    assert panel.consult([PICTURE], "?").reports[0].problem is None
+    assert pool.consult([PICTURE], "?")[0].text == "12 wide"
+    assert pool.consult([PICTURE], "?")[0].problem is None
     assert len(cache) == 1
 
 
 def test_threads_share_a_cache(cache):
-    panels = [Panel([Sayer(version="1")], cache=cache) for _ in range(4)]
-    threads = [threading.Thread(target=p.consult, args=([PICTURE], "?")) for p in panels]
+    pools = [ExpertPool([Sayer(version="1")], cache=cache) for _ in range(4)]
+    threads = [threading.Thread(target=p.consult, args=([PICTURE], "?")) for p in pools]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -238,9 +250,9 @@ def loaded(adapter_dir):
 
 
 def test_a_chat_answers_whatever_experts_do(loaded):
-    panel = Panel([Faller(), Sayer("slow", seconds=2.0), Sayer()], timeout=0.2)
+    pool = ExpertPool([Faller(), Sayer("slow", seconds=2.0), Sayer()], timeout=0.2)
     settings = GenerationSettings(max_new_tokens=3)
-    answer = ChatSession(*loaded, experts=panel, settings=settings).ask("what?", images=[PICTURE])
+    answer = ChatSession(*loaded, experts=pool, settings=settings).ask("what?", images=[PICTURE])
     assert answer.tokens >= 1
     problems = {r.expert: r.problem for r in answer.contexts}
     assert problems["faller"] == "RuntimeError: out of luck"
@@ -266,14 +278,14 @@ def test_frames_of_a_clip_are_looked_at_in_a_chat_and_by_the_processor(loaded):
     chat = ChatSession(*loaded, experts=[Sayer()], settings=settings)
     [report] = chat.ask("what?", images=[clip]).contexts
     assert [(f.text, f.frame) for f in report.findings] == [("12 wide", 0), ("9 wide", 1)]
-    told = loaded[1](Conversation.ask("what?", images=[clip]), experts=[Sayer()])
-    assert told.contexts[0][0].text == "9 wide", "an expert alone sees the middle frame"
+    told = loaded[1](Conversation.ask("what?", images=[clip]), experts=ExpertPool([Sayer()]))
+    assert told.contexts[0][0].findings == report.findings
 
 
 def test_a_caption_that_takes_too_long_leaves_the_model_as_it_was(loaded):
     model, processor = loaded
     expert = CaptionExpert(model, processor, max_new_tokens=900)
-    [report] = Panel([expert], timeout=0.05).consult([PICTURE], "?").reports
+    [report] = ExpertPool([expert], timeout=0.05).consult([PICTURE], "?")
     assert "captions took longer than" in report.problem
     assert model.active_adapter == "default"
 
@@ -281,20 +293,22 @@ def test_a_caption_that_takes_too_long_leaves_the_model_as_it_was(loaded):
 def test_the_processor_takes_experts(loaded):
     _, processor = loaded
     plain = processor("what now?", images=PICTURE)
-    told = processor("what now?", images=PICTURE, experts=[Sayer()])
+    told = processor("what now?", images=PICTURE, experts=ExpertPool([Sayer()]))
     assert told["input_ids"].shape[1] > plain["input_ids"].shape[1]
     assert set(told) == set(plain)
     assert told.contexts[0][0].text == "12 wide"
-    paneled = processor(["a?", "b?"], images=[PICTURE, None], experts=Panel([Faller(), Sayer()]))
-    assert [r.problem for r in paneled.contexts[0]] == ["RuntimeError: out of luck", None]
-    assert paneled.contexts[1] == ()
+    pooled = processor(
+        ["a?", "b?"], images=[PICTURE, None], experts=ExpertPool([Faller(), Sayer()])
+    )
+    assert [r.problem for r in pooled.contexts[0]] == ["RuntimeError: out of luck", None]
+    assert pooled.contexts[1] == ()
 
 
 def test_half_of_the_context_stays_free(loaded):
     _, processor = loaded
-    panel = Panel.beside(processor, [Sayer()], max_tokens=100_000)
-    assert panel.max_tokens == processor.context_length // 2
-    assert panel.count("star star") == processor.count_tokens("star star") > 0
+    pool = ExpertPool([Sayer()], processor=processor, max_tokens=100_000)
+    assert pool.max_tokens == processor.context_length // 2
+    assert pool.count("star star") == processor.count_tokens("star star") > 0
 
 
 def test_what_was_read_in_pictures_is_for_its_owner_alone(tmp_path):
