@@ -50,10 +50,9 @@ def test_things_of_one_kind_and_place_are_counted():
         seen("dog", (5, 40, 32, 70)),
         seen("dog", (1, 31, 30, 61), 0.6),  # the first one once more
     ]
-    found = grouped(things, size=(100, 100), picture=1)
+    found = grouped(things, size=(100, 100))
     assert [f.text for f in found] == ["two dogs, left", "a ball, bottom right"]
     assert found[0].box == (0, 30, 32, 70)
-    assert {f.picture for f in found} == {1}
 
 
 def test_labels_of_coco_are_counted_in_english():

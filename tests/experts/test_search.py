@@ -100,9 +100,9 @@ def test_files_that_cannot_be_read_are_named_and_left_out(folder):
     (folder / "bad.pdf").write_bytes(b"no pdf at all")
     (folder / "binary.txt").write_bytes(b"\x00\x01\x02")
     notes = " ".join(ask(opened(folder), "pool").notes)
-    assert "bad.jsonl: line 2 is no JSON" in notes
+    assert "bad.jsonl: line 2 is not JSON" in notes
     assert "bad.pdf" in notes
-    assert "binary.txt: is no text" in notes
+    assert "binary.txt: is not a text" in notes
 
 
 def test_a_pdf_is_searched_page_by_page(folder):

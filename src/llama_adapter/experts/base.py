@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from itertools import groupby
 from typing import Any, Protocol
 
@@ -158,3 +158,21 @@ class Expert(Protocol):
     def consult(self, request: Request) -> Report:
         """Findings about the request's images that may help with its question."""
         ...
+
+
+def on_each_image(
+    request: Request, look: Callable[[Image.Image], Report], report: Report
+) -> Report:
+    """The report with what `look` reports of each image; those not reached in time are noted."""
+    for index, image in enumerate(request.images):
+        if request.is_late:
+            note = f"time for {index} of {len(request.images)} images only"
+            return replace(report, notes=(*report.notes, note), complete=False)
+        found = look(image)
+        report = replace(
+            report,
+            findings=(*report.findings, *(replace(f, picture=index) for f in found.findings)),
+            notes=tuple(dict.fromkeys((*report.notes, *found.notes))),
+            complete=report.complete and found.complete,
+        )
+    return report

@@ -37,7 +37,7 @@ def default_cache_file() -> Path:
 
 
 class ReportCache:
-    """Reports by what they depend on: the pictures' pixels, the expert, its version, perhaps the
+    """Reports by what they depend on: the images' pixels, the expert, its version, perhaps the
     question. May be used from several threads and processes.
     """
 
@@ -65,12 +65,14 @@ class ReportCache:
         with self._lock:
             try:
                 asked = "SELECT value, used FROM reports WHERE key = ?"
-                found = self._open().execute(asked, (key,)).fetchone()
+                connection = self._open()
+                found = connection.execute(asked, (key,)).fetchone()
                 if found is None:
                     return None
                 report = _report_from(_unsealed(found[0]))
                 if time.time() - found[1] > _FRESH:
-                    self._write("UPDATE reports SET used = ? WHERE key = ?", (time.time(), key))
+                    used = "UPDATE reports SET used = ? WHERE key = ?"
+                    connection.execute(used, (time.time(), key))
             except (sqlite3.DatabaseError, OSError, *_DAMAGE) as error:
                 self._recover(error)
                 return None
@@ -83,11 +85,8 @@ class ReportCache:
             return
         with self._lock:
             try:
-                self._open()
-                self._write(
-                    "INSERT OR REPLACE INTO reports VALUES (?, ?, ?, ?)",
-                    (key, value, len(value), time.time()),
-                )
+                entry = (key, value, len(value), time.time())
+                self._open().execute("INSERT OR REPLACE INTO reports VALUES (?, ?, ?, ?)", entry)
                 self._forget()
             except (sqlite3.DatabaseError, OSError) as error:
                 self._recover(error)
@@ -106,41 +105,35 @@ class ReportCache:
     def _open(self) -> sqlite3.Connection:
         if self._connection is None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            # what was read in somebody's pictures is nobody else's business
+            # what was read in somebody's images is nobody else's business
             self.path.touch(mode=0o600)
-            self._connection = sqlite3.connect(self.path, timeout=2.0, check_same_thread=False)
+            # each statement is committed by itself
+            self._connection = sqlite3.connect(
+                self.path, timeout=2.0, check_same_thread=False, isolation_level=None
+            )
             # what a power cut takes away can be found again
             self._connection.execute("PRAGMA synchronous = OFF")
             self._connection.execute(_SCHEMA)
-            self._connection.commit()
         return self._connection
 
-    def _write(self, statement: str, values: tuple[Any, ...] = ()) -> None:
-        connection = self._open()
-        connection.execute(statement, values)
-        connection.commit()
-
     def _forget(self) -> None:
+        """Keep the last used entries, with some room for new ones, where there are too many."""
         connection = self._open()
-        total = connection.execute("SELECT coalesce(sum(bytes), 0) FROM reports").fetchone()[0]
-        if total <= self.max_bytes:
-            return
-        rows = connection.execute("SELECT key, bytes FROM reports ORDER BY used").fetchall()
-        for key, size in rows:
-            # some room for the next ones, so that not every entry costs a search
-            if total <= 0.9 * self.max_bytes:
-                break
-            connection.execute("DELETE FROM reports WHERE key = ?", (key,))
-            total -= size
-        connection.commit()
+        [total] = connection.execute("SELECT coalesce(sum(bytes), 0) FROM reports").fetchone()
+        if total > self.max_bytes:
+            kept = "SELECT key, sum(bytes) OVER (ORDER BY used DESC, key) AS total FROM reports"
+            old = f"SELECT key FROM ({kept}) WHERE total > ?"  # noqa: S608  (nobody's text)
+            connection.execute(
+                f"DELETE FROM reports WHERE key IN ({old})",  # noqa: S608
+                (0.9 * self.max_bytes,),
+            )
 
     def _recover(self, error: Exception) -> None:
         """A damaged file is started anew; one that is busy or read-only is left alone."""
         if self._connection is not None:
             self._connection.close()
             self._connection = None
-        passing = isinstance(error, sqlite3.OperationalError | OSError)
-        if not passing:
+        if not isinstance(error, sqlite3.OperationalError | OSError):
             self.path.unlink(missing_ok=True)
 
 

@@ -10,7 +10,7 @@ from PIL import Image
 from pydantic import Field
 
 from llama_adapter.errors import ExpertError
-from llama_adapter.experts.base import ExpertInfo, Finding, Report, Request
+from llama_adapter.experts.base import ExpertInfo, Finding, Report, Request, on_each_image
 from llama_adapter.experts.options import ExpertContext, ExpertOptions, Share, Words
 from llama_adapter.experts.pipelines import check_size, load_pipeline, pipeline_version
 from llama_adapter.experts.wording import words_of
@@ -78,32 +78,21 @@ class DetectionExpert:
 
     def consult(self, request: Request) -> Report:
         """Objects in each image, the largest first; images not reached in time are noted."""
-        findings: list[Finding] = []
-        notes: list[str] = []
-        complete = True
         labels = self._labels or nouns(request.question)
         if self._is_zero_shot and not labels:
             return Report(expert=self.name, notes=("the question names nothing to look for",))
-        for index, image in enumerate(request.images):
-            if request.is_late:
-                notes.append(f"time for {index} of {len(request.images)} images only")
-                complete = False
-                break
-            found = self._objects(image, labels)
-            if len(found) > MOST_OBJECTS:
-                notes.append(f"{len(found)} objects seen, the surest {MOST_OBJECTS} listed")
-                found = sorted(found, key=_confidence, reverse=True)[:MOST_OBJECTS]
-            if not found:
-                notes.append(f"nothing seen with a confidence of {self._confidence:g} or more")
-            findings += grouped(found, size=image.size, picture=index)
-        return Report(
-            expert=self.name,
-            findings=tuple(findings),
-            wording="In the picture: {}.",
-            between="; ",
-            notes=tuple(dict.fromkeys(notes)),
-            complete=complete,
-        )
+        report = Report(expert=self.name, wording="In the picture: {}.", between="; ")
+        return on_each_image(request, lambda image: self._look(image, labels), report)
+
+    def _look(self, image: Image.Image, labels: Sequence[str]) -> Report:
+        found = sorted(self._objects(image, labels), key=_confidence, reverse=True)
+        notes: tuple[str, ...] = ()
+        if len(found) > MOST_OBJECTS:
+            notes = (f"{len(found)} objects seen, the surest {MOST_OBJECTS} listed",)
+        if not found:
+            notes = (f"nothing seen with a confidence of {self._confidence:g} or more",)
+        findings = grouped(found[:MOST_OBJECTS], size=image.size)
+        return Report(expert=self.name, findings=tuple(findings), notes=notes)
 
     def _objects(self, image: Image.Image, labels: Sequence[str]) -> list[Finding]:
         """Each object with its label as text, its box within the image."""
@@ -161,7 +150,7 @@ def place(box: Box, *, size: tuple[int, int]) -> str:
     return f"{row} {column}".strip() or "centre"
 
 
-def grouped(objects: Sequence[Finding], *, size: tuple[int, int], picture: int) -> list[Finding]:
+def grouped(objects: Sequence[Finding], *, size: tuple[int, int]) -> list[Finding]:
     """Objects of one label and place as one finding, such as `two dogs, left`; largest first.
 
     Of boxes of one label that all but coincide the surest counts.
@@ -177,15 +166,15 @@ def grouped(objects: Sequence[Finding], *, size: tuple[int, int], picture: int) 
             groups.setdefault((thing.text, where), []).append(thing)
     found = []
     for (label, where), members in groups.items():
-        lefts, tops, rights, bottoms = zip(*(m.box for m in members if m.box), strict=True)
+        boxes = [member.box for member in members if member.box is not None]
+        lefts, tops, rights, bottoms = zip(*boxes, strict=True)
         finding = Finding(
             text=f"{counted(len(members), label)}, {where}",
             kind="object",
             confidence=members[0].confidence,
             box=(min(lefts), min(tops), max(rights), max(bottoms)),
-            picture=picture,
         )
-        found.append((max(_area(m.box) for m in members if m.box), finding))
+        found.append((max(map(_area, boxes)), finding))
     return [finding for _, finding in sorted(found, key=lambda pair: -pair[0])]
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 
+from PIL import Image
 from pydantic import field_validator
 
-from llama_adapter.experts.base import ExpertInfo, Finding, Report, Request
-from llama_adapter.experts.ocr_engine import OcrEngine, Page
+from llama_adapter.experts.base import ExpertInfo, Finding, Report, Request, on_each_image
+from llama_adapter.experts.ocr_engine import OcrEngine
 from llama_adapter.experts.options import Count, ExpertContext, ExpertOptions, Share, Words
 from llama_adapter.experts.reading_order import rows_of
 
@@ -65,42 +66,19 @@ class OcrExpert:
 
     def consult(self, request: Request) -> Report:
         """Every line of every image; what is not read in time is noted."""
-        findings: list[Finding] = []
-        notes: list[str] = []
-        complete = True
-        deadline = request.deadline
-        if request.seconds_left is not None and deadline is not None:
+        deadline, seconds = request.deadline, request.seconds_left
+        if deadline is not None and seconds is not None:
             # the last tile must be done when time is up
-            deadline -= 0.2 * request.seconds_left
-        for index, image in enumerate(request.images):
-            if request.is_late:
-                notes.append(f"time for {index} of {len(request.images)} images only")
-                complete = False
-                break
-            page = self._engine.read(image, deadline=deadline)
-            complete = complete and page.complete
-            found, unsure = self._findings(page, picture=index)
-            findings += found
-            notes += page.notes
-            if unsure:
-                lines = "line" if unsure == 1 else "lines"
-                least = self._options.confidence
-                notes.append(f"{unsure} unclear {lines} left out (confidence below {least:g})")
-            if not found:
-                notes.append("no legible text" if unsure else "no text found")
-        return Report(
-            expert=self.name,
-            findings=tuple(findings),
-            wording=self._options.wording,
-            between="\n",
-            notes=tuple(dict.fromkeys(notes)),
-            complete=complete,
-        )
+            deadline -= 0.2 * seconds
+        report = Report(expert=self.name, wording=self._options.wording, between="\n")
+        return on_each_image(request, lambda image: self._read(image, deadline), report)
 
-    def _findings(self, page: Page, *, picture: int) -> tuple[list[Finding], int]:
-        """Findings in reading order, and how many lines were left out as unclear."""
+    def _read(self, image: Image.Image, deadline: float | None) -> Report:
+        """Findings in reading order; what was left out as unclear is noted."""
+        page = self._engine.read(image, deadline=deadline)
+        least = self._options.confidence
         words = [i for i, line in enumerate(page.lines) if self._says_something(line.text)]
-        clear = [i for i in words if page.lines[i].confidence >= self._options.confidence]
+        clear = [i for i in words if page.lines[i].confidence >= least]
         findings = []
         for row, members in enumerate(rows_of([page.upright[i] for i in clear])):
             for line in (page.lines[clear[member]] for member in members):
@@ -111,11 +89,18 @@ class OcrExpert:
                         kind="line",
                         confidence=round(line.confidence, 4),
                         box=(left, top, right, bottom),
-                        picture=picture,
                         row=row,
                     )
                 )
-        return findings, len(words) - len(clear)
+        notes = list(page.notes)
+        if unsure := len(words) - len(clear):
+            lines = "line" if unsure == 1 else "lines"
+            notes.append(f"{unsure} unclear {lines} left out (confidence below {least:g})")
+        if not findings:
+            notes.append("no legible text" if unsure else "no text found")
+        return Report(
+            expert=self.name, findings=tuple(findings), notes=tuple(notes), complete=page.complete
+        )
 
     def _says_something(self, text: str) -> bool:
         """Whether a line holds a letter or figure: rules, bullets and crosses say nothing."""

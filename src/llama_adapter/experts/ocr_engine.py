@@ -1,6 +1,6 @@
-"""RapidOCR behind one function: any picture in, lines of text out.
+"""RapidOCR behind one function: any image in, lines of text out.
 
-Pages that lie on their side or upside down are turned, small pictures enlarged, large ones read
+Pages that lie on their side or upside down are turned, small images enlarged, large ones read
 in overlapping tiles, and what was done is said. The models are those inside RapidOCR's wheel;
 nothing is downloaded.
 """
@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import numpy as np
 from PIL import Image
 
 from llama_adapter.errors import ExpertError, MissingDependencyError
-from llama_adapter.experts.reading_order import Line, Quad
+from llama_adapter.experts.reading_order import Line
 
 TILE = 1600
 """Longest side of a tile in pixels; RapidOCR itself reduces whatever is larger than 2,000."""
@@ -29,16 +30,18 @@ SHORT_TILE = 1280
 OVERLAP = 160
 """Pixels that neighbouring tiles share, so that a line is whole in one of them."""
 MAX_TILES = 64
-"""Beyond that a picture is reduced first."""
+"""Beyond that an image is reduced first."""
 SMALL_SIDE = 96
-"""A picture whose shorter side is smaller is read in several ways, enlarged among them."""
+"""An image whose shorter side is smaller is read in several ways, enlarged among them."""
 MAX_FACTOR = 6
 THINNEST = 6
 """Pixels under which no letter fits."""
 MARGIN = 24
-"""White around an enlarged picture: text that touches the edge is not found."""
+"""White around an enlarged image: text that touches the edge is not found."""
 SMALL_LETTERS = 14
 """Pixels of height; a page of smaller letters is read again, enlarged."""
+BLANK = 2.0
+"""Standard deviation of brightness below which a tile is empty."""
 
 LANGUAGES = frozenset(
     """
@@ -51,15 +54,15 @@ LANGUAGES = frozenset(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Page:
-    """What a picture says."""
+    """What an image says."""
 
     lines: tuple[Line, ...]
-    """In the picture's own pixels, in no particular order."""
+    """In the image's own pixels, in no particular order."""
     notes: tuple[str, ...] = ()
     complete: bool = True
     """Whether there was time for all of it."""
     upright: tuple[Line, ...] = ()
-    """The same lines on the turned picture, for those who put them in order."""
+    """The same lines on the image turned upright, for those who put them in order."""
 
 
 class OcrEngine:
@@ -68,14 +71,14 @@ class OcrEngine:
     def __init__(
         self, *, languages: Sequence[str] = (), models: str | None = None, threads: int = 1
     ) -> None:
-        """Check the settings; models are loaded with the first picture.
+        """Check the settings; models are loaded with the first image.
 
         Args:
             languages: what the text is in, by RapidOCR's names; those the wheel's models cannot
                 read need `models`.
             models: a folder with `rec.onnx` (its alphabet inside, or in `keys.txt` beside it)
                 and perhaps `det.onnx`.
-            threads: threads of the processor for one picture.
+            threads: threads of the processor for one image.
         """
         self._models = _model_files(models)
         self._languages = tuple(languages)
@@ -92,34 +95,31 @@ class OcrEngine:
     @property
     def version(self) -> str:
         """Changes with the engine and its models."""
-        from importlib.metadata import version
-
         models = [f"{p.name}-{p.stat().st_size}" for p in self._models.values()]
         return "-".join(["rapidocr", version("rapidocr"), *models, *self._languages])
 
     def read(self, image: Image.Image, *, deadline: float | None = None) -> Page:
-        """Every line of the picture, or of those tiles that are read in time."""
+        """Every line of the image, or of those tiles that are read before the deadline."""
         image = image.convert("RGB")
         if min(image.size) < THINNEST:
-            size = f"{image.width}x{image.height}"
-            return Page(lines=(), notes=(f"{size} pixels are too thin for letters",))
-        page = self._read_upright(image, deadline=deadline)
+            note = f"{image.width}x{image.height} pixels are too thin for letters"
+            return Page(lines=(), notes=(note,))
+        page = self._read_upright(image, deadline)
         turn = self._turn(image, page.lines)
-        if turn:
-            turned = image.rotate(-turn, expand=True)
-            page = self._read_upright(turned, deadline=deadline)
-            lines = tuple(_turned_back(line, turn, image.size) for line in page.lines)
-            notes = (f"turned by {turn} degrees", *page.notes)
-            return replace(page, lines=lines, notes=notes, upright=page.lines)
-        return replace(page, upright=page.lines)
+        if not turn:
+            return replace(page, upright=page.lines)
+        page = self._read_upright(image.rotate(-turn, expand=True), deadline)
+        lines = tuple(_turned_back(line, turn, image.size) for line in page.lines)
+        notes = (f"turned by {turn} degrees", *page.notes)
+        return replace(page, lines=lines, notes=notes, upright=page.lines)
 
-    def _read_upright(self, image: Image.Image, *, deadline: float | None) -> Page:
+    def _read_upright(self, image: Image.Image, deadline: float | None) -> Page:
         if len(_tiles(image.size, 1.0)) > 1:
-            return self._tiled(image, deadline=deadline)
+            return self._tiled(image, deadline)
         if min(image.size) < SMALL_SIDE:
             return self._small(image)
         lines = self._lines(image)
-        heights = sorted(_height(line) for line in lines)
+        heights = sorted(min(line.size) for line in lines)
         if heights and heights[len(heights) // 2] < SMALL_LETTERS and max(image.size) * 2 <= TILE:
             larger = self._enlarged(image, 2)
             if _letters(larger.lines) >= _letters(lines):
@@ -128,12 +128,12 @@ class OcrEngine:
 
     def _small(self, image: Image.Image) -> Page:
         """A cut-out word or a thumbnail: the surest of what it says as it is, enlarged, or
-        taken for a single word, since a word that fills its picture is no region to a detector.
+        taken for a single word, since a word that fills its image is no region to a detector.
         """
         factor = max(2, min(MAX_FACTOR, math.ceil(SMALL_SIDE / min(image.size))))
         pages = [Page(lines=tuple(self._lines(image))), self._enlarged(image, factor)]
         if image.width >= 0.8 * image.height:
-            pages.insert(0, Page(lines=tuple(self._words_alone(image))))
+            pages.insert(0, Page(lines=tuple(self._lines(image, is_one_word=True))))
         return max(pages, key=lambda page: _letters(page.lines))
 
     def _enlarged(self, image: Image.Image, factor: int) -> Page:
@@ -142,137 +142,110 @@ class OcrEngine:
         larger = Image.new("RGB", (size[0] + 2 * MARGIN, size[1] + 2 * MARGIN), (255, 255, 255))
         larger.paste(image.resize(size, Image.Resampling.BICUBIC), (MARGIN, MARGIN))
         lines = self._lines(larger)
-        moved = tuple(_moved(line, dx=-MARGIN, dy=-MARGIN, scale=1 / factor) for line in lines)
+        moved = tuple(line.moved(dx=-MARGIN, dy=-MARGIN, scale=1 / factor) for line in lines)
         return Page(lines=moved, notes=(f"enlarged {factor} times",))
 
-    def _tiled(self, image: Image.Image, *, deadline: float | None) -> Page:
-        notes: list[str] = []
+    def _tiled(self, image: Image.Image, deadline: float | None) -> Page:
+        original = f"{image.width}x{image.height} pixels"
         scale = 1.0
         while len(_tiles(image.size, scale)) > MAX_TILES:
             scale *= 0.9
-        original = image.size
+        notes: list[str] = []
         if scale < 1.0:
             size = (round(image.width * scale), round(image.height * scale))
             image = image.resize(size, Image.Resampling.LANCZOS)
-            notes.append(
-                f"{original[0]}x{original[1]} pixels were reduced to {size[0]}x{size[1]}: "
-                "small letters may be lost"
-            )
+            reduced = f"{original} were reduced to {size[0]}x{size[1]}"
+            notes.append(f"{reduced}: small letters may be lost")
         tiles = _tiles(image.size, 1.0)
+        notes.insert(0, f"{original} were read in {len(tiles)} tiles")
         lines: list[Line] = []
         complete = True
-        for done, (left, top, right, bottom) in enumerate(tiles):
-            if deadline is not None and time.perf_counter() >= deadline:
+        for done, box in enumerate(tiles):
+            if deadline is not None and time.monotonic() >= deadline:
                 notes.append(f"time for {done} of {len(tiles)} tiles only")
                 complete = False
                 break
-            tile = image.crop((left, top, right, bottom))
-            if not _is_blank(tile):
-                # a strip's tiles are as thin as it is
-                thin = min(tile.size) < SMALL_SIDE
-                read = self._small(tile).lines if thin else self._lines(tile)
-                lines = _merged(lines, [_moved(line, dx=left, dy=top) for line in read])
-        notes.insert(0, f"{original[0]}x{original[1]} pixels were read in {len(tiles)} tiles")
-        back = 1 / scale
-        moved = tuple(_moved(line, scale=back) for line in lines)
+            tile = image.crop(box)
+            if np.asarray(tile.convert("L").reduce(4)).std() < BLANK:
+                continue
+            # a strip's tiles are as thin as it is
+            thin = min(tile.size) < SMALL_SIDE
+            for line in self._small(tile).lines if thin else self._lines(tile):
+                _take_in(line.moved(dx=box[0], dy=box[1]), lines)
+        moved = tuple(line.moved(scale=1 / scale) for line in lines)
         return Page(lines=moved, notes=tuple(notes), complete=complete)
 
     def _turn(self, image: Image.Image, lines: Sequence[Line]) -> int:
-        """Degrees, clockwise, that make the picture upright: 0, 90, 180 or 270."""
+        """Degrees, clockwise, that make the image upright: 0, 90, 180 or 270."""
         long = [line for line in lines if len(line.text) >= 3]
         if not long:
             return 0
-        tall = [line for line in long if _extent(line)[1] > 1.5 * _extent(line)[0]]
+        tall = [line for line in long if line.size[1] > 1.5 * line.size[0]]
         sideways = len(tall) > len(long) / 2
-        voters = sorted(tall if sideways else long, key=lambda p: -max(_extent(p)))[:7]
-        crops = []
+        voters = sorted(tall if sideways else long, key=lambda line: -max(line.size))[:7]
+        flipped = 0
         for line in voters:
             left, top, right, bottom = line.box
             crop = image.crop((int(left), int(top), math.ceil(right), math.ceil(bottom)))
-            crops.append(crop.rotate(-90, expand=True) if sideways else crop)
-        flipped = sum(self._is_upside_down(crop) for crop in crops)
-        upside_down = flipped > len(crops) / 2
-        if sideways:
-            return 270 if upside_down else 90
-        return 180 if upside_down else 0
+            flipped += self._is_upside_down(crop.rotate(-90, expand=True) if sideways else crop)
+        return 90 * sideways + 180 * (flipped > len(voters) / 2)
 
     def _is_upside_down(self, crop: Image.Image) -> bool:
         if min(crop.size) < 2:
             return False
-        with self._lock:
-            result = self._loaded()(_bgr(crop), use_det=False, use_cls=True, use_rec=False)
+        result = self._run(crop, use_det=False, use_cls=True, use_rec=False)
         label, score = result.cls_res[0]
         return label == "180" and float(score) > 0.8
 
-    def _lines(self, image: Image.Image) -> list[Line]:
-        with self._lock:
-            # all three stages are named, for the engine remembers them from call to call
-            result = self._loaded()(
-                _bgr(image), use_det=True, use_cls=True, use_rec=True, text_score=0.0
+    def _lines(self, image: Image.Image, *, is_one_word: bool = False) -> list[Line]:
+        """What the engine reads, all over the image or taking it as one word."""
+        if is_one_word:
+            result = self._run(image, use_det=False, use_cls=False, use_rec=True)
+            right, bottom = float(image.width), float(image.height)
+            boxes: Any = [((0.0, 0.0), (right, 0.0), (right, bottom), (0.0, bottom))]
+        else:
+            result = self._run(image, use_det=True, use_cls=True, use_rec=True, text_score=0.0)
+            boxes = result.boxes
+        if result.txts is None or boxes is None:
+            return []
+        return [
+            Line(
+                text=str(text),
+                confidence=float(score),
+                quad=tuple((float(x), float(y)) for x, y in box),
             )
-        if result.txts is None or result.boxes is None:
-            return []
-        return [
-            Line(text=str(text), confidence=float(score), quad=_quad(box))
-            for box, text, score in zip(result.boxes, result.txts, result.scores, strict=True)
+            for box, text, score in zip(boxes, result.txts, result.scores, strict=True)
             if str(text).strip()
         ]
 
-    def _words_alone(self, image: Image.Image) -> list[Line]:
-        """The whole picture as one line."""
+    def _run(self, image: Image.Image, **stages: Any) -> Any:
+        """RapidOCR; all three stages must be named, for it remembers them from call to call."""
         with self._lock:
-            result = self._loaded()(_bgr(image), use_det=False, use_cls=False, use_rec=True)
-        if result.txts is None:
-            return []
-        width, height = image.size
-        quad = (
-            (0.0, 0.0),
-            (float(width), 0.0),
-            (float(width), float(height)),
-            (0.0, float(height)),
-        )
-        return [
-            Line(text=str(text), confidence=float(score), quad=quad)
-            for text, score in zip(result.txts, result.scores, strict=True)
-            if str(text).strip()
-        ]
-
-    def _loaded(self) -> Any:
-        if self._engine is None:
-            engine = import_rapidocr()
-            params: dict[str, Any] = {
-                "Global.log_level": "critical",
-                # smaller pictures than this are ours to enlarge, larger ones ours to cut
-                "Global.max_side_len": 2000,
-                "EngineConfig.onnxruntime.intra_op_num_threads": self._threads,
-                "EngineConfig.onnxruntime.inter_op_num_threads": 1,
-            }
-            for key, path in self._models.items():
-                params[key] = str(path)
-            _quieten()
-            self._engine = engine(params=params)
-        return self._engine
+            if self._engine is None:
+                settings: dict[str, Any] = {
+                    "Global.log_level": "critical",
+                    # smaller images than this are ours to enlarge, larger ones ours to cut
+                    "Global.max_side_len": 2000,
+                    "EngineConfig.onnxruntime.intra_op_num_threads": self._threads,
+                    "EngineConfig.onnxruntime.inter_op_num_threads": 1,
+                }
+                paths = {key: str(path) for key, path in self._models.items()}
+                self._engine = import_rapidocr()(params=settings | paths)
+            return self._engine(np.ascontiguousarray(np.asarray(image)[:, :, ::-1]), **stages)
 
 
 def import_rapidocr() -> Any:
     """RapidOCR's class, or a message that says how to get it."""
+    # which models it loads is nobody's concern here; its own logger alone is set, for sys.stdout
+    # belongs to the threads that print an answer meanwhile
+    logging.getLogger("RapidOCR").setLevel(logging.CRITICAL)
     try:
-        _quieten()
         from rapidocr import RapidOCR
     except ImportError as error:
         package = error.name or "rapidocr"
-        raise MissingDependencyError(
-            package, extra="ocr", purpose="reading text in pictures"
-        ) from error
-    return RapidOCR
-
-
-def _quieten() -> None:
-    """RapidOCR logs which models it loads; that is nobody's concern here.
-
-    Its own logger alone: sys.stdout belongs to the threads that print an answer meanwhile.
-    """
+        raise MissingDependencyError(package, extra="ocr", purpose="reading text") from error
     logging.getLogger("RapidOCR").setLevel(logging.CRITICAL)
+    return RapidOCR
 
 
 def _model_files(models: str | None) -> dict[str, Path]:
@@ -290,34 +263,13 @@ def _model_files(models: str | None) -> dict[str, Path]:
     return files
 
 
-def _bgr(image: Image.Image) -> Any:
-    return np.ascontiguousarray(np.asarray(image)[:, :, ::-1])
-
-
-def _quad(box: Any) -> Quad:
-    return tuple((float(x), float(y)) for x, y in box)
-
-
-def _extent(line: Line) -> tuple[float, float]:
-    left, top, right, bottom = line.box
-    return right - left, bottom - top
-
-
-def _height(line: Line) -> float:
-    return min(_extent(line))
-
-
 def _letters(lines: Sequence[Line]) -> float:
     """How much was read, unsure letters counting much less."""
     return sum(len(line.text) * line.confidence**2 for line in lines)
 
 
-def _moved(line: Line, *, dx: float = 0.0, dy: float = 0.0, scale: float = 1.0) -> Line:
-    return replace(line, quad=tuple(((x + dx) * scale, (y + dy) * scale) for x, y in line.quad))
-
-
 def _turned_back(line: Line, turn: int, size: tuple[int, int]) -> Line:
-    """A line of the turned picture in the pixels of the picture of that size."""
+    """A line of the turned image in the pixels of the image of that size."""
     width, height = size
     undo = {
         90: lambda x, y: (y, height - x),
@@ -328,7 +280,7 @@ def _turned_back(line: Line, turn: int, size: tuple[int, int]) -> Line:
 
 
 def _tiles(size: tuple[int, int], scale: float) -> list[tuple[int, int, int, int]]:
-    """Overlapping tiles that cover a picture of that size, reduced by a scale."""
+    """Overlapping tiles that cover an image of that size, reduced by a scale."""
     sides = [max(1, round(side * scale)) for side in size]
     longest = min(TILE, max(SHORT_TILE, 2 * min(sides)))
     across, down = (_spans(side, longest) for side in sides)
@@ -344,24 +296,12 @@ def _spans(length: int, longest: int) -> list[tuple[int, int]]:
     return [(round(i * step), round(i * step) + longest) for i in range(count)]
 
 
-def _is_blank(tile: Image.Image) -> bool:
-    return float(np.asarray(tile.convert("L").reduce(4)).std()) < 2.0
-
-
-def _merged(lines: Sequence[Line], more: Sequence[Line]) -> list[Line]:
-    """Both tiles' lines, of two that lie over each other the longer one."""
-    kept = list(lines)
-    for line in more:
-        rivals = [other for other in kept if _overlap(line, other) > 0.5]
-        if any(_width(other) >= _width(line) for other in rivals):
-            continue
-        kept = [other for other in kept if other not in rivals]
-        kept.append(line)
-    return kept
-
-
-def _width(line: Line) -> float:
-    return max(_extent(line))
+def _take_in(line: Line, lines: list[Line]) -> None:
+    """Add a tile's line to those of other tiles; of two that lie over each other the longer one."""
+    rivals = [other for other in lines if _overlap(line, other) > 0.5]
+    if all(max(other.size) < max(line.size) for other in rivals):
+        lines[:] = [other for other in lines if other not in rivals]
+        lines.append(line)
 
 
 def _overlap(one: Line, other: Line) -> float:
@@ -369,7 +309,5 @@ def _overlap(one: Line, other: Line) -> float:
     a, b = one.box, other.box
     width = min(a[2], b[2]) - max(a[0], b[0])
     height = min(a[3], b[3]) - max(a[1], b[1])
-    if width <= 0 or height <= 0:
-        return 0.0
-    smaller = min(math.prod(_extent(one)), math.prod(_extent(other)))
-    return width * height / smaller if smaller > 0 else 0.0
+    smaller = min(math.prod(one.size), math.prod(other.size))
+    return width * height / smaller if min(width, height, smaller) > 0 else 0.0

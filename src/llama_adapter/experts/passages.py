@@ -5,8 +5,9 @@ from __future__ import annotations
 import io
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -54,22 +55,19 @@ def text_files(folder: Path) -> list[Path]:
 
 def passages_of(path: Path, *, name: str) -> list[Passage]:
     """The passages of one file; DataError saying why it holds none that can be read."""
-    match path.suffix.lower():
-        case ".pdf":
-            return list(_of_pdf(path, name))
-        case ".jsonl":
-            return list(_of_lines(path, name))
-        case ".json":
-            return list(_of_json(path, name))
-        case _:
-            return list(_of_text(_read(path, name), name))
-
-
-def _read(path: Path, name: str) -> str:
     data = read_bytes(path, error=DataError, limit=MAX_FILE_BYTES, name=name)
+    if path.suffix.lower() == ".pdf":
+        return list(_of_pdf(data, name))
     if b"\0" in data[:4096]:
-        raise DataError(f"{name}: is no text")
-    return data.decode("utf-8-sig", errors="replace")
+        raise DataError(f"{name}: is not a text")
+    text = data.decode("utf-8-sig", errors="replace")
+    match path.suffix.lower():
+        case ".jsonl":
+            return list(_of_lines(text, name))
+        case ".json":
+            return list(_of_json(text, name))
+        case _:
+            return list(_of_text(text, name))
 
 
 def _of_text(text: str, name: str) -> Iterator[Passage]:
@@ -79,8 +77,7 @@ def _of_text(text: str, name: str) -> Iterator[Passage]:
     for line, paragraph in _paragraphs(text):
         for piece in _pieces(paragraph):
             size = len(piece.split())
-            starts_section = piece.startswith("#")
-            if gathered and (words + size > PASSAGE_WORDS or starts_section):
+            if gathered and (words + size > PASSAGE_WORDS or piece.startswith("#")):
                 yield Passage(text=" ".join(gathered), source=f"{name}:{start}")
                 gathered, words = [], 0
             if not gathered:
@@ -93,54 +90,47 @@ def _of_text(text: str, name: str) -> Iterator[Passage]:
 
 def _paragraphs(text: str) -> Iterator[tuple[int, str]]:
     """Paragraphs with the number of their first line."""
-    lines: list[str] = []
-    first = 1
-    for number, line in enumerate([*text.splitlines(), ""], start=1):
-        if line.strip():
-            if not lines:
-                first = number
-            lines.append(line.strip())
-        elif lines:
-            yield first, " ".join(lines)
-            lines = []
+    numbered = enumerate(text.splitlines(), start=1)
+    for is_text, group in groupby(numbered, lambda line: bool(line[1].strip())):
+        if is_text:
+            lines = list(group)
+            yield lines[0][0], " ".join(line.strip() for _, line in lines)
 
 
 def _pieces(paragraph: str) -> Iterator[str]:
     """A long paragraph in sentences, a long sentence in words, a long word in characters."""
-    for piece in _sentences(paragraph):
+    if len(paragraph.split()) <= PASSAGE_WORDS:
+        pieces = [paragraph]
+    else:
+        sentences = (sentence.split() for sentence in _SENTENCE_END.split(paragraph))
+        pieces = [
+            " ".join(words[start : start + PASSAGE_WORDS])
+            for words in sentences
+            for start in range(0, len(words), PASSAGE_WORDS)
+        ]
+    for piece in pieces:
         for start in range(0, len(piece), PASSAGE_CHARACTERS):
             yield piece[start : start + PASSAGE_CHARACTERS]
 
 
-def _sentences(paragraph: str) -> Iterator[str]:
-    if len(paragraph.split()) <= PASSAGE_WORDS:
-        yield paragraph
-        return
-    for sentence in _SENTENCE_END.split(paragraph):
-        words = sentence.split()
-        for start in range(0, len(words), PASSAGE_WORDS):
-            yield " ".join(words[start : start + PASSAGE_WORDS])
+def _of_lines(text: str, name: str) -> Iterator[Passage]:
+    for number, line in enumerate(text.splitlines(), start=1):
+        if line.strip():
+            record = _json(line, f"{name}: line {number}")
+            yield from _of_record(record, source=f"{name}:{number}")
 
 
-def _of_lines(path: Path, name: str) -> Iterator[Passage]:
-    for number, line in enumerate(_read(path, name).splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{name}: line {number} is no JSON ({error})") from error
-        yield from _of_record(record, source=f"{name}:{number}")
-
-
-def _of_json(path: Path, name: str) -> Iterator[Passage]:
-    try:
-        content = json.loads(_read(path, name))
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{name}: is no JSON ({error})") from error
-    records = content if isinstance(content, list) else [content]
-    for number, record in enumerate(records, start=1):
+def _of_json(text: str, name: str) -> Iterator[Passage]:
+    content = _json(text, name)
+    for number, record in enumerate(content if isinstance(content, list) else [content], start=1):
         yield from _of_record(record, source=f"{name}, record {number}")
+
+
+def _json(text: str, name: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{name} is not JSON ({error})") from error
 
 
 def _of_record(record: Any, *, source: str) -> Iterator[Passage]:
@@ -159,25 +149,19 @@ def _of_record(record: Any, *, source: str) -> Iterator[Passage]:
             yield Passage(text=piece, source=source)
 
 
-def _of_pdf(path: Path, name: str) -> Iterator[Passage]:
+def _of_pdf(data: bytes, name: str) -> Iterator[Passage]:
     try:
         import pypdf
     except ImportError as error:
         raise MissingDependencyError(
             "pypdf", extra="search", purpose="reading PDF files"
         ) from error
-    file = io.BytesIO(read_bytes(path, error=DataError, limit=MAX_FILE_BYTES, name=name))
     try:
-        pages = [page.extract_text() for page in pypdf.PdfReader(file).pages]
+        pages = [page.extract_text() for page in pypdf.PdfReader(io.BytesIO(data)).pages]
     except Exception as error:  # a damaged file makes pypdf raise whatever it runs into
         raise DataError(f"{name}: cannot be read as a PDF ({str(error)[:200]})") from error
     if not any(page.strip() for page in pages):
-        raise DataError(f"{name}: holds pictures of text, but no text")
+        raise DataError(f"{name}: holds images of text, but no text")
     for number, page in enumerate(pages, start=1):
         for passage in _of_text(page, name):
             yield Passage(text=passage.text, source=f"{name}, page {number}")
-
-
-def as_rows(passages: Iterable[Passage]) -> list[list[str]]:
-    """For JSON: text and source of each."""
-    return [[passage.text, passage.source] for passage in passages]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 Quad = tuple[tuple[float, float], ...]
@@ -30,6 +30,16 @@ class Line:
         """Left, top, right, bottom."""
         xs, ys = [x for x, _ in self.quad], [y for _, y in self.quad]
         return min(xs), min(ys), max(xs), max(ys)
+
+    @property
+    def size(self) -> tuple[float, float]:
+        """Width and height of the box."""
+        left, top, right, bottom = self.box
+        return right - left, bottom - top
+
+    def moved(self, *, dx: float = 0.0, dy: float = 0.0, scale: float = 1.0) -> Line:
+        """The line elsewhere: moved, then scaled."""
+        return replace(self, quad=tuple(((x + dx) * scale, (y + dy) * scale) for x, y in self.quad))
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,28 +78,24 @@ def rows_of(lines: Sequence[Line]) -> list[list[int]]:
 
 
 def skew_of(lines: Sequence[Line]) -> float:
-    """The angle of the lines in radians, positive where they fall to the right."""
-    angles = []
+    """The angle of the lines in radians, positive where they fall to the right.
+
+    It is the angle in the middle of the text: half of it, by width, is at smaller angles.
+    """
+    angles: list[tuple[float, float]] = []
     for line in lines:
-        (x0, y0), (x1, y1) = line.quad[0], line.quad[1]
-        width, height = math.hypot(x1 - x0, y1 - y0), _side(line)
+        (x0, y0), (x1, y1), (x3, y3) = line.quad[0], line.quad[1], line.quad[3]
+        width, height = math.hypot(x1 - x0, y1 - y0), math.hypot(x3 - x0, y3 - y0)
         # short pieces lie at any angle
         if width > 3 * height:
             angles.append((math.atan2(y1 - y0, x1 - x0), width))
-    if not angles:
-        return 0.0
     angles.sort()
-    half, passed = sum(width for _, width in angles) / 2, 0.0
+    half = sum(width for _, width in angles) / 2
     for angle, width in angles:
-        passed += width
-        if passed >= half:
+        half -= width
+        if half <= 0:
             return angle if abs(angle) < math.pi / 4 else 0.0
     return 0.0
-
-
-def _side(line: Line) -> float:
-    (x0, y0), (x3, y3) = line.quad[0], line.quad[3]
-    return math.hypot(x3 - x0, y3 - y0)
 
 
 def _straightened(lines: Sequence[Line]) -> list[_Placed]:
@@ -98,9 +104,8 @@ def _straightened(lines: Sequence[Line]) -> list[_Placed]:
     placed = []
     for index, line in enumerate(lines):
         xs = [x * cosine - y * sine for x, y in line.quad]
-        ys = [x * sine + y * cosine for x, y in line.quad]
         # means of opposite corners: single lines may still be askew
-        ys.sort()
+        ys = sorted(x * sine + y * cosine for x, y in line.quad)
         placed.append(_Placed(index, min(xs), (ys[0] + ys[1]) / 2, max(xs), (ys[2] + ys[3]) / 2))
     return placed
 
@@ -139,48 +144,39 @@ def _read(rows: list[_Row]) -> list[_Row]:
     if found is None:
         return rows
     first, last, gap = found
-    left = [[p for p in row if p.right <= gap] for row in rows[first:last]]
-    right = [[p for p in row if p.left >= gap] for row in rows[first:last]]
-    return [
-        *_read(rows[:first]),
-        *_read([row for row in left if row]),
-        *_read([row for row in right if row]),
-        *_read(rows[last:]),
-    ]
+    left, right = _sides(rows[first:last], gap)
+    return [*_read(rows[:first]), *_read(left), *_read(right), *_read(rows[last:])]
+
+
+def _sides(rows: Sequence[_Row], gap: float) -> tuple[list[_Row], list[_Row]]:
+    """What of the rows stands on the left of a gap, and on its right."""
+    left = ([p for p in row if p.right <= gap] for row in rows)
+    right = ([p for p in row if p.left >= gap] for row in rows)
+    return [row for row in left if row], [row for row in right if row]
 
 
 def _columns(rows: Sequence[_Row]) -> tuple[int, int, float] | None:
     """The longest run of rows that a gap parts into columns: first, last + 1, where."""
     best: tuple[int, int, float] | None = None
-    gaps = {
-        round((one.right + other.left) / 2)
-        for row in rows
-        for one, other in pairwise(row)
-        if other.left > one.right
-    }
-    for gap in sorted(gaps):
+    pairs = [pair for row in rows for pair in pairwise(row)]
+    for gap in sorted({round((a.right + b.left) / 2) for a, b in pairs if b.left > a.right}):
         start = 0
         while start < len(rows):
             end = start
             while end < len(rows) and not any(p.left < gap < p.right for p in rows[end]):
                 end += 1
             longer = best is None or end - start > best[1] - best[0]
-            if longer and _are_columns(rows[start:end], gap):
+            if longer and all(_is_column(side) for side in _sides(rows[start:end], gap)):
                 best = (start, end, gap)
             start = end + 1
     return best
 
 
-def _are_columns(rows: Sequence[_Row], gap: float) -> bool:
-    left = [p for row in rows for p in row if p.right <= gap]
-    right = [p for row in rows for p in row if p.left >= gap]
-    sides = (left, right)
-    if any(len({round(p.middle) for p in side}) < _COLUMN_ROWS for side in sides):
+def _is_column(rows: Sequence[_Row]) -> bool:
+    lines = [line for row in rows for line in row]
+    if len({round(line.middle) for line in lines}) < _COLUMN_ROWS:
         return False
-    for side in sides:
-        width = max(p.right for p in side) - min(p.left for p in side)
-        line = statistics.median(p.right - p.left for p in side)
-        height = statistics.median(p.height for p in side)
-        if line < _COLUMN_FILL * width or line < _COLUMN_LETTERS * height:
-            return False
-    return True
+    width = max(line.right for line in lines) - min(line.left for line in lines)
+    usual = statistics.median(line.right - line.left for line in lines)
+    height = statistics.median(line.height for line in lines)
+    return usual >= _COLUMN_FILL * width and usual >= _COLUMN_LETTERS * height
