@@ -238,3 +238,10 @@ def test_a_file_that_was_cut_short(stored):
     path.write_bytes(whole)
     model = LlamaAdapterForConditionalGeneration.from_base(str(stored / "base"))
     assert isinstance(model.language_model, LlamaForCausalLM)
+
+
+def test_settings_that_only_point_at_layers_are_no_sizes(base, tmp_path):
+    """A small Qwen has `max_window_layers` 28, however few layers there are."""
+    base().save_pretrained(tmp_path)
+    configure(tmp_path, max_window_layers=28, num_logits_to_keep=1, sliding_window=131072)
+    load_language_model(str(tmp_path))

@@ -26,8 +26,12 @@ from llama_adapter.model.tensor_files import (
 )
 from llama_adapter.pretrained import load_pretrained
 
+_LAYERS = re.compile(r"^(num_hidden_layers|num_layers|n_layers?)$")
+"""Settings that count layers; each has a tensor of its own."""
 _COUNTS = re.compile(r"(^|_)(layers?|depths?|blocks)$")
-"""Settings that count modules; each has a tensor of its own."""
+"""Settings that may count modules, or only point at some (`max_window_layers`)."""
+_FEW = 1024
+"""As many modules are built in seconds."""
 _SIZES = re.compile(
     r"(^(num|n|d)_)|((^|_)(size|dim|dims|width|heads?|experts|embd|rank|channels|groups)$)"
 )
@@ -94,8 +98,10 @@ def check_sizes(config: Any, stored: Mapping[str, Stored], *, what: str) -> None
         most = widest
         if _POSITIONS.search(name):
             most = _MOST_POSITIONS
-        elif _COUNTS.search(name):
+        elif _LAYERS.search(name):
             most = len(stored)
+        elif _COUNTS.search(name):
+            most = max(len(stored), _FEW)
         elif not _SIZES.search(name):
             continue
         if value > most:
