@@ -12,11 +12,14 @@ import os
 import sqlite3
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from llama_adapter.experts.base import Expert, Finding, Report, Request
+
+T = TypeVar("T")
 
 DEFAULT_BYTES = 64 * 2**20
 _DAMAGE = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
@@ -27,6 +30,12 @@ _SCHEMA = """
 CREATE TABLE IF NOT EXISTS reports
     (key TEXT PRIMARY KEY, value TEXT NOT NULL, bytes INTEGER NOT NULL, used REAL NOT NULL)
 """
+_FORGET = """
+DELETE FROM reports WHERE key IN (SELECT key FROM (
+    SELECT key, sum(bytes) OVER (ORDER BY used DESC, key) AS total FROM reports
+) WHERE total > ?)
+"""
+"""Keeps the last used entries, of so many bytes in all."""
 
 
 def default_cache_file() -> Path:
@@ -62,45 +71,62 @@ class ReportCache:
 
     def get(self, key: str) -> Report | None:
         """The report, as it was given; None where it is not known."""
-        with self._lock:
-            try:
-                asked = "SELECT value, used FROM reports WHERE key = ?"
-                connection = self._open()
-                found = connection.execute(asked, (key,)).fetchone()
-                if found is None:
-                    return None
-                report = _report_from(_unsealed(found[0]))
-                if time.time() - found[1] > _FRESH:
-                    used = "UPDATE reports SET used = ? WHERE key = ?"
-                    connection.execute(used, (time.time(), key))
-            except (sqlite3.DatabaseError, OSError, *_DAMAGE) as error:
-                self._recover(error)
+
+        def find(file: sqlite3.Connection) -> Report | None:
+            asked = "SELECT value, used FROM reports WHERE key = ?"
+            found = file.execute(asked, (key,)).fetchone()
+            if found is None:
                 return None
+            report = _report_from(_unsealed(found[0]))
+            if time.time() - found[1] > _FRESH:
+                file.execute("UPDATE reports SET used = ? WHERE key = ?", (time.time(), key))
             return replace(report, cached=True)
+
+        return self._use(find)
 
     def put(self, key: str, report: Report) -> None:
         """Remember a report; forget the longest unused ones where there is no room."""
         value = _sealed(json.dumps(asdict(report)))
         if len(value) > self.max_bytes:
             return
-        with self._lock:
-            try:
-                entry = (key, value, len(value), time.time())
-                self._open().execute("INSERT OR REPLACE INTO reports VALUES (?, ?, ?, ?)", entry)
-                self._forget()
-            except (sqlite3.DatabaseError, OSError) as error:
-                self._recover(error)
+
+        def store(file: sqlite3.Connection) -> None:
+            entry = (key, value, len(value), time.time())
+            file.execute("INSERT OR REPLACE INTO reports VALUES (?, ?, ?, ?)", entry)
+            [total] = file.execute("SELECT sum(bytes) FROM reports").fetchone()
+            if total > self.max_bytes:
+                # some room for the next ones, so that not every entry costs a search
+                file.execute(_FORGET, (0.9 * self.max_bytes,))
+
+        self._use(store)
 
     def __len__(self) -> int:
-        with self._lock:
-            return int(self._open().execute("SELECT count(*) FROM reports").fetchone()[0])
+        count = "SELECT count(*) FROM reports"
+        return self._use(lambda file: int(file.execute(count).fetchone()[0])) or 0
 
     def close(self) -> None:
         """Let go of the file."""
         with self._lock:
-            if self._connection is not None:
-                self._connection.close()
-                self._connection = None
+            self._close()
+
+    def _close(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+    def _use(self, work: Callable[[sqlite3.Connection], T]) -> T | None:
+        """What comes of some work with the file; None where that fails, which raises nothing.
+
+        A damaged file is started anew; one that is busy or read-only is left alone.
+        """
+        with self._lock:
+            try:
+                return work(self._open())
+            except (sqlite3.DatabaseError, OSError, *_DAMAGE) as error:
+                self._close()
+                if not isinstance(error, sqlite3.OperationalError | OSError):
+                    self.path.unlink(missing_ok=True)
+                return None
 
     def _open(self) -> sqlite3.Connection:
         if self._connection is None:
@@ -115,26 +141,6 @@ class ReportCache:
             self._connection.execute("PRAGMA synchronous = OFF")
             self._connection.execute(_SCHEMA)
         return self._connection
-
-    def _forget(self) -> None:
-        """Keep the last used entries, with some room for new ones, where there are too many."""
-        connection = self._open()
-        [total] = connection.execute("SELECT coalesce(sum(bytes), 0) FROM reports").fetchone()
-        if total > self.max_bytes:
-            kept = "SELECT key, sum(bytes) OVER (ORDER BY used DESC, key) AS total FROM reports"
-            old = f"SELECT key FROM ({kept}) WHERE total > ?"  # noqa: S608  (nobody's text)
-            connection.execute(
-                f"DELETE FROM reports WHERE key IN ({old})",  # noqa: S608
-                (0.9 * self.max_bytes,),
-            )
-
-    def _recover(self, error: Exception) -> None:
-        """A damaged file is started anew; one that is busy or read-only is left alone."""
-        if self._connection is not None:
-            self._connection.close()
-            self._connection = None
-        if not isinstance(error, sqlite3.OperationalError | OSError):
-            self.path.unlink(missing_ok=True)
 
 
 def _sealed(text: str) -> str:

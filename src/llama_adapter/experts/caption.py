@@ -98,7 +98,7 @@ class CaptionExpert:
         finally:
             self.model.set_adapter(active)
         if request.is_late:
-            raise ExpertError(f"captions took longer than {seconds:g} seconds")
+            raise ExpertError(f"captions took longer than {seconds:.3g} seconds")
         answers = self.processor.batch_decode(
             tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
         )
