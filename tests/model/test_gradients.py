@@ -18,9 +18,9 @@ from torch.utils.checkpoint import (
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from llama_adapter.model.gated_attention import _attend
+from llama_adapter.model.fast.attention import attention
+from llama_adapter.model.fast.rms_norm import rms_epsilon
 from llama_adapter.model.loss import answer_loss
-from llama_adapter.model.rms_norm import rms_epsilon
 from llama_adapter.model.scaled_linear import LearnedNorm, ScaledLinear
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
@@ -247,8 +247,9 @@ def test_rows_that_read_one_prompt_together_read_it_alike(learn, heads_together,
     inputs = [query, _random(1, 4, 5, 8, seed=1), _random(1, 4, 5, 8, seed=2)]
     learning = [inputs[i].requires_grad_() for i in learn]
     gradient = _random(3, 4, 7, 8, seed=3)
-    together = _attend(*inputs, None, 0.3, softcap)
-    apart = _attend(query, *(x.expand(3, -1, -1, -1) for x in inputs[1:]), None, 0.3, softcap)
+    together = attention(*inputs, scale=0.3, softcap=softcap)
+    rows = [x.expand(3, -1, -1, -1) for x in inputs[1:]]
+    apart = attention(query, *rows, scale=0.3, softcap=softcap)
     assert_close(together, apart)
     for ours, theirs in zip(
         torch.autograd.grad(together, learning, gradient),

@@ -25,13 +25,13 @@ from llama_adapter.model.attach import Adapter
 from llama_adapter.model.attention_registry import PAGED
 from llama_adapter.model.backbone import Backbone
 from llama_adapter.model.configuration import LlamaAdapterConfig
+from llama_adapter.model.fast.last_layer import last_layer_at
 from llama_adapter.model.gated_attention import (
     VisualPrompts,
     begins_among_slots,
     places_in_runs,
 )
 from llama_adapter.model.groups import Group
-from llama_adapter.model.last_layer import last_layer_at
 from llama_adapter.model.loss import answer_loss, is_places, logits_at
 from llama_adapter.model.offloading import home_of
 from llama_adapter.model.places import of_this_pass, positions_of

@@ -172,8 +172,10 @@ class Adapter:
 
         Without it, prompts would do nothing and nobody would be told.
         """
+        if not self.is_attached:
+            return
         current = self.language_model.config._attn_implementation
-        if self.is_attached and not current.startswith(PREFIX):
+        if not current.startswith(PREFIX):
             raise UnsupportedModelError(
                 f"the base's attention was set to {current!r}, which carries no prompts; "
                 "set_attn_implementation of the adapted model keeps them"

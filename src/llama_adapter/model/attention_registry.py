@@ -21,7 +21,7 @@ from llama_adapter.errors import UnsupportedModelError
 from llama_adapter.model.gated_attention import VisualPrompts
 from llama_adapter.model.prompt_projection import KeysValues
 
-PAGED = ("block_table", "read_index")
+PAGED = frozenset({"block_table", "read_index"})
 """What only continuous batching gives attention: there is no mask of ours for its one long row."""
 
 PREFIX = "llama_adapter_"
@@ -90,7 +90,7 @@ def _adapted_attention(implementation: str) -> Callable[..., Any]:
         visual_prompts: VisualPrompts | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        if any(name in kwargs for name in PAGED):
+        if not PAGED.isdisjoint(kwargs):
             raise UnsupportedModelError(
                 "an adapted model cannot run transformers' continuous batching; "
                 "give generate() a padded batch instead"

@@ -19,12 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llama_adapter.model.cpu_attention import attend_together, scaled_dot_product_attention
+from llama_adapter.model.fast.attention import attention as attend
 from llama_adapter.model.groups import AdapterModule, Group
 from llama_adapter.model.prompt_projection import Attention, KeysValues, project_prompt
-
-FEW_TOKENS = 4
-"""Up to so many queries a pass, PyTorch's attention is the fastest on a CPU too (in float32)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -181,7 +178,8 @@ class AdaptionPrompt(AdapterModule):
             keys, values = self.keys_values(attention, entries_EMd.to(query_BHTD))
         keys, values = _like(keys, query_BHTD), _like(values, query_BHTD)
         if visual is None:
-            return _attend(query_BHTD, keys, values, None, scaling, softcap).transpose(1, 2)
+            added = attend(query_BHTD, keys, values, scale=scaling, softcap=softcap)
+            return added.transpose(1, 2)
         return _attend_visual(
             query_BHTD, keys, values, visual, scaling, softcap, self.prompt is not None
         ).transpose(1, 2)
@@ -195,33 +193,6 @@ def _like(numbers: Tensor, query: Tensor) -> Tensor:
     """In the query's dtype and on its device; a call that changes nothing still takes time."""
     same = numbers.dtype == query.dtype and numbers.device == query.device
     return numbers if same else numbers.to(query)
-
-
-def _attend(
-    query_BHTD: Tensor,
-    keys_EHMD: Tensor,
-    values_EHMD: Tensor,
-    mask: Tensor | None,
-    scaling: float,
-    softcap: float | None,
-) -> Tensor:
-    batch, _, length, _ = query_BHTD.shape
-    shared = len(keys_EHMD) == 1 and mask is None
-    # for a token or a few, the time goes into the number of calls, not into their work
-    if shared and query_BHTD.device.type == "cpu" and batch * length > FEW_TOKENS:
-        return attend_together(
-            query_BHTD, keys_EHMD[0], values_EHMD[0], scale=scaling, softcap=softcap
-        )
-    keys, values = keys_EHMD, values_EHMD
-    if len(keys) != batch:
-        keys, values = keys.expand(batch, -1, -1, -1), values.expand(batch, -1, -1, -1)
-    if softcap is None:
-        return scaled_dot_product_attention(query_BHTD, keys, values, mask=mask, scale=scaling)
-    scores = query_BHTD @ keys.transpose(-1, -2) * scaling
-    scores = torch.tanh(scores / softcap) * softcap
-    if mask is not None:
-        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-    return scores.float().softmax(-1).to(query_BHTD.dtype) @ values
 
 
 def _attend_visual(
@@ -252,7 +223,7 @@ def _attend_visual(
         if not has_static_entry:
             sees_B1 = (row_B >= 0).unsqueeze(1)
             reads_BT = sees_B1 if reads_BT is None else sees_B1 & reads_BT
-    added_BHTD = _attend(query_BHTD, keys_EHMD, values_EHMD, None, scaling, softcap)
+    added_BHTD = attend(query_BHTD, keys_EHMD, values_EHMD, scale=scaling, softcap=softcap)
     if reads_BT is None or has_static_entry:
         return added_BHTD
     return added_BHTD * reads_BT[:, None, :, None].to(added_BHTD.dtype)
@@ -335,7 +306,7 @@ def _attend_packed(
     shape = (1, num_heads, num_entries * length, head_size)
     keys = keys_EHMD.transpose(0, 1).reshape(shape)
     values = values_EHMD.transpose(0, 1).reshape(shape)
-    added_BHTD = _attend(query_BHTD, keys, values, mask_B1TK, scaling, softcap)
+    added_BHTD = attend(query_BHTD, keys, values, mask=mask_B1TK, scale=scaling, softcap=softcap)
     if has_static_entry:
         return added_BHTD
     return added_BHTD * (token_BT >= 0)[:, None, :, None].to(added_BHTD.dtype)

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, TypeGuard, cast
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-IGNORE_INDEX = -100
-"""Label of a position that is not scored."""
+from llama_adapter.model.fast.cross_entropy import IGNORE_INDEX, summed_cross_entropy
 
 
 def answer_loss(
@@ -36,42 +34,10 @@ def answer_loss(
     elif kept:
         targets = targets[:, -kept:]
     targets = targets.to(logits.device)
-    total = _summed_cross_entropy(logits.flatten(0, 1), targets.flatten())
+    total = summed_cross_entropy(logits.flatten(0, 1), targets.flatten())
     if num_answer_tokens is None:
         num_answer_tokens = (targets != IGNORE_INDEX).sum().clamp(min=1)
     return total / num_answer_tokens
-
-
-def _summed_cross_entropy(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
-    if logits_NV.requires_grad and not torch.compiler.is_compiling():
-        return cast(Tensor, _SummedCrossEntropy.apply(logits_NV, targets_N))
-    return F.cross_entropy(logits_NV.float(), targets_N, ignore_index=IGNORE_INDEX, reduction="sum")
-
-
-class _SummedCrossEntropy(torch.autograd.Function):
-    """Keeps its gradient, in the dtype of the logits, in place of log-probabilities.
-
-    With a large vocabulary nothing else in a step is as large: two float32 copies of the logits
-    fewer at the peak.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, logits_NV: Tensor, targets_N: Tensor) -> Tensor:
-        log_probs_NV = logits_NV.log_softmax(-1, dtype=torch.float32)
-        total = F.nll_loss(log_probs_NV, targets_N, ignore_index=IGNORE_INDEX, reduction="sum")
-        is_scored_N = targets_N != IGNORE_INDEX
-        target_N1 = targets_N.where(is_scored_N, 0).unsqueeze(1)
-        grad_NV = log_probs_NV.exp_()
-        grad_NV.scatter_add_(1, target_N1, grad_NV.new_full((), -1.0).expand_as(target_N1))
-        ctx.save_for_backward(grad_NV.to(logits_NV.dtype), is_scored_N)
-        return total
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        grad_NV, is_scored_N = ctx.saved_tensors
-        factor_N1 = (grad * is_scored_N).unsqueeze(1)
-        return torch.mul(grad_NV, factor_N1, out=torch.empty_like(grad_NV)), None
 
 
 def scored_positions(labels: Tensor) -> Tensor:

@@ -7,18 +7,17 @@ quantised linears work too and taking the adapter off gives the base back exactl
 from __future__ import annotations
 
 import copy
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from llama_adapter.errors import UnsupportedModelError
+from llama_adapter.model.fast.rms_norm import rms_epsilon, rms_norm
+from llama_adapter.model.fast.scale import scale_and_shift
 from llama_adapter.model.groups import AdapterModule, Group
-from llama_adapter.model.learning import learns
 from llama_adapter.model.offloading import HOOK, copy_at_home, home_of, numbers_at_hand
-from llama_adapter.model.rms_norm import rms_epsilon, rms_norm
 
 
 class ScaledLinear(AdapterModule):
@@ -78,24 +77,10 @@ class ScaledLinear(AdapterModule):
 
     def without_lora(self, x: Tensor) -> Tensor:
         """The same linear without LoRA, as prompts see it (released V2)."""
-        # by name once: a module looks its parameters up in Python
-        base_layer, scale, shift = self.base_layer, self.scale, self.bias_shift
-        if scale is None or self.scale_side == "input":
-            y = base_layer(x if scale is None else (x * scale).to(x.dtype))
-            # In float32 and rounded once, here and below: a bfloat16 scale could not move from 1
-            # by less than 0.004.
-            return y if shift is None else (y + shift).to(y.dtype)
-        if shift is None:
-            y = base_layer(x)
-            return (y * scale).to(y.dtype)
-        if learns(scale) and x.requires_grad and _is_plain(base_layer):
-            weight, bias = base_layer.weight, base_layer.bias
-            return cast(Tensor, _ScaledLinear.apply(x, weight, bias, scale, shift))
-        y = base_layer(x)
-        # whoever hooks the frozen linear may keep its output, whose place would be taken
-        if learns(scale) and y.requires_grad and not base_layer._forward_hooks:
-            return cast(Tensor, _ScaledLinear.apply(y, None, None, scale, shift))
-        return _scaled_and_shifted(y, scale, shift)
+        scale, shift = self.scale, self.bias_shift
+        if self.scale_side == "input":  # W (s ⊙ x) + b₀ + b
+            return scale_and_shift(self.base_layer(scale_and_shift(x, scale, None)), None, shift)
+        return scale_and_shift(self.base_layer(x), scale, shift)  # s ⊙ (W x + b₀ + b)
 
     @torch.no_grad()
     def folded(self) -> FoldedLinear | None:
@@ -129,91 +114,6 @@ class ScaledLinear(AdapterModule):
         parts = [f"{self.in_features} -> {self.out_features}"]
         parts += [n for n in ("bias_shift", "scale", "lora_up") if getattr(self, n) is not None]
         return ", ".join(parts)
-
-
-def _scaled_and_shifted(y: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    # one fused pass over the activations
-    return torch.addcmul(scale * shift, scale, y).to(y.dtype)
-
-
-def _is_plain(linear: nn.Linear) -> bool:
-    """Whether the linear is its product and no more: nothing watches, moves or learns its parts."""
-    if type(linear) is not nn.Linear or "forward" in linear.__dict__:
-        return False
-    weight = linear.weight
-    # a weight of another class may be quantised, or a shard, and know one product alone
-    parts = [weight] if linear.bias is None else [weight, linear.bias]
-    if any(type(part) is not nn.Parameter or part.requires_grad for part in parts):
-        return False
-    watched = (
-        linear._forward_pre_hooks
-        or linear._forward_hooks
-        or linear._backward_pre_hooks
-        or linear._backward_hooks
-    )
-    kind = weight.device.type
-    casts = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    return not watched and not casts
-
-
-class _ScaledLinear(torch.autograd.Function):
-    """`s ⊙ (y + b)` with y = W x + b₀, or the given y if there is no weight.
-
-    Keeps its output for the backward pass, not `y`, whose place it takes. What follows a linear
-    mostly keeps that output too, so it costs no memory; and `y + b = out / s` gives the gradient of
-    the scale. A scale of exactly 0 gets none.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        scale: Tensor,
-        shift: Tensor,
-    ) -> Tensor:
-        y = x if weight is None else F.linear(x, weight, bias)
-        # a linear with a bias returns a view, which autograd would copy; whoever takes part in
-        # every operation, such as selective checkpointing, may keep what it has seen
-        if y._base is None and not torch._C._len_torch_dispatch_stack():
-            out = torch.addcmul(scale * shift, scale, y, out=y)
-            if weight is None:
-                ctx.mark_dirty(y)
-        else:
-            out = _scaled_and_shifted(y, scale, shift)
-        # detached: a leaf would be whatever the module has by then
-        ctx.save_for_backward(out, scale, None if weight is None else weight.detach())
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        out, scale, weight = ctx.saved_tensors
-        size = scale.shape[0]
-        grad_NC, out_NC = grad.reshape(-1, size), out.reshape(-1, size)
-        scale_C = scale.to(torch.promote_types(grad.dtype, torch.float32))
-        by_scale, by_shift = _summed_over_tokens(grad_NC, out_NC, scale_C)
-        by_scale = by_scale.div_(scale_C).masked_fill_(scale_C == 0, 0.0).to(scale.dtype)
-        by_shift = by_shift.mul_(scale_C).to(scale.dtype)
-        grad_x = None
-        if ctx.needs_input_grad[0]:
-            grad_x = (grad * scale_C).to(grad.dtype)
-            grad_x = grad_x if weight is None else grad_x @ weight
-        return grad_x, None, None, by_scale, by_shift
-
-
-def _summed_over_tokens(grad_NC: Tensor, out_NC: Tensor, scale_C: Tensor) -> tuple[Tensor, Tensor]:
-    """Σ grad ⊙ out and Σ grad, in the dtype of the scale."""
-    if grad_NC.device.type == "cpu" and len(grad_NC):
-        zero_C, one_C = torch.zeros_like(scale_C), torch.ones_like(scale_C)
-        # a batch norm with fixed statistics has these gradients; in one pass over activations
-        _, by_scale, by_shift = torch.ops.aten.native_batch_norm_backward(
-            grad_NC, out_NC, scale_C, zero_C, one_C, None, None, False, 0.0, [False, True, True]
-        )
-        return by_scale, by_shift
-    by_scale = (grad_NC * out_NC).sum(0, dtype=scale_C.dtype)
-    return by_scale, grad_NC.sum(0, dtype=scale_C.dtype)
 
 
 class FoldedLinear(nn.Linear):
@@ -260,10 +160,7 @@ class LearnedNorm(AdapterModule):
         if isinstance(self.norm, nn.LayerNorm):
             # layer_norm wants input and weights of one dtype
             return self.norm(x.float()).to(x.dtype)
-        if self.rms_epsilon is not None and learns(self.weight):
-            return rms_norm(x, self.norm, self.rms_epsilon)
-        # an RMS norm multiplies in the wider dtype; going back rounds as the base would
-        return cast(Tensor, self.norm(x)).to(x.dtype)
+        return rms_norm(self.norm, x, epsilon=self.rms_epsilon)
 
     @torch.no_grad()
     def folded(self) -> nn.Module | None:

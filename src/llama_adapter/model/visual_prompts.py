@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from llama_adapter.config import AdapterConfig
 from llama_adapter.errors import ConfigError, UnsupportedModelError
-from llama_adapter.model.cpu_attention import scaled_dot_product_attention
+from llama_adapter.model.fast.attention import attention
 from llama_adapter.model.groups import AdapterModule, Group
 
 VisionTower = Any
@@ -73,7 +73,7 @@ class TransformerBlock(nn.Module):
         batch, length, _ = x_BTW.shape
         qkv = self.qkv(self.norm1(x_BTW)).view(batch, length, 3, self.num_heads, -1)
         query, key, value = qkv.permute(2, 0, 3, 1, 4)
-        mixed = scaled_dot_product_attention(query[:, :, :wanted], key, value)
+        mixed = attention(query[:, :, :wanted], key, value)
         x_BTW = x_BTW[:, :wanted] + self.proj(mixed.transpose(1, 2).flatten(2))
         return x_BTW + self.fc2(F.gelu(self.fc1(self.norm2(x_BTW))))
 

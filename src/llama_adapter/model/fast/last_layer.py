@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from llama_adapter.model.anatomy import is_linear
+from llama_adapter.model.fast.switch import is_on
 from llama_adapter.model.loss import is_places
 from llama_adapter.model.quantised import mixes_positions
 
@@ -33,7 +34,7 @@ def last_layer_at(
     a pass that is `asked` for hidden states or attentions, or compiled.
     """
     whole = torch.compiler.is_compiling() or not isinstance(kept, Tensor)
-    if whole or _shows_inside(language_model, asked):
+    if whole or not is_on() or _shows_inside(language_model, asked):
         yield
         return
     places = functools.cache(functools.partial(_places, kept))

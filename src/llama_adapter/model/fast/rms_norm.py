@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from llama_adapter.model.fast.switch import records_gradients
+
 
 def rms_epsilon(norm: nn.Module) -> float | None:
     """The ε of a norm that computes `w ⊙ x / √(mean(x²) + ε)`; None if it computes anything else.
@@ -39,9 +41,16 @@ def rms_epsilon(norm: nn.Module) -> float | None:
     return epsilon if torch.allclose(found, expected, rtol=1e-4, atol=1e-6) else None
 
 
-def rms_norm(x: Tensor, norm: nn.Module, epsilon: float) -> Tensor:
-    """`norm(x)` in the dtype of `x`, for a norm of which `rms_epsilon` knows the ε."""
-    return cast(Tensor, _RmsNorm.apply(x, norm.weight, norm, epsilon))
+def plain_norm(norm: nn.Module, x: Tensor) -> Tensor:
+    """`norm(x)` in the dtype of x: an RMS norm multiplies in the wider one of x and its weight."""
+    return cast(Tensor, norm(x)).to(x.dtype)
+
+
+def rms_norm(norm: nn.Module, x: Tensor, *, epsilon: float | None) -> Tensor:
+    """The same; where `rms_epsilon` knows the norm's ε, with the backward pass of the formula."""
+    if epsilon is not None and records_gradients(cast(Tensor, norm.weight)):
+        return cast(Tensor, _RmsNorm.apply(x, norm.weight, norm, epsilon))
+    return plain_norm(norm, x)
 
 
 class _RmsNorm(torch.autograd.Function):
@@ -49,7 +58,7 @@ class _RmsNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, norm: nn.Module, epsilon: float) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.epsilon = epsilon
-        return cast(Tensor, norm(x)).to(x.dtype)
+        return plain_norm(norm, x)
 
     @staticmethod
     @once_differentiable
