@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,17 @@ from llama_adapter.checkpoints.bases import load_from_config
 from llama_adapter.checkpoints.extras import read_origin
 from llama_adapter.config import PRESETS, AdapterConfig, did_you_mean
 from llama_adapter.errors import CheckpointError, ConfigError
-from llama_adapter.model.attach import Adapter
+from llama_adapter.model.attach import PROJECTION, Adapter
 from llama_adapter.model.configuration import read_adapter_config
 from llama_adapter.model.fingerprints import describe_rule
+from llama_adapter.model.gated_attention import LateFusionPrompt, StaticPrompt, VisualPrompt
+from llama_adapter.model.groups import Group, Role
 from llama_adapter.model.loading import check_sizes
 from llama_adapter.model.persistence import ADAPTER_WEIGHTS_NAME
 from llama_adapter.model.references import resolve_reference
+from llama_adapter.model.scaled_linear import LearnedNorm, ScaledLinear
 from llama_adapter.model.tensor_files import read_header, stored_tensors
+from llama_adapter.model.visual_prompts import VisualProjection
 from llama_adapter.pretrained import load_pretrained
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -62,18 +66,12 @@ VIT_L_14 = (1024, 768)
 BYTES = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.0, "nf4": 0.5}
 """Bytes per number of a base, by how it is loaded."""
 
-PARTS = {
-    "prompt": "static prompts",
-    "gate": "gates",
-    "gate_scale": "gates",
-    "visual_gate": "gates",
-    "visual_gate_scale": "gates",
-    "bias": "biases",
-    "scale": "scales",
-    "lora_down": "LoRA",
-    "lora_up": "LoRA",
-    "weight": "norms",
+ROLES: dict[str, tuple[Group, Role]] = {
+    name: (module.group, role)
+    for module in (StaticPrompt, VisualPrompt, LateFusionPrompt, ScaledLinear)
+    for name, role in module.tensors.values()
 }
+"""Group and role of a tensor by the last part of its name in files, as its module says."""
 
 
 def describe_directory(directory: Path) -> dict[str, Any]:
@@ -143,14 +141,11 @@ def tensor_sizes(path: Path) -> dict[str, int]:
 
 def _sizes(sizes: Mapping[str, int], base_parameters: int | None) -> dict[str, Any]:
     total = sum(sizes.values())
-    vision = sum(size for name, size in sizes.items() if is_vision(name))
-    parts = dict.fromkeys(("visual projection", *dict.fromkeys(PARTS.values())), 0)
+    known = {name: group_and_role(name, sizes) for name in sizes}
+    vision = sum(size for name, size in sizes.items() if known[name][0] is Group.VISION)
+    parts = {role.value: 0 for role in (Role.PROJECTION, *Role)}
     for name, size in sizes.items():
-        last = name.rpartition(".")[2]
-        is_projection = name.startswith("visual.")
-        is_norm_bias = last == "bias" and "norm" in name and not is_projection
-        part = "visual projection" if is_projection else PARTS.get(last, "norms")
-        parts["norms" if is_norm_bias else part] += size
+        parts[known[name][1].value] += size
     memory = {"adapter (float32)": 4 * total}
     percent = None
     if base_parameters is not None:
@@ -169,9 +164,15 @@ def _sizes(sizes: Mapping[str, int], base_parameters: int | None) -> dict[str, A
     }
 
 
-def is_vision(name: str) -> bool:
-    """Whether a tensor belongs to the VISION group, by the names that adapter files use."""
-    return name.startswith("visual.") or name.rpartition(".")[2].startswith("visual_")
+def group_and_role(name: str, names: Collection[str]) -> tuple[Group, Role]:
+    """Of a tensor in a file that has these names."""
+    module, _, last = name.rpartition(".")
+    if name.startswith(f"{PROJECTION}."):
+        return VisualProjection.group, Role.PROJECTION
+    # a norm has a weight, which no other module beside the projection has
+    if f"{module}.weight" in names or last not in ROLES:
+        return LearnedNorm.group, Role.NORM
+    return ROLES[last]
 
 
 def _layers_with(names: Mapping[str, int], what: str) -> list[int]:

@@ -18,14 +18,16 @@ from llama_adapter.checkpoints.extras import EXTRAS_NAME
 from llama_adapter.config import AdapterConfig
 from llama_adapter.errors import CheckpointError, UnsupportedModelError
 from llama_adapter.model import LlamaAdapterForConditionalGeneration
+from llama_adapter.model.attach import Adapter
 from llama_adapter.model.configuration import ADAPTER_CONFIG_NAME, LlamaAdapterConfig
-from llama_adapter.model.gated_attention import AdaptionPrompt
+from llama_adapter.model.groups import Role
 from llama_adapter.model.persistence import ADAPTER_WEIGHTS_NAME, write_tensors
+from llama_adapter.model.prompt_projection import prompt_linears
 from llama_adapter.model.references import resolve_reference
 from llama_adapter.model.scaled_linear import LearnedNorm, ScaledLinear
 
-_PROMPT_LINEARS = ("k_proj", "v_proj", "qkv_proj", "query_key_value")
-"""Linears that make keys and values of prompts, which bypass LoRA."""
+FOLDED = (Role.BIAS, Role.SCALE, Role.NORM)
+"""What becomes part of the base's weights, always."""
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -116,13 +118,13 @@ def _fold_into_base(
     base = model.language_model
     config, holders = _bias_holders(base, model.adapter_config)
     names = {id(module): name for name, module in base.named_modules()}
-    has_prompts = any(True for _ in model.adapter.prompts())
+    bypassed = _bypassed(model.adapter)
     homeless: dict[str, Tensor] = {}
     folded = 0
     for site in model.adapter.sites:
         module = site.module
         if isinstance(module, ScaledLinear):
-            if has_prompts and site.attribute in _PROMPT_LINEARS:
+            if site.attribute in bypassed:
                 module.lora_down = module.lora_up = None  # stays in the adapter
             bias = _fold_linear(module, site.name)
             if bias is not None and names[id(module)] in holders:
@@ -177,20 +179,22 @@ def _bias_holders(base: PreTrainedModel, adapter: AdapterConfig) -> tuple[Any, s
 
 def _remaining_state(model: LlamaAdapterForConditionalGeneration) -> dict[str, Tensor]:
     """What of the adapter is not folded, by its names in adapter files."""
-    state: dict[str, Tensor] = {}
-    for name, module in model.adapter.modules():
-        if isinstance(module, LearnedNorm):
-            continue
-        if isinstance(module, ScaledLinear):
-            is_prompts = name.rsplit(".", 1)[1] in _PROMPT_LINEARS
-            if is_prompts and module.lora_down is not None and module.lora_up is not None:
-                state[f"{name}.lora_down"] = module.lora_down.detach().clone()
-                state[f"{name}.lora_up"] = module.lora_up.detach().clone()
-            continue
-        prefix = "visual_" if isinstance(module, AdaptionPrompt) and module.prompt is None else ""
-        for inner, parameter in module.trainable_parameters():
-            state[f"{name}.{prefix}{inner}"] = parameter.detach().clone()
-    return state
+    bypassed = _bypassed(model.adapter)
+    low_rank = {site.name for site in model.adapter.sites if site.attribute in bypassed}
+    return {
+        f"{name}.{tensor.name}": tensor.parameter.detach().clone()
+        for name, module in model.adapter.modules()
+        for tensor in module.trainables()
+        if tensor.role not in FOLDED and (tensor.role != Role.LORA or name in low_rank)
+    }
+
+
+def _bypassed(adapter: Adapter) -> set[str]:
+    """Attributes, such as `k_proj`, of the linears whose LoRA prompts bypass; it stays unfolded."""
+    linears = {
+        id(linear) for attention, _ in adapter.prompts() for linear in prompt_linears(attention)
+    }
+    return {site.attribute for site in adapter.sites if id(site.module) in linears}
 
 
 def _write_rest(

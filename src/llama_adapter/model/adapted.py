@@ -393,9 +393,8 @@ class LlamaAdapterForConditionalGeneration(
         )
         keys_values = {}
         for attention, adaption in self._adapters[self.active_adapter].prompts():
-            if adaption.visual:
-                entries = adaption.entries_EMd(source)
-                assert entries is not None
+            if adaption.reads_images:
+                entries = adaption.image_entries_EMd(source)
                 keys_values[adaption.layer_index] = adaption.keys_values(attention, entries)
         return replace(visual, keys_values=keys_values)
 

@@ -20,13 +20,21 @@ from llama_adapter.model.anatomy import (
     readable_name,
 )
 from llama_adapter.model.attention_registry import IMPLEMENTATIONS, PREFIX, register_attention
-from llama_adapter.model.gated_attention import AdaptionPrompt
-from llama_adapter.model.groups import AdapterModule, Group
+from llama_adapter.model.gated_attention import (
+    GatedPrompt,
+    LateFusionPrompt,
+    StaticPrompt,
+    VisualPrompt,
+)
+from llama_adapter.model.groups import AdapterModule, Group, Trainable
 from llama_adapter.model.offloading import home_of
 from llama_adapter.model.prompt_projection import Attention
 from llama_adapter.model.scaled_linear import LearnedNorm, ScaledLinear
 from llama_adapter.model.self_check import check_projections, check_visual_route
 from llama_adapter.model.visual_prompts import VisualProjection
+
+PROJECTION = "visual"
+"""Name of the visual projection in adapter files."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -128,17 +136,24 @@ class Adapter:
         for index, (name, attention) in enumerate(attentions):
             if index not in visual and index not in static:
                 continue
-            module = AdaptionPrompt(
-                attention,
-                num_heads=int(text_config.num_attention_heads),
-                hidden_size=int(text_config.hidden_size),
-                prompt_length=config.prompt_length if index in static else 0,
-                visual=index in visual or config.fusion == "late",
-                gate=config.gate,
-                gate_scale=config.gate_scale,
-                device=home_of(attention),
-                generator=generator,
-            )
+            gates: dict[str, Any] = {
+                "num_heads": int(text_config.num_attention_heads),
+                "gate": config.gate,
+                "gate_scale": config.gate_scale,
+                "device": home_of(attention),
+            }
+            module: GatedPrompt
+            if index in visual:
+                module = VisualPrompt(attention, **gates)
+            else:
+                kind = LateFusionPrompt if config.fusion == "late" else StaticPrompt
+                module = kind(
+                    attention,
+                    prompt_length=config.prompt_length,
+                    hidden_size=int(text_config.hidden_size),
+                    generator=generator,
+                    **gates,
+                )
             self._add_site(f"{name}.adaption", None, module)
 
     def _add_site(self, name: str, original: nn.Module | None, module: AdapterModule) -> None:
@@ -207,8 +222,9 @@ class Adapter:
         was_attached = self.is_attached
         if not was_attached:
             self.attach()
-        for attention, adaption in self.prompts():
-            adaption.cache_static(attention, dtype=self.language_model.dtype)
+        for attention, prompt in self.prompts():
+            if isinstance(prompt, StaticPrompt):
+                prompt.cache(attention, dtype=self.language_model.dtype)
         self.detach()
         for site in self.sites:
             plain = site.module.folded()
@@ -222,18 +238,19 @@ class Adapter:
         """Undo `prepare`: every trainable computes and learns again."""
         self._folded.clear()
         self.is_prepared = False
-        for _, adaption in self.prompts():
-            adaption.drop_cache()
+        for _, prompt in self.prompts():
+            if isinstance(prompt, StaticPrompt):
+                prompt.drop_cache()
         if self.is_attached:
             self.attach()
 
     def _prompt_sites(self) -> Iterator[Site]:
-        return (site for site in self.sites if isinstance(site.module, AdaptionPrompt))
+        return (site for site in self.sites if isinstance(site.module, GatedPrompt))
 
-    def prompts(self) -> Iterator[tuple[Attention, AdaptionPrompt]]:
+    def prompts(self) -> Iterator[tuple[Attention, GatedPrompt]]:
         """Every attention module that carries prompts, with them."""
         for site in self.sites:
-            if isinstance(site.module, AdaptionPrompt):
+            if isinstance(site.module, GatedPrompt):
                 yield site.parent, site.module
 
     def modules(self) -> Iterator[tuple[str, AdapterModule]]:
@@ -241,14 +258,19 @@ class Adapter:
         for site in self.sites:
             yield site.name, site.module
         if self.projection is not None:
-            yield "visual", self.projection
+            yield PROJECTION, self.projection
 
-    def named_parameters(self, group: Group | None = None) -> Iterator[tuple[str, nn.Parameter]]:
-        """Trainable parameters of one group (or both) by their names in adapter files."""
+    def trainables(self, group: Group | None = None) -> Iterator[Trainable]:
+        """Trainable parameters of one group (or both), under their full names in adapter files."""
         for name, module in self.modules():
             if group is None or module.group == group:
-                for inner, parameter in module.trainable_parameters():
-                    yield f"{name}.{_file_name(module, inner)}", parameter
+                for trainable in module.trainables():
+                    yield trainable._replace(name=f"{name}.{trainable.name}")
+
+    def named_parameters(self, group: Group | None = None) -> Iterator[tuple[str, nn.Parameter]]:
+        """The same as pairs of name and parameter."""
+        for trainable in self.trainables(group):
+            yield trainable.name, trainable.parameter
 
     def state_dict(self) -> dict[str, Tensor]:
         """What an adapter file holds: the trained numbers and nothing else."""
@@ -276,16 +298,6 @@ class Adapter:
                 raise CheckpointError(f"{source}: tensor {name} holds numbers that are not finite")
         for name, parameter in own.items():
             parameter.copy_(state[name])
-
-
-def _file_name(module: AdapterModule, inner: str) -> str:
-    if isinstance(module, ScaledLinear):
-        return "bias" if inner == "bias_shift" else inner
-    if isinstance(module, LearnedNorm):
-        return inner.removeprefix("norm.")
-    if isinstance(module, AdaptionPrompt) and module.prompt is None:
-        return f"visual_{inner}"
-    return inner
 
 
 def _resolve_targets(targets: Targets, kinds: set[str], setting: str) -> set[str]:

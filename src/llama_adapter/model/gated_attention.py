@@ -14,13 +14,13 @@ I pictures, E prompt entries (pictures, or pictures and "no picture"), d hidden 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from llama_adapter.model.fast.attention import attention as attend
-from llama_adapter.model.groups import AdapterModule, Group
+from llama_adapter.model.groups import AdapterModule, Group, Role
 from llama_adapter.model.prompt_projection import Attention, KeysValues, project_prompt
 
 
@@ -65,70 +65,32 @@ class VisualPrompts:
         return self  # never changed; transformers copies what it hands to an assistant
 
 
-class AdaptionPrompt(AdapterModule):
-    """The prompts that one attention module reads, with one gate per head, 0 at the start.
+class GatedPrompt(AdapterModule):
+    """What one attention module reads beside its keys, with one gate per head, 0 at the start."""
 
-    A static prompt owns its vectors; an early visual prompt owns only its gate and reads the
-    pass's VisualPrompts; with late fusion the two are added (V1 §3.3).
-    """
-
-    static_keys: Tensor | None
-    static_values: Tensor | None
+    tensors: ClassVar = {"gate": ("gate", Role.GATE), "gate_scale": ("gate_scale", Role.GATE)}
+    reads_images: ClassVar[bool] = False
 
     def __init__(
         self,
         attention: Attention,
         *,
         num_heads: int,
-        hidden_size: int,
-        prompt_length: int,
-        visual: bool,
         gate: str,
         gate_scale: bool,
         device: torch.device,
-        generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
         self.layer_index = int(attention.layer_idx)
         self.num_heads = num_heads
         self.gate_kind = gate
-        self.visual = visual
-        self.prompt: nn.Parameter | None = None
-        if prompt_length:
-            # unit variance, like the normalised hidden states that share these projections;
-            # drawn on the CPU, so that a seed gives the same numbers everywhere
-            prompt_Md = torch.randn(prompt_length, hidden_size, generator=generator)
-            self.prompt = nn.Parameter(prompt_Md.to(device))
         self.gate = nn.Parameter(torch.zeros(num_heads, device=device))
         self.gate_scale = nn.Parameter(torch.ones(1, device=device)) if gate_scale else None
-        # buffers, so that they follow the model to another device; never stored
-        self.register_buffer("static_keys", None, persistent=False)
-        self.register_buffer("static_values", None, persistent=False)
-
-    @property
-    def group(self) -> Group:  # type: ignore[override]
-        """Static prompts and their gates are LANGUAGE, gates of visual prompts VISION."""
-        return Group.VISION if self.prompt is None else Group.LANGUAGE
 
     def gate_values_H(self) -> Tensor:
         """What multiplies each head's prompt attention; exactly 0 in a new adapter."""
         gate_H = self.gate.tanh() if self.gate_kind == "tanh" else self.gate
         return gate_H if self.gate_scale is None else gate_H * self.gate_scale
-
-    def entries_EMd(self, visual: VisualPrompts | None) -> Tensor | None:
-        """The prompts to attend to, one entry per picture; None if there is nothing to read.
-
-        With late fusion the last entry is the static prompt alone, for tokens without a picture.
-        """
-        if self.prompt is None:
-            return None if visual is None else visual.prompts_IMd
-        prompt_EMd = self.prompt.unsqueeze(0)
-        if not self.visual or visual is None:
-            return prompt_EMd
-        late_IMd = prompt_EMd + visual.prompts_IMd.to(prompt_EMd)
-        if visual.is_plain:
-            return late_IMd
-        return torch.cat([late_IMd, prompt_EMd])
 
     def keys_values(self, attention: Attention, entries_EMd: Tensor) -> KeysValues:
         """Keys and gated values [E, H, M, D], float dtype of the module's projections.
@@ -144,16 +106,18 @@ class AdaptionPrompt(AdapterModule):
         gate_H11 = self.gate_values_H().view(-1, 1, 1)
         return keys_EGMD, (values_EGMD * gate_H11).to(values_EGMD.dtype)
 
-    @torch.no_grad()
-    def cache_static(self, attention: Attention, *, dtype: torch.dtype) -> None:
-        """Keep keys and values of static prompts, for inference; `drop_cache` undoes it."""
-        if self.prompt is not None:
-            entry_1Md = self.prompt.unsqueeze(0).to(dtype)
-            self.static_keys, self.static_values = self.keys_values(attention, entry_1Md)
+    def image_entries_EMd(self, visual: VisualPrompts) -> Tensor:
+        """What images give to attend to, one entry each, in a module that reads them."""
+        raise NotImplementedError
 
-    def drop_cache(self) -> None:
-        """Make keys and values anew in every pass, so that prompts learn."""
-        self.static_keys = self.static_values = None
+    def image_keys_values(
+        self, attention: Attention, visual: VisualPrompts, query_BHTD: Tensor
+    ) -> KeysValues:
+        """Keys and gated values of images, made anew unless a generation keeps them."""
+        if visual.keys_values and self.layer_index in visual.keys_values:
+            return _alike(visual.keys_values[self.layer_index], query_BHTD)
+        entries_EMd = self.image_entries_EMd(visual).to(query_BHTD)
+        return _alike(self.keys_values(attention, entries_EMd), query_BHTD)
 
     def forward(
         self,
@@ -165,34 +129,132 @@ class AdaptionPrompt(AdapterModule):
         softcap: float | None,
     ) -> Tensor | None:
         """What prompt attention adds, [B, T, H, D]; None if this pass has nothing to read."""
-        if not self.visual:
-            visual = None
-        if visual is None and self.static_keys is not None and self.static_values is not None:
-            keys, values = self.static_keys, self.static_values
-        elif visual is not None and visual.keys_values and self.layer_index in visual.keys_values:
-            keys, values = visual.keys_values[self.layer_index]
-        else:
-            entries_EMd = self.entries_EMd(visual)
-            if entries_EMd is None:
-                return None
-            keys, values = self.keys_values(attention, entries_EMd.to(query_BHTD))
-        keys, values = _like(keys, query_BHTD), _like(values, query_BHTD)
-        if visual is None:
-            added = attend(query_BHTD, keys, values, scale=scaling, softcap=softcap)
-            return added.transpose(1, 2)
-        return _attend_visual(
-            query_BHTD, keys, values, visual, scaling, softcap, self.prompt is not None
-        ).transpose(1, 2)
+        raise NotImplementedError
 
     def extra_repr(self) -> str:
-        length = "no own" if self.prompt is None else str(self.prompt.shape[0])
-        return f"{length} prompts, {self.num_heads} gates, visual={self.visual}"
+        return f"{self.num_heads} gates"
 
 
-def _like(numbers: Tensor, query: Tensor) -> Tensor:
+class StaticPrompt(GatedPrompt):
+    """Learned vectors that every token attends to."""
+
+    group = Group.LANGUAGE
+    tensors: ClassVar = {"prompt": ("prompt", Role.PROMPT), **GatedPrompt.tensors}
+    static_keys: Tensor | None
+    static_values: Tensor | None
+
+    def __init__(
+        self,
+        attention: Attention,
+        *,
+        prompt_length: int,
+        hidden_size: int,
+        device: torch.device,
+        generator: torch.Generator | None = None,
+        **gates: Any,
+    ) -> None:
+        super().__init__(attention, device=device, **gates)
+        # unit variance, like the normalised hidden states that share these projections;
+        # drawn on the CPU, so that a seed gives the same numbers everywhere
+        prompt_Md = torch.randn(prompt_length, hidden_size, generator=generator)
+        self.prompt = nn.Parameter(prompt_Md.to(device))
+        # buffers, so that they follow the model to another device; never stored
+        self.register_buffer("static_keys", None, persistent=False)
+        self.register_buffer("static_values", None, persistent=False)
+
+    @torch.no_grad()
+    def cache(self, attention: Attention, *, dtype: torch.dtype) -> None:
+        """Keep keys and values, for inference; `drop_cache` undoes it."""
+        entry_1Md = self.prompt.unsqueeze(0).to(dtype)
+        self.static_keys, self.static_values = self.keys_values(attention, entry_1Md)
+
+    def drop_cache(self) -> None:
+        """Make keys and values anew in every pass, so that prompts learn."""
+        self.static_keys = self.static_values = None
+
+    def forward(
+        self,
+        attention: Attention,
+        query_BHTD: Tensor,
+        visual: VisualPrompts | None,  # noqa: ARG002
+        *,
+        scaling: float,
+        softcap: float | None,
+    ) -> Tensor | None:
+        keys, values = self.static_keys, self.static_values
+        if keys is None or values is None:
+            keys, values = self.keys_values(attention, self.prompt.unsqueeze(0).to(query_BHTD))
+        keys, values = _alike((keys, values), query_BHTD)
+        return attend(query_BHTD, keys, values, scale=scaling, softcap=softcap).transpose(1, 2)
+
+    def extra_repr(self) -> str:
+        return f"{self.prompt.shape[0]} prompts, {super().extra_repr()}"
+
+
+class VisualPrompt(GatedPrompt):
+    """Early fusion (V2 §4.3): the prompts of images alone, which come with a pass."""
+
+    group = Group.VISION
+    tensors: ClassVar = {
+        attribute: (f"visual_{name}", role)
+        for attribute, (name, role) in GatedPrompt.tensors.items()
+    }
+    reads_images = True
+
+    def image_entries_EMd(self, visual: VisualPrompts) -> Tensor:
+        return visual.prompts_IMd
+
+    def forward(
+        self,
+        attention: Attention,
+        query_BHTD: Tensor,
+        visual: VisualPrompts | None,
+        *,
+        scaling: float,
+        softcap: float | None,
+    ) -> Tensor | None:
+        if visual is None:
+            return None
+        keys, values = self.image_keys_values(attention, visual, query_BHTD)
+        return _attend_visual(
+            query_BHTD, keys, values, visual, scaling, softcap, has_static_entry=False
+        ).transpose(1, 2)
+
+
+class LateFusionPrompt(StaticPrompt):
+    """Late fusion (V1 §3.3): the prompts of an image are added to the static ones."""
+
+    reads_images = True
+
+    def image_entries_EMd(self, visual: VisualPrompts) -> Tensor:
+        """One entry per image; a last one, for tokens without an image, is the static prompt."""
+        prompt_1Md = self.prompt.unsqueeze(0)
+        late_IMd = prompt_1Md + visual.prompts_IMd.to(prompt_1Md)
+        return late_IMd if visual.is_plain else torch.cat([late_IMd, prompt_1Md])
+
+    def forward(
+        self,
+        attention: Attention,
+        query_BHTD: Tensor,
+        visual: VisualPrompts | None,
+        *,
+        scaling: float,
+        softcap: float | None,
+    ) -> Tensor | None:
+        if visual is None:
+            return super().forward(attention, query_BHTD, None, scaling=scaling, softcap=softcap)
+        keys, values = self.image_keys_values(attention, visual, query_BHTD)
+        return _attend_visual(
+            query_BHTD, keys, values, visual, scaling, softcap, has_static_entry=True
+        ).transpose(1, 2)
+
+
+def _alike(keys_values: KeysValues, query: Tensor) -> KeysValues:
     """In the query's dtype and on its device; a call that changes nothing still takes time."""
-    same = numbers.dtype == query.dtype and numbers.device == query.device
-    return numbers if same else numbers.to(query)
+    keys, values = keys_values
+    if keys.dtype == query.dtype and keys.device == query.device:
+        return keys_values
+    return keys.to(query), values.to(query)
 
 
 def _attend_visual(
@@ -202,6 +264,7 @@ def _attend_visual(
     visual: VisualPrompts,
     scaling: float,
     softcap: float | None,
+    *,
     has_static_entry: bool,
 ) -> Tensor:
     """Attention to each row's or token's own picture; nothing where there is none.
@@ -212,7 +275,13 @@ def _attend_visual(
         return _read_own(query_BHTD, values_EHMD, visual)
     if visual.token_BT is not None or (has_static_entry and visual.mask_BT is not None):
         return _attend_packed(
-            query_BHTD, keys_EHMD, values_EHMD, visual, scaling, softcap, has_static_entry
+            query_BHTD,
+            keys_EHMD,
+            values_EHMD,
+            visual,
+            scaling,
+            softcap,
+            has_static_entry=has_static_entry,
         )
     device = query_BHTD.device
     reads_BT = None if visual.mask_BT is None else visual.mask_BT.to(device)
@@ -285,6 +354,7 @@ def _attend_packed(
     visual: VisualPrompts,
     scaling: float,
     softcap: float | None,
+    *,
     has_static_entry: bool,
 ) -> Tensor:
     """The same where a row's tokens read different pictures, or some of them none."""

@@ -270,7 +270,7 @@ def check_projector(
     hidden_size = int(language_model.config.get_text_config().hidden_size)
     with torch.device("meta"):
         module = VisualProjection(feature_size, hidden_size, config=semantics)
-    expected = {f"visual.{name}": tuple(p.shape) for name, p in module.trainable_parameters()}
+    expected = {f"visual.{t.name}": tuple(t.parameter.shape) for t in module.trainables()}
     stored = {n: t.shape for n, t in header.tensors.items() if n.startswith("visual.")}
     for name in sorted(expected.keys() | stored.keys()):
         found, wanted = stored.get(name), expected.get(name)

@@ -55,6 +55,13 @@ def project_prompt(attention: Attention, x_EMd: Tensor) -> KeysValues:
     )
 
 
+def prompt_linears(attention: Attention) -> list[nn.Module]:
+    """The linears that `project_prompt` uses, which prompts pass without LoRA."""
+    if hasattr(attention, "k_proj"):
+        return [attention.k_proj, attention.v_proj]
+    return [attention.qkv_proj if hasattr(attention, "qkv_proj") else attention.query_key_value]
+
+
 def _project(linear: nn.Linear | ScaledLinear, x: Tensor) -> Tensor:
     if isinstance(linear, FoldedLinear):
         linear = linear.learned

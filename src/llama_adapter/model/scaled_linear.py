@@ -7,7 +7,8 @@ quantised linears work too and taking the adapter off gives the base back exactl
 from __future__ import annotations
 
 import copy
-from typing import cast
+from collections.abc import Iterator
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from torch.nn import functional as F
 from llama_adapter.errors import UnsupportedModelError
 from llama_adapter.model.fast.rms_norm import rms_epsilon, rms_norm
 from llama_adapter.model.fast.scale import scale_and_shift
-from llama_adapter.model.groups import AdapterModule, Group
+from llama_adapter.model.groups import AdapterModule, Group, Role, Trainable
 from llama_adapter.model.offloading import HOOK, copy_at_home, home_of, numbers_at_hand
 
 
@@ -28,6 +29,12 @@ class ScaledLinear(AdapterModule):
     """
 
     group = Group.LANGUAGE
+    tensors: ClassVar = {
+        "bias_shift": ("bias", Role.BIAS),
+        "scale": ("scale", Role.SCALE),
+        "lora_down": ("lora_down", Role.LORA),
+        "lora_up": ("lora_up", Role.LORA),
+    }
     base_layer: nn.Linear
     """Or a quantised linear, which has the same attributes."""
     bias_shift: nn.Parameter | None
@@ -151,6 +158,10 @@ class LearnedNorm(AdapterModule):
             raise UnsupportedModelError(f"norm {type(base_layer).__name__} has no weight to learn")
         self.norm = copy_at_home(base_layer).float().requires_grad_(True)
         self.rms_epsilon = rms_epsilon(self.norm)
+
+    def trainables(self) -> Iterator[Trainable]:
+        for name, parameter in self.norm.named_parameters():
+            yield Trainable(name, parameter, Role.NORM)
 
     @property
     def weight(self) -> Tensor:

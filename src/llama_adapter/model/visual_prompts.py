@@ -5,6 +5,7 @@ Shapes: I pictures, F frames of one, P patch tokens, C their width, M visual pro
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch.nn import functional as F
 from llama_adapter.config import AdapterConfig
 from llama_adapter.errors import ConfigError, UnsupportedModelError
 from llama_adapter.model.fast.attention import attention
-from llama_adapter.model.groups import AdapterModule, Group
+from llama_adapter.model.groups import AdapterModule, Group, Role, Trainable
 
 VisionTower = Any
 """A frozen CLIP or SigLIP vision model of transformers."""
@@ -127,6 +128,12 @@ class VisualProjection(AdapterModule):
         super().__init__()
         self.frame_rule = config.frame_rule
         self.projector = PROJECTORS[config.projector](feature_size, hidden_size, config=config)
+
+    def trainables(self) -> Iterator[Trainable]:
+        for prefix, module in self.named_modules():
+            for name, parameter in module.named_parameters(prefix, recurse=False):
+                is_matrix = isinstance(module, nn.Linear) and parameter is module.weight
+                yield Trainable(name, parameter, Role.PROJECTION, is_matrix)
 
     def forward(self, features: Tensor) -> Tensor:
         features = features.to(next(self.projector.parameters()).dtype)

@@ -23,6 +23,7 @@ from llama_adapter.model import (
     scored_places,
     scored_positions,
 )
+from llama_adapter.model.groups import Role
 from llama_adapter.training.engine import Engine, OneProcess, blank_picture
 from llama_adapter.training.muon import Muon
 
@@ -131,6 +132,9 @@ class JointTrainer:
         self.named = {group: dict(model.adapter.named_parameters(group)) for group in Group}
         self.named[Group.LANGUAGE].update(beside or {})
         self.parameters = {group: list(named.values()) for group, named in self.named.items()}
+        trainables = list(model.adapter.trainables())
+        self._gates = frozenset(t.name for t in trainables if t.role is Role.GATE)
+        self._matrices = frozenset(t.name for t in trainables if t.is_matrix)
         self.optimizers = self._make_optimizers(beside or {})
 
     def _make_optimizers(self, beside: Collection[str]) -> tuple[torch.optim.Optimizer, ...]:
@@ -138,13 +142,13 @@ class JointTrainer:
         matrices = {
             name: parameter
             for name, parameter in self.named[Group.VISION].items()
-            if rate is not None and is_matrix(name, parameter)
+            if rate is not None and name in self._matrices
         }
         rest = {
             group: {name: p for name, p in named.items() if name not in matrices}
             for group, named in self.named.items()
         }
-        groups = parameter_groups(rest, self.settings, beside=beside)
+        groups = parameter_groups(rest, self.settings, gates=self._gates, beside=beside)
         adamw = torch.optim.AdamW(groups, betas=(0.9, 0.98), eps=1e-8)
         if rate is None or not matrices:
             return (adamw,)
@@ -355,6 +359,7 @@ def parameter_groups(
     named: Mapping[Group, Mapping[str, nn.Parameter]],
     settings: JointSettings,
     *,
+    gates: Collection[str] = (),
     beside: Collection[str] = (),
 ) -> list[dict[str, Any]]:
     """Optimizer groups: by Group, gates apart, and no decay where it would pull to nonsense."""
@@ -362,7 +367,7 @@ def parameter_groups(
     rates = {Group.VISION: settings.vision_lr, Group.LANGUAGE: settings.language_lr}
     for group in Group:
         for name, parameter in named[group].items():
-            rate = settings.gate_lr if is_gate(name) else rates[group]
+            rate = settings.gate_lr if name in gates else rates[group]
             if name in beside and settings.beside_lr is not None:
                 rate = settings.beside_lr
             decay = settings.weight_decay if parameter.ndim > 1 else 0.0
@@ -373,16 +378,6 @@ def parameter_groups(
     ]
 
 
-def is_matrix(name: str, parameter: nn.Parameter) -> bool:
-    """Whether a trained tensor is the weight of a linear, by its name in adapter files."""
-    return parameter.ndim == 2 and name.endswith(".weight")
-
-
 def _cosine(progress: float) -> float:
     """From 1 to 0 while progress goes from 0 to 1, and 0 from then on."""
     return 0.5 * (1 + math.cos(math.pi * min(1.0, max(0.0, progress))))
-
-
-def is_gate(name: str) -> bool:
-    """Whether a trained tensor opens prompt attention, by its name in adapter files."""
-    return name.rsplit(".", 1)[-1] in ("gate", "visual_gate", "gate_scale", "visual_gate_scale")

@@ -6,7 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from llama_adapter.training.joint import JointTrainer, StepReport, is_gate
+from llama_adapter.model.gated_attention import GatedPrompt
+from llama_adapter.training.joint import JointTrainer, StepReport
 
 Row = dict[str, Any]
 """A line of metrics.jsonl: `step`, `loss/caption`, `lr/vision`, `gate/layers.3.attention`, …"""
@@ -42,9 +43,14 @@ def gate_sizes(trainer: JointTrainer) -> Row:
     """
     sizes: Row = {}
     is_tanh = trainer.model.adapter_config.gate == "tanh"
+    gates = {
+        f"{name}.{module.tensors['gate'][0]}"
+        for name, module in trainer.model.adapter.modules()
+        if isinstance(module, GatedPrompt)
+    }
     for named in trainer.named.values():
         for name, parameter in named.items():
-            if is_gate(name) and not name.endswith("gate_scale"):
+            if name in gates:
                 gate = trainer.engine.whole(parameter.detach()).float()
                 size = (gate.tanh() if is_tanh else gate).abs().mean()
                 sizes[f"gate/{name.removesuffix('.gate')}"] = _finite(float(size))
