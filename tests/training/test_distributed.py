@@ -13,7 +13,8 @@ import yaml
 from tests.training.workers import SECONDS, finish, free_port, start, words
 from torch.testing import assert_close
 
-from llama_adapter.model.persistence import ADAPTER_WEIGHTS_NAME, read_tensors
+from llama_adapter.model.persistence import ADAPTER_WEIGHTS_NAME
+from llama_adapter.model.tensor_files import read_tensors
 from llama_adapter.training.launch import train
 from llama_adapter.training.recipe import load_recipe
 from llama_adapter.training.run import Watcher

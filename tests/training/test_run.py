@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM
 
 from llama_adapter import LlamaAdapterForConditionalGeneration, LlamaAdapterProcessor
 from llama_adapter.errors import CheckpointError, ConfigError, TrainingError
-from llama_adapter.model.persistence import ADAPTER_WEIGHTS_NAME, read_tensors
+from llama_adapter.model.persistence import ADAPTER_WEIGHTS_NAME
+from llama_adapter.model.tensor_files import read_tensors
 from llama_adapter.training.launch import train
 from llama_adapter.training.plot import plot_run
 from llama_adapter.training.recipe import load_recipe
@@ -262,13 +263,16 @@ def test_lora_beside_the_adapter(recipe_file: Recipe, workshop: Path, tmp_path: 
     assert all(tensor.abs().sum() > 0 for tensor in factors.values())
     base = AutoModelForCausalLM.from_pretrained(workshop / "base")
     loaded = peft.PeftModel.from_pretrained(base, whole.adapter / "lora")
-    with pytest.raises(CheckpointError, match=r"was trained beside LoRA in .*lora: merge that"):
-        LlamaAdapterForConditionalGeneration.from_pretrained(whole.adapter)
-    merged = loaded.merge_and_unload()
-    model = LlamaAdapterForConditionalGeneration.from_pretrained(
-        whole.adapter, language_model=merged
-    )
-    assert model(torch.tensor([[3, 4, 5]])).logits.isfinite().all()
+    load = LlamaAdapterForConditionalGeneration.from_pretrained
+    logits = load(whole.adapter)(tokens := torch.tensor([[3, 4, 5]])).logits
+    given = load(whole.adapter, language_model=loaded)(tokens).logits
+    torch.testing.assert_close(given, logits, rtol=0, atol=0)
+    base = AutoModelForCausalLM.from_pretrained(workshop / "base")
+    merged = peft.PeftModel.from_pretrained(base, whole.adapter / "lora").merge_and_unload()
+    with pytest.raises(
+        CheckpointError, match=r"with a peft adapter \(LORA\) on it, this base has "
+    ):
+        load(whole.adapter, language_model=merged)
     path = recipe_file(lora__rank=2, lora__targets=["q_proj", "v_proj"], steps=4)
     with pytest.raises(Stop):
         run(path, f"out={tmp_path}/parts", watcher=stop_at(3))

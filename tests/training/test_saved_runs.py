@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from llama_adapter.model.persistence import ADAPTER_WEIGHTS_NAME, read_tensors
+from llama_adapter.model.persistence import ADAPTER_WEIGHTS_NAME
+from llama_adapter.model.tensor_files import read_tensors
 from llama_adapter.training.launch import train
 from llama_adapter.training.recipe import load_recipe
 

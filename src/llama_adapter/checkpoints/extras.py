@@ -14,8 +14,7 @@ from torch import Tensor
 from llama_adapter.checkpoints.released import Kind
 from llama_adapter.errors import CheckpointError
 from llama_adapter.files import parse_json
-from llama_adapter.model.persistence import read_tensors
-from llama_adapter.model.tensor_files import read_header
+from llama_adapter.model.tensor_files import read_header, read_tensors
 
 EXTRAS_NAME = "released_extras.safetensors"
 """Tensors without effect here; the rest stands in its metadata."""

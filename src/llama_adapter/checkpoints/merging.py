@@ -21,6 +21,7 @@ from llama_adapter.model import LlamaAdapterForConditionalGeneration
 from llama_adapter.model.attach import Adapter
 from llama_adapter.model.configuration import ADAPTER_CONFIG_NAME, LlamaAdapterConfig
 from llama_adapter.model.groups import Role
+from llama_adapter.model.peft_base import PEFT_FOLDER
 from llama_adapter.model.persistence import ADAPTER_WEIGHTS_NAME, write_tensors
 from llama_adapter.model.prompt_projection import prompt_linears
 from llama_adapter.model.references import resolve_reference
@@ -62,6 +63,11 @@ def export_merged(
     Raises CheckpointError naming what cannot be folded without `partial`.
     """
     content = LlamaAdapterConfig.from_pretrained(str(directory))
+    if (directory / PEFT_FOLDER).is_dir():
+        raise CheckpointError(
+            f"{directory} cannot be merged: its base has the peft adapter in "
+            f"{directory / PEFT_FOLDER} on it, which does not fold together with ours"
+        )
     kept = unfoldable(content.adapter_config)
     if kept and not partial:
         raise CheckpointError(

@@ -20,8 +20,9 @@ from llama_adapter.config import AdapterConfig
 from llama_adapter.errors import CheckpointError
 from llama_adapter.files import write_atomically
 from llama_adapter.model.configuration import read_adapter_config
-from llama_adapter.model.persistence import ADAPTER_WEIGHTS_NAME, read_tensors
+from llama_adapter.model.persistence import ADAPTER_WEIGHTS_NAME
 from llama_adapter.model.references import resolve_reference
+from llama_adapter.model.tensor_files import read_tensors
 from llama_adapter.pretrained import load_pretrained
 
 RELEASED_NAME = "adapter.pth"

@@ -34,9 +34,15 @@ from llama_adapter.model.gated_attention import (
 from llama_adapter.model.groups import Group
 from llama_adapter.model.loss import answer_loss, is_places, logits_at
 from llama_adapter.model.offloading import home_of
+from llama_adapter.model.peft_base import on_base, unwrapped
 from llama_adapter.model.places import of_this_pass, positions_of
 from llama_adapter.model.quantised import keep_unpacked
-from llama_adapter.model.references import describe_model, load_language_model, load_vision
+from llama_adapter.model.references import (
+    describe_model,
+    load_language_model,
+    load_vision,
+    what_differs,
+)
 from llama_adapter.model.self_check import check_packing
 from llama_adapter.model.trainer_checkpoints import TrainerCheckpoints
 from llama_adapter.model.visual_generation import CACHE, VisualGenerationMixin
@@ -79,6 +85,10 @@ class LlamaAdapterForConditionalGeneration(
     ) -> None:
         config.bind_text_config(language_model.config.get_text_config())
         super().__init__(config)
+        self._on_base = on_base(language_model)
+        """What peft has put on the base."""
+        self._changed: str | None = None
+        """A tensor of the base that is not as in the files of its name."""
         self.language_model = language_model.requires_grad_(False)
         self.vision: VisionTower = None if vision is None else vision_tower_of(vision)
         self.generation_config = language_model.generation_config
@@ -119,7 +129,11 @@ class LlamaAdapterForConditionalGeneration(
         Raises UnsupportedModelError for a family that cannot be adapted and ConfigError for
         a setting that the base cannot carry.
         """
-        if isinstance(language_model, str):
+        changed = None
+        if not isinstance(language_model, str):
+            language_model = unwrapped(language_model)
+            changed = what_differs(language_model)
+        else:
             language_model = load_language_model(
                 language_model,
                 dtype=dtype,
@@ -143,7 +157,9 @@ class LlamaAdapterForConditionalGeneration(
         )
         generator = None if seed is None else torch.Generator().manual_seed(seed)
         with _seeded(seed):
-            return cls(config, language_model=language_model, vision=vision, generator=generator)
+            model = cls(config, language_model=language_model, vision=vision, generator=generator)
+        model._changed = changed
+        return model
 
     def _new_adapter(
         self, semantics: AdapterConfig, *, generator: torch.Generator | None = None

@@ -272,6 +272,15 @@ class Adapter:
         for trainable in self.trainables(group):
             yield trainable.name, trainable.parameter
 
+    def places(self) -> dict[str, tuple[AdapterModule, str]]:
+        """In which module each trainable parameter is, by its name in adapter files."""
+        found = {}
+        for name, module in self.modules():
+            inner = {id(parameter): inner for inner, parameter in module.named_parameters()}
+            for trainable in module.trainables():
+                found[f"{name}.{trainable.name}"] = (module, inner[id(trainable.parameter)])
+        return found
+
     def state_dict(self) -> dict[str, Tensor]:
         """What an adapter file holds: the trained numbers and nothing else."""
         return {name: p.detach() for name, p in self.named_parameters()}

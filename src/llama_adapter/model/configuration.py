@@ -37,6 +37,8 @@ _REFERENCE: dict[str, tuple[type, ...]] = {
     "fingerprint": (str, type(None)),
 }
 """What a reference to a base or encoder holds."""
+_PEFT = "peft"
+"""What a reference to a base holds beside that where peft has put something on the base."""
 _NEWER = ("weights", "config")
 """What references of version 0.1 do not have; later ones have both."""
 
@@ -196,8 +198,10 @@ def _check_reference(reference: Mapping[str, Any], *, where: str) -> None:
             raise CheckpointError(f"{where}.{key} must be an object, got {shown(value)}")
         if value is not None and key == "weights":
             check_form(value, where=f"{where}.{key}")
+    if _PEFT in reference:
+        _check_peft(reference[_PEFT], where=f"{where}.{_PEFT}")
     for key, value in reference.items():
-        if key in _NEWER:
+        if key in (*_NEWER, _PEFT):
             continue
         if key not in _REFERENCE:
             raise CheckpointError(f"{where} has an unknown key {shown(key)}")
@@ -207,6 +211,17 @@ def _check_reference(reference: Mapping[str, Any], *, where: str) -> None:
     if not can_be_path(reference["name_or_path"]):
         name = shown(reference["name_or_path"])
         raise CheckpointError(f"{where}.name_or_path {name} is neither a path nor a name")
+
+
+def _check_peft(value: Any, *, where: str) -> None:
+    if not isinstance(value, dict) or value.keys() != {"peft_type", "weights"}:
+        raise CheckpointError(f"{where} must hold peft_type and weights, got {shown(value)}")
+    if not isinstance(value["peft_type"], str):
+        raise CheckpointError(f"{where}.peft_type must be str, got {shown(value['peft_type'])}")
+    if not isinstance(value["weights"], dict | None):
+        raise CheckpointError(f"{where}.weights must be an object, got {shown(value['weights'])}")
+    if value["weights"] is not None:
+        check_form(value["weights"], where=f"{where}.weights")
 
 
 def semantics_digest(adapter: Mapping[str, Any]) -> str:

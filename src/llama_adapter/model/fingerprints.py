@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from llama_adapter.config import differing, shown
 from llama_adapter.errors import CheckpointError
 from llama_adapter.model.offloading import numbers_at_hand
+from llama_adapter.model.peft_base import base_parameters
 
 PLACES = 64
 """Values of each tensor that a fingerprint covers."""
@@ -64,12 +65,12 @@ def is_never_quantised(name: str) -> bool:
 def fingerprints(model: Any) -> dict[str, Any] | None:
     """The fingerprints of a model's tensors; None for a model on the meta device.
 
-    Adapters must be off; what is offloaded is fetched.
+    Adapters must be off, and those of peft do not count; what is offloaded is fetched.
     """
     quantised = is_quantised(model)
     samples = []
-    for name in (n for n, _ in model.named_parameters()):
-        if quantised and not is_never_quantised(name):
+    for plain, name in base_parameters(model):
+        if quantised and not is_never_quantised(plain):
             continue
         module = model.get_submodule(name.rpartition(".")[0])
         with numbers_at_hand(module, recurse=False):
@@ -77,10 +78,24 @@ def fingerprints(model: Any) -> dict[str, Any] | None:
             if values.is_meta:
                 return None
             if values.is_floating_point():
-                flat = values.reshape(-1)
-                sample = flat[places(flat.numel()).to(flat.device)].cpu()
-                samples.append((name, tuple(values.shape), sample))
+                samples.append((plain, tuple(values.shape), sampled(values)))
     return fingerprints_of(samples, dtype=model.dtype, quantised=quantised)
+
+
+def sampled(values: Tensor) -> Tensor:
+    """The values of a tensor that its fingerprint covers."""
+    flat = values.reshape(-1)
+    return flat[places(flat.numel()).to(flat.device)].cpu()
+
+
+def fingerprints_of_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Any] | None:
+    """The fingerprints of tensors by name; None where some have no values here."""
+    if any(tensor.is_meta for tensor in tensors.values()):
+        return None
+    samples = [(name, tuple(t.shape), sampled(t.detach())) for name, t in tensors.items()]
+    dtypes = {tensor.dtype for tensor in tensors.values() if tensor.ndim}
+    dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
+    return fingerprints_of(samples, dtype=dtype, quantised=False)
 
 
 def fingerprints_of(

@@ -56,14 +56,14 @@ def load_whole(
     """
     if config is None:
         config = load_pretrained(AutoConfig, where, what=what)
-    folder = _folder(where)
+    folder = folder_of(where)
     stored = None if folder is None else stored_tensors(folder)
     if stored is not None:
         check_sizes(config, stored, what=f"{what} {where!r}")
     # of mismatches the report says which tensor it is, and the exception does not
     reported: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}
     model, info = load_pretrained(loader, where, what=what, **reported, **options)
-    if stored is None and (folder := _folder(where)) is not None:
+    if stored is None and (folder := folder_of(where)) is not None:
         stored = stored_tensors(folder)  # downloaded just now
     name = f"the {what} {where!r}"
     ignored = _check_unexpected(model, config, set(info["unexpected_keys"]), name=name)
@@ -80,7 +80,7 @@ def load_whole(
     return model
 
 
-def _folder(where: str) -> Path | None:
+def folder_of(where: str) -> Path | None:
     """Where the files of a name or path lie on this machine; None where they are not yet there."""
     if Path(where).is_dir():
         return Path(where)

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
@@ -29,13 +29,21 @@ from llama_adapter.model.configuration import (
     semantics_digest,
 )
 from llama_adapter.model.offloading import home_of
+from llama_adapter.model.peft_base import PEFT_FOLDER, put_on, unwrapped
 from llama_adapter.model.references import (
     check_reference,
+    describe_peft,
     load_language_model,
     load_vision,
     resolve_reference,
 )
-from llama_adapter.model.tensor_files import Header, not_floating, read_header
+from llama_adapter.model.saving import (
+    adapter_to_save,
+    peft_to_save,
+    refuse_save_function,
+    refuse_unknown,
+)
+from llama_adapter.model.tensor_files import Header, not_floating, read_header, read_tensors
 from llama_adapter.model.visual_prompts import VisualProjection, vision_feature_size
 
 if TYPE_CHECKING:
@@ -46,7 +54,7 @@ if TYPE_CHECKING:
 ADAPTER_WEIGHTS_NAME = "adapter_model.safetensors"
 _TENSORS, _SEMANTICS = "sha256", "adapter_sha256"
 """Keys of the metadata; files of version 0.1 and of other programs have none."""
-LORA_FOLDER = "lora"
+LORA_FOLDER = PEFT_FOLDER
 """Where peft's factors lie in an adapter directory that was trained beside them."""
 
 _IGNORED_LOADING_KEYWORDS = frozenset(
@@ -61,22 +69,60 @@ class AdapterPersistence:
     """`save_pretrained`, `from_pretrained`, `load_adapter` of the adapted model."""
 
     def save_pretrained(
-        self, save_directory: Any, *, state_dict: dict[str, Tensor] | None = None, **_kwargs: Any
+        self,
+        save_directory: Any,
+        is_main_process: bool = True,
+        state_dict: Mapping[str, Tensor] | None = None,
+        save_function: Callable[..., Any] | None = None,
+        *,
+        selected_adapters: Sequence[str] | None = None,
+        **kwargs: Any,
     ) -> None:
         """Write the active adapter; the base and the vision tower are referenced, not copied.
 
-        `state_dict` stands in for the adapter's own, where that is spread over processes.
+        What peft has put on the base is written beside it. `state_dict` stands in for the model's
+        own, where that is spread over processes: of the whole model, as trainers gather it, or of
+        the adapter by its names in files. Of `selected_adapters` each goes into a folder of its
+        name, and `default` into the directory itself, as with peft. Processes other than the main
+        one write nothing.
+
+        Raises ConfigError for a `state_dict` without the adapter's tensors, and for what other
+        models' `save_pretrained` can do and this one cannot.
         """
         model: LlamaAdapterForConditionalGeneration = self  # type: ignore[assignment]
+        refuse_unknown(kwargs)
+        refuse_save_function(save_function)
+        accelerator = getattr(save_function, "__self__", None)
+        if not (is_main_process and getattr(accelerator, "is_main_process", True)):
+            return
         directory = Path(save_directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        tensors = model.adapter.state_dict() if state_dict is None else state_dict
-        write_tensors(directory / ADAPTER_WEIGHTS_NAME, tensors, semantics=model.adapter_config)
-        LlamaAdapterConfig(
-            adapter=model.adapter_config,
-            base=_relative_to(directory, model.config.base),
-            vision=_relative_to(directory, model.config.vision),
-        ).save_pretrained(directory)
+        chosen = {model.active_adapter: directory}
+        if selected_adapters is not None:
+            chosen = {n: directory if n == "default" else directory / n for n in selected_adapters}
+        held = {}
+        for name, folder in chosen.items():
+            if Path(name).name != name:
+                raise ConfigError(f"adapter {name!r} has no name that a folder can have")
+            held[folder] = (model._loaded(name), adapter_to_save(model, name, state_dict))
+        part = model._on_base
+        factors = None if part is None else peft_to_save(model, part, state_dict)
+        base = base_to_record(model)
+        if part is not None and factors is not None:
+            base = {**base, "peft": describe_peft(part, factors)}
+        for folder, (adapter, tensors) in held.items():
+            folder.mkdir(parents=True, exist_ok=True)
+            if part is not None and factors is not None:
+                part.save(folder / PEFT_FOLDER, factors)
+            write_tensors(folder / ADAPTER_WEIGHTS_NAME, tensors, semantics=adapter.config)
+            LlamaAdapterConfig(
+                adapter=adapter.config,
+                base=_relative_to(folder, base),
+                vision=_relative_to(folder, model.config.vision),
+            ).save_pretrained(folder)
+            self._after_saving(folder)
+
+    def _after_saving(self, directory: Path) -> None:
+        """What else belongs into a directory that was just written."""
 
     @classmethod
     def from_pretrained(
@@ -108,8 +154,9 @@ class AdapterPersistence:
         header = check_header(path, content)
         config.base = _absolute(config.base, directory)
         config.vision = _absolute(config.vision, directory)
-        if language_model is None:
-            _refuse_lora(directory)
+        if language_model is not None:
+            language_model = unwrapped(language_model)
+        else:
             language_model = load_language_model(
                 _reference(config.base, "base", directory),
                 dtype=dtype,
@@ -118,6 +165,9 @@ class AdapterPersistence:
                 quantization_config=quantization_config,
                 attn_implementation=attn_implementation,
             )
+            if (directory / PEFT_FOLDER).is_dir():
+                put_on(language_model, directory / PEFT_FOLDER)
+        check_peft_folder(directory, config.base)
         check_reference(language_model, config.base or {}, what="base", source=str(directory))
         if config.vision is not None:
             if vision is None:
@@ -140,12 +190,17 @@ class AdapterPersistence:
         if adapter_name in model.adapters:
             raise ConfigError(f"an adapter named {adapter_name!r} is loaded already")
         directory = Path(directory)
-        _refuse_lora(directory)
         content = read_adapter_config(directory)
         config = LlamaAdapterConfig.from_dict(content)
         path = directory / ADAPTER_WEIGHTS_NAME
         header = check_header(path, content)
         assert isinstance(config, LlamaAdapterConfig)
+        check_peft_folder(directory, config.base)
+        if (directory / PEFT_FOLDER).is_dir() and model._on_base is None:
+            raise CheckpointError(
+                f"{directory} was saved for a base with the peft adapter in "
+                f"{directory / PEFT_FOLDER} on it, this base has none: load it alone"
+            )
         with model.adapters_disabled():
             check_reference(
                 model.language_model, config.base or {}, what="base", source=str(directory)
@@ -165,13 +220,37 @@ class AdapterPersistence:
         model._adapters[adapter_name] = adapter
 
 
-def _refuse_lora(directory: Path) -> None:
-    """CheckpointError where the adapter was trained beside LoRA, which only its base can hold."""
-    if (directory / LORA_FOLDER).is_dir():
+def check_peft_folder(directory: Path, base: Mapping[str, Any] | None) -> None:
+    """CheckpointError where the config and the directory differ in what peft has put on the base.
+
+    Version 0.1 wrote the folder alone.
+    """
+    stated, held = "peft" in (base or {}), (directory / PEFT_FOLDER).is_dir()
+    if stated and not held:
         raise CheckpointError(
-            f"{directory} was trained beside LoRA in {directory / LORA_FOLDER}: merge that into "
-            "the base with peft, and pass the result as language_model="
+            f"{directory / PEFT_FOLDER} is missing: the {ADAPTER_CONFIG_NAME} beside it says that "
+            "a peft adapter was on the base"
         )
+    if held and not stated and "weights" in (base or {}):
+        raise CheckpointError(
+            f"{directory / ADAPTER_CONFIG_NAME}: base lacks peft, but there is a peft adapter in "
+            f"{directory / PEFT_FOLDER}"
+        )
+
+
+def base_to_record(model: LlamaAdapterForConditionalGeneration) -> dict[str, Any]:
+    """The reference to the base, without a name whose files hold something else."""
+    base: dict[str, Any] = model.config.base or {}
+    if model._changed is None:
+        return base
+    warnings.warn(
+        f"the base is not what {base['name_or_path']!r} holds: its {model._changed} is another "
+        "one, as after merging LoRA. The adapter is saved without the name of its base: save the "
+        "base with language_model.save_pretrained(DIR), and set base.name_or_path in "
+        f"{ADAPTER_CONFIG_NAME} to DIR or pass language_model= when loading",
+        stacklevel=3,
+    )
+    return {**base, "name_or_path": "", "revision": None}
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], *, semantics: AdapterConfig) -> None:
@@ -293,16 +372,6 @@ def read_checked(path: Path) -> dict[str, Tensor]:
     if stated is not None and stated != tensors_digest(tensors):
         raise CheckpointError(f"{path} is damaged: its tensors do not have the checksum it states")
     return {name: tensor.float() for name, tensor in tensors.items()}
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Every tensor of a safetensors file; CheckpointError if it is missing or damaged."""
-    read_header(path)
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise CheckpointError(f"{path} is damaged: {error}") from error
 
 
 def _reference(described: dict[str, Any] | None, what: str, directory: Path) -> str:

@@ -12,18 +12,29 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 from llama_adapter.config import shown
-from llama_adapter.errors import CheckpointError
+from llama_adapter.errors import CheckpointError, UnsupportedModelError
 from llama_adapter.files import can_be_path
 from llama_adapter.model.fingerprints import (
     check_settings,
     compare_weights,
     fingerprints,
+    fingerprints_of_tensors,
     is_never_quantised,
+    is_quantised,
+    sampled,
     settings_of,
 )
-from llama_adapter.model.hub import why_missing
-from llama_adapter.model.loading import load_whole
+from llama_adapter.model.hub import peft_folder, why_missing
+from llama_adapter.model.loading import folder_of, load_whole
 from llama_adapter.model.offloading import numbers_at_hand
+from llama_adapter.model.peft_base import (
+    OnBase,
+    base_parameters,
+    on_base,
+    put_on,
+    read_peft_config,
+)
+from llama_adapter.model.tensor_files import read_tensor, stored_tensors, weight_files
 from llama_adapter.model.visual_prompts import vision_tower_of
 from llama_adapter.pretrained import load_pretrained
 
@@ -82,12 +93,17 @@ def package_reference(path: str) -> str:
 
 
 def describe_model(model: Any) -> dict[str, Any]:
-    """A reference to a base or vision tower: name, shape, and a fingerprint of its numbers."""
+    """A reference to a base or vision tower: name, shape, and a fingerprint of its numbers.
+
+    Raises UnsupportedModelError where peft has put something on it that could not be loaded again.
+    """
     config = model.config
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     shape = getattr(config, "vision_config", text)
     name = str(getattr(model, "name_or_path", "") or getattr(config, "_name_or_path", ""))
+    part = on_base(model)
     return {
+        **({} if part is None else {"peft": describe_peft(part)}),
         "name_or_path": package_reference(name) if name else "",
         "revision": getattr(config, "_commit_hash", None),
         "model_type": str(config.model_type),
@@ -99,19 +115,28 @@ def describe_model(model: Any) -> dict[str, Any]:
     }
 
 
+def describe_peft(part: OnBase, tensors: dict[str, Tensor] | None = None) -> dict[str, Any]:
+    """A reference to what peft has put on a base; `tensors` stand in for its own."""
+    held = part.samples(part.tensors() if tensors is None else tensors)
+    kind = str(getattr(part.config.peft_type, "value", part.config.peft_type))
+    return {"peft_type": kind, "weights": fingerprints_of_tensors(held)}
+
+
 def fingerprint(model: nn.Module) -> str | None:
     """Version 0.1's checksum, of the first numbers of embeddings and norms alone.
 
     Adapters must be off. None for a model on the meta device; what is offloaded is fetched.
     """
     sampled = []
-    for name in (n for n, _ in model.named_parameters() if is_never_quantised(n)):
+    for plain, name in base_parameters(model):
+        if not is_never_quantised(plain):
+            continue
         module = model.get_submodule(name.rpartition(".")[0])
         with numbers_at_hand(module, recurse=False):
             numbers = module.get_parameter(name.rpartition(".")[2]).detach()
             if numbers.is_meta:
                 return None
-            sampled.append((name, tuple(numbers.shape), numbers.reshape(-1)[:256].cpu()))
+            sampled.append((plain, tuple(numbers.shape), numbers.reshape(-1)[:256].cpu()))
     return fingerprint_of(sampled)
 
 
@@ -137,6 +162,7 @@ def check_reference(model: nn.Module, expected: dict[str, Any], *, what: str, so
                 f"{source} was saved for a {what} with {key} {expected.get(key)}, "
                 f"this {what} has {found[key]}"
             )
+    _check_peft(found, expected, what=what, source=source)
     if expected.get("config") is not None:
         check_settings(found["config"], expected["config"], what=what, source=source)
     if None not in (found["weights"], expected.get("weights")):
@@ -157,11 +183,99 @@ def check_reference(model: nn.Module, expected: dict[str, Any], *, what: str, so
         )
 
 
+@torch.no_grad()
+def what_differs(model: Any) -> str | None:
+    """A tensor of a model that is not as in the files of its name; None where they agree.
+
+    Known only where the files are on this machine. Rounding to another dtype does not count.
+    """
+    name = str(getattr(model, "name_or_path", ""))
+    folder = folder_of(name) if name else None
+    stored = None if folder is None else stored_tensors(folder)
+    if folder is None or stored is None:
+        return None
+    quantised = is_quantised(model)
+    files = weight_files(folder)
+    for plain, present in base_parameters(model):
+        if quantised and not is_never_quantised(plain):
+            continue
+        module = model.get_submodule(present.rpartition(".")[0])
+        with numbers_at_hand(module, recurse=False):
+            values = module.get_parameter(present.rpartition(".")[2]).detach()
+            known = stored.get(plain)
+            if known is None or known.shape != tuple(values.shape) or values.is_meta:
+                continue  # stored by another name, or in another form
+            ours = sampled(values)
+        theirs = sampled(read_tensor(files[plain], plain))
+        halves = (torch.bfloat16, torch.float16)
+        if not any(torch.equal(ours.to(half), theirs.to(half)) for half in halves):
+            return plain
+    return None
+
+
+def _check_peft(found: dict[str, Any], expected: dict[str, Any], *, what: str, source: str) -> None:
+    """Refuse a base with another adapter of peft, or without one where there was one."""
+    ours, theirs = found.get("peft"), expected.get("peft")
+    if theirs is None:
+        if ours is not None and "weights" in expected:  # version 0.1 did not record it
+            raise CheckpointError(
+                f"{source} was saved for a plain {what}, this {what} has a peft adapter "
+                f"({ours['peft_type']}) on it"
+            )
+        return
+    if ours is None:
+        raise CheckpointError(
+            f"{source} was saved for a {what} with a peft adapter ({theirs['peft_type']}) on it, "
+            f"this {what} has none (or one that is merged): leave language_model out to load it "
+            "with the one that was saved"
+        )
+    if None in (ours["weights"], theirs["weights"]):
+        return
+
+    def refuse(our_print: str, their_print: str) -> None:
+        raise CheckpointError(
+            f"{source} was saved for a {what} with another peft adapter on it: its fingerprint is "
+            f"{their_print}, the one on this {what} has {our_print}"
+        )
+
+    compare_weights(ours["weights"], theirs["weights"], refuse=refuse)
+
+
 def load_language_model(reference: str, **options: Any) -> PreTrainedModel:
-    """A frozen decoder by name or path; CheckpointError if there is none there."""
+    """A frozen decoder by name or path, or an adapter of peft with the decoder that it is for.
+
+    Raises CheckpointError if there is none there.
+    """
     options = {key: value for key, value in options.items() if value is not None}
     path = locate(reference, what="base")
-    return load_whole(AutoModelForCausalLM, path, what="base", **options).eval()
+    folder = peft_folder(path)
+    below = path if folder is None else base_below(path)
+    model = load_whole(AutoModelForCausalLM, below, what="base", **options).eval()
+    if folder is not None:
+        put_on(model, folder)
+    return model
+
+
+def base_below(reference: str) -> str:
+    """The decoder that an adapter of peft is for; of anything else, the name or path itself.
+
+    Raises CheckpointError where the adapter does not say, or the decoder is not there.
+    """
+    folder = peft_folder(reference)
+    if folder is None:
+        return reference
+    if stored_tensors(folder) is not None:
+        raise UnsupportedModelError(
+            f"{reference!r} holds both a model and a peft adapter; move the adapter's files into "
+            "a directory of their own"
+        )
+    name = read_peft_config(folder).base_model_name_or_path
+    if not name:
+        raise CheckpointError(
+            f"the peft adapter {reference!r} does not say which model it is for: its "
+            "base_model_name_or_path is empty"
+        )
+    return locate(name, what=f"base of the peft adapter {reference!r},")
 
 
 def load_vision(reference: str, *, device: torch.device | None = None) -> nn.Module:

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
 from llama_adapter.config import shown
 from llama_adapter.errors import CheckpointError
 from llama_adapter.files import open_regular, parse_json, read_json_object
@@ -108,6 +111,31 @@ def stored_tensors(directory: Path) -> dict[str, Stored] | None:
             "which none of its files holds"
         )
     return found
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Every tensor of a safetensors file; CheckpointError if it is missing or damaged."""
+    read_header(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from error
+
+
+def weight_files(directory: Path) -> dict[str, Path]:
+    """In which file of a Hugging Face model each of its `stored_tensors` is."""
+    if (directory / SINGLE).exists():
+        return dict.fromkeys(read_header(directory / SINGLE).tensors, directory / SINGLE)
+    files = read_json_object(directory / INDEX, error=CheckpointError)["weight_map"]
+    return {name: directory / file for name, file in files.items()}
+
+
+def read_tensor(path: Path, name: str) -> Tensor:
+    """One tensor of a safetensors file, of which no more is read than is looked at."""
+    with safe_open(path, framework="pt") as file:
+        tensor: Tensor = file.get_tensor(name)
+    return tensor
 
 
 def largest_dimension(tensors: Mapping[str, Stored]) -> int:

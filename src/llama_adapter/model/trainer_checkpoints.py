@@ -29,13 +29,9 @@ _CHECKPOINT = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-\d+")
 class TrainerCheckpoints(AdapterPersistence):
     """`save_pretrained` and `load_state_dict` as Hugging Face's Trainer calls them."""
 
-    def save_pretrained(self, save_directory: Any, **kwargs: Any) -> Any:
-        """Write the active adapter; see `AdapterPersistence.save_pretrained`."""
-        saved = super().save_pretrained(save_directory, **kwargs)
-        directory = Path(save_directory)
-        if _CHECKPOINT.fullmatch(directory.name) and kwargs.get("is_main_process", True):
+    def _after_saving(self, directory: Path) -> None:
+        if _CHECKPOINT.fullmatch(directory.name):
             _name_too(directory / ADAPTER_WEIGHTS_NAME, directory / SAFE_WEIGHTS_NAME)
-        return saved
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False

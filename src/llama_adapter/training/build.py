@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,8 +16,9 @@ from llama_adapter.config import AdapterConfig
 from llama_adapter.errors import CheckpointError, ConfigError
 from llama_adapter.model import LlamaAdapterConfig, LlamaAdapterForConditionalGeneration
 from llama_adapter.model.configuration import read_adapter_config
+from llama_adapter.model.peft_base import on_base
 from llama_adapter.model.persistence import LORA_FOLDER
-from llama_adapter.model.references import load_language_model, load_vision, locate
+from llama_adapter.model.references import base_below, load_language_model, load_vision, locate
 from llama_adapter.pretrained import explain, load_pretrained
 from llama_adapter.processing.image_processors import load_image_processor
 from llama_adapter.processing.processor import LlamaAdapterProcessor
@@ -43,6 +45,8 @@ def load_processor(recipe: Recipe) -> LlamaAdapterProcessor:
         return LlamaAdapterProcessor.from_pretrained(start)
     semantics = recipe.adapter.semantics()
     base = locate(recipe.base.model, what="base")
+    if not (Path(base) / "tokenizer_config.json").is_file():
+        base = base_below(base)
     tokenizer = load_pretrained(AutoTokenizer, base, what="tokenizer of")
     sees = recipe.vision is not None and semantics.sees
     if sees and semantics.slot_reads == "own":
@@ -118,6 +122,13 @@ def _semantics(recipe: Recipe) -> AdapterConfig:
 
 def _lora(recipe: Recipe, base: PreTrainedModel) -> Lora | None:
     start = recipe.adapter.start
+    if on_base(base) is not None:
+        if recipe.lora is not None:
+            raise ConfigError(
+                f"lora: base.model {recipe.base.model!r} is a peft adapter, and a second one "
+                "cannot be put onto its base; merge the first with merge_and_unload and save that"
+            )
+        return None
     if start is not None and (start / LORA_FOLDER).is_dir():
         # the adapter's numbers mean something beside these factors alone
         return continue_lora(base, start, section=recipe.lora, seed=recipe.seed)
@@ -188,7 +199,8 @@ def _vision(recipe: Recipe, device: torch.device) -> nn.Module:
 
 def read_config(name: str, what: str) -> Any:
     """The config of a base or tower by name or path; CheckpointError if it cannot be read."""
-    return load_pretrained(AutoConfig, locate(name, what=what), what=f"config of the {what}")
+    path = base_below(locate(name, what=what))
+    return load_pretrained(AutoConfig, path, what=f"config of the {what}")
 
 
 @contextmanager

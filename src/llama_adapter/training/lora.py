@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from llama_adapter.errors import CheckpointError, ConfigError, MissingDependencyError
-from llama_adapter.model.persistence import LORA_FOLDER, read_tensors
+from llama_adapter.model.persistence import LORA_FOLDER
+from llama_adapter.model.tensor_files import read_tensors
 
 if TYPE_CHECKING:
     from llama_adapter.training.recipe import LoraSection
@@ -39,21 +39,13 @@ class Lora:
         """As they stand now: sharding makes other objects of them."""
         return {name: module.weight for name, module in self.factors.items()}  # type: ignore[misc]
 
-    def save(self, directory: Path, state: Mapping[str, Tensor]) -> None:
-        """Write `lora` into a directory, as peft loads it; `state` holds whole tensors."""
-        folder = directory / LORA_FOLDER
-        folder.mkdir(parents=True, exist_ok=True)
-        self.config.save_pretrained(folder)
-        tensors = {name: state[name].detach().cpu().contiguous() for name in self.factors}
-        save_file(tensors, folder / _WEIGHTS, metadata={"format": "pt"})
-
     def read(self, directory: Path) -> dict[str, Tensor]:
-        """What `save` wrote; CheckpointError where that is missing or damaged."""
+        """What an adapter directory holds of it; CheckpointError where that is damaged."""
         return read_tensors(directory / LORA_FOLDER / _WEIGHTS)
 
     @torch.no_grad()
     def take_over(self, directory: Path) -> None:
-        """Set the factors to what `save` wrote; CheckpointError where that is of another LoRA."""
+        """Set the factors to those of a directory; CheckpointError where it has another LoRA."""
         stored, own = self.read(directory), self.named_parameters()
         found = {name: tuple(tensor.shape) for name, tensor in stored.items()}
         expected = {name: tuple(parameter.shape) for name, parameter in own.items()}

@@ -19,7 +19,8 @@ import torch
 
 from llama_adapter.data import Batches, Kind, TrainBatch
 from llama_adapter.errors import CheckpointError, TrainingError
-from llama_adapter.model.persistence import ADAPTER_WEIGHTS_NAME, read_tensors
+from llama_adapter.model.persistence import ADAPTER_WEIGHTS_NAME
+from llama_adapter.model.tensor_files import read_tensors
 from llama_adapter.processing.processor import LlamaAdapterProcessor
 from llama_adapter.training.build import Built
 from llama_adapter.training.engine import Engine, on_rank_0

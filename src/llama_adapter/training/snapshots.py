@@ -19,7 +19,8 @@ from pydantic import (
 
 from llama_adapter.checkpoints.torch_files import read_torch_file
 from llama_adapter.errors import CheckpointError
-from llama_adapter.model.persistence import ADAPTER_WEIGHTS_NAME, read_tensors
+from llama_adapter.model.persistence import ADAPTER_WEIGHTS_NAME
+from llama_adapter.model.tensor_files import read_tensors
 from llama_adapter.processing.processor import LlamaAdapterProcessor
 from llama_adapter.training.build import Built
 from llama_adapter.training.joint import JointTrainer
@@ -73,14 +74,10 @@ class Snapshots:
     def adapter_writer(self) -> Callable[[Path], None]:
         """What writes the adapter as it is now, with its processor and LoRA."""
         state = self.trainer.parameter_state()
-        lora = self.built.lora
-        own = {n: t for n, t in state.items() if lora is None or n not in lora.factors}
 
         def write(directory: Path) -> None:
-            self.built.model.save_pretrained(directory, state_dict=own)
+            self.built.model.save_pretrained(directory, state_dict=state)
             self.processor.save_pretrained(directory)
-            if lora is not None:
-                lora.save(directory, state)
 
         return write
 
