@@ -136,9 +136,9 @@ def test_nothing_sure_enough_is_said(detector):
 
 
 def test_what_cannot_detect_is_refused(detector, adapter_dir, tmp_path):
-    with pytest.raises(ExpertError, match="cannot load the model"):
+    with pytest.raises(ExpertError, match="holds no model"):
         DetectionExpert(DetectionOptions(model=str(tmp_path)))
-    with pytest.raises(ExpertError, match="no usable object-detection model"):
+    with pytest.raises(ExpertError, match="not a usable zero-shot-object-det"):
         DetectionExpert(DetectionOptions(model=str(adapter_dir.parent / "base")))
     with pytest.raises(ExpertError, match="labels are for zero-shot"):
         DetectionExpert(DetectionOptions(model=detector, labels=["cat"]))

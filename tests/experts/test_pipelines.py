@@ -112,7 +112,7 @@ def test_a_zero_shot_detector_looks_for_what_the_question_names(finder):
 
 
 def test_what_cannot_caption_is_refused(finder, tmp_path):
-    with pytest.raises(ExpertError, match="is no usable image-text-to-text model"):
+    with pytest.raises(ExpertError, match="is not a usable image-text-to-text model"):
         make_experts([f"caption={finder}"])
     with pytest.raises(ExpertError, match="holds no model"):
         make_experts([f"caption={tmp_path}"])

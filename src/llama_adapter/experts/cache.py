@@ -70,7 +70,8 @@ class ReportCache:
         return digest.hexdigest()
 
     def get(self, key: str) -> Report | None:
-        """The report, as it was given; None where it is not known."""
+        """The report and how long finding it took; None where it is not known."""
+        started = time.perf_counter()
 
         def find(file: sqlite3.Connection) -> Report | None:
             asked = "SELECT value, used FROM reports WHERE key = ?"
@@ -80,7 +81,7 @@ class ReportCache:
             report = _report_from(_unsealed(found[0]))
             if time.time() - found[1] > _FRESH:
                 file.execute("UPDATE reports SET used = ? WHERE key = ?", (time.time(), key))
-            return replace(report, cached=True)
+            return replace(report, cached=True, seconds=time.perf_counter() - started)
 
         return self._use(find)
 

@@ -14,7 +14,6 @@ from llama_adapter.experts.base import ExpertInfo, Finding, Report, Request, on_
 from llama_adapter.experts.options import ExpertContext, ExpertOptions, Share, Words
 from llama_adapter.experts.pipelines import check_size, load_pipeline, pipeline_version
 from llama_adapter.experts.wording import words_of
-from llama_adapter.pretrained import load_pretrained
 
 Box = tuple[float, float, float, float]
 """Left, top, right, bottom."""
@@ -64,7 +63,14 @@ class DetectionExpert:
 
     def __init__(self, options: DetectionOptions, *, device: str | None = None) -> None:
         """Load a detector by name or directory; ExpertError where it cannot be loaded."""
-        self._pipeline, self._is_zero_shot = _load(options.model, device=device)
+        self._pipeline = load_pipeline(
+            "zero-shot-object-detection",
+            options.model,
+            expert=self.name,
+            other_task="object-detection",
+            device=device,
+        )
+        self._is_zero_shot = str(self._pipeline.task).startswith("zero-shot")
         if options.labels and not self._is_zero_shot:
             raise ExpertError(
                 f"{options.model!r} knows its own labels; labels are for zero-shot detectors"
@@ -209,23 +215,3 @@ def counted(count: int, label: str) -> str:
         made = f"{last}{'es' if last.endswith(('s', 'x', 'z', 'ch', 'sh')) else 's'}"
     number = _NUMBERS[count] if count < len(_NUMBERS) else str(count)
     return f"{number} {head}{space}{_IRREGULAR.get(last, made)}"
-
-
-def _load(model: str, *, device: str | None) -> tuple[Any, bool]:
-    """The pipeline, and whether it is a zero-shot one."""
-    from transformers import AutoConfig
-    from transformers.models.auto.modeling_auto import (
-        MODEL_FOR_ZERO_SHOT_OBJECT_DETECTION_MAPPING_NAMES as ZERO_SHOT,
-    )
-
-    from llama_adapter.model.hub import why_missing
-
-    reason = why_missing(model)
-    if reason is not None:
-        raise ExpertError(f"expert 'detection': {model!r} cannot be loaded: {reason}")
-    config = load_pretrained(
-        AutoConfig, model, what="model of expert 'detection'", error=ExpertError
-    )
-    is_zero_shot = config.model_type in ZERO_SHOT
-    task = "zero-shot-object-detection" if is_zero_shot else "object-detection"
-    return load_pipeline(task, model, expert="detection", device=device), is_zero_shot

@@ -17,9 +17,17 @@ from llama_adapter.processing.image_processors import check_resize
 _LOADING = threading.Lock()
 
 
-def load_pipeline(task: str, model: str, *, expert: str, device: str | None = None) -> Any:
-    """The pipeline of a model by name or directory; it never needs torchvision if it can do
-    without. Raises ExpertError saying what is wrong.
+def load_pipeline(
+    task: str,
+    model: str,
+    *,
+    expert: str,
+    other_task: str | None = None,
+    device: str | None = None,
+) -> Any:
+    """The pipeline of a model by name or directory, for the first of the tasks that it can do.
+
+    It never needs torchvision if it can do without. Raises ExpertError saying what is wrong.
     """
     from transformers import AutoConfig, pipeline
 
@@ -29,17 +37,21 @@ def load_pipeline(task: str, model: str, *, expert: str, device: str | None = No
     if path.exists() and not (path / "config.json").is_file():
         raise ExpertError(f"expert {expert!r}: {model!r} holds no model (no config.json)")
     where = str(path) if path.exists() else model
+    tasks = [name for name in (task, other_task) if name is not None]
+    refused = f"expert {expert!r}: {model!r} is not a usable {' or '.join(tasks)} model"
     missing = why_missing(where)
     if missing is not None:
-        raise ExpertError(f"expert {expert!r}: {model!r} is no usable {task} model: {missing}")
+        raise ExpertError(f"{refused}: {missing}")
     try:
         # transformers imports modules as they are needed, which two threads must not do at once
         with _LOADING:
             config = load_pretrained(AutoConfig, where, what="config of", error=ExpertError)
             kind = config.model_type
-            if kind not in _model_types(task):
+            able = [name for name in tasks if kind in _model_types(name)]
+            if not able:
                 raise ValueError(f"transformers has no such task for models of type {kind!r}")
-            return pipeline(task, model=where, device=device or "cpu", trust_remote_code=False)
+            chosen: Any = able[0]
+            return pipeline(chosen, model=where, device=device or "cpu", trust_remote_code=False)
     except Exception as error:  # damaged files make loaders of others raise whatever they like
         reason = explain(error)
         if "torchvision" in reason.lower():
@@ -47,9 +59,7 @@ def load_pipeline(task: str, model: str, *, expert: str, device: str | None = No
                 "its image processor exists for torchvision alone; choose a model with a "
                 "processor that works on PIL images"
             )
-        raise ExpertError(
-            f"expert {expert!r}: {model!r} is no usable {task} model: {reason}"
-        ) from error
+        raise ExpertError(f"{refused}: {reason}") from error
 
 
 def _model_types(task: str) -> frozenset[str]:

@@ -139,36 +139,33 @@ class ExpertPool:
 
     def _ask(self, experts: Sequence[Expert], request: Request) -> dict[int, Report]:
         """Reports by the identity of the expert."""
-        reports: dict[int, Report] = {}
-        keys: dict[int, str] = {}
-        calls: list[_Call] = []
-        for expert in experts:
-            key = self.cache.key(expert, request) if self.cache is not None else None
-            started = time.perf_counter()
-            known = self.cache.get(key) if self.cache is not None and key is not None else None
-            busy = self._late.get(id(expert))
-            if known is not None:
-                reports[id(expert)] = replace(known, seconds=time.perf_counter() - started)
-            elif busy is not None and busy.is_alive():
-                problem = "still busy with an earlier question, for which it took too long"
-                reports[id(expert)] = Report(expert=expert.name, problem=problem)
-            else:
-                calls.append(_Call(expert, request, seconds=self.timeout))
-                if key is not None:
-                    keys[id(expert)] = key
-        for call in calls:
+        calls = [self._call(expert, request) for expert in experts]
+        open_calls = [call for call in calls if call.report is None]
+        for call in open_calls:
             if not call.expert.info.uses_model:
                 call.start()
-        for call in calls:
+        for call in open_calls:
             if call.expert.info.uses_model:
                 call.run()
-        for call in calls:
-            report = reports[id(call.expert)] = self._result(call)
-            key = keys.get(id(call.expert))
+        reports = {id(call.expert): self._result(call) for call in calls}
+        for call in open_calls:
+            report = reports[id(call.expert)]
             sound = report.problem is None and report.complete
-            if self.cache is not None and key is not None and sound:
-                self.cache.put(key, report)
+            if self.cache is not None and call.key is not None and sound:
+                self.cache.put(call.key, report)
         return reports
+
+    def _call(self, expert: Expert, request: Request) -> _Call:
+        """A call that is still to be made, or one whose report is there already."""
+        call = _Call(expert, request, seconds=self.timeout)
+        if self.cache is not None:
+            call.key = self.cache.key(expert, request)
+            call.report = self.cache.get(call.key) if call.key is not None else None
+        busy = self._late.get(id(expert))
+        if call.report is None and busy is not None and busy.is_alive():
+            problem = "still busy with an earlier question, for which it took too long"
+            call.report = Report(expert=expert.name, problem=problem)
+        return call
 
     def _result(self, call: _Call) -> Report:
         if call.ident is not None:
@@ -187,6 +184,8 @@ class _Call(threading.Thread):
         super().__init__(daemon=True, name=f"expert {expert.name}")
         self.expert = expert
         self.report: Report | None = None
+        self.key: str | None = None
+        """Where the cache keeps the report."""
         self.begun = time.monotonic()
         self._request = request
         self._seconds = seconds
