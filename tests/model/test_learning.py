@@ -131,63 +131,16 @@ def test_logits_where_they_count_give_the_same_gradients(build, ids, kept_of, ch
 @pytest.mark.parametrize(
     "positions", [[5, 3, 4], [-5, -3], [3, 4, 4, 5], [], [i > 2 for i in range(7)]]
 )
-def test_positions_in_any_form_give_the_gradients_of_whole_layers(build, ids, positions):
-    model = build("v2").train()
+def test_positions_in_any_form_are_scored(build, ids, positions):
+    model = build("v2").eval()
     kept = torch.tensor(positions, dtype=torch.bool if len(positions) == 7 else torch.long)
-    _loss_at(model, ids, kept, output_hidden_states=True).backward()
-    expected = {name: p.grad.clone() for name, p in model.adapter.named_parameters("language")}
-    model.zero_grad()
-    _loss_at(model, ids, kept).backward()
-    for name, parameter in model.adapter.named_parameters("language"):
-        assert_close(parameter.grad, expected[name], rtol=1e-5, atol=1e-7, msg=name)
-
-
-def _loss_at(model, ids, kept, **asked):
-    return model(ids, labels=ids, logits_to_keep=kept, **asked).loss
-
-
-@pytest.mark.filterwarnings("ignore:The .grad attribute")  # dynamo asks for it
-@pytest.mark.parametrize("compiled", ["decoder", "layer"])
-def test_a_compiled_layer_works_everywhere(build, ids, compiled):
-    model = build("v2-chat").train()
-    layer = model.get_decoder().layers[-1]
-    {"decoder": model.get_decoder(), "layer": layer}[compiled].compile(backend="eager")
-    seen = []
-    layer.mlp.register_forward_hook(lambda _m, inputs, _y: seen.append(inputs[0].shape[:-1]))
-    _loss_at(model, ids, torch.tensor([3])).backward()
-    assert seen == [ids.shape]
-
-
-def test_the_last_layer_works_where_a_label_stands(build, ids):
-    model = build("v2-chat").train()
-    labels = torch.full_like(ids, -100)
-    labels[0, 4:6] = ids[0, 4:6]
-    places = adapter_model.scored_places(labels)
-    layer, seen = model.get_decoder().layers[-1], {}
-    for name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.o_proj", "mlp.up_proj"):
-        layer.get_submodule(name).register_forward_hook(
-            lambda _m, inputs, _y, name=name: seen.update({name: inputs[0].shape[:-1]})
-        )
-    kept = model(ids, labels=labels, logits_to_keep=places)
-    assert seen.pop("self_attn.k_proj") == ids.shape
-    assert len(seen) == 3
-    assert set(seen.values()) == {(1, 2)}
-    for asked in ({"output_hidden_states": True}, {"output_attentions": True}, {"labels": None}):
-        whole = model(ids, **{"labels": labels, "logits_to_keep": places, **asked})
-        assert set(seen.values()) == {ids.shape}
-        assert_close(whole.logits, kept.logits)
-
-
-def test_what_is_shown_of_the_last_layer_is_whole(build, ids):
-    model = build("v2-chat").train()
-    model.set_attn_implementation("llama_adapter_eager")
-    asked = {"output_hidden_states": True, "output_attentions": True}
-    places = adapter_model.scored_places(ids)
-    shown, expected = (
-        model(ids, labels=labels, logits_to_keep=places, **asked) for labels in (ids, None)
+    output = model(ids, labels=ids, logits_to_keep=kept)
+    targets = torch.nn.functional.pad(ids[:, 1:], (0, 1), value=-100)[:, kept]
+    assert_close(output.logits, model(ids).logits[:, kept])
+    summed = torch.nn.functional.cross_entropy(
+        output.logits.flatten(0, 1), targets.flatten(), reduction="sum"
     )
-    assert_close(shown.hidden_states[-1], expected.hidden_states[-1], rtol=0, atol=0)
-    assert_close(shown.attentions[-1], expected.attentions[-1], rtol=0, atol=0)
+    assert_close(output.loss, summed / max(1, int((targets != -100).sum())))
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,6 @@ from llama_adapter.model.attach import Adapter
 from llama_adapter.model.attention_registry import PAGED
 from llama_adapter.model.backbone import Backbone
 from llama_adapter.model.configuration import LlamaAdapterConfig
-from llama_adapter.model.fast.last_layer import last_layer_at
 from llama_adapter.model.gated_attention import (
     VisualPrompts,
     begins_among_slots,
@@ -204,9 +203,8 @@ class LlamaAdapterForConditionalGeneration(
         divided by `num_answer_tokens` (by its name in Hugging Face's Trainer:
         `num_items_in_batch`; default: those of this batch). With labels and
         `logits_to_keep` left at 0, all logits are returned; with places [B, T] (bool) those
-        of the N true ones, as [1, N, vocab]; the last layer then works there alone where it can,
-        unless hidden states or attentions are asked for. `cache` is the name of `past_key_values`
-        since 5.24. Other keywords are those of the base's own forward.
+        of the N true ones, as [1, N, vocab]. `cache` is the name of `past_key_values` since 5.24.
+        Other keywords are those of the base's own forward.
 
         Raises ConfigError for a keyword that neither knows.
         """
@@ -227,9 +225,7 @@ class LlamaAdapterForConditionalGeneration(
         )
         if return_dict is not None:
             inputs["return_dict"] = True
-        scored = 0 if labels is None else logits_to_keep
-        head = self.get_output_embeddings()
-        with logits_at(head, logits_to_keep), last_layer_at(self.language_model, scored, inputs):
+        with logits_at(self.get_output_embeddings(), logits_to_keep):
             output = self.language_model(
                 **inputs, logits_to_keep=0 if is_places(logits_to_keep) else logits_to_keep
             )

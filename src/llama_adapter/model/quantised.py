@@ -14,11 +14,3 @@ def keep_unpacked(language_model: nn.Module) -> None:
     for module in language_model.modules():
         if type(module).__name__ == "Linear4bit":
             module.training = True
-
-
-def mixes_positions(linear: nn.Module) -> bool:
-    """Whether what a linear makes of a position depends on which others it sees.
-
-    LLM.int8 multiplies in higher precision the columns in which any row of a call has an outlier.
-    """
-    return type(linear).__name__ == "Linear8bitLt"

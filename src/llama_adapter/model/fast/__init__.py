@@ -14,9 +14,6 @@ runs; `switched_off` turns all of them off. What each does, when, and its gain:
                         just that: 2.5 for 5.2 ms (512 tokens of width 1024, both passes).
 `summed_cross_entropy`  Keeps its gradient, not log-probabilities. In training: two float32 copies
                         of the logits fewer at the peak.
-`last_layer_at`         Queries and MLP of the last layer only where a logit is needed. In training,
-                        not with gradient checkpointing, a compiled layer, experts or int8: half of
-                        that layer's linears where half of a row is scored.
 
 Measured on a 2-core AMD EPYC in float32 unless stated, torch 2.13 (docs/speed.md); none of it on a
 GPU. Under a compiler, which fuses what autograd derives, no custom backward pass runs.
