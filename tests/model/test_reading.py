@@ -221,15 +221,14 @@ def test_own_slots_are_whole_in_one_pass(build, ids, pictures):
 
 def test_each_slot_reads_what_a_single_prompt_would_give(build, ids, pictures):
     own = build(visual_scope="slots", slot_reads="own")
+    every = build(visual_scope="slots")
     mask = torch.zeros_like(ids, dtype=torch.bool)
     mask[:, 2] = True
     with torch.no_grad():
         visual = own.encode_visual(pictures)
-        first = dataclasses.replace(
-            visual, prompts_IMd=visual.prompts_IMd[:, :1].contiguous(), own_slots=False
-        )
+        first = dataclasses.replace(visual, prompts_IMd=visual.prompts_IMd[:, :1].contiguous())
         # a softmax over one key is 1
-        expected = own(ids, visual_prompts=first, visual_mask=mask).logits
+        expected = every(ids, visual_prompts=first, visual_mask=mask).logits
         assert_close(own(ids, visual_prompts=visual, visual_mask=mask).logits, expected, **EXACT)
 
 

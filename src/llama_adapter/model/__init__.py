@@ -2,9 +2,9 @@
 
 from llama_adapter.model.adapted import LlamaAdapterForConditionalGeneration
 from llama_adapter.model.configuration import LlamaAdapterConfig
-from llama_adapter.model.gated_attention import VisualPrompts
 from llama_adapter.model.groups import Group
 from llama_adapter.model.loss import answer_loss, scored_places, scored_positions
+from llama_adapter.model.routing import VisualPrompts
 
 __all__ = [
     "Group",

@@ -25,16 +25,11 @@ from llama_adapter.model.attach import Adapter
 from llama_adapter.model.attention_registry import PAGED
 from llama_adapter.model.backbone import Backbone
 from llama_adapter.model.configuration import LlamaAdapterConfig
-from llama_adapter.model.gated_attention import (
-    VisualPrompts,
-    begins_among_slots,
-    places_in_runs,
-)
 from llama_adapter.model.groups import Group
 from llama_adapter.model.loss import answer_loss, is_places, logits_at
 from llama_adapter.model.offloading import home_of
 from llama_adapter.model.peft_base import on_base, unwrapped
-from llama_adapter.model.places import of_this_pass, positions_of
+from llama_adapter.model.places import positions_of
 from llama_adapter.model.quantised import keep_unpacked
 from llama_adapter.model.references import (
     describe_model,
@@ -42,6 +37,7 @@ from llama_adapter.model.references import (
     load_vision,
     what_differs,
 )
+from llama_adapter.model.routing import VisualPrompts, route
 from llama_adapter.model.self_check import check_packing
 from llama_adapter.model.trainer_checkpoints import TrainerCheckpoints
 from llama_adapter.model.visual_generation import CACHE, VisualGenerationMixin
@@ -263,9 +259,18 @@ class LlamaAdapterForConditionalGeneration(
         if visual_prompts is None and (pixel_values is not None or visual_features is not None):
             visual_prompts = self.encode_visual(pixel_values, visual_features=visual_features)
         if visual_prompts is not None:
-            visual_prompts = self._read(
-                visual_prompts, num_rows, num_tokens, image_index, visual_mask, known
+            if visual_mask is None and self.adapter_config.visual_scope == "slots":
+                raise ConfigError("visual_scope is 'slots': visual_mask must say which tokens are")
+            routing = route(
+                num_images=len(visual_prompts.prompts_IMd),
+                num_rows=num_rows,
+                num_tokens=num_tokens,
+                image_index=image_index,
+                visual_mask=visual_mask,
+                one_to_one=self.adapter_config.slot_reads == "own",
+                cache=known,
             )
+            visual_prompts = visual_prompts.routed(routing)
         if attention_mask is None:
             use_cache = self._apart(position_ids, known, use_cache, kwargs)
         elif position_ids is None and getattr(attention_mask, "ndim", 0) == 2 and num_tokens:
@@ -331,42 +336,6 @@ class LlamaAdapterForConditionalGeneration(
             self._keeps_samples_apart = True
         return False
 
-    def _read(
-        self,
-        visual: VisualPrompts,
-        num_rows: int,
-        num_tokens: int,
-        image_index: Tensor | None,
-        visual_mask: Tensor | None,
-        known: Any,
-    ) -> VisualPrompts:
-        """The prompts with what reads them; ConfigError where that would be a guess."""
-        num_images = len(visual.prompts_IMd)
-        if image_index is None and num_images != num_rows:
-            raise ConfigError(
-                f"{num_images} pictures for {num_rows} rows: image_index must say which row "
-                "reads which"
-            )
-        if visual_mask is None and self.adapter_config.visual_scope == "slots":
-            raise ConfigError("visual_scope is 'slots': visual_mask must say which tokens are")
-        token_BT = image_index if image_index is not None and image_index.ndim == 2 else None
-        row_B = image_index if token_BT is None else None
-
-        def here(said: Tensor, name: str) -> Tensor:
-            return of_this_pass(said, num_tokens=num_tokens, cache=known, name=name)
-
-        ordinal_BT = None
-        if visual.own_slots and visual_mask is not None:
-            ordinal_BT = here(
-                _ordinals(visual_mask, token_BT, num_tokens=num_tokens, cache=known), "visual_mask"
-            )
-        return visual.reading(
-            row_B=row_B,
-            token_BT=None if token_BT is None else here(token_BT, "image_index"),
-            mask_BT=None if visual_mask is None else here(visual_mask, "visual_mask"),
-            ordinal_BT=ordinal_BT,
-        )
-
     def encode_visual(
         self,
         pixel_values: Tensor | None = None,
@@ -390,25 +359,17 @@ class LlamaAdapterForConditionalGeneration(
                 self.vision, pixel_values.to(home_of(self.vision)), self.adapter_config
             )
         prompts_IMd = self.visual(visual_features.to(home_of(self.visual))).to(self.device)
-        own_slots = self.adapter_config.slot_reads == "own"
-        visual = VisualPrompts(prompts_IMd=prompts_IMd, own_slots=own_slots)
+        visual = VisualPrompts(prompts_IMd=prompts_IMd)
         return self._with_keys(visual) if cache else visual
 
     @torch.no_grad()
     def _with_keys(self, visual: VisualPrompts) -> VisualPrompts:
-        late = self.adapter_config.fusion == "late"
-        # an explicit reading makes late fusion keep its entry for rows without a picture
-        source = visual.reading(
-            row_B=torch.arange(len(visual.prompts_IMd)) if late else None,
-            token_BT=None,
-            mask_BT=None,
-        )
-        keys_values = {}
-        for attention, adaption in self._adapters[self.active_adapter].prompts():
-            if adaption.reads_images:
-                entries = adaption.image_entries_EMd(source)
-                keys_values[adaption.layer_index] = adaption.keys_values(attention, entries)
-        return replace(visual, keys_values=keys_values)
+        kept = {}
+        for attention, prompt in self._adapters[self.active_adapter].prompts():
+            if prompt.reads_images:
+                entries_EMd = prompt.image_entries_EMd(visual, fallback=True)
+                kept[prompt.layer_index] = prompt.keys_values(attention, entries_EMd)
+        return replace(visual, cache=kept)
 
     # --- parameters -------------------------------------------------------------------------
 
@@ -639,25 +600,6 @@ class LlamaAdapterForConditionalGeneration(
     @property
     def dtype(self) -> torch.dtype:
         return self.language_model.dtype
-
-
-def _ordinals(mask_BS: Tensor, token_BS: Tensor | None, *, num_tokens: int, cache: Any) -> Tensor:
-    """The how manieth placeholder of its image each is; ConfigError where earlier ones may count.
-
-    A pass that begins among placeholders needs a mask of all tokens so far.
-    """
-    if mask_BS.shape[1] == num_tokens and begins_among_slots(cache, mask_BS):
-        raise ConfigError(
-            "slot_reads is 'own': a pass must not begin with a slot behind cached tokens: "
-            "slots are counted from the first; give visual_mask for all tokens so far, or all "
-            "slots of a picture in one pass"
-        )
-    if token_BS is not None and token_BS.shape[1] != mask_BS.shape[1]:
-        raise ConfigError(
-            f"image_index covers {token_BS.shape[1]} tokens and visual_mask {mask_BS.shape[1]}: "
-            "they must cover the same"
-        )
-    return places_in_runs(mask_BS, token_BS)
 
 
 @contextmanager

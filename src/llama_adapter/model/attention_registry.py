@@ -18,8 +18,8 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from llama_adapter.errors import UnsupportedModelError
-from llama_adapter.model.gated_attention import VisualPrompts
 from llama_adapter.model.prompt_projection import KeysValues
+from llama_adapter.model.routing import VisualPrompts
 
 PAGED = frozenset({"block_table", "read_index"})
 """What only continuous batching gives attention: there is no mask of ours for its one long row."""

@@ -8,12 +8,11 @@ Every attention module that carries prompts gets a child module, `adaption`. The
 where k_P, v_P are the module's own projections of the prompts, not rotated.
 
 Shapes: B batch, T tokens, H query heads, G key/value heads, D head size, M prompts,
-I pictures, E prompt entries (pictures, or pictures and "no picture"), d hidden size.
+I images, E prompt entries (images, or images and a fallback), K keys of all, d hidden size.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -22,47 +21,7 @@ from torch import Tensor, nn
 from llama_adapter.model.fast.attention import attention as attend
 from llama_adapter.model.groups import AdapterModule, Group, Role
 from llama_adapter.model.prompt_projection import Attention, KeysValues, project_prompt
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class VisualPrompts:
-    """The visual prompts of one forward pass and which tokens read them.
-
-    Exactly one of `row_B` and `token_BT` is set, unless both are None: then row i reads picture i.
-    """
-
-    prompts_IMd: Tensor
-    row_B: Tensor | None = None
-    """Which picture each row reads, -1 for none."""
-    token_BT: Tensor | None = None
-    """Which picture each token reads, -1 for none: for packed rows."""
-    mask_BT: Tensor | None = None
-    """Which tokens read visual prompts at all; None: every token."""
-    own_slots: bool = False
-    """Whether the i-th of the reading tokens in a row reads the i-th prompt alone."""
-    ordinal_BT: Tensor | None = None
-    """With `own_slots`: the how manieth placeholder of its image each reading token is."""
-    keys_values: dict[int, KeysValues] | None = None
-    """Keys and gated values per layer, made once for a whole generation."""
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether every token of row i reads picture i."""
-        return self.row_B is None and self.token_BT is None and self.mask_BT is None
-
-    def reading(
-        self,
-        *,
-        row_B: Tensor | None,
-        token_BT: Tensor | None,
-        mask_BT: Tensor | None,
-        ordinal_BT: Tensor | None = None,
-    ) -> VisualPrompts:
-        """The same prompts, read by other rows and tokens."""
-        return replace(self, row_B=row_B, token_BT=token_BT, mask_BT=mask_BT, ordinal_BT=ordinal_BT)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> VisualPrompts:
-        return self  # never changed; transformers copies what it hands to an assistant
+from llama_adapter.model.routing import Routing, VisualPrompts
 
 
 class GatedPrompt(AdapterModule):
@@ -106,17 +65,21 @@ class GatedPrompt(AdapterModule):
         gate_H11 = self.gate_values_H().view(-1, 1, 1)
         return keys_EGMD, (values_EGMD * gate_H11).to(values_EGMD.dtype)
 
-    def image_entries_EMd(self, visual: VisualPrompts) -> Tensor:
-        """What images give to attend to, one entry each, in a module that reads them."""
+    def image_entries_EMd(self, visual: VisualPrompts, *, fallback: bool) -> Tensor:
+        """What images give to attend to, one entry each, in a module that reads them.
+
+        With `fallback` a last one follows for tokens without an image, where they have one.
+        """
         raise NotImplementedError
 
     def image_keys_values(
         self, attention: Attention, visual: VisualPrompts, query_BHTD: Tensor
     ) -> KeysValues:
         """Keys and gated values of images, made anew unless a generation keeps them."""
-        if visual.keys_values and self.layer_index in visual.keys_values:
-            return _alike(visual.keys_values[self.layer_index], query_BHTD)
-        entries_EMd = self.image_entries_EMd(visual).to(query_BHTD)
+        if visual.cache and self.layer_index in visual.cache:
+            return _alike(visual.cache[self.layer_index], query_BHTD)
+        entries_EMd = self.image_entries_EMd(visual, fallback=visual.routing is not None)
+        entries_EMd = entries_EMd.to(query_BHTD)
         return _alike(self.keys_values(attention, entries_EMd), query_BHTD)
 
     def forward(
@@ -201,7 +164,7 @@ class VisualPrompt(GatedPrompt):
     }
     reads_images = True
 
-    def image_entries_EMd(self, visual: VisualPrompts) -> Tensor:
+    def image_entries_EMd(self, visual: VisualPrompts, *, fallback: bool) -> Tensor:  # noqa: ARG002
         return visual.prompts_IMd
 
     def forward(
@@ -216,9 +179,16 @@ class VisualPrompt(GatedPrompt):
         if visual is None:
             return None
         keys, values = self.image_keys_values(attention, visual, query_BHTD)
-        return _attend_visual(
-            query_BHTD, keys, values, visual, scaling, softcap, has_static_entry=False
-        ).transpose(1, 2)
+        added_BHTD = attend_to_images(
+            query_BHTD,
+            keys,
+            values,
+            visual.routing,
+            scale=scaling,
+            softcap=softcap,
+            has_fallback=False,
+        )
+        return added_BHTD.transpose(1, 2)
 
 
 class LateFusionPrompt(StaticPrompt):
@@ -226,11 +196,11 @@ class LateFusionPrompt(StaticPrompt):
 
     reads_images = True
 
-    def image_entries_EMd(self, visual: VisualPrompts) -> Tensor:
-        """One entry per image; a last one, for tokens without an image, is the static prompt."""
+    def image_entries_EMd(self, visual: VisualPrompts, *, fallback: bool) -> Tensor:
+        """The fallback is the static prompt alone."""
         prompt_1Md = self.prompt.unsqueeze(0)
         late_IMd = prompt_1Md + visual.prompts_IMd.to(prompt_1Md)
-        return late_IMd if visual.is_plain else torch.cat([late_IMd, prompt_1Md])
+        return torch.cat([late_IMd, prompt_1Md]) if fallback else late_IMd
 
     def forward(
         self,
@@ -244,9 +214,16 @@ class LateFusionPrompt(StaticPrompt):
         if visual is None:
             return super().forward(attention, query_BHTD, None, scaling=scaling, softcap=softcap)
         keys, values = self.image_keys_values(attention, visual, query_BHTD)
-        return _attend_visual(
-            query_BHTD, keys, values, visual, scaling, softcap, has_static_entry=True
-        ).transpose(1, 2)
+        added_BHTD = attend_to_images(
+            query_BHTD,
+            keys,
+            values,
+            visual.routing,
+            scale=scaling,
+            softcap=softcap,
+            has_fallback=True,
+        )
+        return added_BHTD.transpose(1, 2)
 
 
 def _alike(keys_values: KeysValues, query: Tensor) -> KeysValues:
@@ -257,126 +234,57 @@ def _alike(keys_values: KeysValues, query: Tensor) -> KeysValues:
     return keys.to(query), values.to(query)
 
 
-def _attend_visual(
+def attend_to_images(
     query_BHTD: Tensor,
     keys_EHMD: Tensor,
     values_EHMD: Tensor,
-    visual: VisualPrompts,
-    scaling: float,
-    softcap: float | None,
+    routing: Routing | None,
     *,
-    has_static_entry: bool,
+    scale: float,
+    softcap: float | None,
+    has_fallback: bool,
 ) -> Tensor:
-    """Attention to each row's or token's own picture; nothing where there is none.
+    """Attention [B, H, T, D] of each token to its own image.
 
-    With a static entry (late fusion) a token without a picture reads the static prompts alone.
+    A token without an image attends to the last entry where that is a fallback, else to nothing.
     """
-    if visual.own_slots:
-        return _read_own(query_BHTD, values_EHMD, visual)
-    if visual.token_BT is not None or (has_static_entry and visual.mask_BT is not None):
-        return _attend_packed(
-            query_BHTD,
-            keys_EHMD,
-            values_EHMD,
-            visual,
-            scaling,
-            softcap,
-            has_static_entry=has_static_entry,
-        )
-    device = query_BHTD.device
-    reads_BT = None if visual.mask_BT is None else visual.mask_BT.to(device)
-    if visual.row_B is not None:
-        # -1 picks the last entry: the static prompt alone, or a picture whose reading is zeroed
-        row_B = visual.row_B.to(device)
-        keys_EHMD, values_EHMD = keys_EHMD[row_B], values_EHMD[row_B]
-        if not has_static_entry:
-            sees_B1 = (row_B >= 0).unsqueeze(1)
-            reads_BT = sees_B1 if reads_BT is None else sees_B1 & reads_BT
-    added_BHTD = attend(query_BHTD, keys_EHMD, values_EHMD, scale=scaling, softcap=softcap)
-    if reads_BT is None or has_static_entry:
-        return added_BHTD
-    return added_BHTD * reads_BT[:, None, :, None].to(added_BHTD.dtype)
-
-
-def _read_own(query_BHTD: Tensor, values_EHMD: Tensor, visual: VisualPrompts) -> Tensor:
-    """Each slot reads one prompt: a softmax over a single key is 1, whatever the key."""
-    num_entries, num_heads, length, head_size = values_EHMD.shape
-    reads_BT, ordinal_BT = visual.mask_BT, visual.ordinal_BT
-    assert reads_BT is not None  # the model asks for the one
-    assert ordinal_BT is not None  # and counts the other
-    reads_BT, ordinal_BT = reads_BT.to(query_BHTD.device), ordinal_BT.to(query_BHTD.device)
-    token_BT, row_B = visual.token_BT, visual.row_B
-    if token_BT is not None:
-        token_BT = token_BT.to(query_BHTD.device)
-        reads_BT = reads_BT & (token_BT >= 0)
-    elif row_B is not None:
+    if routing is None:  # row i attends to image i
+        batch = query_BHTD.shape[0]
+        if len(keys_EHMD) > batch:
+            keys_EHMD, values_EHMD = keys_EHMD[:batch], values_EHMD[:batch]
+        return attend(query_BHTD, keys_EHMD, values_EHMD, scale=scale, softcap=softcap)
+    image_BT = routing.image_BT.to(query_BHTD.device)
+    if routing.ordinal_BT is not None:
+        return _own_prompts(values_EHMD, image_BT, routing.ordinal_BT.to(query_BHTD.device))
+    whole_rows = image_BT.shape[1] == 1
+    row_B = image_BT[:, 0] if whole_rows else routing.row_B
+    if row_B is not None and (whole_rows or not has_fallback):
+        # -1 picks the last entry: the fallback, or an image whose part is zeroed below
         row_B = row_B.to(query_BHTD.device)
-        reads_BT = reads_BT & (row_B >= 0).unsqueeze(1)
-        values_EHMD = values_EHMD[row_B]
-    prompts_M = torch.arange(length, device=query_BHTD.device)
-    weights_BTM = (ordinal_BT[..., None] == prompts_M) & reads_BT[..., None]
-    if token_BT is None:
-        return weights_BTM.unsqueeze(1).to(values_EHMD.dtype) @ values_EHMD
-    entries_E = torch.arange(num_entries, device=query_BHTD.device)
-    weights_BTEM = weights_BTM[:, :, None] & (token_BT[..., None, None] == entries_E[:, None])
-    values = values_EHMD.transpose(0, 1).reshape(1, num_heads, num_entries * length, head_size)
-    return weights_BTEM.flatten(2).unsqueeze(1).to(values.dtype) @ values
-
-
-def begins_among_slots(cache: Any, mask_BT: Tensor | None) -> bool:
-    """Whether a pass begins with a slot behind cached tokens, which may be of the same run."""
-    if cache is None or mask_BT is None or torch.compiler.is_compiling():
-        return False
-    return bool(cache.get_seq_length() > 0 and mask_BT[:, 0].any())
-
-
-def places_in_runs(reads_BT: Tensor, token_BT: Tensor | None) -> Tensor:
-    """How many tokens of the same run of slots stand before each, whole runs at a time.
-
-    A run is what stands together and reads one picture, so that every picture begins anew.
-    """
-    if token_BT is not None:
-        token_BT = token_BT.to(reads_BT.device)
-        reads_BT = reads_BT & (token_BT >= 0)
-    goes_on_BT = reads_BT[:, 1:] & reads_BT[:, :-1]
-    if token_BT is not None:
-        goes_on_BT = goes_on_BT & (token_BT[:, 1:] == token_BT[:, :-1])
-    begins_BT = torch.cat([torch.ones_like(reads_BT[:, :1]), ~goes_on_BT], dim=1)
-    place_T = torch.arange(reads_BT.shape[1], device=reads_BT.device)
-    start_BT = (place_T * begins_BT).cummax(1).values
-    return place_T - start_BT
-
-
-def _attend_packed(
-    query_BHTD: Tensor,
-    keys_EHMD: Tensor,
-    values_EHMD: Tensor,
-    visual: VisualPrompts,
-    scaling: float,
-    softcap: float | None,
-    *,
-    has_static_entry: bool,
-) -> Tensor:
-    """The same where a row's tokens read different pictures, or some of them none."""
-    num_entries, num_heads, length, head_size = keys_EHMD.shape
-    token_BT = visual.token_BT
-    if token_BT is None:
-        row_B = visual.row_B
-        if row_B is None:
-            row_B = torch.arange(query_BHTD.shape[0], device=query_BHTD.device)
-        token_BT = row_B.unsqueeze(1).expand(-1, query_BHTD.shape[2])
-    token_BT = token_BT.to(query_BHTD.device)
-    if visual.mask_BT is not None:
-        token_BT = token_BT.masked_fill(~visual.mask_BT.to(token_BT.device), -1)
-    # a token without a picture must still attend to something, or its softmax is 0/0
-    fallback = num_entries - 1
-    entry_BT = token_BT.masked_fill(token_BT < 0, fallback)
-    owner_K = torch.arange(num_entries, device=token_BT.device).repeat_interleave(length)
-    mask_B1TK = (entry_BT[:, :, None] == owner_K).unsqueeze(1)
-    shape = (1, num_heads, num_entries * length, head_size)
-    keys = keys_EHMD.transpose(0, 1).reshape(shape)
-    values = values_EHMD.transpose(0, 1).reshape(shape)
-    added_BHTD = attend(query_BHTD, keys, values, mask=mask_B1TK, scale=scaling, softcap=softcap)
-    if has_static_entry:
+        keys_EHMD, values_EHMD, mask_B1TK = keys_EHMD[row_B], values_EHMD[row_B], None
+    else:
+        # a token without an image must attend to something too, or its softmax is 0/0
+        num_entries, _, length, _ = keys_EHMD.shape
+        entry_BT = image_BT.masked_fill(image_BT < 0, num_entries - 1)
+        owner_K = torch.arange(num_entries, device=image_BT.device).repeat_interleave(length)
+        mask_B1TK = (entry_BT[:, :, None] == owner_K).unsqueeze(1)
+        keys_EHMD, values_EHMD = _side_by_side(keys_EHMD), _side_by_side(values_EHMD)
+    added_BHTD = attend(
+        query_BHTD, keys_EHMD, values_EHMD, mask=mask_B1TK, scale=scale, softcap=softcap
+    )
+    if has_fallback:
         return added_BHTD
-    return added_BHTD * (token_BT >= 0)[:, None, :, None].to(added_BHTD.dtype)
+    return added_BHTD * (image_BT >= 0)[:, None, :, None].to(added_BHTD.dtype)
+
+
+def _side_by_side(x_EHMD: Tensor) -> Tensor:
+    """All entries as one, [1, H, E·M, D]."""
+    return x_EHMD.transpose(0, 1).flatten(1, 2).unsqueeze(0)
+
+
+def _own_prompts(values_EHMD: Tensor, image_BT: Tensor, ordinal_BT: Tensor) -> Tensor:
+    """Each placeholder attends to one prompt: a softmax over one key is 1, whatever the key."""
+    length = values_EHMD.shape[2]
+    attends_BT = (image_BT >= 0) & (ordinal_BT < length)
+    own_BTHD = values_EHMD[image_BT.clamp(min=0), :, ordinal_BT.clamp(max=length - 1)]
+    return (own_BTHD * attends_BT[..., None, None].to(own_BTHD.dtype)).transpose(1, 2)

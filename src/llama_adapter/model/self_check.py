@@ -13,10 +13,10 @@ from transformers import PreTrainedModel
 from llama_adapter.errors import UnsupportedModelError
 from llama_adapter.model.anatomy import family_of
 from llama_adapter.model.attention_registry import capture_keys_values, visual_prompts_arrive
-from llama_adapter.model.gated_attention import VisualPrompts
 from llama_adapter.model.offloading import home_of
 from llama_adapter.model.prompt_projection import Attention, KeysValues, project_prompt
 from llama_adapter.model.quantised import keep_unpacked
+from llama_adapter.model.routing import VisualPrompts
 
 RELATIVE_TOLERANCE = 1e-3
 """Of the largest number compared; the same products in another order differ by far less."""

@@ -12,8 +12,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from llama_adapter.config import did_you_mean
 from llama_adapter.errors import ConfigError, UnsupportedModelError
-from llama_adapter.model.gated_attention import VisualPrompts
 from llama_adapter.model.places import continued, num_cached
+from llama_adapter.model.routing import VisualPrompts
 
 CACHE = (
     "cache"
@@ -97,7 +97,7 @@ class VisualGenerationMixin(GenerationMixin):
             return inputs
         for name in by_token:
             # whoever counts placeholders needs those before the pass too
-            first = 0 if visual.own_slots else start
+            first = 0 if self.adapter_config.slot_reads == "own" else start
             new = NEW_TOKEN[name] if ends else None
             inputs[name] = continued(inputs[name], start=first, stop=stop, new=new)
         return inputs
