@@ -219,6 +219,38 @@ def test_a_recipe_lists_keys_that_are_not_needed(tmp_path: Path) -> None:
     assert said(sample)[-1] == ("assistant", "Two.")
 
 
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"prompt": "How many?", "prompt_id": "f0", "conversations": TALK},  # UltraChat, No Robots
+        {"conversations": TALK, "instruction": "How many?", "response": " Two.\n"},
+        {"conversations": TALK, "createdAt": "23", "avatarUrl": "h", "docId": "d"},
+        {"conversations": TALK, "created_at": "2023", "openai_moderation": [{"flagged": False}]},
+        {"conversations": ["How many?", "Two."], "source": "stackexchange"},  # LIMA
+    ],
+)  # fmt: skip
+def test_what_real_conversations_bring_along(tmp_path: Path, record: dict[str, Any]) -> None:
+    assert said(only(tmp_path, "sharegpt", record)) == [
+        ("user", "How many?"),
+        ("assistant", "Two."),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"conversations": TALK, "prompt": "How many stars?"}, "key 'prompt' is not read"),
+        ({"conversations": TALK, "grid": "[[0, 1]]"}, "key 'grid' is not read"),
+        ({"conversations": ["a", {"from": "gpt", "value": "b"}]}, "found str in it"),
+        ({"conversations": [None, *TALK]}, "found NoneType in it"),
+        ({"conversations": "a"}, "must be a list of objects, found str"),
+        ({"conversations": ["a", " "]}, "an answer is empty"),
+    ],
+)
+def test_what_resembles_it(tmp_path: Path, record: dict[str, Any], message: str) -> None:
+    assert message in refusal(lambda: only(tmp_path, "sharegpt", record))
+
+
 def test_llama_factorys_conversations(tmp_path: Path) -> None:
     names = write_pictures(tmp_path, 2)
     record = {

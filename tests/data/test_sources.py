@@ -152,10 +152,12 @@ def test_karpathys_file_and_lists_of_captions(tmp_path: Path) -> None:
     names = write_pictures(tmp_path / "photos", 2)
     karpathy = {
         "images": [
-            {"filepath": "val2014", "filename": n, "split": s, "sentences": [{"raw": c}] * 2}
+            {"filepath": "val2014", "filename": n, "split": s, "sentids": [1, 2], "imgid": 0,
+             "cocoid": 42, "sentences": [{"raw": c, "tokens": [c], "imgid": 0, "sentid": 1}] * 2}
             for n, s, c in zip(names, ("train", "test"), ("One.", "Two."), strict=True)
-        ]
-    }
+        ],
+        "dataset": "coco",
+    }  # fmt: skip
     plain = [{"image": n, "captions": ["One.", "Two."], "split": "train"} for n in names]
     options = {"images": tmp_path / "photos"}
     source = open_source(

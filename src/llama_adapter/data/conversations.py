@@ -65,7 +65,8 @@ class JsonSource(ABC):
             fields = Fields(record, ignore=self.options.ignore)
             media = Media.of(fields, self.folder)
             conversation = self.read(fields, media)
-            fields.check(shows_media=bool(conversation.images))
+            said = [message.text for message in conversation.messages]
+            fields.check(shows_media=bool(conversation.images), said=said)
             return Sample(id=where, kind=self.kind, conversation=conversation)
         except (DataError, PromptError) as error:
             raise placed(error, where) from error

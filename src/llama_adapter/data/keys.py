@@ -14,14 +14,16 @@ from llama_adapter.errors import DataError
 
 _METADATA = re.compile(
     r"""(?:.*_)?(?:
-        id|ids|idx|index|key|uid|uuid|guid|hash|md5|sha1|sha256|name|category|categories|type|topic
+        (?:coco|img|sent|doc|conv|user|prompt)?ids?|idx|index|key|uid|uuid|guid|hash|md5|sha1|sha256|name|category|categories|type|topic
         |source|sources|dataset|datasets|subset|split|lang|language|languages|license|licence|url
         |urls|model|models|version|date|time|timestamp|author|domain|difficulty|tags|size|format
-        |created|updated|metadata|meta|info|motivation_app|status
+        |(?:created|updated)(?:_at)?|exif|moderation|metadata|meta|info|motivation_app|status
     )""",
     re.VERBOSE | re.IGNORECASE,
 )
 """Names, by their last word, of what describes a record without being part of it."""
+_WORDS = re.compile(r"(?<=[a-z])(?=[A-Z])")
+"""Where a word of `createdAt` ends."""
 _MEDIA = re.compile(r"image|img|photo|picture|video|audio|pixel|frame|speech|sound", re.IGNORECASE)
 
 
@@ -47,7 +49,9 @@ def check_keys(
         # LLaMA-Factory writes an empty list of tools as text
         if key in read or key in ignore or is_empty(value) or value in ("[]", "{}"):
             continue
-        harmless = isinstance(value, int | float) or _METADATA.fullmatch(key) is not None
+        harmless = (
+            isinstance(value, int | float) or _METADATA.fullmatch(_WORDS.sub("_", key)) is not None
+        )
         if _MEDIA.search(key) and not shows_media:
             harmless = False
         if not harmless:

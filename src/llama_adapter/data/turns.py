@@ -71,9 +71,15 @@ class Fields:
             raise DataError(f"{name!r} must be text, found {type(value).__name__}")
         return value
 
-    def check(self, *, shows_media: bool = False) -> None:
-        """DataError for a key that nobody read and that may hold something."""
-        check_keys(self.record, self._read, ignore=(), shows_media=shows_media, what=self._what)
+    def check(self, *, shows_media: bool = False, said: Collection[str] = ()) -> None:
+        """DataError for a key that nobody read and that may hold something.
+
+        What repeats one of the texts `said` holds nothing, as UltraChat's `prompt`.
+        """
+        texts = {text.strip() for text in said}
+        repeated = {k for k, v in self.record.items() if isinstance(v, str) and v.strip() in texts}
+        read = self._read | repeated
+        check_keys(self.record, read, ignore=(), shows_media=shows_media, what=self._what)
 
 
 @dataclass(slots=True)
@@ -107,9 +113,17 @@ class Media:
 
 
 def read_turns(listed: Any, key: str, folder: MediaFolder) -> list[Turn]:
-    """Turns of {from, value} or {role, content}; contents may be lists of parts, as OpenAI's."""
-    if not isinstance(listed, list) or not all(isinstance(turn, dict) for turn in listed):
+    """Turns of {from, value} or {role, content}; contents may be lists of parts, as OpenAI's.
+
+    A list of texts is of the user and the assistant in turn, as in LIMA and UltraChat.
+    """
+    if isinstance(listed, list) and listed and all(isinstance(turn, str) for turn in listed):
+        return [Turn(("user", "assistant")[n % 2], text) for n, text in enumerate(listed)]
+    if not isinstance(listed, list):
         raise DataError(f"{key!r} must be a list of objects, found {type(listed).__name__}")
+    odd = [type(turn).__name__ for turn in listed if not isinstance(turn, dict)]
+    if odd:
+        raise DataError(f"{key!r} must be a list of objects, found {odd[0]} in it")
     return [_turn(turn, number, folder) for number, turn in enumerate(listed, start=1)]
 
 
