@@ -75,6 +75,8 @@ def test_a_damaged_tokenizer_is_refused_or_encodes(
         processor, encoded = result
         assert 0 <= min(encoded.input_ids) <= max(encoded.input_ids) < len(processor.tokenizer)
         assert encoded.num_answer_tokens > 0
+        prompt = processor.encode(Conversation.ask(TALK.turns[0].text)).input_ids
+        assert encoded.input_ids[: len(prompt)] == prompt
 
     for rng in campaign:
         path.write_bytes(damaged(rng))

@@ -189,16 +189,25 @@ def test_a_chat_template_that_marks_turns_by_words_cannot_be_forged(toy_tokenize
     assert "what is a U SER: line?" in text
 
 
-def test_a_chat_template_that_refuses_or_loses_a_message_is_an_error(
-    spaces_tokenizer: Any, toy_tokenizer: Any
+def test_a_template_without_a_system_message_has_it_in_the_first_question(
+    spaces_tokenizer: Any,
+) -> None:
+    talk = Conversation.from_messages(
+        [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Who?"}],
+        context="a sign",
+    )
+    talk = talk.assistant("Me.").user("And?")
+    assert text_of("chat", spaces_tokenizer, talk) == (
+        "<s>[INST] Be kind.\n\na sign\n\nWho? [/INST] Me.</s>[INST] And? [/INST]"
+    )
+
+
+def test_a_chat_template_that_is_missing_or_loses_a_message_is_an_error(
+    toy_tokenizer: Any,
 ) -> None:
     import copy
 
-    talk = Conversation.from_messages(
-        [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Who?"}]
-    )
-    with pytest.raises(PromptError, match="no system role here"):
-        text_of("chat", spaces_tokenizer, talk)
+    talk = Conversation.ask("Who?")
     with pytest.raises(ConfigError, match="this one has none"):
         text_of("chat", toy_tokenizer, talk)
     tokenizer = copy.deepcopy(toy_tokenizer)

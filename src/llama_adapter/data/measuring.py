@@ -27,7 +27,7 @@ from llama_adapter.files import atomic_file, open_regular
 Progress = Callable[[int], None]
 """Called with the number of samples just done."""
 
-_FORMAT = 3
+_FORMAT = 4
 """Counts up when samples are cut or tokenised in another way."""
 _CHUNK = 256
 _MAX_HEADER_BYTES = 1 << 26

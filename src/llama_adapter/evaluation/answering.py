@@ -79,9 +79,7 @@ class LocalAnswerer:
         options: dict[str, Any] = {"do_sample": generation.temperature > 0}
         if generation.temperature > 0:
             options["temperature"] = generation.temperature
-        stops = self._processor.stop_strings
-        if stops:
-            options |= {"stop_strings": stops, "tokenizer": self._processor.tokenizer}
+        options |= self._processor.stop_options
         with torch.random.fork_rng(), torch.no_grad():
             torch.manual_seed(seed)
             tokens = self._model.generate(
@@ -89,7 +87,7 @@ class LocalAnswerer:
             )
         new = tokens[:, inputs["input_ids"].shape[1] :]
         texts = self._processor.tokenizer.batch_decode(new, skip_special_tokens=True)
-        return [Answered(text=_without_stops(text, stops)) for text in texts]
+        return [Answered(text=self._processor.without_end(text)) for text in texts]
 
     def describe(self) -> dict[str, Any]:
         """Checksums of the adapter's files, its template and its frame rule."""
@@ -107,12 +105,6 @@ class LocalAnswerer:
             "template": self._processor.template,
             "frame_rule": self._model.adapter_config.frame_rule,
         }
-
-
-def _without_stops(text: str, stops: Sequence[str]) -> str:
-    for stop in stops:
-        text = text.split(stop)[0]
-    return text.strip()
 
 
 class EndpointAnswerer:

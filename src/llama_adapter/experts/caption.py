@@ -92,8 +92,9 @@ class CaptionExpert:
             instruction = self.instruction or learned or ADAPTER_INSTRUCTION
             prompts = [Conversation.ask(instruction, images=[image]) for image in request.images]
             inputs = self.processor(prompts, padding_side="left").to(self.model.device)
+            options = {**limit, **self.processor.stop_options}
             tokens = self.model.generate(
-                **inputs, max_new_tokens=self.max_new_tokens, do_sample=False, **limit
+                **inputs, max_new_tokens=self.max_new_tokens, do_sample=False, **options
             )
         finally:
             self.model.set_adapter(active)
@@ -102,7 +103,7 @@ class CaptionExpert:
         answers = self.processor.batch_decode(
             tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
         )
-        return _captions([answer.strip() for answer in answers])
+        return _captions([self.processor.without_end(answer) for answer in answers])
 
 
 def load_caption_expert(

@@ -115,10 +115,8 @@ class ChatSession:
         streamer = TextIteratorStreamer(
             self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True
         )
-        keywords = {**inputs, **self.settings.as_keywords()}
-        stops = self.processor.stop_strings
-        if stops:
-            keywords |= {"stop_strings": stops, "tokenizer": self.processor.tokenizer}
+        settings = self.settings.as_keywords()
+        keywords = {**inputs, **settings, **self.processor.stop_options}
         worker = _Worker(self.model, keywords, streamer)
         worker.start()
         pieces = []
@@ -131,9 +129,7 @@ class ChatSession:
             worker.stop()
             worker.join()
         tokens = worker.result()
-        text = "".join(pieces).strip()
-        for stop in stops:
-            text = text.removesuffix(stop).strip()
+        text = self.processor.without_end("".join(pieces))
         self.last_answer = Answer(
             text=text,
             tokens=int(tokens.shape[1] - inputs["input_ids"].shape[1]),

@@ -1,16 +1,19 @@
 """From a rendered prompt to token ids, labels and slot marks, and from rows to a batch.
 
-A prompt is tokenised once, as a whole. What each token is follows from its character offsets:
-tokenising prompt and answer apart would cut words differently from what generation sees.
+A talk is tokenised once, as a whole; what each token is follows from its character offsets. What
+generation reads has to be the beginning of it, token by token, at every answer. Where a tokenizer
+would join the end of a prompt with the answer's first letters, the two are tokenised apart.
 
 Shape suffixes: B rows, T tokens.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
@@ -18,7 +21,7 @@ import torch
 from torch import Tensor
 
 from llama_adapter.errors import ConfigError, PromptError
-from llama_adapter.processing.templates import Rendered, Span
+from llama_adapter.processing.pieces import Rendered, Span
 
 IGNORED = -100
 """Label of a token that is not scored; what torch's cross-entropy skips."""
@@ -70,7 +73,13 @@ def encode(text: Rendered, *, tokenizer: Any, opening: tuple[int, ...]) -> Encod
     if bos is not None and text.startswith(bos):
         opening = ()
     unmarked = (-1,) * len(opening)
-    scored = _spans_of(offsets, text.answers)
+    # what the model writes begins where its prompt ends, with white space before the answer
+    prompts = (bisect_right(text.openings, start) - 1 for start, _ in text.answers)
+    written = [
+        (text.openings[prompt], stop)
+        for prompt, (_, stop) in zip(prompts, text.answers, strict=True)
+    ]
+    scored = _spans_of(offsets, written)
     labels = (token if span >= 0 else IGNORED for token, span in zip(ids, scored, strict=True))
     return Encoded(
         input_ids=(*opening, *ids),
@@ -85,13 +94,9 @@ def _tokenize(text: Rendered, tokenizer: Any) -> tuple[Rendered, list[int], list
     Special tokens written out are broken up already; a tokenizer that looks for them in
     normalized text makes them of other spellings too, and only it knows of which.
     """
-    normalized = _normalized_specials(tokenizer, len(tokenizer))
+    normalized = _special_ids(tokenizer, len(tokenizer), normalized=True)
     for _ in range(_MOST_SPELLINGS):
-        found = tokenizer(
-            text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
-        )
-        ids: list[int] = found["input_ids"]
-        offsets: list[Span] = found["offset_mapping"]
+        ids, offsets = _with_prompts_apart(text, tokenizer)
         if normalized.isdisjoint(ids):
             return text, ids, offsets
         # some special tokens take the white space beside them along
@@ -117,10 +122,50 @@ def _trimmed(text: str, span: Span) -> Span:
     return stop - len(token.lstrip()), first + len(token.rstrip())
 
 
-@lru_cache(maxsize=8)
-def _normalized_specials(tokenizer: Any, length: int) -> frozenset[int]:  # noqa: ARG001  (it may grow)
+def _with_prompts_apart(text: Rendered, tokenizer: Any) -> tuple[list[int], list[Span]]:
+    """Token ids and characters, of which the prompt of every answer is the beginning."""
+    ids, offsets = _tokens(text, 0, len(text), tokenizer)
+    specials = _special_ids(tokenizer, len(tokenizer), normalized=False)
+    cuts = []
+    token = 0
+    for at in text.openings:
+        # what a special token follows is tokenised as if it were alone
+        start = token
+        while token < len(ids) and offsets[token][1] <= at:
+            if ids[token] in specials:
+                start = token
+            token += 1
+        if not any(
+            _tokens(text, offsets[i][0] if i else 0, at, tokenizer)[0] == ids[i:token]
+            for i in ((start, 0) if start and ids[start] in specials else (0,))
+        ):
+            cuts.append(at)
+    if not cuts:
+        return ids, offsets
+    ids, offsets = [], []
+    for first, stop in pairwise((0, *cuts, len(text))):
+        more_ids, more_offsets = _tokens(text, first, stop, tokenizer)
+        ids += more_ids
+        offsets += more_offsets
+    return ids, offsets
+
+
+def _tokens(text: str, first: int, stop: int, tokenizer: Any) -> tuple[list[int], list[Span]]:
+    found = tokenizer(
+        str(text[first:stop]), add_special_tokens=False, return_offsets_mapping=True, verbose=False
+    )
+    offsets = found["offset_mapping"]
+    return found["input_ids"], [(a + first, b + first) for a, b in offsets] if first else offsets
+
+
+@lru_cache(maxsize=16)
+def _special_ids(tokenizer: Any, length: int, *, normalized: bool) -> frozenset[int]:  # noqa: ARG001
+    """Ids of special tokens; `normalized`: those looked for in normalized text.
+
+    `length` is there since the tokenizer may grow.
+    """
     added = tokenizer.added_tokens_decoder.items()
-    found = {index for index, token in added if token.special and token.normalized}
+    found = {i for i, token in added if token.special and token.normalized >= normalized}
     return frozenset(found - {tokenizer.unk_token_id})
 
 

@@ -16,7 +16,7 @@ from functools import lru_cache, wraps
 from typing import Any
 
 import jinja2
-from jinja2 import nodes
+from jinja2 import meta, nodes
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from llama_adapter.errors import ConfigError
@@ -54,6 +54,8 @@ class BoundedTemplate:
         self._bind()
         try:
             tree = self._environment.parse(source)
+            self.variables: frozenset[str] = frozenset(meta.find_undeclared_variables(tree))
+            """What it reads and does not set: its switches, among others."""
             self._charge_loops(tree)
             code = self._environment.compile(tree)
             self._template = jinja2.Template.from_code(

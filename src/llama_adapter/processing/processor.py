@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -18,8 +19,10 @@ from llama_adapter.errors import CheckpointError, ConfigError, LlamaAdapterError
 from llama_adapter.files import read_json_object, write_atomically
 from llama_adapter.pretrained import explain, load_pretrained
 from llama_adapter.processing import agreement
+from llama_adapter.processing.chat_template import ChatTemplate
 from llama_adapter.processing.encoding import IGNORED, Encoded, Side, encode, opening_ids, pad
 from llama_adapter.processing.image_processors import image_processor_from, pixel_values
+from llama_adapter.processing.pieces import Rendered
 from llama_adapter.processing.prompts import (
     Informant,
     Prompt,
@@ -30,7 +33,7 @@ from llama_adapter.processing.prompts import (
     hand_out,
     images_per_prompt,
 )
-from llama_adapter.processing.templates import TEMPLATES, PromptRenderer, Rendered
+from llama_adapter.processing.templates import CHAT, TEMPLATES, PromptRenderer
 
 PROCESSOR_FILE = "processor_config.json"
 _OPTIONS = ("template", "visual_scope", "slot_text", "channel_order")
@@ -43,6 +46,8 @@ _STORED: dict[str, Any] = {
     "slot_text": str | None,
     "channel_order": str,
 }
+# Adapters of version 0.1 do not have it: what it says is found by trying.
+_LATER = {"chat": dict | None}
 _OF_TRANSFORMERS = {"auto_map"}
 # Tokenizers without a limit of their own carry an astronomically large one.
 _NO_LIMIT = 10**9
@@ -82,6 +87,7 @@ class LlamaAdapterProcessor(ProcessorMixin):
         visual_scope: str = "all",
         slot_text: str | None = None,
         channel_order: str = "rgb",
+        chat_switches: Mapping[str, Any] | None = None,
     ) -> None:
         """Set up for one base.
 
@@ -92,6 +98,9 @@ class LlamaAdapterProcessor(ProcessorMixin):
             visual_scope: `all`, or `slots` where only placeholder tokens read the image.
             slot_text: the placeholder, with `slots`; special tokens or ordinary text.
             channel_order: `rgb`, or `bgr` for adapters trained on swapped channels.
+            chat_switches: variables of the tokenizer's chat template, such as
+                `{"enable_thinking": False}`, with template `chat`; None: those under which prompts
+                are the beginning of talks, found by trying.
         """
         if tokenizer is None:
             raise ConfigError("LlamaAdapterProcessor needs a tokenizer, got None")
@@ -109,7 +118,11 @@ class LlamaAdapterProcessor(ProcessorMixin):
         self.slot_text = slot_text
         self.channel_order = channel_order
         self._opening = opening_ids(tokenizer)
-        self._renderer = PromptRenderer(template, tokenizer=tokenizer, slot_text=slot_text)
+        if chat_switches and template != CHAT:
+            raise ConfigError(f"chat_switches are of template 'chat', got template {template!r}")
+        self._renderer = PromptRenderer(
+            template, tokenizer=tokenizer, slot_text=slot_text, chat_switches=chat_switches
+        )
 
     @property
     def context_length(self) -> int | None:
@@ -134,9 +147,39 @@ class LlamaAdapterProcessor(ProcessorMixin):
         return len(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     @property
+    def ends(self) -> tuple[str, ...]:
+        """What stands behind an answer and is learnt with it: the end of generation."""
+        return self._renderer.ends
+
+    @property
     def stop_strings(self) -> list[str]:
-        """What generation has to stop at, beside the tokenizer's eos_token."""
-        return self._renderer.stop_strings
+        """Ends of an answer that are several tokens."""
+        return [end for end in self.ends if self._token_of(end) is None]
+
+    @property
+    def stop_options(self) -> dict[str, Any]:
+        """What `generate` needs to stop where an answer ends, whatever the base's own end is."""
+        found = [self._token_of(end) for end in self.ends]
+        ids = [*found, self.tokenizer.eos_token_id]
+        options: dict[str, Any] = {}
+        if any(token is not None for token in ids):
+            options["eos_token_id"] = sorted({token for token in ids if token is not None})
+        if self.stop_strings:
+            options |= {"stop_strings": self.stop_strings, "tokenizer": self.tokenizer}
+        return options
+
+    def without_end(self, text: str) -> str:
+        """A generated answer without what ended it."""
+        text = text.strip()
+        for end in self.ends:
+            text = text.removesuffix(end).strip()
+        return text
+
+    def _token_of(self, text: str) -> int | None:
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        # another text may begin with an ordinary token; a stop string looks into tokens
+        is_own = len(ids) == 1 and ids[0] in self.tokenizer.added_tokens_decoder
+        return ids[0] if is_own else None
 
     @property
     def model_input_names(self) -> list[str]:
@@ -162,19 +205,38 @@ class LlamaAdapterProcessor(ProcessorMixin):
         if all(scored):
             return text
         answers = [span for span, keep in zip(text.answers, scored, strict=False) if keep]
-        return Rendered(text, answers=answers, slots=text.slots)
+        return Rendered(
+            text, answers=answers, openings=text.openings, slots=text.slots, said=text.said
+        )
 
-    def encode(self, prompt: Prompt, *, max_length: int | None = None) -> Encoded:
-        """Token ids, labels and slot marks of one prompt.
+    def encode(
+        self, prompt: Prompt, *, max_length: int | None = None, rendered: bool | None = None
+    ) -> Encoded:
+        """Token ids, labels and slot marks of one prompt; `rendered` as in `__call__`.
 
         Raises `PromptError` where it does not fit into `max_length` or the context.
         """
+        prompt = self._as_said(prompt, rendered)
         text = prompt if isinstance(prompt, Rendered) else self.render(as_conversation(prompt))
         encoded = encode(text, tokenizer=self.tokenizer, opening=self._opening)
         limit = max_length or self.context_length
         if limit is not None and len(encoded) > limit:
             raise PromptError(f"prompt has {len(encoded)} tokens; the context holds {limit}")
         return encoded
+
+    def _as_said(self, prompt: Prompt, rendered: bool | None) -> Prompt:
+        """The prompt, a plain string as the question or the rendered prompt that it is."""
+        if not isinstance(prompt, str) or (isinstance(prompt, Rendered) and rendered is not False):
+            return prompt
+        if rendered:
+            slots = re.finditer(re.escape(self.slot_text), prompt) if self.slot_text else ()
+            return Rendered(prompt, slots=[slot.span() for slot in slots])
+        if rendered is None and self._renderer.looks_rendered(prompt):
+            raise PromptError(
+                "the text reads like a prompt that is rendered already; pass rendered=True to take "
+                "it as it is, or rendered=False where it is a question"
+            )
+        return str(prompt)
 
     def apply_chat_template(
         self,
@@ -225,12 +287,16 @@ class LlamaAdapterProcessor(ProcessorMixin):
         images: Any = None,
         *,
         experts: Informant | None = None,
+        rendered: bool | None = None,
         **options: Any,
     ) -> BatchFeature:
         """Model inputs for one prompt or a batch of prompts.
 
         Args:
             text: prompts; a plain string is a question, put into the template.
+            rendered: what plain strings are: True, a result of `apply_chat_template` to be taken
+                as it is, trusted; False, questions, whatever they hold; None, questions, but a
+                `PromptError` where one reads like a rendered prompt.
             images: what the prompts do not hold themselves: an image, one a prompt, or a list of
                 lists.
             experts: a `llama_adapter.experts.ExpertPool`, whose texts about the images become
@@ -248,7 +314,7 @@ class LlamaAdapterProcessor(ProcessorMixin):
         """
         if text is None:
             raise PromptError("a prompt is needed, got text None")
-        prompts = as_prompts(text)
+        prompts = [self._as_said(prompt, rendered) for prompt in as_prompts(text)]
         texts: list[Rendered] = []
         held: list[tuple[ImageRef, ...]] = []
         contexts: list[tuple[Any, ...]] = []
@@ -378,7 +444,20 @@ class LlamaAdapterProcessor(ProcessorMixin):
         """What `save_pretrained` stores beside the tokenizer."""
         images = None if self.image_processor is None else self.image_processor.to_dict()
         options = {name: getattr(self, name) for name in _OPTIONS}
-        return {"processor_class": type(self).__name__, "image_processor": images, **options}
+        stored = {"processor_class": type(self).__name__, "image_processor": images, **options}
+        return {**stored, "chat": self._chat_record()}
+
+    def _chat_record(self) -> dict[str, Any] | None:
+        """What was read off the tokenizer's chat template, for a template that is changed later."""
+        template = self._renderer.template
+        if not isinstance(template, ChatTemplate):
+            return None
+        opening = template.opening()
+        return {
+            "switches": template.switches,
+            "opening": opening.prompt + opening.gap,
+            "ends": list(template.ends),
+        }
 
     def save_pretrained(self, save_directory: Any) -> list[str]:
         """Write `processor_config.json` and the tokenizer's files."""
@@ -405,8 +484,15 @@ class LlamaAdapterProcessor(ProcessorMixin):
         settings = stored["image_processor"]
         images = None if settings is None else image_processor_from(settings, where=where)
         try:
-            processor = cls(images, tokenizer, **options)
+            chat = stored.get("chat")
+            switches = chat["switches"] if chat and options["template"] == CHAT else None
+            processor = cls(images, tokenizer, **options, chat_switches=switches)
             processor.try_out()
+            if chat not in (None, processor.to_dict()["chat"]):
+                raise CheckpointError(
+                    "the tokenizer's chat template opens or ends answers in another way than "
+                    f"the one that {PROCESSOR_FILE} was saved with"
+                )
         except LlamaAdapterError as error:
             raise CheckpointError(f"{where}: {explain(error)}") from error
         except Exception as error:  # damaged tokenizers fail in whatever way they like
@@ -440,7 +526,17 @@ def _options(stored: Mapping[str, Any], *, where: Any) -> dict[str, Any]:
         if not isinstance(stored[name], expected):
             found = type(stored[name]).__name__
             raise CheckpointError(f"{where}: {PROCESSOR_FILE}: {name} cannot be of type {found}")
-    unknown = sorted(set(stored) - set(_STORED) - _OF_TRANSFORMERS)
+    for name, expected in _LATER.items():
+        if not isinstance(stored.get(name), expected):
+            raise CheckpointError(f"{where}: {PROCESSOR_FILE}: {name} must be an object or null")
+    chat = stored.get("chat")
+    if chat is not None and (
+        chat.keys() != {"switches", "opening", "ends"} or not isinstance(chat["switches"], dict)
+    ):
+        raise CheckpointError(
+            f"{where}: {PROCESSOR_FILE}: chat holds other keys than it is saved with"
+        )
+    unknown = sorted(set(stored) - set(_STORED) - set(_LATER) - _OF_TRANSFORMERS)
     if unknown:
         raise CheckpointError(f"{where}: {PROCESSOR_FILE} has an unknown key {unknown[0][:80]!r}")
     options = {name: stored[name] for name in _OPTIONS}

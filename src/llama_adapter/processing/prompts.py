@@ -11,7 +11,7 @@ from PIL import Image
 from llama_adapter.conversation import Conversation, ImageRef
 from llama_adapter.errors import PromptError
 from llama_adapter.processing.images import load_image
-from llama_adapter.processing.templates import Rendered
+from llama_adapter.processing.pieces import Rendered
 from llama_adapter.processing.video import is_video, load_video
 
 Prompt = Conversation | Rendered | str | Sequence[Mapping[str, Any]]

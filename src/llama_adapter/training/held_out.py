@@ -107,10 +107,7 @@ class HeldOutScorer:
         # made here, for `generate` would use layers beyond a forward pass, where they are in shards
         self.engine.gather_root()
         visual = self.model.encode_visual(inputs.pop("pixel_values"))
-        options: dict[str, Any] = {"visual_prompts": visual}
-        stops = self.processor.stop_strings
-        if stops:
-            options |= {"stop_strings": stops, "tokenizer": self.processor.tokenizer}
+        options: dict[str, Any] = {"visual_prompts": visual, **self.processor.stop_options}
         if self.engine.world_size > 1:
             options["synced_gpus"] = True
         tokenizer = self.processor.tokenizer
@@ -123,10 +120,8 @@ class HeldOutScorer:
             **options,
         )
         new = tokens[:, inputs["input_ids"].shape[1] :]
-        texts = [text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
-        for stop in stops:
-            texts = [text.removesuffix(stop).strip() for text in texts]
-        return texts
+        texts = tokenizer.batch_decode(new, skip_special_tokens=True)
+        return [self.processor.without_end(text) for text in texts]
 
     def _shares(self, items: Sequence[Any]) -> Iterator[tuple[Sequence[Any], bool]]:
         """This process's batches, and whether each counts.

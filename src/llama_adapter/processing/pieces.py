@@ -1,0 +1,94 @@
+"""What a prompt is made of, and a prompt of which we know what every character is.
+
+Shared by the templates of `templates` and `chat_template`.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum, auto
+from itertools import pairwise
+from typing import Self
+
+from llama_adapter.conversation import Message
+
+Span = tuple[int, int]
+"""First character and the one after the last."""
+
+
+class Kind(Enum):
+    """What a piece of a prompt is; see the head of `templates`."""
+
+    TEMPLATE = auto()
+    CONTENT = auto()
+    GAP = auto()
+    ANSWER = auto()
+    END = auto()
+    SLOT = auto()
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A stretch of a prompt of one kind."""
+
+    kind: Kind
+    text: str
+
+
+class Rendered(str):
+    """A prompt's text, and where in it the answers, the image slots and untrusted texts are."""
+
+    answers: tuple[Span, ...]
+    """Each answer that is scored, with its end-of-turn token."""
+    slots: tuple[Span, ...]
+    """Each image's placeholder, in the order of the images."""
+    openings: tuple[int, ...]
+    """Where the prompt ends that each answer was given to; what the model writes follows."""
+    said: tuple[Span, ...]
+    """What users, experts and the assistant said: no special token stands there."""
+
+    __slots__ = ("answers", "openings", "said", "slots")
+
+    def __new__(
+        cls,
+        text: str,
+        *,
+        answers: Sequence[Span] = (),
+        openings: Sequence[int] = (),
+        slots: Sequence[Span] = (),
+        said: Sequence[Span] = (),
+    ) -> Self:
+        rendered = super().__new__(cls, text)
+        rendered.answers = tuple(answers)
+        rendered.openings = tuple(openings)
+        rendered.slots = tuple(slots)
+        rendered.said = tuple(said)
+        return rendered
+
+    def with_spaces(self, places: Sequence[int]) -> Rendered:
+        """The same with a space before each of these characters, given in order."""
+        borders = [0, *places, len(self)]
+        text = " ".join(self[a:b] for a, b in pairwise(borders))
+
+        def moved(spans: Sequence[Span]) -> list[Span]:
+            return [(a + bisect_left(places, a), b + bisect_left(places, b)) for a, b in spans]
+
+        return Rendered(
+            text,
+            answers=moved(self.answers),
+            openings=[at + bisect_left(places, at) for at in self.openings],
+            slots=moved(self.slots),
+            said=moved(self.said),
+        )
+
+
+def slot_pieces(message: Message, slot_text: str | None, *, after: str) -> list[Piece]:
+    """A slot for each image of the message, where images have slots at all."""
+    if slot_text is None or not message.images:
+        return []
+    pieces: list[Piece] = []
+    for _ in message.images:
+        pieces += [Piece(Kind.SLOT, slot_text), Piece(Kind.TEMPLATE, " ")]
+    return [*pieces[:-1], *([Piece(Kind.TEMPLATE, after)] if after else [])]
