@@ -121,6 +121,36 @@ def test_verdicts(write: Any, verdict: Any, score: float | None) -> None:
     assert found.unjudged == (score is None)
 
 
+@pytest.mark.parametrize(
+    ("verdict", "names"),
+    [
+        ({"pred": "yes", "score": "80%"}, {"accuracy", "accuracy_missing_as_wrong"}),
+        ({"score": 4}, {"score", "score_unrounded", "score_missing_as_zero"}),
+    ],
+)
+def test_a_measure_that_no_verdict_has_is_not_zero(
+    write: Any, verdict: Any, names: set[str]
+) -> None:
+    found = quick("msvd-qa", write("r.json", {"a": entry(verdict), "b": entry(verdict)}))
+    assert set(found.metrics) == names
+    assert found.unjudged == 2
+
+
+def test_several_questions_under_one_video(write: Any) -> None:
+    """No question vanishes, and a lone [verdict, question] file is one answer."""
+    asked = [
+        {"time": 100, "question": "who?", "answer": "dog", "pred": "dog"},
+        {"time": 200, "question": "where?", "answer": "park", "pred": "hall"},
+    ]
+    found = quick("msvd-qa", write("break.json", {"1.mp4": asked, "2.mp4": asked[:1]}))
+    assert (found.n, found.unjudged) == (3, 3)
+    assert found.metrics["exact-match:accuracy"] == pytest.approx(200 / 3)
+    alone = quick("msvd-qa", write("v_1_0.json", entry({"pred": "yes", "score": 4})))
+    assert (alone.n, alone.metrics["accuracy"], alone.metrics["score"]) == (1, 100, 4)
+    two = [{"question_id": n, "pred": "dog"} for n in (1, 2)]
+    assert quick("msvd-qa", write("two.json", two)).n == 2
+
+
 @pytest.mark.parametrize("task", TASKS)
 def test_unjudged_is_not_zero(write: Any, task: str) -> None:
     """No number without judged records, and none without answers, for every task."""

@@ -131,10 +131,23 @@ def public_entries(path: Path) -> tuple[list[tuple[str, Any]], bool]:
         inner = next((content[k] for k in ("results", "predictions", "data") if k in content), None)
         content = inner if isinstance(inner, list | dict) else content
     if isinstance(content, dict):
-        return list(content.items()), is_cut
+        return [part for item in content.items() for part in _opened(*item)], is_cut
+    if _is_pair(content):  # one of a folder's files, which hold an answer each
+        return [(path.stem, content)], is_cut
     if not isinstance(content, list):
         raise EvaluationError(f"{path}: expected answers by id, found {brief(content)}")
     return [_listed(n, row, where=f"{path}: item {n + 1}") for n, row in enumerate(content)], is_cut
+
+
+def _opened(key: str, entry: Any) -> list[tuple[str, Any]]:
+    """The entries of one key: a video's several questions, as MovieChat's files hold them."""
+    if isinstance(entry, list) and entry and all(map(_is_question, entry)):
+        return [(key, question) for question in entry]
+    return [(key, entry)]
+
+
+def _is_question(item: Any) -> bool:
+    return isinstance(item, dict) and bool(lowered(item).keys() & {*_ASKED})
 
 
 def _single(file: Path) -> Any:
@@ -152,7 +165,7 @@ def _is_pair(entry: Any) -> bool:
     """Whether a list is a verdict and its question, rather than several records."""
     match entry:
         case [dict() | str() as verdict, dict(question), *_]:
-            is_record = isinstance(verdict, dict) and lowered(verdict).keys() & {*_ASKED}
+            is_record = isinstance(verdict, dict) and lowered(verdict).keys() & {*_ASKED, *_IDS}
             return bool(lowered(question).keys() & {*_ASKED, "q1", *_SAID}) and not is_record
         case _:
             return False
@@ -237,8 +250,10 @@ def count(predictions: Predictions, _: Counting) -> Tally:
     answers are compared with the right ones by their words.
     """
     sums, unanswered, unjudged, judged = [], 0, 0, 0
+    graded = scored = False
     for row in predictions.rows:
         is_right, score = read_verdict(row.verdicts.get(ASPECT))
+        graded, scored = graded or is_right is not None, scored or score is not None
         judged += is_right is not None or score is not None
         unanswered += not row.is_answered
         unjudged += row.is_answered and (is_right is None or score is None)
@@ -250,7 +265,7 @@ def count(predictions: Predictions, _: Counting) -> Tally:
     return Tally(
         n=len(predictions.rows),
         sums_UC=table(sums, columns=6),
-        metrics=_metrics,
+        metrics=partial(_metrics, graded=graded, scored=scored),
         judged=judged,
         unanswered=unanswered,
         unjudged=unjudged,
@@ -296,15 +311,19 @@ def _word_metrics(totals: Floats) -> dict[str, Floats]:
     return metrics
 
 
-def _metrics(totals: Floats) -> dict[str, Floats]:
+def _metrics(totals: Floats, *, graded: bool, scored: bool) -> dict[str, Floats]:
     right, wrong, whole, exact, judged, all_ = np.moveaxis(totals, -1, 0)
-    return {
-        "accuracy": 100 * ratio(right, right + wrong),
-        "score": ratio(whole, judged),
-        "score_unrounded": ratio(exact, judged),
-        "accuracy_missing_as_wrong": 100 * ratio(right, all_),
-        "score_missing_as_zero": ratio(whole, all_),
-    }
+    metrics = {}
+    if graded:
+        metrics["accuracy"] = 100 * ratio(right, right + wrong)
+    if scored:
+        metrics |= {"score": ratio(whole, judged), "score_unrounded": ratio(exact, judged)}
+    # beside a measure that no verdict has, zero would be an invention
+    if graded:
+        metrics["accuracy_missing_as_wrong"] = 100 * ratio(right, all_)
+    if scored:
+        metrics["score_missing_as_zero"] = ratio(whole, all_)
+    return metrics
 
 
 def judge_questions(row: Row) -> dict[str, dict[str, str]]:
