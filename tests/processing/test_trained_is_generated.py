@@ -16,9 +16,19 @@ from tests.processing.chat_templates import FAMILIES
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from llama_adapter import CheckpointError, Conversation, LlamaAdapterProcessor, PromptError
+from llama_adapter import (
+    CheckpointError,
+    Conversation,
+    LlamaAdapterConfig,
+    LlamaAdapterForConditionalGeneration,
+    LlamaAdapterProcessor,
+    PromptError,
+)
 from llama_adapter.conversation import Message
 from llama_adapter.errors import ConfigError
+from llama_adapter.evaluation.answering import LocalAnswerer
+from llama_adapter.evaluation.tasks.base import Generation
+from llama_adapter.generation.chat import ChatSession, GenerationSettings
 
 try:
     import trl
@@ -168,9 +178,11 @@ def test_another_chat_template_than_the_saved_one_is_refused(tmp_path: Path) -> 
     tokenizer = tokenizer_of(THINKING, eos="<|im_end|>")
     LlamaAdapterProcessor(None, tokenizer, template="chat").save_pretrained(tmp_path)
     path = tmp_path / "chat_template.jinja"
-    path.write_text(path.read_text().replace("<|im_end|>", "<|end|>"))
-    with pytest.raises(CheckpointError, match="opens or ends answers in another way"):
-        LlamaAdapterProcessor.from_pretrained(tmp_path)
+    template = path.read_text()
+    for was, becomes in (("<|im_end|>", "<|end|>"), ("{{ m.role }}", "{{ m.role | upper }}")):
+        path.write_text(template.replace(was, becomes))
+        with pytest.raises(CheckpointError, match="opens or ends turns in another way"):
+            LlamaAdapterProcessor.from_pretrained(tmp_path)
 
 
 def test_a_header_of_talks_stands_in_prompts_and_one_of_prompts_in_talks() -> None:
@@ -282,8 +294,8 @@ def test_answers_learnt_by_heart_are_said_exactly_and_then_it_stops() -> None:
         assert said == [answer.strip() for answer in ANSWERS.values()], path.name
 
 
-def say_by_heart(processor: LlamaAdapterProcessor) -> list[str]:
-    """What a small model says after it was trained on three answers."""
+def learnt_by_heart(processor: LlamaAdapterProcessor) -> LlamaForCausalLM:
+    """A small model trained on three answers."""
     asked = [Conversation.ask(question) for question in ANSWERS]
     batch = processor(
         [talk.assistant(a) for talk, a in zip(asked, ANSWERS.values(), strict=True)], labels=True
@@ -310,10 +322,39 @@ def say_by_heart(processor: LlamaAdapterProcessor) -> list[str]:
         optimizer.zero_grad()
         if loss.item() < 0.02:
             break
-    model.eval()
-    inputs = processor(asked)
-    tokens = model.generate(**inputs, max_new_tokens=40, do_sample=False, **processor.stop_options)
+    return model.eval()
+
+
+def say_by_heart(processor: LlamaAdapterProcessor) -> list[str]:
+    """What it says to the questions."""
+    inputs = processor([Conversation.ask(question) for question in ANSWERS])
+    tokens = learnt_by_heart(processor).generate(
+        **inputs, max_new_tokens=40, do_sample=False, **processor.stop_options
+    )
     new = tokens[:, inputs["input_ids"].shape[1] :]
     assert new.shape[1] < 40, "every answer ended"
     said = processor.tokenizer.batch_decode(new, skip_special_tokens=True)
     return [processor.without_end(text) for text in said]
+
+
+@pytest.mark.parametrize("end", ["<|im_end|>", "[end]"])
+def test_chat_and_evaluation_stop_where_the_template_ends_an_answer(
+    end: str, tmp_path: Path
+) -> None:
+    """One end is a token that is not the base's own, the other is several tokens."""
+    template = FAMILIES["chatml"].template.replace("<|im_end|>", end)
+    processor = LlamaAdapterProcessor(None, tokenizer_of(template), template="chat")
+    learnt_by_heart(processor).save_pretrained(tmp_path / "base")
+    config = LlamaAdapterConfig.preset("v1", prompt_length=2, prompt_layers=1)
+    model = LlamaAdapterForConditionalGeneration.from_base(
+        str(tmp_path / "base"), config=config, seed=0
+    )
+    answers = [answer.strip() for answer in ANSWERS.values()]
+    for question, answer in zip(ANSWERS, answers, strict=True):
+        settings = GenerationSettings(max_new_tokens=40)
+        said = ChatSession(model, processor, settings=settings).ask(question)
+        assert (said.text, said.tokens < 40) == (answer, True)
+    answerer = LocalAnswerer(model, processor, directory=tmp_path)
+    asked = [Conversation.ask(question) for question in ANSWERS]
+    found = answerer.answer(asked, Generation(max_new_tokens=40), seed=0)
+    assert [answered.text for answered in found] == answers

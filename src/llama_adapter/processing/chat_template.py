@@ -93,6 +93,22 @@ class ChatTemplate:
         opening = longer.rstrip(" ")
         return Opening(opening, longer[len(opening) :])
 
+    def record(self) -> dict[str, Any]:
+        """What was read off the template, to be compared when an adapter is loaded.
+
+        Not its preamble, in which some templates put the date.
+        """
+        turns = ""
+        with suppress(PromptError):
+            turns = self._literals(("user", "assistant", "user"), True)[-2]
+        opening = self.opening()
+        return {
+            "switches": self.switches,
+            "opening": opening.prompt + opening.gap,
+            "ends": list(self.ends),
+            "between_turns": turns,
+        }
+
     def lay_out(
         self, conversation: Conversation, *, slot_text: str | None, opens_answer: bool
     ) -> list[Piece]:

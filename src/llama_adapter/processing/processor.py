@@ -448,16 +448,9 @@ class LlamaAdapterProcessor(ProcessorMixin):
         return {**stored, "chat": self._chat_record()}
 
     def _chat_record(self) -> dict[str, Any] | None:
-        """What was read off the tokenizer's chat template, for a template that is changed later."""
+        """What was read off the tokenizer's chat template, where prompts are made of it."""
         template = self._renderer.template
-        if not isinstance(template, ChatTemplate):
-            return None
-        opening = template.opening()
-        return {
-            "switches": template.switches,
-            "opening": opening.prompt + opening.gap,
-            "ends": list(template.ends),
-        }
+        return template.record() if isinstance(template, ChatTemplate) else None
 
     def save_pretrained(self, save_directory: Any) -> list[str]:
         """Write `processor_config.json` and the tokenizer's files."""
@@ -490,8 +483,8 @@ class LlamaAdapterProcessor(ProcessorMixin):
             processor.try_out()
             if chat not in (None, processor.to_dict()["chat"]):
                 raise CheckpointError(
-                    "the tokenizer's chat template opens or ends answers in another way than "
-                    f"the one that {PROCESSOR_FILE} was saved with"
+                    "the tokenizer's chat template opens or ends turns in another way than the "
+                    f"one that {PROCESSOR_FILE} was saved with"
                 )
         except LlamaAdapterError as error:
             raise CheckpointError(f"{where}: {explain(error)}") from error
@@ -531,7 +524,8 @@ def _options(stored: Mapping[str, Any], *, where: Any) -> dict[str, Any]:
             raise CheckpointError(f"{where}: {PROCESSOR_FILE}: {name} must be an object or null")
     chat = stored.get("chat")
     if chat is not None and (
-        chat.keys() != {"switches", "opening", "ends"} or not isinstance(chat["switches"], dict)
+        chat.keys() != {"switches", "opening", "ends", "between_turns"}
+        or not isinstance(chat["switches"], dict)
     ):
         raise CheckpointError(
             f"{where}: {PROCESSOR_FILE}: chat holds other keys than it is saved with"
