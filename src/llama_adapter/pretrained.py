@@ -7,6 +7,8 @@ transformers neither imports a file of the directory nor asks on standard input 
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +55,11 @@ def check_settings(folder: Path, *, error: type[LlamaAdapterError] = CheckpointE
         return
     for path in (*folder.glob("*"), *folder.glob("additional_chat_templates/*")):
         if path.name in _SETTINGS:
-            _check_object(path, error=error)
+            content = _read_object(path, error=error)
+            if path.name == "config.json":
+                _check_config(content, name=str(path), error=error)
+        elif path.name.endswith(_INDEX):
+            _check_index(path, error=error)
         elif path.name.endswith(_TEXTS):
             open_regular(path, error=error, limit=_MAX_VOCABULARY).close()
 
@@ -69,10 +75,59 @@ _SETTINGS = {
     "tokenizer_config.json",
 }
 _TEXTS = (".json", ".jinja", ".txt", ".model", ".tiktoken")
+_INDEX = (".bin.index.json", ".safetensors.index.json")
 _MAX_VOCABULARY = 1 << 30
 
+COUNTS = re.compile(r"(^|_)(layers?|depths?|blocks|attention_types)$")
+"""Settings that may count modules, or only point at some (`max_window_layers`)."""
+_MOST_MODULES = 1 << 12
+"""Four times the layers of the deepest published model."""
+_MOST_LABELS = 1 << 20
 
-def _check_object(path: Path, *, error: type[LlamaAdapterError]) -> None:
+
+def _check_config(content: Any, *, name: str, error: type[LlamaAdapterError]) -> None:
+    """What transformers acts upon while it reads a config, before anybody can look at that."""
+    for key, value in settings_in(content):
+        if isinstance(value, str) and key.endswith("attn_implementation") and "/" in value:
+            raise error(
+                f"{name} has {key} {value[:80]!r}: it is downloaded code, and code from files is "
+                "never run"
+            )
+        if not isinstance(value, int | float):
+            continue
+        most = _MOST_LABELS if key == "num_labels" else _MOST_MODULES
+        # lists of that length are made of them
+        if (key == "num_labels" or COUNTS.search(key)) and value > most:
+            raise error(f"{name} has {key} {value:.12g}, more than {most}")
+        if value != value:
+            raise error(f"{name} has {key} NaN, expected a number")
+
+
+def settings_in(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """The plain values of nested settings, each with the nearest key above it."""
+    if isinstance(value, dict):
+        for key, part in value.items():
+            yield from settings_in(part, name if name.endswith("attn_implementation") else str(key))
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from settings_in(part, name)
+    elif not isinstance(value, bool):
+        yield name, value
+
+
+def _check_index(path: Path, *, error: type[LlamaAdapterError]) -> None:
+    """`error` where an index of shards names a file that does not lie beside it."""
+    files = _read_object(path, error=error).get("weight_map")
+    if not isinstance(files, dict) or not all(isinstance(name, str) for name in files.values()):
+        raise error(f"{path} has no weight_map of file names")
+    for name in sorted(set(files.values())):
+        if Path(name).name != name:
+            raise error(f"{path} names {name[:200]!r}, which lies elsewhere")
+        if (path.parent / name).exists():
+            open_regular(path.parent / name, error=error).close()
+
+
+def _read_object(path: Path, *, error: type[LlamaAdapterError]) -> dict[str, Any]:
     # not as strict as files of ours: a key that stands twice is the business of whoever wrote it
     try:
         content = json.loads(read_text(path, error=error))
@@ -80,6 +135,7 @@ def _check_object(path: Path, *, error: type[LlamaAdapterError]) -> None:
         raise error(f"{path} is not valid JSON: {explain(fault)}") from fault
     if not isinstance(content, dict):
         raise error(f"{path} must hold a JSON object, found {type(content).__name__}")
+    return content
 
 
 def explain(fault: BaseException) -> str:

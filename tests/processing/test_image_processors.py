@@ -11,7 +11,11 @@ from PIL import Image
 from transformers import CLIPImageProcessorPil, SiglipImageProcessorPil
 
 from llama_adapter.errors import CheckpointError, ImageError
-from llama_adapter.processing.image_processors import load_image_processor, pixel_values
+from llama_adapter.processing.image_processors import (
+    image_processor_from,
+    load_image_processor,
+    pixel_values,
+)
 
 
 @pytest.mark.parametrize("kind", [CLIPImageProcessorPil, SiglipImageProcessorPil])
@@ -66,3 +70,11 @@ def test_a_thin_image_that_would_grow_beyond_the_limit_is_refused(size: tuple[in
 def test_a_thin_image_that_is_not_enlarged_is_read() -> None:
     found = pixel_values(SiglipImageProcessorPil(), [Image.new("RGB", (32_768, 1))])
     assert found.shape == (1, 3, 224, 224)
+
+
+def test_a_shorter_edge_has_a_bound_whatever_the_longer_one_may_be() -> None:
+    size = {"shortest_edge": 10_000, "longest_edge": 10**9}
+    with pytest.raises(CheckpointError, match="size cannot have shortest_edge 10000"):
+        image_processor_from(
+            {"image_processor_type": "CLIPImageProcessor", "size": size}, where="here"
+        )

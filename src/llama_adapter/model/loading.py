@@ -7,6 +7,7 @@ one error.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -24,12 +25,10 @@ from llama_adapter.model.tensor_files import (
     not_floating,
     stored_tensors,
 )
-from llama_adapter.pretrained import load_pretrained
+from llama_adapter.pretrained import COUNTS, load_pretrained, settings_in
 
 _LAYERS = re.compile(r"^(num_hidden_layers|num_layers|n_layers?)$")
 """Settings that count layers; each has a tensor of its own."""
-_COUNTS = re.compile(r"(^|_)(layers?|depths?|blocks)$")
-"""Settings that may count modules, or only point at some (`max_window_layers`)."""
 _FEW = 1024
 """As many modules are built in seconds."""
 _SIZES = re.compile(
@@ -60,12 +59,15 @@ def load_whole(
     stored = None if folder is None else stored_tensors(folder)
     if stored is not None:
         check_sizes(config, stored, what=f"{what} {where!r}")
+    if folder is not None:
+        _check_total(loader, config, stored, folder, what=f"{what} {where!r}")
     # of mismatches the report says which tensor it is, and the exception does not
     reported: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}
     model, info = load_pretrained(loader, where, what=what, **reported, **options)
     if stored is None and (folder := folder_of(where)) is not None:
         stored = stored_tensors(folder)  # downloaded just now
     name = f"the {what} {where!r}"
+    _check_method(model, name=name)
     ignored = _check_unexpected(model, config, set(info["unexpected_keys"]), name=name)
     _check_missing(model, set(info["missing_keys"]), name=name)
     if info["mismatched_keys"]:
@@ -94,13 +96,15 @@ def check_sizes(config: Any, stored: Mapping[str, Stored], *, what: str) -> None
     Looked at before anything is built, since a layer count of a billion never ends.
     """
     widest = max(_PACKED * largest_dimension(stored), len(stored), _SMALL)
-    for name, value in _numbers(config.to_dict()):
+    for name, value in settings_in(config.to_dict()):
+        if not isinstance(value, int | float):
+            continue
         most = widest
         if _POSITIONS.search(name):
             most = _MOST_POSITIONS
         elif _LAYERS.search(name):
             most = len(stored)
-        elif _COUNTS.search(name):
+        elif COUNTS.search(name):
             most = max(len(stored), _FEW)
         elif not _SIZES.search(name):
             continue
@@ -111,15 +115,49 @@ def check_sizes(config: Any, stored: Mapping[str, Stored], *, what: str) -> None
             )
 
 
-def _numbers(value: Any, name: str = "") -> Iterator[tuple[str, float]]:
-    if isinstance(value, dict):
-        for key, part in value.items():
-            yield from _numbers(part, str(key))
-    elif isinstance(value, list | tuple):
-        for part in value:
-            yield from _numbers(part, name)
-    elif isinstance(value, int | float) and not isinstance(value, bool):
-        yield name, value
+def _check_total(
+    loader: Any,
+    config: Any,
+    stored: Mapping[str, Stored] | None,
+    folder: Path,
+    *,
+    what: str,
+) -> None:
+    """CheckpointError where a config asks for far more than the files hold.
+
+    transformers would set aside memory for all of it, each size being plausible by itself.
+    """
+    if stored is None:  # no element takes less than a byte
+        held = sum(path.stat().st_size for path in folder.glob("*.bin"))
+    else:
+        held = sum(math.prod(tensor.shape) for tensor in stored.values())
+    if not held or (folder / "adapter_config.json").exists():  # peft's, of a base elsewhere
+        return
+    try:
+        with torch.device("meta"):
+            if hasattr(loader, "from_config"):
+                model = loader.from_config(config, trust_remote_code=False)
+            else:
+                model = loader(getattr(config, "vision_config", config))
+    except Exception:  # whatever is wrong with it, loading says it
+        return
+    wanted = sum(parameter.numel() for parameter in model.parameters())
+    if wanted > _PACKED * held + _PIECE:
+        raise CheckpointError(
+            f"cannot load the {what}: its config asks for {wanted} parameters, but its files hold "
+            f"{held} at most"
+        )
+
+
+def _check_method(model: PreTrainedModel, *, name: str) -> None:
+    """CheckpointError for a quantization that transformers ignores because it does not know it."""
+    stated = getattr(model.config, "quantization_config", None)
+    if stated is not None and getattr(model, "hf_quantizer", None) is None:
+        method = stated.get("quant_method") if isinstance(stated, dict) else stated
+        raise CheckpointError(
+            f"{name}: its config says that it is quantized by {str(method)[:80]!r}, which is not "
+            "known"
+        )
 
 
 def _check_unexpected(

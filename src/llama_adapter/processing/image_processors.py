@@ -100,7 +100,7 @@ def _tried(kind: Any, stored: Mapping[str, Any], *, where: Any) -> Any:
                 f"{complaint}: {name} must be true or false, got {reprlib.repr(value)}"
             )
         sides = value if isinstance(value, dict) else {"height": value}
-        for side in ("height", "width") if name in {"size", "crop_size"} else ():
+        for side in ("height", "width", "shortest_edge") if name in {"size", "crop_size"} else ():
             length = sides.get(side)
             if isinstance(length, int | float) and not 1 <= length <= MAX_EDGE:
                 raise CheckpointError(f"{complaint}: {name} cannot have {side} {length!r}")
