@@ -70,7 +70,7 @@ def encode(text: Rendered, *, tokenizer: Any, opening: tuple[int, ...]) -> Encod
         )
     text, ids, offsets = _tokenize(text, tokenizer)
     bos = tokenizer.bos_token
-    if bos is not None and text.startswith(bos):
+    if text.continues or (bos is not None and text.startswith(bos)):
         opening = ()
     unmarked = (-1,) * len(opening)
     # what the model writes begins where its prompt ends, with white space before the answer

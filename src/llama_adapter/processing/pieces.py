@@ -48,8 +48,10 @@ class Rendered(str):
     """Where the prompt ends that each answer was given to; what the model writes follows."""
     said: tuple[Span, ...]
     """What users, experts and the assistant said: no special token stands there."""
+    continues: bool
+    """Whether it stands behind another text, so that no bos token opens it."""
 
-    __slots__ = ("answers", "openings", "said", "slots")
+    __slots__ = ("answers", "continues", "openings", "said", "slots")
 
     def __new__(
         cls,
@@ -59,12 +61,14 @@ class Rendered(str):
         openings: Sequence[int] = (),
         slots: Sequence[Span] = (),
         said: Sequence[Span] = (),
+        continues: bool = False,
     ) -> Self:
         rendered = super().__new__(cls, text)
         rendered.answers = tuple(answers)
         rendered.openings = tuple(openings)
         rendered.slots = tuple(slots)
         rendered.said = tuple(said)
+        rendered.continues = continues
         return rendered
 
     def with_spaces(self, places: Sequence[int]) -> Rendered:
@@ -81,6 +85,7 @@ class Rendered(str):
             openings=[at + bisect_left(places, at) for at in self.openings],
             slots=moved(self.slots),
             said=moved(self.said),
+            continues=self.continues,
         )
 
 

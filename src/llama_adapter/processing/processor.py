@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import reprlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -22,6 +23,7 @@ from llama_adapter.processing import agreement
 from llama_adapter.processing.chat_template import ChatTemplate
 from llama_adapter.processing.encoding import IGNORED, Encoded, Side, encode, opening_ids, pad
 from llama_adapter.processing.image_processors import image_processor_from, pixel_values
+from llama_adapter.processing.keywords import BatchOptions, in_order, read_keywords
 from llama_adapter.processing.pieces import Rendered
 from llama_adapter.processing.prompts import (
     Informant,
@@ -35,6 +37,12 @@ from llama_adapter.processing.prompts import (
 )
 from llama_adapter.processing.templates import CHAT, TEMPLATES, PromptRenderer
 
+_CHAT_TEMPLATE = (
+    "{{ raise_exception('prompts are rendered by LlamaAdapterProcessor.apply_chat_template') }}"
+    "{% generation %}{% endgeneration %}"
+)
+_SWITCHES = ("enable_thinking", "thinking", "reasoning_effort")
+"""Switches of chat templates that callers pass whatever the template is."""
 PROCESSOR_FILE = "processor_config.json"
 _OPTIONS = ("template", "visual_scope", "slot_text", "channel_order")
 # What a stored processor holds, and of which type.
@@ -112,11 +120,12 @@ class LlamaAdapterProcessor(ProcessorMixin):
         )
         self.image_processor = image_processor
         self.tokenizer = tokenizer
-        self.chat_template = None
         self.template = template
         self.visual_scope = visual_scope
         self.slot_text = slot_text
         self.channel_order = channel_order
+        self.rendered: bool | None = None
+        """What plain strings are where a call does not say; see `__call__`. It is not stored."""
         self._opening = opening_ids(tokenizer)
         if chat_switches and template != CHAT:
             raise ConfigError(f"chat_switches are of template 'chat', got template {template!r}")
@@ -216,7 +225,7 @@ class LlamaAdapterProcessor(ProcessorMixin):
 
         Raises `PromptError` where it does not fit into `max_length` or the context.
         """
-        prompt = self._as_said(prompt, rendered)
+        prompt = self._as_said(prompt, self.rendered if rendered is None else rendered)
         text = prompt if isinstance(prompt, Rendered) else self.render(as_conversation(prompt))
         encoded = encode(text, tokenizer=self.tokenizer, opening=self._opening)
         limit = max_length or self.context_length
@@ -224,47 +233,78 @@ class LlamaAdapterProcessor(ProcessorMixin):
             raise PromptError(f"prompt has {len(encoded)} tokens; the context holds {limit}")
         return encoded
 
-    def _as_said(self, prompt: Prompt, rendered: bool | None) -> Prompt:
-        """The prompt, a plain string as the question or the rendered prompt that it is."""
+    def _as_said(self, prompt: Prompt, rendered: bool | None, *, is_bare: bool = False) -> Prompt:
+        """The prompt, a plain string as the question or the text that it is."""
         if not isinstance(prompt, str) or (isinstance(prompt, Rendered) and rendered is not False):
             return prompt
         if rendered:
             slots = re.finditer(re.escape(self.slot_text), prompt) if self.slot_text else ()
-            return Rendered(prompt, slots=[slot.span() for slot in slots])
+            return Rendered(
+                prompt,
+                slots=[slot.span() for slot in slots],
+                continues=is_bare and not self._renderer.begins(prompt),
+            )
         if rendered is None and self._renderer.looks_rendered(prompt):
             raise PromptError(
                 "the text reads like a prompt that is rendered already; pass rendered=True to take "
                 "it as it is, or rendered=False where it is a question"
             )
+        end = self.tokenizer.eos_token
+        if rendered is None and end and prompt.endswith(end):
+            return self._renderer.whole(prompt.removesuffix(end), end)
         return str(prompt)
+
+    @property
+    def chat_template(self) -> str:
+        """What tells trainers that answers can be told apart; `apply_chat_template` renders."""
+        return _CHAT_TEMPLATE
+
+    @chat_template.setter
+    def chat_template(self, value: str | None) -> None:
+        _refuse_chat_template(value)
 
     def apply_chat_template(
         self,
         conversation: Any,
         chat_template: str | None = None,
+        tools: Sequence[Any] | None = None,
+        documents: Sequence[Any] | None = None,
         *,
         add_generation_prompt: bool = False,
         continue_final_message: bool = False,
         tokenize: bool = False,
         return_dict: bool = False,
         context: str | None = None,
+        images: Any = None,
         processor_kwargs: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> Any:
         """Render messages, and with `tokenize` process them with the images they hold.
 
         Takes one conversation or several: `Conversation` or Hugging Face messages. Without
-        `tokenize` the result is text that `__call__` takes together with `images`.
+        `tokenize` the result is text that `__call__` takes together with `images`. Other keywords
+        are those of `__call__`, here or in `processor_kwargs`; with `return_dict`,
+        `return_assistant_tokens_mask=True` adds `assistant_masks` (B, T). A switch of the chat
+        template, such as `enable_thinking`, can only be the one that the adapter has.
         """
-        if chat_template is not None:
-            raise ConfigError("the adapter's template is fixed; chat_template cannot replace it")
+        _refuse_chat_template(chat_template)
+        for name, value in (("tools", tools), ("documents", documents)):
+            if value:
+                raise ConfigError(f"the adapter's template has no place for {name}")
+        options, image_processor = read_keywords(
+            {**(processor_kwargs or {}), **self._without_switches(kwargs)},
+            image_processor=self.image_processor,
+        )
+        if options.return_assistant_tokens_mask and not (tokenize and return_dict):
+            raise ConfigError(
+                "return_assistant_tokens_mask=True needs tokenize=True and return_dict=True"
+            )
         single = isinstance(conversation, Conversation) or not isinstance(
             conversation[0], Sequence | Conversation
         )
         conversations = [as_conversation(c) for c in ([conversation] if single else conversation)]
         if context is not None:
             conversations = [c.with_context(context) for c in conversations]
-        images = kwargs.pop("images", None)
         if tokenize or images is not None:
             conversations = hand_out(conversations, images)
         texts = [
@@ -277,15 +317,26 @@ class LlamaAdapterProcessor(ProcessorMixin):
         ]
         if not tokenize:
             return texts[0] if single else texts
-        options = {**(processor_kwargs or {}), **kwargs}
-        batch = self._batch(texts, [c.images for c in conversations], **options)
+        batch = self._batch(texts, [c.images for c in conversations], options, image_processor)
         return batch if return_dict else batch["input_ids"]
+
+    def _without_switches(self, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """Keywords without the chat template's switches; ConfigError where one is another."""
+        fixed = getattr(self._renderer.template, "switches", {})
+        for name in sorted({*fixed, *_SWITCHES} & kwargs.keys()):
+            found, value = kwargs[name], fixed.get(name)
+            if found is not None and found != value:
+                raise ConfigError(
+                    f"{name}={reprlib.repr(found)} is not what the adapter has, {value!r}: "
+                    "chat_switches of LlamaAdapterProcessor fix the switches of a chat template"
+                )
+        return {n: v for n, v in kwargs.items() if n not in {*fixed, *_SWITCHES}}
 
     def __call__(
         self,
+        *given: Any,
         text: Prompt | Sequence[Prompt] | None = None,
         images: Any = None,
-        *,
         experts: Informant | None = None,
         rendered: bool | None = None,
         **options: Any,
@@ -293,33 +344,44 @@ class LlamaAdapterProcessor(ProcessorMixin):
         """Model inputs for one prompt or a batch of prompts.
 
         Args:
-            text: prompts; a plain string is a question, put into the template.
-            rendered: what plain strings are: True, a result of `apply_chat_template` to be taken
-                as it is, trusted; False, questions, whatever they hold; None, questions, but a
-                `PromptError` where one reads like a rendered prompt.
+            given: by position, a prompt or prompts; or images and prompts, as in Hugging Face's
+                processors.
+            text: prompts; a plain string is a question, put into the template. One that ends with
+                the tokenizer's eos_token is a whole text instead, tokenised as it is.
+            rendered: what plain strings are: True, texts to be taken as they are, trusted, such as
+                a result of `apply_chat_template`; False, questions, whatever they hold; None, what
+                the attribute `rendered` says, or else questions, but a `PromptError` where one
+                reads like a rendered prompt. `add_special_tokens=False` means True.
             images: what the prompts do not hold themselves: an image, one a prompt, or a list of
                 lists.
             experts: a `llama_adapter.experts.ExpertPool`, whose texts about the images become
                 context. What the experts said is the result's attribute `contexts`, one tuple of
                 reports for each prompt.
-            options: `labels=True` adds labels (a training batch, padded on the right; otherwise
-                padding is on the left, for generation); `padding_side`; `padding`: True, or
-                "max_length"; `max_length`; `truncation`; `return_tensors`: "pt".
+            options: those of `BatchOptions`, and settings of the image processor such as
+                `do_resize`, by themselves or in `text_kwargs` and `images_kwargs`. `labels=True`
+                adds labels (a training batch, padded on the right; otherwise padding is on the
+                left, for generation).
 
         Returns:
             `input_ids` and `attention_mask` (B, T); with images `pixel_values` (I, 3, H, W), or
             (I, F, 3, H, W) where an image has frames, and `image_index`: the row of
             `pixel_values` that each row sees, -1 for none, (B,), or (B, T) where rows hold
             several slots; with slots `visual_mask` (B, T); with `labels=True` `labels` (B, T).
+
+        Raises ConfigError for a keyword that is not honoured.
         """
+        images, text = in_order(given, images=images, text=text)
+        read, image_processor = read_keywords(options, image_processor=self.image_processor)
         if text is None:
             raise PromptError("a prompt is needed, got text None")
-        prompts = [self._as_said(prompt, rendered) for prompt in as_prompts(text)]
+        is_bare = read.add_special_tokens is False
+        if rendered is None:
+            rendered = is_bare or self.rendered
+        prompts = [self._as_said(p, rendered, is_bare=is_bare) for p in as_prompts(text)]
         texts: list[Rendered] = []
         held: list[tuple[ImageRef, ...]] = []
         contexts: list[tuple[Any, ...]] = []
-        given = images_per_prompt(images, len(prompts))
-        for prompt, extra in zip(prompts, given, strict=True):
+        for prompt, extra in zip(prompts, images_per_prompt(images, len(prompts)), strict=True):
             if isinstance(prompt, Rendered):
                 if experts is not None:
                     raise PromptError("a rendered prompt has no place left for what experts say")
@@ -332,7 +394,7 @@ class LlamaAdapterProcessor(ProcessorMixin):
                     contexts.append(told)
                 texts.append(self.render(conversation))
                 held.append(conversation.images)
-        batch = self._batch(texts, held, **options)
+        batch = self._batch(texts, held, read, image_processor)
         if experts is not None:
             # an attribute, not an entry: entries are what the model takes
             batch.contexts = contexts
@@ -342,33 +404,33 @@ class LlamaAdapterProcessor(ProcessorMixin):
         self,
         texts: Sequence[Rendered],
         images: Sequence[tuple[ImageRef, ...]],
-        *,
-        labels: bool = False,
-        padding: bool | str = True,
-        padding_side: Side | None = None,
-        max_length: int | None = None,
-        truncation: bool = False,
-        return_tensors: str | None = "pt",
-        **ignored: Any,
+        options: BatchOptions,
+        image_processor: Any,
     ) -> BatchFeature:
-        if ignored:
-            raise ConfigError(f"unknown processor option {sorted(ignored)[0]!r}")
-        if return_tensors not in {"pt", None}:
-            raise ConfigError(f"return_tensors must be 'pt', got {return_tensors!r}")
-        limit = max_length or self.context_length
-        if truncation and limit is not None:
+        limit = options.max_length or self.context_length
+        if options.truncates and limit is not None:
             rows = [
                 encode(text, tokenizer=self.tokenizer, opening=self._opening).truncated(limit)
                 for text in texts
             ]
         else:
-            rows = [self.encode(text, max_length=max_length) for text in texts]
+            rows = [self.encode(text, max_length=options.max_length) for text in texts]
         longest = max(map(len, rows))
-        if padding is False and any(len(row) != longest for row in rows):
+        if not options.pads and any(len(row) != longest for row in rows):
             raise PromptError("prompts differ in length; padding=False cannot batch them")
-        length = limit if padding == "max_length" and limit is not None else longest
-        side: Side = padding_side or ("right" if labels else "left")
-        return self.collate(rows, images, labels=labels, side=side, length=length)
+        batch = self.collate(
+            rows,
+            images,
+            labels=options.labels,
+            side=options.side,
+            length=options.length(longest, limit),
+            image_processor=image_processor,
+        )
+        if options.return_assistant_tokens_mask:
+            labels = [[int(label != IGNORED) for label in row.labels] for row in rows]
+            length = batch["input_ids"].shape[1]
+            batch["assistant_masks"] = pad(labels, value=0, side=options.side, length=length)
+        return options.shape(batch)
 
     def collate(
         self,
@@ -378,8 +440,12 @@ class LlamaAdapterProcessor(ProcessorMixin):
         labels: bool,
         side: Side,
         length: int | None = None,
+        image_processor: Any = None,
     ) -> BatchFeature:
-        """A batch of encoded prompts and the images of each."""
+        """A batch of encoded prompts and the images of each.
+
+        `image_processor` stands in for the processor's own.
+        """
         length = length or max(map(len, rows))
         pad_id = self.tokenizer.pad_token_id
         if pad_id is None:
@@ -392,21 +458,23 @@ class LlamaAdapterProcessor(ProcessorMixin):
         }
         if any(images):
             slots_BT = pad([r.slots for r in rows], value=-1, side=side, length=length)
-            data |= self._visual(images, slots_BT)
+            data |= self._visual(images, slots_BT, image_processor or self.image_processor)
         if labels:
             targets = [r.labels for r in rows]
             data["labels"] = pad(targets, value=IGNORED, side=side, length=length)
         return BatchFeature(data)
 
-    def _visual(self, images: Sequence[Sequence[ImageRef]], slots_BT: Tensor) -> dict[str, Tensor]:
-        if self.image_processor is None:
+    def _visual(
+        self, images: Sequence[Sequence[ImageRef]], slots_BT: Tensor, image_processor: Any
+    ) -> dict[str, Tensor]:
+        if image_processor is None:
             raise ConfigError("the prompt holds an image, but this adapter reads text alone")
         counts = torch.tensor([len(refs) for refs in images])
         if self.visual_scope == "all":
             # one set of visual prompts a row: several images count as frames of one
             clips = [[f for ref in refs for f in frames_of(ref)] for refs in images if refs]
             index = torch.where(counts > 0, (counts > 0).cumsum(0) - 1, -1)
-            return {"pixel_values": self._pixels(clips), "image_index": index}
+            return {"pixel_values": self._pixels(clips, image_processor), "image_index": index}
         found = slots_BT.amax(dim=1) + 1
         if not torch.equal(found, counts):
             row = int((found != counts).nonzero()[0, 0])
@@ -421,12 +489,12 @@ class LlamaAdapterProcessor(ProcessorMixin):
         else:
             index = torch.where(counts > 0, first_B, -1)
         return {
-            "pixel_values": self._pixels(clips),
+            "pixel_values": self._pixels(clips, image_processor),
             "image_index": index,
             "visual_mask": mask_BT,
         }
 
-    def _pixels(self, clips: Sequence[Sequence[Image.Image]]) -> Tensor:
+    def _pixels(self, clips: Sequence[Sequence[Image.Image]], image_processor: Any) -> Tensor:
         """(I, 3, H, W), or (I, F, 3, H, W) where there is more than one frame."""
         longest = max(map(len, clips))
         even = [list(clip) * (longest if len(clip) == 1 else 1) for clip in clips]
@@ -437,7 +505,7 @@ class LlamaAdapterProcessor(ProcessorMixin):
         if self.channel_order == "bgr":
             # swapped before normalisation: the training code took BGR pixels for RGB
             frames = [Image.merge("RGB", frame.split()[::-1]) for frame in frames]
-        pixels = pixel_values(self.image_processor, frames)
+        pixels = pixel_values(image_processor, frames)
         return pixels if longest == 1 else pixels.unflatten(0, (len(clips), longest))
 
     def to_dict(self) -> dict[str, Any]:
@@ -492,6 +560,11 @@ class LlamaAdapterProcessor(ProcessorMixin):
             reason = explain(error)
             raise CheckpointError(f"the tokenizer of {where} is damaged: {reason}") from error
         return processor
+
+
+def _refuse_chat_template(value: str | None) -> None:
+    if value not in {None, _CHAT_TEMPLATE}:
+        raise ConfigError("the adapter's template is fixed; chat_template cannot replace it")
 
 
 def _stored_file(where: Any, *, subfolder: str = "", **kwargs: Any) -> Path:

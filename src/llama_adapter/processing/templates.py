@@ -91,13 +91,30 @@ class PromptRenderer:
 
     def looks_rendered(self, text: str) -> bool:
         """Whether a text opens a turn as the template does and ends as a prompt or a talk does."""
+        opened, closes = self._marks
+        return bool(opened) and opened in text and text.strip().endswith(closes)
+
+    def begins(self, text: str) -> bool:
+        """Whether a text is laid out in the template from its first question on."""
+        opened, closes = self._marks
+        before, found, _ = text.partition(opened) if opened else (text, "", "")
+        # what stands behind an answer goes on with its end, and then perhaps with a question
+        return bool(found) and not any(end in before for end in closes)
+
+    def whole(self, text: str, end: str) -> Rendered:
+        """A text by itself, in no template, with what ends it."""
+        kept = break_up(text, self._forbidden, after=end)
+        return Rendered(kept + end, said=[(0, len(kept))])
+
+    @cached_property
+    def _marks(self) -> tuple[str, tuple[str, ...]]:
+        """What opens the first question, and what ends a prompt or an answer."""
         pieces = self._lay_out(Conversation.ask("x"), opens_answer=True)
         question = next(i for i, piece in enumerate(pieces) if piece.kind is Kind.CONTENT)
         before = "".join(piece.text for piece in pieces[:question])
-        opened = before.strip().rpartition("\n")[2]
         after = "".join(piece.text for piece in pieces[question + 1 :])
         closes = {after.strip().rpartition("\n")[2], *self.ends} - {""}
-        return bool(opened) and opened in text and text.strip().endswith(tuple(closes))
+        return before.strip().rpartition("\n")[2], tuple(sorted(closes))
 
     def _lay_out(self, conversation: Conversation, *, opens_answer: bool) -> list[Piece]:
         if isinstance(self.template, ChatTemplate):
