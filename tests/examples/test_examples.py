@@ -7,14 +7,19 @@ import shutil
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from torch.testing import assert_close
 
 from llama_adapter import LlamaAdapterForConditionalGeneration, LlamaAdapterProcessor
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "hugging-face-tools.md"
 SAME = {"rtol": 0, "atol": 0}
-# what Trainer asks for where there is no accelerator
-pytestmark = pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true")
+pytestmark = [
+    # transformers tells TRL of a newer name
+    pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated"),
+    # what Trainer asks for where there is no accelerator
+    pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true"),
+]
 
 
 def test_hf_trainer_ends_the_same_when_it_is_resumed(run, tmp_path):
@@ -40,11 +45,13 @@ def test_accumulated_batches_in_the_loop_are_one_large_one(run, fresh, capsys):
 def test_the_page_runs(fresh, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
+    monkeypatch.setenv("CI", "1")  # TRL reports its use to no one
     talks = fresh.talks("mixed.jsonl")
     group = [fresh.processor(talks, labels=True)]
     names = {"model": fresh.model, "processor": fresh.processor, "talks": talks, "group": group}
+    names["image"] = Image.new("RGB", (16, 16), "red")
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     for block in blocks:
         exec(compile(block, str(PAGE), "exec"), names)
     LlamaAdapterForConditionalGeneration.from_pretrained("out")
