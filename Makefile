@@ -25,8 +25,10 @@ $(STAMP): pyproject.toml constraints-cpu.txt
 demo: install
 	$(BIN)/llama-adapter demo --out runs/demo
 
+# One thread each: tiny models gain nothing from more. A file's tests share their fixtures.
+WORKERS ?= 2
 test: install
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 # Thirty times the inputs of `make test`, with a JSON line of counts for each campaign.
 FUZZ_SCALE ?= 30

@@ -108,7 +108,7 @@ def test_damaged_adapter_directories(whole: Any, tmp_path: Path) -> None:
     files = ("adapter_config.json", "adapter_config.json", "adapter_model.safetensors",
              "adapter_model.safetensors", "config.json", "processor_config.json",
              "tokenizer.json", "tokenizer_config.json")  # fmt: skip
-    run(Campaign("adapter directories", inputs=30), files, whole, tmp_path)
+    run(Campaign("adapter directories", inputs=34), files, whole, tmp_path)
 
 
 def test_damaged_bases_and_encoders(whole: Any, tmp_path: Path) -> None:
