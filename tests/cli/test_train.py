@@ -87,6 +87,17 @@ def test_refusals_are_one_line(cli, small, change, message):
     assert done.stdout == ""
 
 
+@pytest.mark.parametrize("mode", [(), ("--check",)])
+@pytest.mark.parametrize("target", ["nowhere", "link"])
+def test_a_link_to_nothing_is_no_directory_for_a_run(cli, small, tmp_path, target, mode):
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / target)
+    refused = cli("train", *small, "steps=1", f"out={link}", *mode)
+    assert refused.status == 2
+    assert refused.stderr.endswith(f"error: cannot write {link}: {link} is not a folder\n")
+    assert list(tmp_path.iterdir()) == [link]
+
+
 def test_no_recipe_and_no_run(cli, tmp_path):
     missing = cli("train", tmp_path / "recipe.yaml")
     assert (missing.status, missing.stderr.count("\n")) == (2, 1)

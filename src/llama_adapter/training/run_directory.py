@@ -69,7 +69,9 @@ class RunDirectory:
         try:
             refuse_locked(self.path)
             self._check_free(recipe, resume=resume)
-            existing = next(p for p in (self.path, *self.path.absolute().parents) if p.exists())
+            # a link to nothing is there too: no folder can be made under its name
+            above = (self.path, *self.path.absolute().parents)
+            existing = next(p for p in above if os.path.lexists(p))
             if not existing.is_dir():
                 raise TrainingError(f"cannot write {self.path}: {existing} is not a folder")
             if not os.access(existing, os.W_OK | os.X_OK):
