@@ -14,7 +14,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import PreTrainedTokenizerFast
 
 from llama_adapter.conversation import Conversation, Message
-from llama_adapter.processing.markers import break_up
+from llama_adapter.processing.markers import any_of, break_up
 from llama_adapter.processing.processor import LlamaAdapterProcessor
 from llama_adapter.processing.templates import PromptRenderer
 
@@ -154,6 +154,14 @@ def test_breaking_up_takes_time_in_proportion_to_the_text(name: str, text: str) 
     short = min(seconds(10_000) for _ in range(3))
     # ten times the text; were it quadratic, a hundred times the time
     assert seconds(100_000) < 30 * short + 0.2
+
+
+@given(texts=st.sets(st.text("ab<|", min_size=1, max_size=5), min_size=1), text=st.text("ab<|"))
+@settings(max_examples=100, deadline=None, derandomize=True, database=None)
+def test_any_of_many_texts_is_found_the_longest_first(texts: set[str], text: str) -> None:
+    longest_first = "|".join(re.escape(t) for t in sorted(texts, key=len, reverse=True))
+    expected = [match.span() for match in re.finditer(longest_first, text)]
+    assert [match.span() for match in re.finditer(any_of(texts), text)] == expected
 
 
 def test_a_million_signs_are_broken_up_where_they_have_to_be() -> None:

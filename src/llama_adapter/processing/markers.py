@@ -12,9 +12,10 @@ What only resembles them stays as it is: "the user", "Assistant manager: Bob", "
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Collection, Iterable, Iterator
-from itertools import pairwise
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from itertools import groupby, pairwise
 from typing import Any
 
 NOTHING = re.compile(r"(?!)")
@@ -73,9 +74,24 @@ def special_tokens(tokenizer: Any) -> set[str]:
 
 
 def any_of(texts: Iterable[str]) -> str:
-    """A regular expression for any of the texts, the longest first."""
-    longest_first = sorted(texts, key=lambda text: (-len(text), text))
-    return "|".join(map(re.escape, longest_first)) or NOTHING.pattern
+    """A regular expression for any of the texts, the longest first.
+
+    What texts begin with in common is looked for once: tokenizers have up to thousands of special
+    tokens that differ in a number.
+    """
+    return _tree(sorted({text for text in texts if text})) or NOTHING.pattern
+
+
+def _tree(texts: Sequence[str]) -> str:
+    """Of sorted texts that are all different; an empty one comes first and matches last."""
+    branches = []
+    for first, group in groupby((text for text in texts if text), key=lambda text: text[0]):
+        rests = [text[1:] for text in group]
+        shared = os.path.commonprefix(rests)  # noqa: RUF071  (of texts, not of paths)
+        branches.append(re.escape(first + shared) + _tree([rest[len(shared) :] for rest in rests]))
+    if texts and not texts[0]:
+        branches.append("")
+    return branches[0] if len(branches) == 1 else f"(?:{'|'.join(branches)})" if branches else ""
 
 
 def marker_expressions(
