@@ -18,6 +18,7 @@ from llama_adapter.config import FORMAT_VERSION, NEWER, AdapterConfig, shown
 from llama_adapter.errors import CheckpointError, ConfigError
 from llama_adapter.files import can_be_path, read_json_object, write_atomically
 from llama_adapter.model.fingerprints import check_form
+from llama_adapter.model.hub import HUB_OPTIONS, adapter_folder, hub_options
 
 ADAPTER_CONFIG_NAME = "adapter_config.json"
 _FIELDS = ("adapter", "base", "vision")
@@ -118,7 +119,11 @@ class LlamaAdapterConfig(PreTrainedConfig):
         cls, pretrained_model_name_or_path: Any, **kwargs: Any
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Read an adapter directory; CheckpointError says what is wrong with it."""
-        return read_adapter_config(Path(pretrained_model_name_or_path)), kwargs
+        options = hub_options(kwargs)
+        rest = {name: value for name, value in kwargs.items() if name not in HUB_OPTIONS}
+        return read_adapter_config(
+            adapter_folder(str(pretrained_model_name_or_path), **options)
+        ), rest
 
     @classmethod
     def from_dict(
@@ -128,7 +133,8 @@ class LlamaAdapterConfig(PreTrainedConfig):
         where = kwargs.pop("name_or_path", None)
         if where is not None and "adapter" not in config_dict:
             # AutoConfig read the stub beside it
-            config_dict = read_adapter_config(Path(where))
+            revision = config_dict.get("_commit_hash")
+            config_dict = read_adapter_config(adapter_folder(str(where), revision=revision))
         config = cls(**{name: config_dict.get(name) for name in _FIELDS})
         return (config, kwargs) if return_unused else config
 

@@ -6,20 +6,29 @@ mistyped name would be a minute's silence, and then a message that does not name
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from huggingface_hub import HfApi, constants, snapshot_download, try_to_load_from_cache
 from huggingface_hub import errors as hub_errors
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
-from llama_adapter.model.peft_base import is_peft_folder
+from llama_adapter.errors import CheckpointError, ConfigError
+from llama_adapter.files import read_json_object
+from llama_adapter.model.peft_base import PEFT_FOLDER, is_peft_folder
+from llama_adapter.pretrained import explain
 
 SECONDS = 5.0
 """How long the hub has to answer."""
 _NO_ANSWER: type[Exception] = hub_errors.HTTPError  # type: ignore[attr-defined]
 """Of whichever HTTP library the installed hub client works with."""
 
+HUB_OPTIONS = frozenset(
+    {"revision", "subfolder", "token", "cache_dir", "force_download", "local_files_only"}
+)
+"""Loading options that say which files of the hub are meant."""
 _SETTINGS = ("config.json", "adapter_config.json")
 """A repository of a model has the first, one of an adapter the second or both."""
 
@@ -33,6 +42,90 @@ def peft_folder(name_or_path: str) -> Path | None:
     if described is None or not is_peft_folder(described):
         return None
     return fetched(name_or_path, ["adapter_*"])
+
+
+def adapter_folder(
+    name_or_path: str, *, subfolder: str | None = None, revision: str | None = None, **options: Any
+) -> Path:
+    """The directory of an adapter of ours by path, or by name on the hub, whose files are fetched.
+
+    `options` are those of `snapshot_download`. Raises CheckpointError where there is none of that
+    name, and ConfigError for a revision of a directory, which has none.
+    """
+    inner = Path(subfolder or "")
+    if inner.is_absolute() or ".." in inner.parts:
+        raise ConfigError(f"subfolder {subfolder!r} leads out of the adapter's repository")
+    try:
+        validate_repo_id(name_or_path)
+        is_local = Path(name_or_path).expanduser().exists()
+    except hub_errors.HFValidationError:
+        is_local = True
+    if is_local:
+        if revision not in (None, "main"):
+            raise ConfigError(f"{name_or_path} is a directory, which has no revision {revision!r}")
+        return Path(name_or_path) / inner
+
+    def files(*names: str) -> list[str]:
+        return [(inner / name).as_posix() for name in names]
+
+    def get(names: list[str]) -> Path:
+        try:
+            return Path(
+                snapshot_download(name_or_path, revision=revision, allow_patterns=names, **options)
+            )
+        except (hub_errors.HfHubHTTPError, hub_errors.LocalEntryNotFoundError, _NO_ANSWER,
+                OSError, ValueError) as error:  # fmt: skip
+            reason = why_missing(name_or_path) or explain(error)
+            raise CheckpointError(f"cannot load the adapter {name_or_path!r}: {reason}") from error
+
+    folder = get(files("adapter_*", "config.json", f"{PEFT_FOLDER}/*")) / inner
+    path = folder / "adapter_config.json"
+    if not path.is_file():
+        raise CheckpointError(
+            f"cannot load the adapter {name_or_path!r}: its repository has no "
+            f"{(inner / path.name).as_posix()}"
+        )
+    described = read_json_object(path, error=CheckpointError)
+    parts = [described.get(part) for part in ("base", "vision")]
+    inside = [str(p.get("name_or_path") or "") for p in parts if isinstance(p, dict)]
+    if brought := [f"{name}/*" for name in inside if name and ".." not in Path(name).parts]:
+        get(files(*brought))
+    return folder
+
+
+def hub_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of loading options that say which files of the hub are meant."""
+    return {n: v for n, v in options.items() if n in HUB_OPTIONS and v is not None}
+
+
+def push_folder(
+    save: Callable[[Path], Any],
+    repo_id: str,
+    *,
+    what: str,
+    private: bool | None = None,
+    token: bool | str | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    commit_message: str | None = None,
+    commit_description: str | None = None,
+) -> str:
+    """Upload what `save` writes into a directory; returns the address of the commit."""
+    with TemporaryDirectory() as folder:
+        save(Path(folder))
+        hub = HfApi(token=token)
+        repository = hub.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if revision is not None and not revision.startswith("refs/"):
+            hub.create_branch(repository, branch=revision, exist_ok=True)
+        commit = hub.upload_folder(
+            repo_id=repository,
+            folder_path=folder,
+            revision=revision,
+            create_pr=create_pr,
+            commit_message=commit_message or f"Upload {what}",
+            commit_description=commit_description,
+        )
+    return str(commit)
 
 
 def fetched(name: str, files: list[str], **options: Any) -> Path | None:

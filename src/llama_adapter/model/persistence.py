@@ -28,6 +28,7 @@ from llama_adapter.model.configuration import (
     read_adapter_config,
     semantics_digest,
 )
+from llama_adapter.model.hub import HUB_OPTIONS, adapter_folder, hub_options, push_folder
 from llama_adapter.model.offloading import home_of
 from llama_adapter.model.peft_base import PEFT_FOLDER, put_on, unwrapped
 from llama_adapter.model.references import (
@@ -59,10 +60,9 @@ LORA_FOLDER = PEFT_FOLDER
 
 _IGNORED_LOADING_KEYWORDS = frozenset(
     {"adapter_kwargs", "config", "trust_remote_code", "code_revision", "_commit_hash", "_from_auto",
-     "revision", "token", "cache_dir", "force_download", "local_files_only", "subfolder",
      "_from_pipeline", "tp_plan", "torch_dtype"}
 )  # fmt: skip
-"""What the Auto classes and pipelines pass along and a local adapter directory has no use for."""
+"""What the Auto classes and pipelines pass along and an adapter has no use for."""
 
 
 class AdapterPersistence:
@@ -121,6 +121,26 @@ class AdapterPersistence:
             ).save_pretrained(folder)
             self._after_saving(folder)
 
+    def push_to_hub(
+        self, repo_id: str, *, max_shard_size: int | str | None = None, **options: Any
+    ) -> str:
+        """Upload what `save_pretrained` writes to a repository on the hub; returns its address.
+
+        `options` are `commit_message`, `commit_description`, `private`, `token`, `revision` and
+        `create_pr`. Raises ConfigError where base or vision encoder are known by a directory of
+        this machine, which nobody else has.
+        """
+        del max_shard_size  # an adapter is one small file
+        model: LlamaAdapterForConditionalGeneration = self  # type: ignore[assignment]
+        for what, described in (("base", model.config.base), ("vision", model.config.vision)):
+            name = str((described or {}).get("name_or_path") or "")
+            if Path(name).is_absolute() or (name and Path(name).exists()):
+                raise ConfigError(
+                    f"the {what} is recorded as {name!r}, a directory of this machine: push it "
+                    f"too, and set model.config.{what}['name_or_path'] to its name on the hub"
+                )
+        return push_folder(self.save_pretrained, repo_id, what="adapter", **options)
+
     def _after_saving(self, directory: Path) -> None:
         """What else belongs into a directory that was just written."""
 
@@ -140,13 +160,17 @@ class AdapterPersistence:
     ) -> Any:
         """An adapter directory with its base and vision tower, which may be given already loaded.
 
+        An adapter on the hub is loaded by its name; `revision`, `subfolder`, `token`, `cache_dir`,
+        `force_download` and `local_files_only` say which, for the adapter's own files.
         Raises CheckpointError for a directory that is damaged or belongs to another base.
         """
         for key in kwargs:
-            if key not in _IGNORED_LOADING_KEYWORDS:
+            if key not in _IGNORED_LOADING_KEYWORDS | HUB_OPTIONS:
                 raise ConfigError(f"unknown option {key!r} for loading an adapter")
+        if kwargs.get("tp_plan") is not None:
+            raise ConfigError("tp_plan: an adapted model cannot be split over devices by tensors")
         dtype = dtype if dtype is not None else kwargs.get("torch_dtype")
-        directory = Path(pretrained_model_name_or_path)
+        directory = adapter_folder(str(pretrained_model_name_or_path), **hub_options(kwargs))
         content = read_adapter_config(directory)
         config = LlamaAdapterConfig.from_dict(content)
         assert isinstance(config, LlamaAdapterConfig)
@@ -181,15 +205,19 @@ class AdapterPersistence:
         model.adapter.load_state_dict(read_checked(path), source=str(path))  # type: ignore[attr-defined]
         return model.eval()  # type: ignore[attr-defined]
 
-    def load_adapter(self, directory: Any, adapter_name: str = "default") -> None:
+    def load_adapter(self, directory: Any, adapter_name: str = "default", **options: Any) -> None:
         """Load a further adapter onto the same base; `set_adapter` makes it the active one.
 
-        Raises CheckpointError if it belongs to another base or vision tower.
+        `options` are those of `from_pretrained` for adapters on the hub. Raises CheckpointError
+        if it belongs to another base or vision tower, and ConfigError for an option of peft's.
         """
+        for key in options:
+            if key not in HUB_OPTIONS:
+                raise ConfigError(f"unknown option {key!r} for loading an adapter")
         model: LlamaAdapterForConditionalGeneration = self  # type: ignore[assignment]
         if adapter_name in model.adapters:
             raise ConfigError(f"an adapter named {adapter_name!r} is loaded already")
-        directory = Path(directory)
+        directory = adapter_folder(str(directory), **hub_options(options))
         content = read_adapter_config(directory)
         config = LlamaAdapterConfig.from_dict(content)
         path = directory / ADAPTER_WEIGHTS_NAME

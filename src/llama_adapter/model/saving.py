@@ -26,6 +26,7 @@ _DEFAULTS: dict[str, tuple[Any, ...]] = {
     "save_peft_format": (True,),
     "save_original_format": (True,),
     "distributed_checkpoint": (False,),
+    "push_to_hub": (False,),
 }
 """Keywords of transformers and peft that have one value here."""
 
@@ -33,10 +34,14 @@ _DEFAULTS: dict[str, tuple[Any, ...]] = {
 def refuse_unknown(keywords: Mapping[str, Any]) -> None:
     """ConfigError for a keyword of `save_pretrained` that has no meaning for an adapter."""
     for name, value in keywords.items():
+        if name in ("max_shard_size", "token"):  # of one small file that stays here
+            continue
         if name not in _DEFAULTS:
             raise ConfigError(
                 f"save_pretrained has no keyword {name!r}{did_you_mean(name, _DEFAULTS)}"
             )
+        if name == "push_to_hub" and value:
+            raise ConfigError("save_pretrained does not upload: call push_to_hub(NAME) instead")
         if value not in _DEFAULTS[name]:
             raise ConfigError(
                 f"save_pretrained of an adapter cannot do {name}={value!r}: it is one file of "
