@@ -309,3 +309,27 @@ def test_what_never_ends_is_not_read(tmp_path: Path, name: str) -> None:
         file.truncate(1 << 32)
     with pytest.raises(EvaluationError, match="at most"):
         quick("scienceqa", tmp_path / name)
+
+
+def test_one_question_at_several_moments(write: Any) -> None:
+    """MovieChat's breakpoints ask the same of one video at different frames."""
+    asked = [
+        {"time": time, "id": "1", "video_id": "1", "question": "who?", "answer": answer}
+        for time, answer in ((100, "a dog"), (200, "a cat"))
+    ]
+    said = [{**item, "pred": item["answer"]} for item in asked]
+    data = write("qa.json", asked)
+    for part in (said, said[::-1], said[1:]):
+        for given in (None, data):
+            found = quick("msvd-qa", write("out.json", part), given)
+            assert found.metrics["exact-match:accuracy"] == 100
+            assert (found.n, found.unanswered) == (
+                (len(part), 0) if given is None else (2, 2 - len(part))
+            )
+    one = write("one.json", asked[:1])
+    found = quick("msvd-qa", write("out.json", said), one)
+    assert (found.n, found.metrics["exact-match:accuracy"]) == (1, 100)
+    with pytest.raises(EvaluationError, match="has two answers, 'a dog' and 'b'"):
+        quick("msvd-qa", write("out.json", [said[0], {**said[0], "pred": "b"}]))
+    timed = [{**said[0], "time": seconds} for seconds in (0.5, 1.25)]
+    assert quick("msvd-qa", write("out.json", timed)).n == 1

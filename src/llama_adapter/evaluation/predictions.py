@@ -201,13 +201,14 @@ def read_judgements(path: Path) -> list[dict[str, Any]]:
 def without_repeats(rows: Iterable[Row], *, where: str) -> tuple[list[Row], tuple[str, ...]]:
     """Rows with each record once. A repeat of the same answer is noted, another is refused.
 
-    A record is known by its id and what it asks: some benchmarks give a video's id to all its
-    questions. Where two questions share an id, each is named after both.
+    A record is known by its id, what it asks and of which moment: some benchmarks give a video's
+    id to all its questions, MovieChat asks the same at several frames. Where two questions share
+    an id, each is named after all of these.
     """
-    kept: dict[tuple[str, str], Row] = {}
+    kept: dict[str, Row] = {}
     repeats = 0
     for row in rows:
-        key = row.record.id, _plain(row.record.question)
+        key = _full_name(row.record)
         earlier = kept.get(key)
         if earlier is None or not earlier.answers:
             # A record whose picture was missing at first may be answered by a later run.
@@ -242,7 +243,19 @@ def unique_records(records: Sequence[Record], *, where: str) -> list[Record]:
 
 
 def _full_name(record: Record) -> str:
-    return f"{record.id}: {_plain(record.question)}"
+    moment = f" @{record.facts['time']}" if "time" in record.facts else ""
+    return f"{record.id}: {_plain(record.question)}{moment}"
+
+
+def moment_of(item: Mapping[str, Any]) -> dict[str, str]:
+    """The fact of which frame a question asks; seconds that an answer took are no such.
+
+    >>> moment_of({"time": 100}), moment_of({"time": "100"}), moment_of({"time": 1.25})
+    ({'time': '100'}, {'time': '100'}, {})
+    """
+    time = item.get("time")
+    is_whole = not isinstance(time, bool) and re.fullmatch(r"\d{1,9}", str(time)) is not None
+    return {"time": str(time)} if is_whole else {}
 
 
 def _plain(question: str) -> str:
@@ -293,6 +306,9 @@ def join(predictions: Predictions, records: Sequence[Record], *, data: Path) -> 
 
 def _asks_the_same(record: Record, other: Record) -> bool:
     """Whether one question is in the other: result files may keep a prompt around it."""
+    times = {r.facts["time"] for r in (record, other) if "time" in r.facts}
+    if len(times) > 1:
+        return False
     one, two = _plain(record.question), _plain(other.question)
     return one in two or two in one
 

@@ -30,6 +30,7 @@ from llama_adapter.evaluation.parsing import parse_yes_no_score
 from llama_adapter.evaluation.predictions import (
     NOT_KEPT,
     Predictions,
+    moment_of,
     score_of,
     unique_records,
     without_repeats,
@@ -65,6 +66,7 @@ def read_msvd(inputs: Inputs, *, patterns: Sequence[str], prefix: str = "") -> l
                 questions=(text_of(field_of(row, ("question",), where=where), where=where),),
                 gold=text_of(field_of(row, ("answer",), where=where), where=where),
                 video=f"{prefix}{video}" if video.isdigit() else video,
+                facts=moment_of(row),
             )
         )
     return unique_records(records, where=str(path))
@@ -214,6 +216,7 @@ def _public_row(key: str, entry: Any, *, where: str) -> Row:
         id=key,
         questions=(text_of(asked, where=where),),
         gold=None if gold is None else text_of(gold, where=where),
+        facts=moment_of(item),
     )
     answers = (text_of(item[said], where=where),) if said is not None else ()
     if verdict is not None and not answers:
