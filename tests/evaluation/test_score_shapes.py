@@ -121,6 +121,23 @@ def test_verdicts(write: Any, verdict: Any, score: float | None) -> None:
     assert found.unjudged == (score is None)
 
 
+@pytest.mark.parametrize("said", ["not yes", "Not a yes", "it isn't true", "not 'no'", "yes or no"])
+def test_a_verdict_that_is_denied_is_not_read(write: Any, said: str) -> None:
+    verdicts = {"a": entry({"pred": said, "score": 4}), "b": entry({"pred": "no, not so"})}
+    found = quick("msvd-qa", write("r.json", verdicts))
+    assert (found.metrics["accuracy"], found.unjudged) == (0, 2)
+
+
+@pytest.mark.parametrize(
+    ("gold", "said", "accuracy"),
+    [("a", "A", 100), ("the", "The.", 100), ("+", "+", 100), ("a", ".", 0), ("+", "-", 0)],
+)
+def test_what_is_exact_is_a_synonym_too(write: Any, gold: str, said: str, accuracy: float) -> None:
+    path = write("out.json", [{"id": 1, "question": "?", "answer": gold, "pred": said}])
+    metrics = quick("msvd-qa", path).metrics
+    assert metrics["exact-match:accuracy"] == metrics["synonym-match:accuracy"] == accuracy
+
+
 @pytest.mark.parametrize(
     ("verdict", "names"),
     [

@@ -198,8 +198,9 @@ _STOP = frozenset(("a", "an", "the"))
 
 
 def plain_words(text: str) -> list[str]:
-    """Lower-case words without punctuation and articles."""
-    return [word for word in re.findall(r"[\w']+", text.lower()) if word not in _STOP]
+    """Lower-case words without punctuation and articles, unless a text has nothing else."""
+    words = re.findall(r"[\w']+", text.lower()) or text.lower().split()
+    return [word for word in words if word not in _STOP] or words
 
 
 def canonical_words(text: str) -> list[str]:

@@ -240,10 +240,14 @@ def read_verdict(verdict: Verdict | None) -> tuple[bool | None, float | None]:
         return None, None
     said = str(lowered(verdict).get("pred", "")).lower()
     words = {_YES_NO[word] for word in re.findall(r"\w+", said) if word in _YES_NO}
-    return words.pop() if len(words) == 1 else None, score_of(verdict, low=0, high=TOP)
+    is_clear = len(words) == 1 and not _DENIED.search(said)
+    return words.pop() if is_clear else None, score_of(verdict, low=0, high=TOP)
 
 
 _YES_NO = {"yes": True, "no": False, "true": True, "false": False}
+_DENIED = re.compile(
+    r"\b(?:not|never|neither|cannot|\w+n['’]t)\s+(?:\w+\s+)?[\W_]*(?:yes|no|true|false)\b"
+)
 
 
 def count(predictions: Predictions, _: Counting) -> Tally:
