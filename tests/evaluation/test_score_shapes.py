@@ -350,3 +350,36 @@ def test_one_question_at_several_moments(write: Any) -> None:
         quick("msvd-qa", write("out.json", [said[0], {**said[0], "pred": "b"}]))
     timed = [{**said[0], "time": seconds} for seconds in (0.5, 1.25)]
     assert quick("msvd-qa", write("out.json", timed)).n == 1
+
+
+@pytest.mark.parametrize("answer", ["b", "(b)", "b.", " b\n"])
+def test_a_lower_case_letter_alone_names_a_choice(write: Any, answer: str) -> None:
+    problem = {"choices": ["dog", "cat"], "answer": 1, "question": "?", "split": "test"}
+    data = write("problems.json", {"1": problem})
+    found = quick("scienceqa", write("out.jsonl", [{"question_id": 1, "text": answer}]), data)
+    assert (found.metrics["accuracy_any_form"], found.unparsed) == (100, 1)
+    stored = write("stored.json", {"results": {"1": answer.strip(" (.)\n")}, "outputs": {"1": "x"}})
+    assert quick("scienceqa", stored, data).metrics["accuracy"] == 100
+
+
+@pytest.mark.parametrize("name", ["{}.json", "{}_results.json", "gpt-{}.json"])
+def test_videoinstruct_files_by_abbreviation(write: Any, tmp_path: Path, name: str) -> None:
+    short = ("CI", "DO", "CU", "TU", "CO")
+    for score, aspect in enumerate(short, start=1):
+        asked = {"Q": "what?", "A": "dog", "pred": "a dog"}
+        write(f"o/{name.format(aspect)}", {"1": [{"score": score}, asked]})
+    found = quick("videoinstruct", tmp_path / "o").metrics
+    aspects = ("correctness", "detail", "context", "temporal", "consistency")
+    assert [found[aspect] for aspect in aspects] == [1, 2, 3, 4, 5]
+
+
+def test_mme_questions_with_tabs(tmp_path: Path) -> None:
+    data, results = tmp_path / "data" / "count", tmp_path / "results"
+    data.mkdir(parents=True)
+    results.mkdir()
+    (data / "1.txt").write_text("Is it\tone?\t\tYes\nIs it two?\tNo\t\n")
+    lines = ["1.jpg\tIs it\tone?\t\tYes\tYes\tit is", "1.jpg\tIs it two?\tNo\tyes"]
+    (results / "count.txt").write_text("\n".join(lines))
+    for given in (None, tmp_path / "data"):
+        found = quick("mme", results, given)
+        assert (found.n, found.unanswered, found.metrics["count"]) == (2, 0, 50)

@@ -151,6 +151,8 @@ def parse_choice_in_any_form(answer: str, *, choices: Sequence[str]) -> int | No
     0
     >>> parse_choice_in_any_form("A cat.", choices=["a dog", "a cat"])
     1
+    >>> parse_choice_in_any_form("b", choices=["a dog", "a cat"])
+    1
     >>> parse_choice_in_any_form("Cats and dogs", choices=["a dog", "a cat"])
     """
     text = answer.strip()
@@ -158,8 +160,8 @@ def parse_choice_in_any_form(answer: str, *, choices: Sequence[str]) -> int | No
     same = [i for i, choice in enumerate(choices) if re.findall(r"\w+", choice.lower()) == words]
     if words and len(same) == 1:
         return same[0]
-    alone = re.fullmatch(r"\W*([A-Z])\W*", text) or re.match(r"\(?([A-Z])[):]\s", text)
-    letters = {alone[1]} if alone else set(_STATED.findall(text))
+    alone = re.fullmatch(r"\W*([A-Za-z])\W*", text) or re.match(r"\(?([A-Z])[):]\s", text)
+    letters = {alone[1].upper()} if alone else set(_STATED.findall(text))
     index = ord(letters.pop()) - ord("A") if len(letters) == 1 else len(choices)
     return index if index < len(choices) else None
 

@@ -83,17 +83,36 @@ def _released(folder: Path, subtask: str) -> list[Record]:
     for path in texts:
         name = _Namer(subtask)
         for number, line in enumerate(read_text(path, lenient=True).split("\n"), start=1):
-            fields = [field.strip() for field in line.split("\t")]
             if not line.strip():
                 continue
-            if len(fields) < 2 or fields[1].lower() not in _ANSWERS:
+            fields = _fields(line, before=1)
+            if fields is None:
                 raise EvaluationError(
                     f"{path}: line {number} must be question and Yes or No, parted by a tab; "
                     f"found {line[:60]!r}"
                 )
             image = names.get(path.stem, path.stem + ".jpg")
-            records.append(name.record(image, fields[0], fields[1]))
+            records.append(name.record(image, fields[0].strip(), fields[1]))
     return records
+
+
+def _fields(line: str, *, before: int) -> list[str] | None:
+    """Fields before the question's end, the right answer and the rest, if any; None without one.
+
+    A question may hold tabs: the right answer is the first field after it that is a yes or no.
+    """
+    fields = line.rstrip("\r").split("\t")
+    place = next((i for i, f in enumerate(fields) if i >= before and _is_answer(f)), None)
+    if place is None:
+        return None
+    parts = fields[before - 1 : place]
+    question = parts[0] if len(parts) == 1 else " ".join(" ".join(parts).split())
+    rest = fields[place + 1 :]
+    return [*fields[: before - 1], question, fields[place], *["\t".join(rest)] * bool(rest)]
+
+
+def _is_answer(field: str) -> bool:
+    return field.strip().lower() in _ANSWERS
 
 
 class _Namer:
@@ -126,12 +145,12 @@ def _rows(path: Path, subtask: str) -> list[Row]:
     for number, line in enumerate(read_text(path, lenient=True).split("\n"), start=1):
         if not line.strip():
             continue
-        fields = line.rstrip("\r").split("\t", maxsplit=3)
         if "\t" not in line and rows and rows[-1].answers:
             # an answer of several lines: what follows the first is no line of its own
             rows[-1] = replace(rows[-1], answers=(f"{rows[-1].answer}\n{line}",))
             continue
-        if len(fields) < 3 or fields[2].strip().lower() not in _ANSWERS:
+        fields = _fields(line, before=2)
+        if fields is None:
             raise EvaluationError(
                 f"{path}: line {number} must be image, question, Yes or No, answer, parted by "
                 f"tabs; found {line[:60]!r}"

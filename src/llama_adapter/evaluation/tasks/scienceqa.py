@@ -198,8 +198,8 @@ def _place(answer: Any) -> int | None:
 
 
 def _choice(answer: Any) -> int | None:
-    is_letter = isinstance(answer, str) and len(answer) == 1 and answer in LETTERS
-    return LETTERS.index(answer) if is_letter else _place(answer)
+    is_letter = isinstance(answer, str) and re.fullmatch(r"[A-Za-z]", answer.strip())
+    return LETTERS.index(answer.strip().upper()) if is_letter else _place(answer)
 
 
 def _as_text(answer: Any) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -39,8 +40,14 @@ _NAMES = {
     "temporal": ("temporal", "benchmark_4", "4_"),
     "consistency": ("consistency", "benchmark_5", "5_"),
 }
-
-
+_SHORT = {
+    "ci": "correctness",
+    "do": "detail",
+    "cu": "context",
+    "tu": "temporal",
+    "co": "consistency",
+}
+"""As the papers' tables head them: correctness of information, detail orientation and so on."""
 _SAID = ("pred", "prediction", "response", "output", "pred1", "pred2")
 
 
@@ -131,10 +138,11 @@ def _differing(rows: Sequence[Row]) -> list[str]:
 def _by_aspect(files: list[Path], *, where: str) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for file in files:
-        for aspect, names in _NAMES.items():
-            if any(name in file.stem.lower() for name in names):
-                found.setdefault(aspect, file)
-                break
+        stem = file.stem.lower()
+        named = [a for a, names in _NAMES.items() if any(name in stem for name in names)]
+        named += [_SHORT[word] for word in re.split(r"[\W_]+", stem) if word in _SHORT]
+        if named:
+            found.setdefault(named[0], file)
     if not found:
         raise EvaluationError(
             f"{where}: expected result files named after {', '.join(ASPECTS)}, "
