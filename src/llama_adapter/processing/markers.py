@@ -56,6 +56,18 @@ def break_up(text: str, pattern: re.Pattern[str], *, before: str = "", after: st
     return "".join(parts) + window[done:stop]
 
 
+def normalized(text: str, *, tokenizer: Any) -> str:
+    """The text with what the tokenizer makes of its non-ASCII characters (NFKC: `：` is `:`)."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    normalizer = None if backend is None else backend.normalizer
+    if normalizer is None or text.isascii():
+        return text
+    found = {c: normalizer.normalize_str(c) for c in set(text) if not c.isascii()}
+    # some put a mark of white space before every text
+    found = {c: made if made == c else made.removeprefix("\u2581") for c, made in found.items()}
+    return "".join(found.get(c, c) for c in text)
+
+
 def special_tokens(tokenizer: Any) -> set[str]:
     """Special tokens of the tokenizer, written out, and the others that its chat template names.
 
@@ -63,6 +75,8 @@ def special_tokens(tokenizer: Any) -> set[str]:
     DeepSeek's `<｜User｜>`).
     """
     template = tokenizer.chat_template
+    if isinstance(template, dict):
+        template = template.get("default")
     source = template if isinstance(template, str) else ""
     contents = {token.strip() for token in tokenizer.all_special_tokens}
     for token in tokenizer.added_tokens_decoder.values():

@@ -25,7 +25,7 @@ from typing import Any
 from llama_adapter.conversation import Conversation
 from llama_adapter.errors import ConfigError, PromptError
 from llama_adapter.processing.chat_template import ChatTemplate
-from llama_adapter.processing.markers import any_of, break_up, special_tokens
+from llama_adapter.processing.markers import any_of, break_up, normalized, special_tokens
 from llama_adapter.processing.pieces import Kind, Piece, Rendered, Span, slot_pieces
 
 CHAT = "chat"
@@ -141,6 +141,10 @@ class PromptRenderer:
             if text and is_said:
                 before = "".join(parts[-8:])
                 after = "".join(_trusted_after(pieces, index))
+                as_read = normalized(text, tokenizer=self._tokenizer)
+                broken = break_up(as_read, self._forbidden, before=before, after=after)
+                # texts in which nothing is to be broken keep their spelling
+                text = text if broken == as_read else broken
                 text = break_up(text, self._forbidden, before=before, after=after)
             start, length = length, length + len(text)
             parts.append(text)
