@@ -147,6 +147,7 @@ def test_a_hugging_face_base_is_referenced(world: Any, tmp_path: Path) -> None:
     bring_in(world, "v2-chat-adapter", tmp_path / "converted")
     base = tmp_path / "hugging-face"
     LlamaForCausalLM.from_pretrained(tmp_path / "converted" / "base").save_pretrained(base)
+    (base / "params.json").write_text('{"dim": 1, "head_dim": 2}')  # as in Mistral's repositories
     report = bring_in(world, "v2-chat-adapter", tmp_path / "out", base=base)
     assert report.base == "referenced"
     assert not (tmp_path / "out" / "base").exists()

@@ -126,7 +126,12 @@ class MetaBase:
 
     @staticmethod
     def is_at(directory: Path) -> bool:
-        """Whether a directory looks like Meta's layout, complete or not."""
+        """Whether a directory looks like Meta's layout, complete or not.
+
+        Hugging Face repositories of Mistral hold `params.json` too, beside files that say the same.
+        """
+        if (directory / "config.json").is_file() and any(directory.glob("model*.safetensors")):
+            return False
         return (directory / "params.json").exists() or any(directory.glob("consolidated.*.pth"))
 
     @property
