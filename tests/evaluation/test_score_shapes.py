@@ -383,3 +383,62 @@ def test_mme_questions_with_tabs(tmp_path: Path) -> None:
     for given in (None, tmp_path / "data"):
         found = quick("mme", results, given)
         assert (found.n, found.unanswered, found.metrics["count"]) == (2, 0, 50)
+
+
+def sample(number: int, said: Any, target: Any, **doc: Any) -> dict[str, Any]:
+    """A line as lmms-eval's --log_samples writes it."""
+    kept = {"doc_id": number, "doc": doc, "target": target, "resps": [[said]]}
+    return {**kept, "filtered_resps": [said], "doc_hash": "x"}
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_samples_of_lmms_eval(write: Any, n: int) -> None:
+    asked = [("v_a_1", "who?", "dog"), ("v_b_2", "where?", "park")][:n]
+    lines = [
+        sample(i, said, gold, question_id=id_, question=question, answer=gold, video_name="a")
+        for i, ((id_, question, gold), said) in enumerate(zip(asked, ("dog", "hall"), strict=False))
+    ]
+    path = write("m_samples_activitynetqa.jsonl", lines)
+    found = quick("activitynet-qa", path)
+    assert (found.n, found.metrics["exact-match:accuracy"]) == (n, 100 / n)
+    lines = [
+        sample(0, "dog", ["dog", "cat"], question_id=7, question="?", answers=["dog", "cat"]),
+        sample(1, "two", ["two"], question_id=8, question="?", answers=["one"]),
+    ][:n]
+    data = write("d.json", [{"id": 7, "image": "x.jpg", "question": "?", "answers": ["dog"]}])
+    assert quick("vqa", write("s.jsonl", lines), data).metrics["exact-match:accuracy"] == 100
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_samples_of_captions_and_choices(write: Any, n: int) -> None:
+    names = [f"COCO_val2014_{i:012}.jpg" for i in (5, 6)]
+    lines = [
+        sample(i, "a dog", ["a cat"], file_name=name, caption=["a cat"], answer=["a cat"], id=i)
+        for i, name in enumerate(names)
+    ][:n]
+    data = write("references.json", {"5": ["a dog"], "6": ["a dog"]})
+    found = quick("coco-caption", write("s.jsonl", lines), data, tokenizer="simple")
+    assert (found.n, found.metrics["BLEU-1"]) == (n, pytest.approx(100))
+    asked = [{"question": f"what is {i}?", "choices": ["a", "b"], "answer": i} for i in range(n)]
+    data = write("problems.json", {str(i): {**p, "split": "test"} for i, p in enumerate(asked)})
+    lines = [sample(i, "B", "AB"[p["answer"]], **p) for i, p in enumerate(asked)]
+    found = quick("scienceqa", write("s.jsonl", lines[::-1]), data)
+    assert (found.n, found.metrics["accuracy"]) == (n, 50 if n == 2 else 0)
+    for line in lines:
+        line["doc_id"] = n - 1 - line["doc_id"]
+        line["doc"]["question"] = "other?"
+    with pytest.raises(EvaluationError, match="has other questions under them"):
+        quick("scienceqa", write("s.jsonl", lines), data)
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ({**sample(0, "a", "b"), "doc": None}, "lacks doc, the benchmark's own record"),
+        (sample(0, [-1.5, True], "b", question="?"), "filtered_resps .* must hold a text"),
+    ],
+)
+def test_samples_without_records_or_texts(write: Any, line: Any, problem: str) -> None:
+    for task in ("msvd-qa", "scienceqa", "coco-caption"):
+        with pytest.raises(EvaluationError, match=problem):
+            quick(task, write("s.jsonl", [line]))

@@ -94,11 +94,15 @@ def read_any(path: Path, *, marks: Iterable[str] = ()) -> tuple[Any, bool]:
     if path.suffix.lower() == ".csv":
         return _table(path), False
     documents, is_cut = _documents(path)
+    documents = [
+        _from_samples(document, where=f"{path}: line {n}")
+        for n, document in enumerate(documents, start=1)
+    ]
     if not documents:
         raise EvaluationError(f"{path}: is empty")
     if len(documents) == 1 and not is_cut:
         content = documents[0]
-        is_record = isinstance(content, dict) and any(mark in content for mark in marks)
+        is_record = isinstance(content, dict) and any(m in content for m in (*marks, _DOC_ID))
         return ([content] if is_record else content), False
     for number, row in enumerate(documents, start=1):
         if not isinstance(row, dict):
@@ -107,6 +111,37 @@ def read_any(path: Path, *, marks: Iterable[str] = ()) -> tuple[Any, bool]:
                 f"{len(documents)} is {brief(row)}"
             )
     return documents, is_cut
+
+
+_DOC_ID = "doc_id"
+_ANSWERS = frozenset((
+    "answer", "text", "caption", "pred", "prediction", "output", "response", "predicted_answer",
+))  # fmt: skip
+
+
+def _from_samples(line: Any, *, where: str) -> Any:
+    """A line of lmms-eval's `*_samples_*.jsonl` as a record with `pred`; anything else as it is.
+
+    Its `doc` is the benchmark's own record; the right answer in it must not pass for the model's.
+    """
+    if not isinstance(line, dict) or not {_DOC_ID, "filtered_resps"} <= line.keys():
+        return line
+    doc, said, gold = line.get("doc"), line["filtered_resps"], line.get("target")
+    if not isinstance(doc, dict):
+        raise EvaluationError(
+            f"{where}: is one of lmms-eval's samples and lacks doc, the benchmark's own record"
+        )
+    while isinstance(said, list) and said:
+        said = said[0]
+    if not isinstance(said, str):
+        raise EvaluationError(
+            f"{where}: filtered_resps of lmms-eval's samples must hold a text, found {brief(said)}"
+        )
+    record = {name: value for name, value in doc.items() if name.lower() not in _ANSWERS}
+    right = doc.get("answer", gold)
+    if isinstance(right, str | int | float):
+        record["gt"] = right
+    return {"id": f"#{line[_DOC_ID]}", **record, "pred": said}
 
 
 def _table(path: Path) -> list[dict[str, Any]]:

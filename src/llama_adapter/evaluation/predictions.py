@@ -278,18 +278,17 @@ def join(predictions: Predictions, records: Sequence[Record], *, data: Path) -> 
         if row is not None and (predictions.is_ours or _asks_the_same(record, row.record)):
             found[record.id] = by_id.pop(record.id)
     for record in records:
-        names = [name for name in (*_aliases(record), _full_name(record)) if name in by_id]
-        if names and record.id not in found:
-            found[record.id] = by_id.pop(names[0])
-    others = {
-        alias: id_
-        for id_, row in by_id.items()
-        for alias in (*_aliases(row.record), _full_name(row.record))
-    }
+        names = [*_aliases(record), _full_name(record)]
+        if record.id not in found and (row := _take(by_id, names, record)):
+            found[record.id] = row
+    others: dict[str, list[str]] = {}
+    for id_, row in by_id.items():
+        for alias in (*_aliases(row.record), _full_name(row.record)):
+            others.setdefault(alias, []).append(id_)
     for record in records:
-        ids = [others[name] for name in (record.id, *_aliases(record)) if name in others]
-        if record.id not in found and ids and ids[0] in by_id:
-            found[record.id] = by_id.pop(ids[0])
+        names = [id_ for name in (record.id, *_aliases(record)) for id_ in others.get(name, ())]
+        if record.id not in found and (row := _take(by_id, names, record)):
+            found[record.id] = row
     rows = [replace(found.get(r.id, Row(record=r)), record=r) for r in records]
     if by_id and len(by_id) == len(predictions.rows):
         raise EvaluationError(
@@ -302,6 +301,14 @@ def join(predictions: Predictions, records: Sequence[Record], *, data: Path) -> 
         some = ", ".join(id_[:60] for id_ in list(by_id)[:3])
         notes = (*notes, f"{len(by_id)} answers to ids that the data does not have: {some}")
     return replace(predictions, rows=tuple(rows), notes=notes)
+
+
+def _take(by_id: dict[str, Row], names: Iterable[str], record: Record) -> Row | None:
+    """The row under the first of the names that asks what the record does, taken out."""
+    for name in names:
+        if name in by_id and _asks_the_same(record, by_id[name].record):
+            return by_id.pop(name)
+    return None
 
 
 def _asks_the_same(record: Record, other: Record) -> bool:

@@ -153,33 +153,36 @@ def read_public(path: Path) -> Predictions:
         content = inner if isinstance(inner, dict | list) else content
     given = list(_answers(content, where=str(path)))
     # where all of them are numbers, they are the places of choices
-    are_places = all(_place(answer) is not None for _, answer in given)
+    are_places = all(_place(answer) is not None for _, answer, _ in given)
     rows = [
         _stored(id_, _choice(answer), outputs.get(id_))
         if outputs or are_places
-        else Row(record=Record(id=id_, questions=("",)), answers=(_as_text(answer),))
-        for id_, answer in given
+        else Row(record=Record(id=id_, questions=(asked,)), answers=(_as_text(answer),))
+        for id_, answer, asked in given
     ]
     kept, notes = without_repeats(rows, where=str(path))
     cut = ("the last line was cut short and is left out",) if is_cut else ()
     return Predictions(rows=tuple(kept), notes=(*cut, *notes), stated=stated)
 
 
-def _answers(content: Any, *, where: str) -> Iterator[tuple[str, Any]]:
-    """Ids and answers, in whatever way they are paired."""
+def _answers(content: Any, *, where: str) -> Iterator[tuple[str, Any, str]]:
+    """Ids and answers, in whatever way they are paired, and what was asked beside a place."""
     if isinstance(content, dict):
         for id_, item in content.items():
             is_object = isinstance(item, dict)
-            yield str(id_), _said(item, where=f"{where}: {brief(id_)}") if is_object else item
+            said = _said(item, where=f"{where}: {brief(id_)}") if is_object else item
+            yield str(id_), said, ""
         return
     if not isinstance(content, list):
         raise EvaluationError(f"{where}: expected answers by id, found {brief(content)}")
     for n, item in enumerate(content):
         if isinstance(item, dict):
             place = f"{where}: item {n + 1}"
-            yield id_of(field_of(item, _IDS, where=place), where=place), _said(item, where=place)
+            id_ = id_of(field_of(item, _IDS, where=place), where=place)
+            asked = text_of(item.get("question"), where=place) if id_[:1] == "#" else ""
+            yield id_, _said(item, where=place), asked
         else:
-            yield f"#{n}", item
+            yield f"#{n}", item, ""
 
 
 def _said(item: Mapping[str, Any], *, where: str) -> Any:
