@@ -442,3 +442,39 @@ def test_samples_without_records_or_texts(write: Any, line: Any, problem: str) -
     for task in ("msvd-qa", "scienceqa", "coco-caption"):
         with pytest.raises(EvaluationError, match=problem):
             quick(task, write("s.jsonl", [line]))
+
+
+@pytest.mark.parametrize("is_reversed", [False, True])
+@pytest.mark.parametrize("request_", ["", " Please answer yes or no."])
+def test_mme_answers_by_line(write: Any, tmp_path: Path, request_: str, is_reversed: bool) -> None:
+    """LLaVA's answers name subtask and image; which of the two questions, the prompt tells."""
+    data = tmp_path / "data" / "count"
+    data.mkdir(parents=True)
+    asked = [("Is it a dog?", "Yes"), ("Is it a dog house?", "No")]
+    text = "\n".join(f"{question}  Please answer yes or no.\t{gold}" for question, gold in asked)
+    for image in ("1", "2"):
+        (data / f"{image}.jpg").touch()
+        (data / f"{image}.txt").write_text(text)
+    more = request_ + "\nAnswer the question using a single word or phrase."
+    lines = [
+        {"question_id": f"count/{image}.png", "prompt": question + more, "text": said}
+        for image, given in (("1", ("Yes", "No")), ("2", ("No", "No")))
+        for (question, _), said in zip(asked, given, strict=True)
+    ]
+    path = write("r/answers.jsonl", lines[::-1] if is_reversed else lines)
+    for given in (path, path.parent):
+        found = quick("mme", given, data.parent)
+        assert (found.n, found.unanswered, found.metrics["count"]) == (4, 0, 125)
+    found = quick("mme", write("r/answers.jsonl", lines[:1]), data.parent)
+    assert (found.unanswered, found.metrics["count"]) == (3, 25)
+    with pytest.raises(EvaluationError, match="mme needs the right answers; give --data"):
+        quick("mme", path)
+    with pytest.raises(EvaluationError, match="line 1: 'cats' is not a subtask of MME"):
+        quick("mme", write("odd.jsonl", [{**lines[0], "question_id": "cats/1.png"}]))
+    samples = [
+        sample(i, said, gold, question_id="count/1.png", question=question, category="count")
+        for i, ((question, gold), said) in enumerate(zip(asked, ("Yes", "Yes"), strict=True))
+    ]
+    for given_data in (None, data.parent):
+        found = quick("mme", write("samples.jsonl", samples), given_data)
+        assert found.metrics["count"] == (50 if given_data is None else 25)

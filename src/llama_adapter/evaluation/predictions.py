@@ -304,11 +304,13 @@ def join(predictions: Predictions, records: Sequence[Record], *, data: Path) -> 
 
 
 def _take(by_id: dict[str, Row], names: Iterable[str], record: Record) -> Row | None:
-    """The row under the first of the names that asks what the record does, taken out."""
-    for name in names:
-        if name in by_id and _asks_the_same(record, by_id[name].record):
-            return by_id.pop(name)
-    return None
+    """The row under one of the names whose question is nearest to the record's, taken out."""
+    known = [n for n in names if n in by_id and _asks_the_same(record, by_id[n].record)]
+    asked = len(_plain(record.question))
+    nearest = min(
+        known, key=lambda n: abs(len(_plain(by_id[n].record.question)) - asked), default=None
+    )
+    return None if nearest is None else by_id.pop(nearest)
 
 
 def _asks_the_same(record: Record, other: Record) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter, defaultdict
 from dataclasses import replace
 from functools import partial
@@ -10,9 +11,16 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from llama_adapter.errors import EvaluationError
-from llama_adapter.evaluation.jsonfiles import brief, read_text
+from llama_adapter.evaluation.jsonfiles import (
+    brief,
+    field_of,
+    id_of,
+    read_objects,
+    read_text,
+    text_of,
+)
 from llama_adapter.evaluation.parsing import parse_yes_no
-from llama_adapter.evaluation.predictions import Predictions
+from llama_adapter.evaluation.predictions import Predictions, without_repeats
 from llama_adapter.evaluation.records import Floats, Record, Row, Tally, ratio, table
 from llama_adapter.evaluation.tasks.base import Counting, Generation, Inputs, Task
 
@@ -41,6 +49,12 @@ QUESTIONS = dict(
 """How many the benchmark asks."""
 _SUFFIXES = (".jpg", ".png", ".jpeg")
 _ANSWERS = frozenset(("yes", "no"))
+_IDS = ("question_id", "id", "image", "image_path")
+_ASKED = ("prompt", "question")
+_SAID = ("text", "pred", "prediction", "response", "output", "model_answer")
+_GOLD = ("gt", "gt_answer", "ground_truth", "answer", "label")
+_REQUEST = re.compile(r"\s*(?:please answer yes or no|answer the question using)\b", re.I)
+"""What scripts put after a question, or leave out."""
 _SUMS = 4  # right answers, questions, images with both right, images
 
 
@@ -160,7 +174,12 @@ def _rows(path: Path, subtask: str) -> list[Row]:
 
 
 def read_public(path: Path) -> Predictions:
-    """The 14 files of MME's evaluation tool, with the model's answers in the fourth column."""
+    """The 14 files of MME's evaluation tool, with the model's answers in the fourth column.
+
+    Also lines of {question_id: subtask/image, prompt, text}, as LLaVA's scripts write them.
+    """
+    if path.suffix.lower() in (".jsonl", ".json") and not path.is_dir():
+        return _read_lines(path)
     if not path.is_dir():
         raise EvaluationError(f"{path}: expected a folder with MME's 14 result files")
     found = _subtask_files(path)
@@ -170,10 +189,47 @@ def read_public(path: Path) -> Predictions:
             names = ", ".join(str(p.relative_to(path)) for p in list(inner)[:4])
             raise EvaluationError(f"{path}: holds several results, {names}; name one of them")
         found = next(iter(inner.values()), {})
+    lines = sorted(path.glob("*.jsonl"))
+    if not found and len(lines) == 1:
+        return _read_lines(lines[0])
     if not found:
         raise EvaluationError(f"{path}: holds none of MME's result files, such as existence.txt")
     rows = [_as_answer(row) for name, file in found.items() for row in _rows(file, name)]
     return Predictions(rows=tuple(rows))
+
+
+def _read_lines(path: Path) -> Predictions:
+    """An answer a line; its right answer need not be there, then the data's question tells which.
+
+    Raises EvaluationError where a line names no subtask of MME.
+    """
+    items, is_cut = read_objects(path)
+    namers = {_plain(subtask): (subtask, _Namer(subtask)) for subtask in SUBTASKS}
+    rows = []
+    for number, item in enumerate(items, start=1):
+        where = f"{path}: line {number}"
+        name = id_of(field_of(item, _IDS, where=where), where=where).replace("\\", "/")
+        folder, _, image = name.rpartition("/")
+        said = next((key for key in _SAID if key in item), "answer")
+        answers = (text_of(field_of(item, (said,), where=where), where=where),)
+        gold = text_of(next((item[k] for k in _GOLD if k in item and k != said), None), where=where)
+        category = text_of(item.get("category"), where=where) or folder.split("/")[-1]
+        if _plain(category) not in namers:
+            raise EvaluationError(f"{where}: {brief(category)} is not a subtask of MME")
+        subtask, namer = namers[_plain(category)]
+        asked = text_of(next((item[k] for k in _ASKED if k in item), None), where=where)
+        asked = _REQUEST.split(asked)[0]
+        if _is_answer(gold):
+            rows.append(_as_answer(Row(record=namer.record(image, asked, gold), answers=answers)))
+            continue
+        stem, places = PurePosixPath(image).stem, ("yes", "no", "yes-2", "no-2")
+        aliases = [f"{subtask}/{stem}{s}/{place}" for s in ("", *_SUFFIXES) for place in places]
+        facts = {"subtask": subtask, "image": image, "aliases": aliases}
+        record = Record(id=f"{subtask}/{image}", questions=(asked,), facts=facts)
+        rows.append(Row(record=record, answers=answers))
+    kept, notes = without_repeats(rows, where=str(path))
+    cut = ("the last line was cut short and is left out",) if is_cut else ()
+    return Predictions(rows=tuple(kept), notes=(*cut, *notes))
 
 
 def _as_answer(row: Row) -> Row:
@@ -195,6 +251,8 @@ def count(predictions: Predictions, _: Counting) -> Tally:
     images: dict[tuple[str, str], list[bool]] = defaultdict(list)
     asked: Counter[str] = Counter()
     unanswered = unparsed = 0
+    if any(row.record.gold is None for row in predictions.rows):
+        raise EvaluationError("mme needs the right answers; give --data")
     for row in predictions.rows:
         said = parse_yes_no(row.answer)
         unanswered += not row.is_answered
