@@ -147,6 +147,11 @@ def read_adapter_config(directory: Path) -> dict[str, Any]:
             f"{directory} is no adapter directory: {ADAPTER_CONFIG_NAME} is missing"
         )
     content = read_json_object(path, error=CheckpointError)
+    if "peft_type" in content:
+        raise CheckpointError(
+            f"{directory} is an adapter directory of peft ({shown(content['peft_type'])}), which "
+            "does not describe a llama_adapter model: give it as the base to train or run on it"
+        )
     if content.get("model_type") != LlamaAdapterConfig.model_type:
         raise CheckpointError(
             f"{path} does not describe a llama_adapter model "

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 from llama_adapter.config import shown
 from llama_adapter.errors import CheckpointError, UnsupportedModelError
@@ -25,6 +25,7 @@ from llama_adapter.model.fingerprints import (
     settings_of,
 )
 from llama_adapter.model.hub import peft_folder, why_missing
+from llama_adapter.model.kinds import read_base_config, read_encoder_config
 from llama_adapter.model.loading import folder_of, load_whole
 from llama_adapter.model.offloading import numbers_at_hand
 from llama_adapter.model.peft_base import (
@@ -36,7 +37,6 @@ from llama_adapter.model.peft_base import (
 )
 from llama_adapter.model.tensor_files import read_tensor, stored_tensors, weight_files
 from llama_adapter.model.visual_prompts import vision_tower_of
-from llama_adapter.pretrained import load_pretrained
 
 PACKAGE_ROOT = Path(__file__).resolve().parents[1]
 PACKAGE_SCHEME = f"package:{PACKAGE_ROOT.name}/"
@@ -163,6 +163,7 @@ def check_reference(model: nn.Module, expected: dict[str, Any], *, what: str, so
                 f"this {what} has {found[key]}"
             )
     _check_peft(found, expected, what=what, source=source)
+    _check_vocabulary(found, expected, what=what, source=source)
     if expected.get("config") is not None:
         check_settings(found["config"], expected["config"], what=what, source=source)
     if None not in (found["weights"], expected.get("weights")):
@@ -180,6 +181,19 @@ def check_reference(model: nn.Module, expected: dict[str, Any], *, what: str, so
         raise CheckpointError(
             f"{source} was saved for another {what} of the same shape: its fingerprint is "
             f"{expected['fingerprint']}, this {what} has {found['fingerprint']}"
+        )
+
+
+def _check_vocabulary(
+    found: dict[str, Any], expected: dict[str, Any], *, what: str, source: str
+) -> None:
+    """Refuse a base to which tokens were added, or from which they were taken."""
+    ours, theirs = ((d.get("config") or {}).get("vocab_size") for d in (found, expected))
+    if None not in (ours, theirs) and ours != theirs:
+        raise CheckpointError(
+            f"{source} was saved for a {what} with vocab_size {shown(theirs)}, this {what} has "
+            f"{shown(ours)}: give the {what} as it was, or resize its embeddings to "
+            f"{shown(theirs)} tokens as they were when the adapter was trained"
         )
 
 
@@ -250,7 +264,8 @@ def load_language_model(reference: str, **options: Any) -> PreTrainedModel:
     path = locate(reference, what="base")
     folder = peft_folder(path)
     below = path if folder is None else base_below(path)
-    model = load_whole(AutoModelForCausalLM, below, what="base", **options).eval()
+    config = read_base_config(below)
+    model = load_whole(AutoModelForCausalLM, below, what="base", config=config, **options).eval()
     if folder is not None:
         put_on(model, folder)
     return model
@@ -281,7 +296,7 @@ def base_below(reference: str) -> str:
 def load_vision(reference: str, *, device: torch.device | None = None) -> nn.Module:
     """The visual half of a CLIP or SigLIP model by name or path, in its own dtype."""
     path = locate(reference, what="vision tower")
-    config = load_pretrained(AutoConfig, path, what="vision tower")
+    config = read_encoder_config(path)
     loader = _vision_class(config)
     tower = vision_tower_of(load_whole(loader, path, what="vision tower", config=config))
     return tower if device is None else tower.to(device)
