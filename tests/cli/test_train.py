@@ -98,6 +98,14 @@ def test_a_link_to_nothing_is_no_directory_for_a_run(cli, small, tmp_path, targe
     assert list(tmp_path.iterdir()) == [link]
 
 
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs Linux's /proc")
+@pytest.mark.parametrize("mode", [(), ("--check",)])
+def test_a_folder_that_takes_no_folders_holds_no_run(cli, small, mode):
+    refused = cli("train", *small, "steps=1", "out=/proc/x/y", *mode)
+    assert refused.status == 2
+    assert refused.stderr.endswith("error: cannot write /proc/x/y: No such file or directory\n")
+
+
 def test_no_recipe_and_no_run(cli, tmp_path):
     missing = cli("train", tmp_path / "recipe.yaml")
     assert (missing.status, missing.stderr.count("\n")) == (2, 1)

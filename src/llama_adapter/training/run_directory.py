@@ -15,6 +15,7 @@ import json
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -76,8 +77,17 @@ class RunDirectory:
                 raise TrainingError(f"cannot write {self.path}: {existing} is not a folder")
             if not os.access(existing, os.W_OK | os.X_OK):
                 raise TrainingError(f"cannot write {self.path}: {existing} is read-only for you")
+            if existing != self.path:
+                self._check_makes_folders(existing)
         except OSError as error:  # a name that is too long, a folder that may not be looked into
             raise TrainingError(f"cannot use {self.path}: {error.strerror}") from error
+
+    def _check_makes_folders(self, above: Path) -> None:
+        """Try it under another name: /proc, for one, seems writable and takes no folder."""
+        try:
+            Path(tempfile.mkdtemp(prefix=".", dir=above)).rmdir()
+        except OSError as error:
+            raise TrainingError(f"cannot write {self.path}: {error.strerror}") from error
 
     def _check_free(self, recipe: Recipe, *, resume: bool) -> None:
         if not self.path.exists():
