@@ -267,6 +267,26 @@ def test_llama_factorys_conversations(tmp_path: Path) -> None:
     assert shown(sample) == [[names[0]], [], [names[1]], []]
 
 
+@pytest.mark.parametrize("history", [[], [["Hi.", "Hello."]]])
+@pytest.mark.parametrize("instruction", ["", " ", "What?"])
+def test_an_input_beside_an_empty_instruction_is_the_question(
+    tmp_path: Path, instruction: str, history: list[list[str]]
+) -> None:
+    record = {"instruction": instruction, "input": "A star.", "output": "Red.", "history": history}
+    conversation = only(tmp_path, "alpaca", record).conversation
+    asked = [m.text for m in conversation.messages if m.role == "user"]
+    if instruction.strip():
+        joined = ["What?\nA star."] if history else ["What?"]
+        assert (asked[-1:], conversation.context) == (joined, None if history else "A star.")
+    else:
+        assert (asked[-1:], conversation.context) == (["A star."], None)
+    for lacking in (
+        {"input": "A star.", "output": "Red."},
+        {**record, "instruction": " ", "input": ""},
+    ):
+        assert "'instruction'" in refusal(lambda record=lacking: only(tmp_path, "alpaca", record))
+
+
 def test_contents_in_parts(tmp_path: Path) -> None:
     names = write_pictures(tmp_path, 3)
     pixel = "data:image/png;base64,iVBORw0KGgo="

@@ -103,11 +103,15 @@ class AlpacaSource(JsonSource):
 def single_question(fields: Fields, media: Media) -> Conversation:
     """A question with its context and its answer, in the keys of Alpaca and its relatives.
 
-    `history` holds earlier questions and answers; they are learned too, as in LLaMA-Factory.
+    `history` holds earlier questions and answers; they are learned too. What stands in the input
+    beside an empty instruction is the question. Both as in LLaMA-Factory.
     """
     answered = _only_instance(fields)
-    question = fields.text(*QUESTION)
     context = answered.text(*CONTEXT, optional=True)
+    is_blank = any(isinstance(fields.record.get(name), str) for name in QUESTION)
+    question = fields.text(*QUESTION, optional=is_blank and bool(context))
+    if not question:
+        question, context = context, ""
     answer = answered.text(*ANSWER)
     if answered is not fields:
         answered.check()
