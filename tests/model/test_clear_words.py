@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from transformers import (
+    AutoModelForImageTextToText,
     CLIPConfig,
     CLIPModel,
     CLIPTextConfig,
@@ -22,7 +23,13 @@ from transformers import (
     ViTModel,
 )
 
-from llama_adapter import CheckpointError, LlamaAdapterError, LlamaAdapterForConditionalGeneration
+from llama_adapter import (
+    CheckpointError,
+    ConfigError,
+    LlamaAdapterConfig,
+    LlamaAdapterError,
+    LlamaAdapterForConditionalGeneration,
+)
 from llama_adapter.model.references import load_language_model, load_vision
 
 Ours = LlamaAdapterForConditionalGeneration
@@ -135,3 +142,45 @@ def test_a_vocabulary_of_another_size_is_named(build, base, tmp_path):
     with pytest.raises(CheckpointError, match="vocab_size 97, this base has 105") as fault:
         load(tmp_path)
     assert len(str(fault.value)) < 500
+
+
+def test_options_without_a_meaning_for_adapters_are_refused(build, base, tmp_path):
+    model = build("v2-chat")
+    model.save_pretrained(tmp_path, max_shard_size="5GB", token="mine")
+    for size, message in ((100, "one file, which is larger"), ("much", "a size as 5GB")):
+        with pytest.raises(ConfigError, match=message):
+            model.save_pretrained(tmp_path / "none", max_shard_size=size)
+    assert not (tmp_path / "none").exists()
+
+    own = LlamaAdapterConfig.from_pretrained(tmp_path)
+    other = LlamaAdapterConfig.preset("v1")
+    for options in (
+        {"trust_remote_code": False, "code_revision": None, "config": None, "adapter_kwargs": {}},
+        {"trust_remote_code": True, "config": own, "adapter_kwargs": {"token": None}},
+    ):
+        again = Ours.from_pretrained(tmp_path, language_model=base(), **options)
+        assert again.adapter_config == model.adapter_config
+        again = AutoModelForImageTextToText.from_pretrained(
+            tmp_path, language_model=base(), **options
+        )
+        assert again.adapter_config == model.adapter_config
+    for arguments, options, message in (
+        ((base(),), {}, "one positional argument"),
+        ((), {"code_revision": "v1"}, "code from files is never run"),
+        ((), {"config": other}, "config is not that of"),
+        ((), {"config": "other"}, "config is not that of"),
+        ((), {"adapter_kwargs": {"adapter_name": "mine"}}, "adapter_kwargs 'adapter_name'"),
+        ((), {"adapter_kwargs": {"revision": "v1"}}, "adapter_kwargs 'revision'"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            Ours.from_pretrained(tmp_path, *arguments, language_model=base(), **options)
+
+
+def test_an_adapter_in_a_subfolder_is_loaded_by_the_auto_class(build, base, tmp_path):
+    model = build("v2-chat")
+    model.add_adapter(LlamaAdapterConfig.preset("v1", prompt_length=3), "second", seed=1)
+    model.save_pretrained(tmp_path, selected_adapters=["default", "second"])
+    again = AutoModelForImageTextToText.from_pretrained(
+        tmp_path, subfolder="second", language_model=base()
+    )
+    assert again.adapter_config.prompt_length == 3

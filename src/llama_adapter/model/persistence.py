@@ -12,6 +12,7 @@ import hashlib
 import json
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +43,7 @@ from llama_adapter.model.saving import (
     adapter_to_save,
     peft_to_save,
     refuse_save_function,
+    refuse_shards,
     refuse_unknown,
 )
 from llama_adapter.model.tensor_files import Header, not_floating, read_header, read_tensors
@@ -62,7 +64,10 @@ _IGNORED_LOADING_KEYWORDS = frozenset(
     {"adapter_kwargs", "config", "trust_remote_code", "code_revision", "_commit_hash", "_from_auto",
      "_from_pipeline", "tp_plan", "torch_dtype"}
 )  # fmt: skip
-"""What the Auto classes and pipelines pass along and an adapter has no use for."""
+"""What the Auto classes and pipelines pass along and an adapter has no use for.
+
+`trust_remote_code` is a permission that is never used: code from files is refused by name.
+"""
 
 
 class AdapterPersistence:
@@ -104,6 +109,7 @@ class AdapterPersistence:
             if Path(name).name != name:
                 raise ConfigError(f"adapter {name!r} has no name that a folder can have")
             held[folder] = (model._loaded(name), adapter_to_save(model, name, state_dict))
+            refuse_shards(held[folder][1], kwargs.get("max_shard_size"))
         part = model._on_base
         factors = None if part is None else peft_to_save(model, part, state_dict)
         base = base_to_record(model)
@@ -130,7 +136,6 @@ class AdapterPersistence:
         `create_pr`. Raises ConfigError where base or vision encoder are known by a directory of
         this machine, which nobody else has.
         """
-        del max_shard_size  # an adapter is one small file
         model: LlamaAdapterForConditionalGeneration = self  # type: ignore[assignment]
         for what, described in (("base", model.config.base), ("vision", model.config.vision)):
             name = str((described or {}).get("name_or_path") or "")
@@ -139,7 +144,8 @@ class AdapterPersistence:
                     f"the {what} is recorded as {name!r}, a directory of this machine: push it "
                     f"too, and set model.config.{what}['name_or_path'] to its name on the hub"
                 )
-        return push_folder(self.save_pretrained, repo_id, what="adapter", **options)
+        save = partial(self.save_pretrained, max_shard_size=max_shard_size)
+        return push_folder(save, repo_id, what="adapter", **options)
 
     def _after_saving(self, directory: Path) -> None:
         """What else belongs into a directory that was just written."""
@@ -148,7 +154,7 @@ class AdapterPersistence:
     def from_pretrained(
         cls,
         pretrained_model_name_or_path: Any,
-        *_model_args: Any,
+        *model_args: Any,
         language_model: PreTrainedModel | None = None,
         vision: nn.Module | None = None,
         dtype: torch.dtype | str | None = None,
@@ -167,13 +173,15 @@ class AdapterPersistence:
         for key in kwargs:
             if key not in _IGNORED_LOADING_KEYWORDS | HUB_OPTIONS:
                 raise ConfigError(f"unknown option {key!r} for loading an adapter")
-        if kwargs.get("tp_plan") is not None:
-            raise ConfigError("tp_plan: an adapted model cannot be split over devices by tensors")
+        _refuse_idle(model_args, kwargs)
         dtype = dtype if dtype is not None else kwargs.get("torch_dtype")
         directory = adapter_folder(str(pretrained_model_name_or_path), **hub_options(kwargs))
         content = read_adapter_config(directory)
         config = LlamaAdapterConfig.from_dict(content)
         assert isinstance(config, LlamaAdapterConfig)
+        # the Auto classes lose the subfolder and pass the config beside it
+        if kwargs.get("config") is not None and not kwargs.get("subfolder"):
+            _check_given(kwargs["config"], config, directory)
         path = directory / ADAPTER_WEIGHTS_NAME
         header = check_header(path, content)
         config.base = _absolute(config.base, directory)
@@ -246,6 +254,35 @@ class AdapterPersistence:
             finally:
                 adapter.detach()
         model._adapters[adapter_name] = adapter
+
+
+def _refuse_idle(model_args: Sequence[Any], options: Mapping[str, Any]) -> None:
+    """ConfigError for what an adapter cannot do and the Auto classes do not pass by themselves."""
+    if model_args:
+        raise ConfigError(
+            "loading an adapter takes one positional argument, its name or path; "
+            f"got {len(model_args)} more: give language_model and the others by name"
+        )
+    if options.get("tp_plan") is not None:
+        raise ConfigError("tp_plan: an adapted model cannot be split over devices by tensors")
+    if options.get("code_revision") is not None:
+        raise ConfigError("code_revision: code from files is never run, of no revision")
+    for name, value in (options.get("adapter_kwargs") or {}).items():
+        passed = name.startswith("_") or (name in HUB_OPTIONS and value == options.get(name))
+        if value is not None and not passed:
+            raise ConfigError(
+                f"adapter_kwargs {name!r} is for adapters of peft: give what says which adapter "
+                "is meant as an option of its own"
+            )
+
+
+def _check_given(given: Any, stored: LlamaAdapterConfig, directory: Path) -> None:
+    """ConfigError for a config that is another than the adapter's own."""
+    if not isinstance(given, LlamaAdapterConfig) or given.to_dict() != stored.to_dict():
+        raise ConfigError(
+            f"config is not that of {directory / ADAPTER_CONFIG_NAME}, which its tensors are for: "
+            "leave it out; another base is given by language_model"
+        )
 
 
 def check_peft_folder(directory: Path, base: Mapping[str, Any] | None) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor, nn
 
 from llama_adapter.config import did_you_mean
@@ -34,7 +35,7 @@ _DEFAULTS: dict[str, tuple[Any, ...]] = {
 def refuse_unknown(keywords: Mapping[str, Any]) -> None:
     """ConfigError for a keyword of `save_pretrained` that has no meaning for an adapter."""
     for name, value in keywords.items():
-        if name in ("max_shard_size", "token"):  # of one small file that stays here
+        if name in ("max_shard_size", "token"):  # nothing is uploaded; see `refuse_shards`
             continue
         if name not in _DEFAULTS:
             raise ConfigError(
@@ -47,6 +48,21 @@ def refuse_unknown(keywords: Mapping[str, Any]) -> None:
                 f"save_pretrained of an adapter cannot do {name}={value!r}: it is one file of "
                 "safetensors with a fixed name"
             )
+
+
+def refuse_shards(tensors: Mapping[str, Tensor], size: int | str | None) -> None:
+    """ConfigError where an adapter's one file would be larger than `size`, such as `5GB`."""
+    if size is None:
+        return
+    try:
+        shards = split_torch_state_dict_into_shards(dict(tensors), max_shard_size=size)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"max_shard_size must be a size as 5GB, got {size!r}") from error
+    if shards.is_sharded:
+        raise ConfigError(
+            f"save_pretrained of an adapter cannot do max_shard_size={size!r}: it is one file, "
+            "which is larger"
+        )
 
 
 def refuse_save_function(function: Callable[..., Any] | None) -> None:
