@@ -6,9 +6,9 @@ mistyped name would be a minute's silence, and then a message that does not name
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Mapping
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from huggingface_hub import HfApi, constants, snapshot_download, try_to_load_from_cache
@@ -93,39 +93,27 @@ def adapter_folder(
     return folder
 
 
+def revision_at_hand(name: str, revision: str | None) -> str | None:
+    """A recorded revision of a repository on the hub, where it is in the cache or on the hub.
+
+    None where the name is a directory, or the revision is gone; whether the present one holds the
+    same weights is then said by their fingerprint.
+    """
+    if revision is None or not re.fullmatch(r"[\w.-]+", revision) or Path(name).exists():
+        return None
+    try:
+        validate_repo_id(name)
+    except hub_errors.HFValidationError:
+        return None
+    settings = "config.json"
+    if isinstance(try_to_load_from_cache(name, settings, revision=revision), str):
+        return revision
+    return None if fetched(name, [settings], revision=revision) is None else revision
+
+
 def hub_options(options: Mapping[str, Any]) -> dict[str, Any]:
     """Those of loading options that say which files of the hub are meant."""
     return {n: v for n, v in options.items() if n in HUB_OPTIONS and v is not None}
-
-
-def push_folder(
-    save: Callable[[Path], Any],
-    repo_id: str,
-    *,
-    what: str,
-    private: bool | None = None,
-    token: bool | str | None = None,
-    revision: str | None = None,
-    create_pr: bool = False,
-    commit_message: str | None = None,
-    commit_description: str | None = None,
-) -> str:
-    """Upload what `save` writes into a directory; returns the address of the commit."""
-    with TemporaryDirectory() as folder:
-        save(Path(folder))
-        hub = HfApi(token=token)
-        repository = hub.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        if revision is not None and not revision.startswith("refs/"):
-            hub.create_branch(repository, branch=revision, exist_ok=True)
-        commit = hub.upload_folder(
-            repo_id=repository,
-            folder_path=folder,
-            revision=revision,
-            create_pr=create_pr,
-            commit_message=commit_message or f"Upload {what}",
-            commit_description=commit_description,
-        )
-    return str(commit)
 
 
 def fetched(name: str, files: list[str], **options: Any) -> Path | None:

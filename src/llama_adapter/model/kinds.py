@@ -13,9 +13,9 @@ from llama_adapter.model.loading import folder_of
 from llama_adapter.pretrained import load_pretrained
 
 
-def read_base_config(path: str) -> Any:
+def read_base_config(path: str, revision: str | None = None) -> Any:
     """The config of a base by name or path; CheckpointError where it is not of a text decoder."""
-    config = load_pretrained(AutoConfig, path, what="base")
+    config = load_pretrained(AutoConfig, path, what="base", revision=revision or "main")
     _refuse_adapter(config, path, what="base", option="base.model")
     # of a model with code of its own, loading says that it is never run
     if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or getattr(config, "auto_map", None):
@@ -33,12 +33,12 @@ def read_base_config(path: str) -> Any:
     )
 
 
-def read_encoder_config(path: str) -> Any:
+def read_encoder_config(path: str, revision: str | None = None) -> Any:
     """The config of a vision encoder by name or path.
 
     Raises UnsupportedModelError for a model that takes no pixels.
     """
-    config = load_pretrained(AutoConfig, path, what="vision tower")
+    config = load_pretrained(AutoConfig, path, what="vision tower", revision=revision or "main")
     _refuse_adapter(config, path, what="vision encoder", option="vision.model")
     if not _takes_pixels(config) and not hasattr(config, "vision_config"):
         raise UnsupportedModelError(

@@ -47,15 +47,22 @@ _PIECE = 1 << 24
 
 
 def load_whole(
-    loader: Any, where: str, *, what: str, config: Any = None, **options: Any
+    loader: Any,
+    where: str,
+    *,
+    what: str,
+    config: Any = None,
+    revision: str | None = None,
+    **options: Any,
 ) -> PreTrainedModel:
     """A model of transformers with every tensor as stored; CheckpointError where one is not.
 
     `config` is what the directory's own config says, where `loader` reads only a part of it.
     """
+    which: dict[str, Any] = {} if revision is None else {"revision": revision}
     if config is None:
-        config = load_pretrained(AutoConfig, where, what=what)
-    folder = folder_of(where)
+        config = load_pretrained(AutoConfig, where, what=what, **which)
+    folder = folder_of(where, revision)
     stored = None if folder is None else stored_tensors(folder)
     if stored is not None:
         check_sizes(config, stored, what=f"{what} {where!r}")
@@ -63,9 +70,11 @@ def load_whole(
         _check_total(loader, config, stored, folder, what=f"{what} {where!r}")
     # of mismatches the report says which tensor it is, and the exception does not
     reported: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}
-    model, info = load_pretrained(loader, where, what=what, **reported, **options)
-    if stored is None and (folder := folder_of(where)) is not None:
+    model, info = load_pretrained(loader, where, what=what, **reported, **which, **options)
+    if stored is None and (folder := folder_of(where, revision)) is not None:
         stored = stored_tensors(folder)  # downloaded just now
+    if not Path(where).is_dir() and (cached := folder_of(where, revision)) is not None:
+        model.config._commit_hash = cached.name  # which newer versions of transformers leave out
     name = f"the {what} {where!r}"
     _check_method(model, name=name)
     ignored = _check_unexpected(model, config, set(info["unexpected_keys"]), name=name)
@@ -82,11 +91,11 @@ def load_whole(
     return model
 
 
-def folder_of(where: str) -> Path | None:
+def folder_of(where: str, revision: str | None = None) -> Path | None:
     """Where the files of a name or path lie on this machine; None where they are not yet there."""
     if Path(where).is_dir():
         return Path(where)
-    cached = try_to_load_from_cache(where, "config.json")
+    cached = try_to_load_from_cache(where, "config.json", revision=revision)
     return Path(cached).parent if isinstance(cached, str) else None
 
 

@@ -12,6 +12,7 @@ import hashlib
 import json
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,13 +24,14 @@ from torch import Tensor, nn
 from llama_adapter.config import AdapterConfig
 from llama_adapter.errors import CheckpointError, ConfigError
 from llama_adapter.files import atomic_file
+from llama_adapter.model.card import model_card
 from llama_adapter.model.configuration import (
     ADAPTER_CONFIG_NAME,
     LlamaAdapterConfig,
     read_adapter_config,
     semantics_digest,
 )
-from llama_adapter.model.hub import HUB_OPTIONS, adapter_folder, hub_options, push_folder
+from llama_adapter.model.hub import HUB_OPTIONS, adapter_folder, hub_options, revision_at_hand
 from llama_adapter.model.offloading import home_of
 from llama_adapter.model.peft_base import PEFT_FOLDER, put_on, unwrapped
 from llama_adapter.model.references import (
@@ -48,6 +50,7 @@ from llama_adapter.model.saving import (
 )
 from llama_adapter.model.tensor_files import Header, not_floating, read_header, read_tensors
 from llama_adapter.model.visual_prompts import VisualProjection, vision_feature_size
+from llama_adapter.uploads import push_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -128,13 +131,19 @@ class AdapterPersistence:
             self._after_saving(folder)
 
     def push_to_hub(
-        self, repo_id: str, *, max_shard_size: int | str | None = None, **options: Any
+        self,
+        repo_id: str,
+        *,
+        max_shard_size: int | str | None = None,
+        tags: Sequence[str] | None = None,
+        **options: Any,
     ) -> str:
         """Upload what `save_pretrained` writes to a repository on the hub; returns its address.
 
-        `options` are `commit_message`, `commit_description`, `private`, `token`, `revision` and
-        `create_pr`. Raises ConfigError where base or vision encoder are known by a directory of
-        this machine, which nobody else has.
+        A repository without a model card gets one, with `tags` in it. `options` are
+        `commit_message`, `commit_description`, `private`, `token`, `revision` and `create_pr`.
+        Raises ConfigError where base or vision encoder are known by a directory of this machine,
+        which nobody else has.
         """
         model: LlamaAdapterForConditionalGeneration = self  # type: ignore[assignment]
         for what, described in (("base", model.config.base), ("vision", model.config.vision)):
@@ -145,7 +154,11 @@ class AdapterPersistence:
                     f"too, and set model.config.{what}['name_or_path'] to its name on the hub"
                 )
         save = partial(self.save_pretrained, max_shard_size=max_shard_size)
-        return push_folder(save, repo_id, what="adapter", **options)
+        config = copy(model.config)
+        if model._changed is not None:
+            config.base = None  # as in the file
+        card = partial(model_card, config, tags=tags or ())
+        return push_folder(save, repo_id, what="adapter", card=card, **options)
 
     def _after_saving(self, directory: Path) -> None:
         """What else belongs into a directory that was just written."""
@@ -189,8 +202,10 @@ class AdapterPersistence:
         if language_model is not None:
             language_model = unwrapped(language_model)
         else:
+            name = _reference(config.base, "base", directory)
             language_model = load_language_model(
-                _reference(config.base, "base", directory),
+                name,
+                revision=revision_at_hand(name, (config.base or {}).get("revision")),
                 dtype=dtype,
                 device_map=device_map,
                 offload_folder=offload_folder,
@@ -203,8 +218,10 @@ class AdapterPersistence:
         check_reference(language_model, config.base or {}, what="base", source=str(directory))
         if config.vision is not None:
             if vision is None:
+                name = _reference(config.vision, "vision tower", directory)
                 vision = load_vision(
-                    _reference(config.vision, "vision tower", directory),
+                    name,
+                    revision=revision_at_hand(name, config.vision.get("revision")),
                     device=home_of(language_model.get_input_embeddings()),
                 )
             check_reference(vision, config.vision, what="vision tower", source=str(directory))

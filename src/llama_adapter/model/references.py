@@ -204,7 +204,7 @@ def what_differs(model: Any) -> str | None:
     Known only where the files are on this machine. Rounding to another dtype does not count.
     """
     name = str(getattr(model, "name_or_path", ""))
-    folder = folder_of(name) if name else None
+    folder = folder_of(name, getattr(model.config, "_commit_hash", None)) if name else None
     stored = None if folder is None else stored_tensors(folder)
     if folder is None or stored is None:
         return None
@@ -264,7 +264,7 @@ def load_language_model(reference: str, **options: Any) -> PreTrainedModel:
     path = locate(reference, what="base")
     folder = peft_folder(path)
     below = path if folder is None else base_below(path)
-    config = read_base_config(below)
+    config = read_base_config(below, options.get("revision"))
     model = load_whole(AutoModelForCausalLM, below, what="base", config=config, **options).eval()
     if folder is not None:
         put_on(model, folder)
@@ -293,12 +293,16 @@ def base_below(reference: str) -> str:
     return locate(name, what=f"base of the peft adapter {reference!r},")
 
 
-def load_vision(reference: str, *, device: torch.device | None = None) -> nn.Module:
+def load_vision(
+    reference: str, *, device: torch.device | None = None, revision: str | None = None
+) -> nn.Module:
     """The visual half of a CLIP or SigLIP model by name or path, in its own dtype."""
     path = locate(reference, what="vision tower")
-    config = read_encoder_config(path)
+    config = read_encoder_config(path, revision)
     loader = _vision_class(config)
-    tower = vision_tower_of(load_whole(loader, path, what="vision tower", config=config))
+    tower = vision_tower_of(
+        load_whole(loader, path, what="vision tower", config=config, revision=revision)
+    )
     return tower if device is None else tower.to(device)
 
 

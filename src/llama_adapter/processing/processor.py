@@ -36,6 +36,7 @@ from llama_adapter.processing.prompts import (
     images_per_prompt,
 )
 from llama_adapter.processing.templates import CHAT, TEMPLATES, PromptRenderer
+from llama_adapter.uploads import push_folder
 
 _CHAT_TEMPLATE = (
     "{{ raise_exception('prompts are rendered by LlamaAdapterProcessor.apply_chat_template') }}"
@@ -529,6 +530,17 @@ class LlamaAdapterProcessor(ProcessorMixin):
         write_atomically(path, json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n")
         agreement.record(directory, self.to_dict())
         return [str(path)]
+
+    def push_to_hub(
+        self, repo_id: str, *, max_shard_size: int | str | None = None, **options: Any
+    ) -> str:
+        """Upload what `save_pretrained` writes to a repository on the hub; returns its address.
+
+        `options` are `commit_message`, `commit_description`, `private`, `token`, `revision` and
+        `create_pr`.
+        """
+        del max_shard_size  # of models
+        return push_folder(self.save_pretrained, repo_id, what="processor", **options)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Self:

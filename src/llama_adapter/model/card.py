@@ -1,0 +1,48 @@
+"""The model card of an adapter on the hub: what it is, and how it is loaded."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from llama_adapter.model.configuration import LlamaAdapterConfig
+
+_CARD = """---
+{metadata}---
+
+# {name}
+
+A [LLaMA-Adapter](https://arxiv.org/abs/2303.16199) for {base}. This repository holds the adapter
+alone; base{and_vision} are loaded by the names in `adapter_config.json`.
+
+```python
+from llama_adapter import LlamaAdapterForConditionalGeneration
+
+model = LlamaAdapterForConditionalGeneration.from_pretrained("{name}")
+```
+"""
+
+
+def model_card(config: LlamaAdapterConfig, name: str, *, tags: Sequence[str] = ()) -> str:
+    """The text of `README.md`, with the metadata that the hub finds and links models by."""
+    base = _name(config.base)
+    sees = config.vision is not None
+    metadata: dict[str, Any] = {
+        **({"base_model": base, "base_model_relation": "adapter"} if base else {}),
+        "library_name": "llama-adapter",
+        "pipeline_tag": "image-text-to-text" if sees else "text-generation",
+        "tags": ["llama-adapter", *tags],
+    }
+    return _CARD.format(
+        # values of JSON are values of YAML
+        metadata="".join(f"{key}: {json.dumps(value)}\n" for key, value in metadata.items()),
+        name=name,
+        base=f"`{base}`" if base else "a model that has no name on the hub",
+        and_vision=" and vision encoder" if sees else "",
+    )
+
+
+def _name(described: Mapping[str, Any] | None) -> str:
+    name = str((described or {}).get("name_or_path") or "")
+    return "" if name.startswith("package:") else name
