@@ -48,7 +48,7 @@ def test_bad_input_is_one_line_and_status_2(cli: Cli, predictions: Path, tmp_pat
     for arguments, message in (
         (("msvd-qa", "--predictions", tmp_path / "gone"), "no such predictions"),
         (("msvd", "--predictions", predictions), "task must be one of"),
-        (("mme", "--predictions", predictions), "expected a folder with MME's 14 result files"),
+        (("mme", "--predictions", predictions), "line 1 lacks question_id"),
         (("scienceqa", "--predictions", predictions), "needs the right answers; give --data"),
     ):
         done = cli("score", *arguments, "--json")
