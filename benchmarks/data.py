@@ -30,7 +30,7 @@ from transformers import CLIPImageProcessorPil
 from benchmarks.measuring import add_options, report
 from llama_adapter import LlamaAdapterProcessor
 from llama_adapter.data import SOURCES, BatchStream, Kind, Part, SampleEncoder, Source, measure
-from llama_adapter.toyworld.tokenizer import build_tokenizer
+from llama_adapter.miniature.tokenizer import build_tokenizer
 
 WORDS = ("the", "a", "red", "blue", "small", "large", "star", "circle", "is", "in", "where")
 MOST_GROWTH = 0.10

@@ -32,13 +32,13 @@ from llama_adapter.experts import (
 )
 from llama_adapter.experts.cache import ReportCache
 from llama_adapter.generation.chat import ChatSession, GenerationSettings
+from llama_adapter.miniature.exam import Exam, Score, score
+from llama_adapter.miniature.pictures import make_pool, picture
+from llama_adapter.miniature.questions import ask
+from llama_adapter.miniature.scenes import SIGN_WORDS, Scene, Split, scene_stream
+from llama_adapter.miniature.shipped import shipped_adapter
 from llama_adapter.model import LlamaAdapterForConditionalGeneration
 from llama_adapter.processing.processor import LlamaAdapterProcessor
-from llama_adapter.toyworld.exam import Exam, Score, score
-from llama_adapter.toyworld.pictures import make_pool, picture
-from llama_adapter.toyworld.questions import ask
-from llama_adapter.toyworld.scenes import SIGN_WORDS, Scene, Split, scene_stream
-from llama_adapter.toyworld.shipped import shipped_adapter
 
 Loaded = tuple[LlamaAdapterForConditionalGeneration, LlamaAdapterProcessor]
 

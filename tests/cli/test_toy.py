@@ -7,9 +7,9 @@ import random
 
 import pytest
 
-from llama_adapter.toyworld.ablation import variants
-from llama_adapter.toyworld.rendering import render
-from llama_adapter.toyworld.scenes import Scene, Thing
+from llama_adapter.miniature.ablation import variants
+from llama_adapter.miniature.rendering import render
+from llama_adapter.miniature.scenes import Scene, Thing
 
 
 @pytest.fixture

@@ -14,8 +14,8 @@ from llama_adapter.errors import ExpertError
 from llama_adapter.experts import ExpertPool, Request
 from llama_adapter.experts.ocr import OcrExpert, OcrOptions
 from llama_adapter.experts.ocr_engine import _spans, _tiles
-from llama_adapter.toyworld.pictures import picture
-from llama_adapter.toyworld.scenes import Scene, Thing
+from llama_adapter.miniature.pictures import picture
+from llama_adapter.miniature.scenes import Scene, Thing
 
 LINES = ["CORNER SHOP", "TEA 9.00", "COFFEE 12.50", "TOTAL 21.50"]
 

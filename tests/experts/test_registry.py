@@ -21,8 +21,8 @@ from llama_adapter.experts import (
     registry,
 )
 from llama_adapter.experts.auto import AutoRouter, text_likelihood
-from llama_adapter.toyworld.pictures import picture
-from llama_adapter.toyworld.scenes import Scene, Thing
+from llama_adapter.miniature.pictures import picture
+from llama_adapter.miniature.scenes import Scene, Thing
 
 STAR = Thing(shape="star", color="red", size="large", place="north")
 

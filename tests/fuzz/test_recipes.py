@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 from tests.fuzzing import Campaign, mutated_bytes, mutated_json
 
-from llama_adapter.toyworld.sources import SOURCES_WITH_MINIATURES
+from llama_adapter.miniature.sources import SOURCES_WITH_MINIATURES
 from llama_adapter.training.recipe import Recipe, load_recipe, parse_recipe
 
 RECIPES = sorted((Path(__file__).resolve().parents[2] / "recipes").glob("*.yaml"))

@@ -145,9 +145,10 @@ def test_code_beside_a_known_kind_is_left_alone(parts, monkeypatch):
     [
         "package:evil.x/y",
         "package:evil/y",
-        "package:llama_adapter.toyworld/bases",
+        "package:llama_adapter.miniature/bases",
         "package:llama_adapter",
         "package:llama_adapter/../evil",
+        "package:llama_adapter/miniature/../../evil",
         "package:llama_adapter/toyworld/../../evil",
         "package:llama_adapter//etc",
         "package:llama_adapter/nowhere",
@@ -179,10 +180,12 @@ def test_a_package_reference_means_this_package_alone(
 
 
 def test_package_references_of_today_mean_what_they_did():
-    for inner in ("toyworld/bases/decoder", "toyworld/adapters/v2"):
+    for inner in ("miniature/bases/decoder", "miniature/adapters/v2"):
         reference = f"package:llama_adapter/{inner}"
         assert Path(resolve_reference(reference)) == PACKAGE_ROOT / inner
         assert package_reference(str(PACKAGE_ROOT / inner)) == reference
+        earlier = reference.replace("miniature", "toyworld")  # as adapters saved before name it
+        assert resolve_reference(earlier) == resolve_reference(reference)
 
 
 def test_every_loader_of_transformers_goes_through_one_place():

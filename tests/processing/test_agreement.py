@@ -13,7 +13,7 @@ from llama_adapter import (
     LlamaAdapterForConditionalGeneration,
     LlamaAdapterProcessor,
 )
-from llama_adapter.toyworld.shipped import shipped_adapter
+from llama_adapter.miniature.shipped import shipped_adapter
 
 SAVED = Path(__file__).parents[1] / "saved/adapters"
 

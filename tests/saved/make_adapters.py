@@ -31,7 +31,7 @@ from llama_adapter import (
     LlamaAdapterForConditionalGeneration,
     LlamaAdapterProcessor,
 )
-from llama_adapter.toyworld.tokenizer import build_tokenizer
+from llama_adapter.miniature.tokenizer import build_tokenizer
 
 SLOTS = "".join(f"<|slot_{index}|>" for index in range(3))
 SMALL = {"prompt_length": 3, "projector_width": 8, "projector_heads": 2, "projector_blocks": 1}

@@ -13,8 +13,8 @@ from transformers import OPTConfig, OPTForCausalLM
 
 from llama_adapter import LlamaAdapterProcessor
 from llama_adapter.errors import CheckpointError, ConfigError, DataError, LlamaAdapterError
-from llama_adapter.toyworld.shipped import DECODER, SLOT_TEXT, VISION, toy_processor
-from llama_adapter.toyworld.sources import SOURCES_WITH_MINIATURES
+from llama_adapter.miniature.shipped import DECODER, SLOT_TEXT, VISION, toy_processor
+from llama_adapter.miniature.sources import SOURCES_WITH_MINIATURES
 from llama_adapter.training.build import load_processor
 from llama_adapter.training.checking import CheckReport, check_recipe
 from llama_adapter.training.launch import train

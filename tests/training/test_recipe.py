@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from llama_adapter.errors import ConfigError
-from llama_adapter.toyworld.sources import SOURCES_WITH_MINIATURES
+from llama_adapter.miniature.sources import SOURCES_WITH_MINIATURES
 from llama_adapter.training.recipe import Recipe, load_recipe, parse_recipe
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from llama_adapter.errors import DataError
-from llama_adapter.toyworld.shipped import DECODER, SLOT_TEXT, VISION, toy_processor
+from llama_adapter.miniature.shipped import DECODER, SLOT_TEXT, VISION, toy_processor
 from llama_adapter.training.launch import train
 from llama_adapter.training.recipe import Recipe, parse_recipe
 from llama_adapter.training.streams import RecipeData, open_data

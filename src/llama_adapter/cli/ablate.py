@@ -46,7 +46,7 @@ def ablate(
     """
     from llama_adapter.cli.output import json_only
     from llama_adapter.cli.progress import stages
-    from llama_adapter.toyworld.ablation import (
+    from llama_adapter.miniature.ablation import (
         AblationSettings,
         run_ablation,
         table,

@@ -10,7 +10,7 @@ import typer
 from llama_adapter.cli.numbers import MAX_SEED, between
 
 if TYPE_CHECKING:
-    from llama_adapter.toyworld.demo import DemoResult
+    from llama_adapter.miniature.demo import DemoResult
 
 
 def demo(
@@ -44,7 +44,7 @@ def demo(
     """
     from llama_adapter.cli.output import json_only
     from llama_adapter.cli.progress import stages
-    from llama_adapter.toyworld.demo import DemoSettings, run_demo, save_demo
+    from llama_adapter.miniature.demo import DemoSettings, run_demo, save_demo
 
     settings = DemoSettings.quick(seed=seed) if quick else DemoSettings(minutes=minutes, seed=seed)
     with json_only(as_json) as emit:
@@ -67,7 +67,7 @@ def _print_table(result: DemoResult) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from llama_adapter.toyworld.measure import CLAIMS
+    from llama_adapter.miniature.measure import CLAIMS
 
     table = Table(title="On held-out scenes, % right (95% interval)")
     for heading in ("", "claim", "shipped", "trained live"):

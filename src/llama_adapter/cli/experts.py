@@ -70,7 +70,7 @@ def _defaults(model: str | None) -> dict[str, dict[str, Any]]:
     """What experts are told where MODEL is `toy`."""
     if model != TOY:
         return {}
-    from llama_adapter.toyworld.shipped import shipped_adapter
+    from llama_adapter.miniature.shipped import shipped_adapter
 
     return {
         "caption": {"model": str(shipped_adapter("caption"))},

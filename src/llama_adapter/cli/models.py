@@ -18,7 +18,7 @@ MODEL_HELP = "An adapter directory, or `toy` for the built-in one."
 def adapter_directory(model: str) -> Path:
     """The directory that MODEL means; `CheckpointError` where there is none."""
     if model == TOY:
-        from llama_adapter.toyworld.shipped import shipped_adapter
+        from llama_adapter.miniature.shipped import shipped_adapter
 
         return shipped_adapter("v2")
     path = Path(model).expanduser()

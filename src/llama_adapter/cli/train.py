@@ -86,7 +86,7 @@ def _as_json(outcome: Outcome) -> dict[str, Any]:
 
 def source_types() -> SourceTypes:
     """Every source type that a recipe may name, those of the miniature world too."""
-    from llama_adapter.toyworld.sources import SOURCES_WITH_MINIATURES
+    from llama_adapter.miniature.sources import SOURCES_WITH_MINIATURES
 
     return SOURCES_WITH_MINIATURES
 

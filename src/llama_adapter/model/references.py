@@ -41,6 +41,8 @@ from llama_adapter.model.visual_prompts import vision_tower_of
 PACKAGE_ROOT = Path(__file__).resolve().parents[1]
 PACKAGE_SCHEME = f"package:{PACKAGE_ROOT.name}/"
 """`package:llama_adapter/PATH` means a folder that this package brings along."""
+_RENAMED = {"toyworld/": "miniature/"}
+"""Beginnings of such paths as earlier versions wrote them, and what they are called now."""
 
 
 def resolve_reference(reference: str, *, directory: Path | None = None) -> str:
@@ -69,6 +71,9 @@ def _own_folder(reference: str) -> Path:
             f"{reference!r} must begin with {PACKAGE_SCHEME!r}: only folders of this package can "
             "be meant"
         )
+    for before, now in _RENAMED.items():
+        if inner.startswith(before):
+            inner = now + inner.removeprefix(before)
     path = PACKAGE_ROOT / inner
     if ".." in path.parts or not path.resolve().is_relative_to(PACKAGE_ROOT) or not path.is_dir():
         raise CheckpointError(f"{reference!r}: this package has no folder {inner!r}")

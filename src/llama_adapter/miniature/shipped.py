@@ -1,0 +1,63 @@
+"""What the package carries: two frozen bases, and adapters trained on them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoTokenizer, PreTrainedModel
+
+from llama_adapter.config import AdapterConfig
+from llama_adapter.miniature.tokenizer import SLOTS
+from llama_adapter.model import LlamaAdapterForConditionalGeneration
+from llama_adapter.model.references import (
+    load_language_model,
+    load_vision,
+    resolve_reference,
+)
+from llama_adapter.pretrained import load_pretrained
+from llama_adapter.processing.image_processors import load_image_processor
+from llama_adapter.processing.processor import LlamaAdapterProcessor
+
+DECODER = "package:llama_adapter/miniature/bases/decoder"
+VISION = "package:llama_adapter/miniature/bases/vision"
+ADAPTERS = "package:llama_adapter/miniature/adapters"
+SLOT_TEXT = "".join(SLOTS)
+"""What stands where a picture is read, in scope `slots`: the tokenizer's reserved tokens."""
+
+
+def load_decoder() -> PreTrainedModel:
+    """The frozen toy decoder, in float32."""
+    return load_language_model(DECODER, dtype=torch.float32)
+
+
+def load_tower() -> nn.Module:
+    """The frozen toy vision tower, in float32."""
+    return load_vision(VISION).float()
+
+
+def toy_processor(config: AdapterConfig) -> LlamaAdapterProcessor:
+    """The processor of a toy adapter: the toy template, slots where the config asks for them."""
+    return LlamaAdapterProcessor(
+        load_image_processor(resolve_reference(VISION)),
+        load_pretrained(AutoTokenizer, resolve_reference(DECODER), what="tokenizer"),
+        template="toy",
+        visual_scope=config.visual_scope,
+        slot_text=SLOT_TEXT if config.visual_scope == "slots" else None,
+    )
+
+
+def shipped_adapter(name: str) -> Path:
+    """Directory of a shipped adapter: `v2` or `caption`."""
+    return Path(resolve_reference(f"{ADAPTERS}/{name}"))
+
+
+def load_shipped(
+    name: str = "v2", **loaded: Any
+) -> tuple[LlamaAdapterForConditionalGeneration, LlamaAdapterProcessor]:
+    """A shipped adapter on its bases, with its processor, ready to answer."""
+    directory = shipped_adapter(name)
+    model = LlamaAdapterForConditionalGeneration.from_pretrained(directory, **loaded)
+    return model, LlamaAdapterProcessor.from_pretrained(directory)
