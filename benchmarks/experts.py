@@ -20,6 +20,7 @@ import torch
 
 from benchmarks.measuring import report
 from benchmarks.receipts import measure_receipts
+from llama_adapter.chat import ChatSession
 from llama_adapter.conversation import Conversation
 from llama_adapter.experts import (
     ExpertContext,
@@ -31,7 +32,7 @@ from llama_adapter.experts import (
     make_experts,
 )
 from llama_adapter.experts.cache import ReportCache
-from llama_adapter.generation.chat import ChatSession, GenerationSettings
+from llama_adapter.generation import GenerationSettings
 from llama_adapter.miniature.exam import Exam, Score, score
 from llama_adapter.miniature.pictures import make_pool, picture
 from llama_adapter.miniature.questions import ask

@@ -94,8 +94,9 @@ def test_an_adapter_with_text(
 def test_the_chat_weights_are_asked_as_they_were_trained(
     make_world: Callable[..., Any], sentencepiece_file: Path, tmp_path: Path
 ) -> None:
+    from llama_adapter.chat import ChatSession
     from llama_adapter.conversation import Conversation
-    from llama_adapter.generation.chat import ChatSession, GenerationSettings
+    from llama_adapter.generation import GenerationSettings
 
     world = make_world(vocab=400)
     (world.root / "tokenizer.model").write_bytes(sentencepiece_file.read_bytes())

@@ -15,7 +15,8 @@ from llama_adapter.evaluation.judging import mend_tail, read_judge_prompts
 from llama_adapter.evaluation.manifest import make_manifest, start_or_resume
 from llama_adapter.evaluation.media import IMAGE_SUFFIXES, MediaFolders
 from llama_adapter.evaluation.records import Record
-from llama_adapter.evaluation.report import as_csv, as_markdown, find_runs, table, write_report
+from llama_adapter.evaluation.report import as_csv, as_markdown, find_runs, table
+from llama_adapter.evaluation.report_page import write_report
 from llama_adapter.evaluation.running import merge_shards
 from llama_adapter.evaluation.tasks import find_task
 from llama_adapter.evaluation.tasks.base import Generation

@@ -14,7 +14,8 @@ from PIL import Image
 
 from llama_adapter.errors import EvaluationError
 from llama_adapter.evaluation.published import PUBLISHED
-from llama_adapter.evaluation.report import as_markdown, find_runs, table, write_report
+from llama_adapter.evaluation.report import as_markdown, find_runs, table
+from llama_adapter.evaluation.report_page import write_report
 from llama_adapter.evaluation.tasks import TASKS
 
 from .conftest import ours

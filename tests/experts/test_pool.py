@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from llama_adapter import LlamaAdapterForConditionalGeneration, LlamaAdapterProcessor
+from llama_adapter.chat import ChatSession
 from llama_adapter.conversation import Conversation
 from llama_adapter.errors import ConfigError
 from llama_adapter.experts import (
@@ -19,7 +20,7 @@ from llama_adapter.experts import (
 )
 from llama_adapter.experts.cache import ReportCache
 from llama_adapter.experts.wording import rough_tokens
-from llama_adapter.generation.chat import ChatSession, GenerationSettings
+from llama_adapter.generation import GenerationSettings
 
 PICTURE = Image.new("RGB", (12, 12), (200, 30, 30))
 

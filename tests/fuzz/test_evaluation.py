@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from tests.fuzzing import Campaign, mutated_bytes, mutated_json_text
 
-from llama_adapter.evaluation.report import find_runs, write_report
+from llama_adapter.evaluation.report import find_runs
+from llama_adapter.evaluation.report_page import write_report
 from llama_adapter.evaluation.score import ScoreReport, score
 from llama_adapter.evaluation.tasks import TASKS
 from llama_adapter.evaluation.tasks.base import Counting, Inputs

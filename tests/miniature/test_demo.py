@@ -62,7 +62,8 @@ def test_the_sheet_says_what_is_wrong():
 
 def test_the_fresh_adapter_loads_and_answers(saved):
     from llama_adapter import LlamaAdapterForConditionalGeneration, LlamaAdapterProcessor
-    from llama_adapter.generation.chat import ChatSession, GenerationSettings
+    from llama_adapter.chat import ChatSession
+    from llama_adapter.generation import GenerationSettings
 
     model = LlamaAdapterForConditionalGeneration.from_pretrained(saved / "adapter")
     processor = LlamaAdapterProcessor.from_pretrained(saved / "adapter")

@@ -8,8 +8,9 @@ import re
 import pytest
 import torch
 
+from llama_adapter.chat import ChatSession
 from llama_adapter.conversation import Conversation
-from llama_adapter.generation.chat import ChatSession, GenerationSettings
+from llama_adapter.generation import GenerationSettings
 from llama_adapter.miniature.captions import describe_tasks
 from llama_adapter.miniature.exam import Exam, Score, score, score_captions
 from llama_adapter.miniature.fairness import FairlyScored

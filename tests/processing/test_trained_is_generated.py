@@ -24,11 +24,12 @@ from llama_adapter import (
     LlamaAdapterProcessor,
     PromptError,
 )
+from llama_adapter.chat import ChatSession
 from llama_adapter.conversation import Message
 from llama_adapter.errors import ConfigError
 from llama_adapter.evaluation.answering import LocalAnswerer
 from llama_adapter.evaluation.tasks.base import Generation
-from llama_adapter.generation.chat import ChatSession, GenerationSettings
+from llama_adapter.generation import GenerationSettings
 
 try:
     import trl

@@ -15,8 +15,8 @@ from llama_adapter.cli.output import one_line
 from llama_adapter.errors import ImageError, PromptError
 
 if TYPE_CHECKING:
+    from llama_adapter.chat import Answer, ChatSession
     from llama_adapter.cli.experts import ExpertChoice
-    from llama_adapter.generation.chat import Answer, ChatSession
 
 _HELP = "/image FILE shows a picture with the next question, /reset forgets, /quit leaves."
 
@@ -178,8 +178,9 @@ def _open_session(
 ) -> ChatSession:
     import torch
 
+    from llama_adapter.chat import ChatSession
     from llama_adapter.cli.models import load
-    from llama_adapter.generation.chat import ChatSession, GenerationSettings
+    from llama_adapter.generation import GenerationSettings
 
     settings = GenerationSettings(max_new_tokens=max_new_tokens, temperature=temperature)
     loaded, processor = load(model, device=device)

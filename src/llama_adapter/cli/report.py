@@ -29,7 +29,8 @@ def report(
       llama-adapter report runs/mme runs/msvd --out report/
     """
     from llama_adapter.cli.output import json_only
-    from llama_adapter.evaluation.report import as_markdown, find_runs, table, write_report
+    from llama_adapter.evaluation.report import as_markdown, find_runs, table
+    from llama_adapter.evaluation.report_page import write_report
 
     with json_only(as_json) as emit:
         runs = find_runs(folders, resamples=resamples)

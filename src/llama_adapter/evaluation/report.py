@@ -15,7 +15,6 @@ from llama_adapter.evaluation.manifest import read_manifest
 from llama_adapter.evaluation.predictions import PREDICTIONS
 from llama_adapter.evaluation.published import published_for
 from llama_adapter.evaluation.score import ScoreReport, score
-from llama_adapter.files import write_atomically
 
 COLUMNS = ("task", "system", "metric", "value", "low", "high", "n", "missing", "source")
 
@@ -162,22 +161,3 @@ def as_csv(lines: Sequence[Line]) -> str:
         named = (line.task, line.system, line.metric)
         writer.writerow([*named, line.value, low, high, count, line.missing, line.source])
     return buffer.getvalue()
-
-
-def write_report(runs: Sequence[Run], out: Path) -> list[Path]:
-    """`report.md`, `report.csv` and a self-contained `report.html`."""
-    from llama_adapter.evaluation.report_page import as_html
-
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise EvaluationError(f"{out}: cannot hold a report: {error.strerror}") from error
-    lines = table(runs)
-    contents = {
-        "report.md": as_markdown(lines),
-        "report.csv": as_csv(lines),
-        "report.html": as_html(lines, runs),
-    }
-    for name, content in contents.items():
-        write_atomically(out / name, content)
-    return [out / name for name in contents]

@@ -9,13 +9,14 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-from llama_adapter.errors import ImageError, VideoError
+from llama_adapter.errors import EvaluationError, ImageError, VideoError
 from llama_adapter.evaluation.media import MediaFolders, is_there, media_of
 from llama_adapter.evaluation.predictions import number, score_of
 from llama_adapter.evaluation.records import Row
-from llama_adapter.evaluation.report import Line, Run
+from llama_adapter.evaluation.report import Line, Run, as_csv, as_markdown, table
 from llama_adapter.evaluation.score import read_predictions
 from llama_adapter.evaluation.tasks import find_task
+from llama_adapter.files import write_atomically
 from llama_adapter.processing.images import load_image
 from llama_adapter.processing.video import VIDEO_SUFFIXES, load_video
 
@@ -29,6 +30,23 @@ text-align:left;vertical-align:top}td.n{text-align:right;font-variant-numeric:ta
 tr.published{color:#777}.card{border:1px solid #ddd;border-radius:6px;padding:.7rem;margin:.5rem;
 display:inline-block;width:300px;vertical-align:top}.card img{max-width:100%}
 .wrap{overflow-x:auto}small{color:#666}"""
+
+
+def write_report(runs: Sequence[Run], out: Path) -> list[Path]:
+    """`report.md`, `report.csv` and a self-contained `report.html`."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise EvaluationError(f"{out}: cannot hold a report: {error.strerror}") from error
+    lines = table(runs)
+    contents = {
+        "report.md": as_markdown(lines),
+        "report.csv": as_csv(lines),
+        "report.html": as_html(lines, runs),
+    }
+    for name, content in contents.items():
+        write_atomically(out / name, content)
+    return [out / name for name in contents]
 
 
 def as_html(lines: Sequence[Line], runs: Sequence[Run]) -> str:

@@ -1,5 +1,5 @@
-"""Talking with an adapted model: one-shot answers, multi-turn sessions, streaming."""
+"""Answers of an adapted model."""
 
-from llama_adapter.generation.chat import Answer, ChatSession, GenerationSettings
+from llama_adapter.generation.settings import GenerationSettings
 
-__all__ = ["Answer", "ChatSession", "GenerationSettings"]
+__all__ = ["GenerationSettings"]

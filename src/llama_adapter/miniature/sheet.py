@@ -10,8 +10,9 @@ from pathlib import Path
 
 from PIL import Image
 
+from llama_adapter.chat import ChatSession
 from llama_adapter.files import atomic_file
-from llama_adapter.generation.chat import ChatSession, GenerationSettings
+from llama_adapter.generation import GenerationSettings
 from llama_adapter.miniature.captions import CAPTION_TASK
 from llama_adapter.miniature.exam import UNSEEN
 from llama_adapter.miniature.pictures import PicturePool, picture

@@ -8,9 +8,10 @@ import pytest
 from PIL import Image
 
 from llama_adapter import LlamaAdapterForConditionalGeneration, LlamaAdapterProcessor
+from llama_adapter.chat import ChatSession
 from llama_adapter.errors import ConfigError, ImageError, PromptError
 from llama_adapter.experts import CaptionExpert, ExpertInfo, Finding, Report, Request
-from llama_adapter.generation.chat import ChatSession, GenerationSettings
+from llama_adapter.generation import GenerationSettings
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -14,44 +13,12 @@ from PIL import Image
 from transformers import TextIteratorStreamer
 
 from llama_adapter.conversation import Conversation, ImageRef
-from llama_adapter.errors import ConfigError
 from llama_adapter.experts.base import Expert, Report
 from llama_adapter.experts.pool import ExpertPool
+from llama_adapter.generation.settings import GenerationSettings
 from llama_adapter.model import LlamaAdapterForConditionalGeneration
 from llama_adapter.processing.images import load_image
 from llama_adapter.processing.processor import LlamaAdapterProcessor
-
-_COLDEST = 1e-6
-"""Temperatures below take the likeliest token: scores divided by them leave float32."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class GenerationSettings:
-    """How answers are drawn."""
-
-    max_new_tokens: int = 256
-    temperature: float = 0.0
-    """0: the likeliest token every time."""
-    top_p: float = 1.0
-
-    def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise ConfigError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
-        if not 0 <= self.temperature < math.inf:
-            raise ConfigError(f"temperature must be at least 0 and finite, got {self.temperature}")
-        if not 0 < self.top_p <= 1:
-            raise ConfigError(f"top_p must be in (0, 1], got {self.top_p}")
-
-    def as_keywords(self) -> dict[str, Any]:
-        """What transformers' `generate` calls them."""
-        if self.temperature < _COLDEST:
-            return {"max_new_tokens": self.max_new_tokens, "do_sample": False}
-        return {
-            "max_new_tokens": self.max_new_tokens,
-            "do_sample": True,
-            "temperature": self.temperature,
-            "top_p": self.top_p,
-        }
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
