@@ -25,12 +25,12 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from tools.miniature.tokenizer import build_tokenizer
 from transformers import CLIPImageProcessorPil
 
 from benchmarks.measuring import add_options, report
 from llama_adapter import LlamaAdapterProcessor
 from llama_adapter.data import SOURCES, BatchStream, Kind, Part, SampleEncoder, Source, measure
-from llama_adapter.miniature.tokenizer import build_tokenizer
 
 WORDS = ("the", "a", "red", "blue", "small", "large", "star", "circle", "is", "in", "where")
 MOST_GROWTH = 0.10

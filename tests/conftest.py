@@ -118,7 +118,7 @@ def spaces_tokenizer() -> Any:
 
 @pytest.fixture(scope="session")
 def toy_tokenizer() -> Any:
-    from llama_adapter.miniature.tokenizer import build_tokenizer
+    from tools.miniature.tokenizer import build_tokenizer
 
     return build_tokenizer()
 

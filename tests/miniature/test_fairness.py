@@ -9,20 +9,16 @@ import torch
 
 from llama_adapter.conversation import Conversation
 from llama_adapter.miniature.captions import CAPTION_TASK
-from llama_adapter.miniature.decoder import collate as pretraining_batch
 from llama_adapter.miniature.fairness import (
     UNSCORED,
     FairlyScored,
     unscored_tokens,
-    without_unscored,
 )
 from llama_adapter.miniature.lessons import PICTURE, LessonPlan, Lessons, collate
 from llama_adapter.miniature.pictures import make_pool
-from llama_adapter.miniature.pretraining_text import Document, Piece
 from llama_adapter.miniature.recipes import V2
 from llama_adapter.miniature.scenes import HELD_OUT, Scene, Split, Thing
 from llama_adapter.miniature.shipped import load_decoder, load_tower, toy_processor
-from llama_adapter.miniature.tokenizer import build_tokenizer
 from llama_adapter.model import LlamaAdapterConfig, LlamaAdapterForConditionalGeneration
 
 SCENE = Scene(
@@ -98,25 +94,6 @@ def test_what_is_left_out_beside_a_picture_goes_by_the_text(processor):
             shown += 1
             assert partner[processor.decode([left_out_T[place]])] in " ".join(said)
     assert shown
-
-
-def test_the_decoder_reads_fairly():
-    tokenizer = build_tokenizer()
-    answer = Piece(text="the square is green. a white star.", weight=1.0, segment=0)
-    batch = pretraining_batch([Document(pieces=(answer,), scene=SCENE)], tokenizer)
-    found = {
-        tokenizer.decode([label]): tokenizer.decode([token])
-        for label, token in zip(batch.tokens[0], batch.unscored[0], strict=True)
-        if token >= 0
-    }
-    assert found == {"square": "circle", "green": "yellow", "white": "blue"}
-    nothing = pretraining_batch([Document(pieces=(answer,))], tokenizer)
-    assert (nothing.unscored == -1).all()
-
-    logits_BTV = torch.zeros(*batch.tokens.shape, len(tokenizer))
-    scored_BTV = without_unscored(logits_BTV, batch.unscored)
-    assert int(scored_BTV.isinf().sum()) == 3
-    assert not logits_BTV.isinf().any()
 
 
 def test_the_loss_is_cross_entropy_over_the_words_that_are_left(processor, batch):

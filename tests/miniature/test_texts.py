@@ -5,13 +5,19 @@ from __future__ import annotations
 import itertools
 import random
 import re
-from dataclasses import replace
 
 import pytest
 
 from llama_adapter.config import AdapterConfig
-from llama_adapter.miniature.captions import NEXT_TEXT
-from llama_adapter.miniature.pretraining_text import DISTRACTED
+from llama_adapter.miniature.captions import (
+    CAPTION_TASK,
+    NEXT_TEXT,
+    describe_tasks,
+    parse_caption,
+    passage,
+)
+from llama_adapter.miniature.instructions import sample_instruction, sample_talk
+from llama_adapter.miniature.questions import KEYWORDS, QUESTION_TYPES, ask, key_positions
 from llama_adapter.miniature.scenes import (
     COLORS,
     HELD_OUT,
@@ -23,19 +29,6 @@ from llama_adapter.miniature.scenes import (
     sample_scene,
 )
 from llama_adapter.miniature.shipped import toy_processor
-from llama_adapter.miniature.texts import (
-    CAPTION_TASK,
-    KEYWORDS,
-    QUESTION_TYPES,
-    ask,
-    describe_tasks,
-    key_positions,
-    parse_caption,
-    passage,
-    sample_document,
-    sample_instruction,
-    sample_talk,
-)
 from llama_adapter.processing.templates import TEMPLATES
 
 SCENE = Scene(
@@ -187,36 +180,12 @@ def held_out_pairs(text: str) -> list[tuple[str, str]]:
 def test_no_training_text_contains_a_held_out_combination():
     rng = random.Random(0)
     for _ in range(300):
-        document = " ".join(piece.text for piece in sample_document(rng).pieces)
         talk = sample_talk(rng)
         instruction = sample_instruction(rng)
-        texts = [document, talk.context, *itertools.chain(*talk.turns)]
+        texts = [talk.context, *itertools.chain(*talk.turns)]
         texts += [instruction.instruction, instruction.context or "", instruction.answer]
         for text in texts:
             assert held_out_pairs(text) == []
-
-
-def test_the_text_that_counts_comes_last_and_marked():
-    rng = random.Random(0)
-    alone = replace(DISTRACTED, distracted=0.0, restated=0.0)
-    behind = replace(DISTRACTED, distracted=1.0, restated=0.0)
-    for _ in range(50):
-        document = sample_document(rng, alone)
-        assert NEXT_TEXT not in " ".join(piece.text for piece in document.pieces)
-        document = sample_document(rng, behind)
-        if document.scene is None:
-            continue
-        other, own, *_ = document.pieces
-        assert own.text.startswith(NEXT_TEXT)
-        assert (other.segment, own.segment) == (0, 1)
-        assert all(thing.shape in own.text for thing in document.scene.things)
-
-
-def test_pretraining_never_shows_the_template_of_instructions():
-    rng = random.Random(0)
-    for _ in range(300):
-        text = " ".join(piece.text for piece in sample_document(rng).pieces)
-        assert not {"###", "instruction", "response", "input"} & set(re.findall(r"\w+|###", text))
 
 
 def test_instructions_hold_questions_descriptions_and_knowledge():

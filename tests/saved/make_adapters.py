@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from tools.miniature.tokenizer import build_tokenizer
 from transformers import (
     CLIPImageProcessorPil,
     CLIPVisionConfig,
@@ -31,7 +32,6 @@ from llama_adapter import (
     LlamaAdapterForConditionalGeneration,
     LlamaAdapterProcessor,
 )
-from llama_adapter.miniature.tokenizer import build_tokenizer
 
 SLOTS = "".join(f"<|slot_{index}|>" for index in range(3))
 SMALL = {"prompt_length": 3, "projector_width": 8, "projector_heads": 2, "projector_blocks": 1}

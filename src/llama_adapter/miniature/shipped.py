@@ -10,7 +10,6 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel
 
 from llama_adapter.config import AdapterConfig
-from llama_adapter.miniature.tokenizer import SLOTS
 from llama_adapter.model import LlamaAdapterForConditionalGeneration
 from llama_adapter.model.references import (
     load_language_model,
@@ -24,6 +23,7 @@ from llama_adapter.processing.processor import LlamaAdapterProcessor
 DECODER = "package:llama_adapter/miniature/bases/decoder"
 VISION = "package:llama_adapter/miniature/bases/vision"
 ADAPTERS = "package:llama_adapter/miniature/adapters"
+SLOTS = tuple(f"<|slot_{i}|>" for i in range(16))
 SLOT_TEXT = "".join(SLOTS)
 """What stands where a picture is read, in scope `slots`: the tokenizer's reserved tokens."""
 

@@ -1,6 +1,6 @@
 """Remake both frozen bases of the miniature world from a seed.
 
-    python -m llama_adapter.miniature.pretrain --out DIR [--resume]
+    python -m tools.miniature.pretrain --out DIR [--resume]
 
 Writes `DIR/vision` and `DIR/decoder`, with the recipes of the shipped ones (see their model
 cards). About two and a half hours on one CPU core; `--resume` goes on where an earlier run stopped.
@@ -16,9 +16,9 @@ from pathlib import Path
 
 import torch
 
-from llama_adapter.miniature.decoder import pretrain_decoder
-from llama_adapter.miniature.vision_tower import VisionTraining, pretrain_vision
-from llama_adapter.miniature.wiring import PretrainSettings
+from tools.miniature.decoder import pretrain_decoder
+from tools.miniature.vision_encoder import VisionTraining, pretrain_vision
+from tools.miniature.wiring import PretrainSettings
 
 VISION_STEPS = 4900
 VISION_FAIR_FROM = 1250
@@ -43,7 +43,7 @@ def pretrain_bases(
 def main(arguments: Sequence[str] | None = None) -> None:
     """Remake the bases from the command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m llama_adapter.miniature.pretrain",
+        prog="python -m tools.miniature.pretrain",
         description="Remake both frozen bases of the miniature world from a seed.",
     )
     parser.add_argument("--out", type=Path, required=True, help="where the bases go")

@@ -11,7 +11,7 @@ things make the patches carry whole things instead of a bag of attributes:
 
 Pictures of test scenes, or phrases about them, occur nowhere (see `phrases`).
 
-    python -m llama_adapter.miniature.vision_tower --out DIR --steps 2200 --seed 0 --resume
+    python -m tools.miniature.vision_encoder --out DIR --steps 2200 --seed 0 --resume
 """
 
 from __future__ import annotations
@@ -32,7 +32,13 @@ from torch import Tensor, nn
 from transformers import SiglipImageProcessorPil, SiglipVisionConfig, SiglipVisionModel
 
 from llama_adapter.errors import TrainingError
-from llama_adapter.miniature.phrases import (
+from llama_adapter.miniature.rendering import render
+from llama_adapter.miniature.scenes import MAX_THINGS, Scene, Split, sample_scene
+from llama_adapter.miniature.shipped import VISION
+from llama_adapter.model.references import resolve_reference
+from llama_adapter.pretrained import load_pretrained
+from llama_adapter.training.muon import Muon
+from tools.miniature.phrases import (
     ATTRIBUTES,
     IMAGE_SIZE,
     PATCH_SIZE,
@@ -43,14 +49,10 @@ from llama_adapter.miniature.phrases import (
     to_pixels,
     vision_loss,
 )
-from llama_adapter.miniature.rendering import render
-from llama_adapter.miniature.scenes import MAX_THINGS, Scene, Split, sample_scene
-from llama_adapter.pretrained import load_pretrained
-from llama_adapter.training.muon import Muon
 
 # Shapes: P patches, N phrases, W words, D width.
 
-SHIPPED_TOWER = Path(__file__).parent / "bases" / "vision"
+SHIPPED_TOWER = Path(resolve_reference(VISION))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -319,7 +321,7 @@ def _share_right(
 def main(arguments: Sequence[str] | None = None) -> None:
     """Pretrain from the command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m llama_adapter.miniature.vision_tower",
+        prog="python -m tools.miniature.vision_encoder",
         description="Pretrain the vision tower of the miniature world.",
     )
     parser.add_argument("--out", type=Path, required=True, help="where the tower goes")

@@ -24,12 +24,9 @@ from llama_adapter.miniature.captions import (
 from llama_adapter.miniature.instructions import KNOWLEDGE
 from llama_adapter.miniature.questions import ONE_WORD, QUESTION_TYPES, ask
 from llama_adapter.miniature.scenes import COLORS, PLACES, SHAPES, SIGN_WORDS, SIZES, Scene, Thing
+from llama_adapter.miniature.shipped import SLOTS
 
 PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
-NUM_SLOTS = 16
-SLOTS = tuple(f"<|slot_{i}|>" for i in range(NUM_SLOTS))
-"""Reserved tokens that may stand where a picture is read; unused in pretraining."""
-
 MAX_LENGTH = 1024
 
 _SPACE = "\u2581"

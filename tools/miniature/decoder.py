@@ -1,6 +1,6 @@
 """Pretrain the miniature world's decoder: a `LlamaForCausalLM` that reads, text only.
 
-    python -m llama_adapter.miniature.decoder --out DIR [--resume]
+    python -m tools.miniature.decoder --out DIR [--resume]
 
 What makes a decoder this small learn to look things up within minutes:
 
@@ -35,13 +35,13 @@ from transformers import AttentionInterface, LlamaForCausalLM, PreTrainedTokeniz
 
 from llama_adapter.files import atomic_file
 from llama_adapter.miniature.captions import describe_tasks, passage
-from llama_adapter.miniature.fairness import unscored_tokens, without_unscored
-from llama_adapter.miniature.pretraining_text import Document, Piece, course, sample_document
 from llama_adapter.miniature.questions import ONE_WORD_TYPES, QUESTION_TYPES, ask
 from llama_adapter.miniature.scenes import Split, sample_scene
-from llama_adapter.miniature.tokenizer import build_tokenizer
-from llama_adapter.miniature.wiring import PretrainSettings, build_decoder
 from llama_adapter.training.muon import Muon
+from tools.miniature.masking import unscored_tokens, without_unscored
+from tools.miniature.pretraining_text import Document, Piece, course, sample_document
+from tools.miniature.tokenizer import build_tokenizer
+from tools.miniature.wiring import PretrainSettings, build_decoder
 
 _ATTENTION = "miniature_pretraining"
 
@@ -80,7 +80,7 @@ class Batch:
     """Weight of each token in the loss."""
     segments: Tensor
     unscored: Tensor
-    """The token left out of the softmax where a token is predicted, -1: none (`fairness`)."""
+    """The token left out of the softmax where a token is predicted, -1: none (`masking`)."""
 
 
 def collate(documents: Sequence[Document], tokenizer: PreTrainedTokenizerFast) -> Batch:
@@ -314,7 +314,7 @@ def _as_line(accuracy: dict[str, float]) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Pretrain from the command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m llama_adapter.miniature.decoder",
+        prog="python -m tools.miniature.decoder",
         description="Pretrain the decoder of the miniature world.",
     )
     parser.add_argument("--out", type=Path, required=True, help="where decoder and state go")

@@ -7,10 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoImageProcessor, AutoModel, SiglipVisionModel
-
-from llama_adapter.errors import TrainingError
-from llama_adapter.miniature.phrases import (
+from tools.miniature.phrases import (
     ATTRIBUTES,
     IMAGE_SIZE,
     WORDS,
@@ -21,9 +18,7 @@ from llama_adapter.miniature.phrases import (
     to_pixels,
     vision_loss,
 )
-from llama_adapter.miniature.rendering import render
-from llama_adapter.miniature.scenes import HELD_OUT, Split, sample_scene
-from llama_adapter.miniature.vision_tower import (
+from tools.miniature.vision_encoder import (
     SHIPPED_TOWER,
     VisionTraining,
     image_processor,
@@ -31,6 +26,11 @@ from llama_adapter.miniature.vision_tower import (
     new_tower,
     pretrain_vision,
 )
+from transformers import AutoImageProcessor, AutoModel, SiglipVisionModel
+
+from llama_adapter.errors import TrainingError
+from llama_adapter.miniature.rendering import render
+from llama_adapter.miniature.scenes import HELD_OUT, Split, sample_scene
 
 
 def quiet(line: str) -> None:

@@ -6,12 +6,13 @@ import random
 
 import pytest
 import torch
+from tools.miniature.decoder import DecoderPretraining
+from tools.miniature.pretraining_text import sample_document
+from tools.miniature.tokenizer import SLOTS, build_tokenizer
+from tools.miniature.wiring import PretrainSettings
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-from llama_adapter.miniature.decoder import DecoderPretraining
-from llama_adapter.miniature.texts import sample_document, sample_instruction
-from llama_adapter.miniature.tokenizer import NUM_SLOTS, SLOTS, build_tokenizer
-from llama_adapter.miniature.wiring import PretrainSettings
+from llama_adapter.miniature.instructions import sample_instruction
 
 TINY = PretrainSettings(
     steps=6, documents=2, hidden_size=64, layers=4, intermediate_size=32, gathering_layers=1
@@ -51,7 +52,7 @@ def test_digits_and_template_marks_are_single_tokens(tokenizer):
 
 def test_every_word_of_the_world_is_one_token(tokenizer):
     rng = random.Random(0)
-    spelt = set(range(3 + NUM_SLOTS, tokenizer.convert_tokens_to_ids("z") + 1))
+    spelt = set(range(3 + len(SLOTS), tokenizer.convert_tokens_to_ids("z") + 1))
     for _ in range(300):
         instruction = sample_instruction(rng)
         text = " ".join(piece.text for piece in sample_document(rng).pieces)

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from llama_adapter.miniature.tokenizer import MAX_LENGTH
+from tools.miniature.tokenizer import MAX_LENGTH
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
