@@ -13,6 +13,7 @@ from llama_adapter.cli.chat import chat
 from llama_adapter.cli.demo import demo
 from llama_adapter.cli.eval import eval_
 from llama_adapter.cli.export import export
+from llama_adapter.cli.get import get
 from llama_adapter.cli.import_ import import_
 from llama_adapter.cli.info import info
 from llama_adapter.cli.output import drop_unwritten, one_line, set_up_streams
@@ -34,6 +35,7 @@ app = typer.Typer(
 )
 
 app.command("demo")(demo)
+app.command("get")(get)
 app.command("train")(train)
 app.command("plot")(plot)
 app.command("chat")(chat)

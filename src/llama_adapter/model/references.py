@@ -14,6 +14,7 @@ from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 from llama_adapter.config import shown
 from llama_adapter.errors import CheckpointError, UnsupportedModelError
 from llama_adapter.files import can_be_path
+from llama_adapter.home import HOME_SCHEME, home
 from llama_adapter.model.fingerprints import (
     check_settings,
     compare_weights,
@@ -56,6 +57,8 @@ def resolve_reference(reference: str, *, directory: Path | None = None) -> str:
         raise CheckpointError(f"{shown(reference)} is neither a path nor a name")
     if reference.startswith("package:"):
         return str(_own_folder(reference))
+    if reference.startswith(HOME_SCHEME):
+        return str(_fetched_folder(reference))
     if directory is not None and not Path(reference).is_absolute():
         inside = directory / reference
         if inside.is_dir():
@@ -80,6 +83,19 @@ def _own_folder(reference: str) -> Path:
     return path
 
 
+def _fetched_folder(reference: str) -> Path:
+    """The folder that a `home:` reference means: a model that `llama-adapter get` fetches."""
+    inner = Path(reference.removeprefix(HOME_SCHEME))
+    if inner.is_absolute() or ".." in inner.parts or not inner.parts:
+        raise CheckpointError(f"{reference!r} must name a folder inside {home()}")
+    if not (home() / inner).is_dir():
+        raise CheckpointError(
+            f"{reference!r} is not fetched yet: {home()} has no folder {str(inner)!r}; run: "
+            f"llama-adapter get {inner.parts[0]}"
+        )
+    return home() / inner
+
+
 def locate(reference: str, *, what: str) -> str:
     """As `resolve_reference`; CheckpointError at once where there can be no model of that name."""
     path = resolve_reference(reference)
@@ -90,8 +106,12 @@ def locate(reference: str, *, what: str) -> str:
 
 
 def package_reference(path: str) -> str:
-    """The `package:` form of a folder inside this package; any other path or name unchanged."""
+    """The `package:` form of a folder inside this package, the `home:` form of one inside `home()`;
+    any other path or name unchanged.
+    """
     resolved = Path(path).resolve()
+    if resolved.is_dir() and resolved.is_relative_to(home().resolve()):
+        return f"{HOME_SCHEME}{resolved.relative_to(home().resolve()).as_posix()}"
     if resolved.is_dir() and resolved.is_relative_to(PACKAGE_ROOT):
         return f"{PACKAGE_SCHEME}{resolved.relative_to(PACKAGE_ROOT).as_posix()}"
     return path

@@ -1,0 +1,21 @@
+"""Where this package keeps what it has fetched: base and encoder of the photos model."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import platformdirs
+
+HOME_VARIABLE = "LLAMA_ADAPTER_HOME"
+HOME_SCHEME = "home:"
+"""`home:NAME/PATH` means a folder inside `home()`."""
+
+
+def home() -> Path:
+    """The folder named by `LLAMA_ADAPTER_HOME`, or else the platform's cache folder for us.
+
+    It need not exist.
+    """
+    named = os.environ.get(HOME_VARIABLE)
+    return Path(named).expanduser() if named else platformdirs.user_cache_path("llama-adapter")
