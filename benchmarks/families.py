@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, StaticCache
 
 from llama_adapter import LlamaAdapterConfig, LlamaAdapterForConditionalGeneration
-from llama_adapter.model.self_check import oracle_difference
+from llama_adapter.families.compatibility import oracle_difference
 from llama_adapter.model.visual_generation import CACHE
 
 VOCABULARY = 97

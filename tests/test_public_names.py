@@ -92,6 +92,6 @@ print(processor_class_from_name("LlamaAdapterProcessor").__module__)
 """
     assert run(code).split() == [
         "llama_adapter.model.configuration",
-        "llama_adapter.model.adapted",
+        "llama_adapter.model.modeling",
         "llama_adapter.processing.processor",
     ]

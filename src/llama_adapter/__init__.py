@@ -30,8 +30,8 @@ from llama_adapter.registration import register
 
 if TYPE_CHECKING:
     from llama_adapter.config import AdapterConfig
-    from llama_adapter.model.adapted import LlamaAdapterForConditionalGeneration
     from llama_adapter.model.configuration import LlamaAdapterConfig
+    from llama_adapter.model.modeling import LlamaAdapterForConditionalGeneration
     from llama_adapter.processing.images import load_image
     from llama_adapter.processing.processor import LlamaAdapterProcessor
 
@@ -65,7 +65,7 @@ __all__ = [
 _HOMES = {
     "AdapterConfig": "llama_adapter.config",
     "LlamaAdapterConfig": "llama_adapter.model.configuration",
-    "LlamaAdapterForConditionalGeneration": "llama_adapter.model.adapted",
+    "LlamaAdapterForConditionalGeneration": "llama_adapter.model.modeling",
     "LlamaAdapterProcessor": "llama_adapter.processing.processor",
     "load_image": "llama_adapter.processing.images",
 }

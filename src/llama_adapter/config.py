@@ -80,7 +80,7 @@ class AdapterConfig:
     """What a placeholder slot attends to: `all` visual prompts of its picture, or its `own` alone,
     the i-th slot the i-th prompt. Which thing stands in which slot need then not be learned."""
     projector: str = "query_transformer"
-    """How vision features become visual prompts; see `model.visual_prompts.PROJECTORS`."""
+    """How vision features become visual prompts; see `model.projection.PROJECTORS`."""
     projector_width: int = 512
     """Width inside the `query_transformer` and `mlp` projectors."""
     projector_blocks: int = 2

@@ -9,7 +9,7 @@ from torch.testing import assert_close
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from llama_adapter import ConfigError, UnsupportedModelError
-from llama_adapter.model.self_check import check_packing
+from llama_adapter.families.compatibility import check_packing
 
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 MORE = {

@@ -54,9 +54,9 @@ def test_projected_features_are_every_token_after_clips_projection(build, pictur
 
 
 def test_a_layer_or_projection_that_is_not_there(build, pictures):
-    with pytest.raises(ConfigError, match="layer 7, but the tower has 3 hidden states"):
+    with pytest.raises(ConfigError, match="layer 7, but the vision encoder has 3 hidden states"):
         build(vision_feature=7).encode_visual(pictures)
-    with pytest.raises(ConfigError, match="needs a CLIP tower with its projection"):
+    with pytest.raises(ConfigError, match="needs a CLIP encoder with its projection"):
         build(vision="siglip", vision_feature="projected")
 
 

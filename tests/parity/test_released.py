@@ -126,7 +126,7 @@ def test_features_and_visual_prompts(case: Case) -> None:
     if "clip_features" not in case.expected:
         pytest.skip("this variant reads no pictures")
     model, pixels = case.model, case.inputs["pixel_values"]
-    from llama_adapter.model.visual_prompts import vision_features
+    from llama_adapter.families.vision import vision_features
 
     close(
         vision_features(model.vision, pixels, model.adapter_config), case.expected["clip_features"]
@@ -258,7 +258,7 @@ def test_the_rotary_order_cannot_be_dropped(case: Case) -> None:
 def test_prompts_bypass_lora(case: Case) -> None:
     if not case.report.config.lora_rank:
         pytest.skip("this variant has no LoRA")
-    from llama_adapter.model.prompt_projection import project_prompt
+    from llama_adapter.families.projections import project_prompt
 
     attention, adaption = next(iter(case.model.adapter.prompts()))
     prompts = adaption.prompt.unsqueeze(0)

@@ -14,17 +14,17 @@ from llama_adapter.checkpoints.bases import load_from_config
 from llama_adapter.checkpoints.extras import read_origin
 from llama_adapter.config import PRESETS, AdapterConfig, did_you_mean
 from llama_adapter.errors import CheckpointError, ConfigError
-from llama_adapter.model.attach import PROJECTION, Adapter
+from llama_adapter.model.adapter import PROJECTION, Adapter
 from llama_adapter.model.configuration import read_adapter_config
 from llama_adapter.model.fingerprints import describe_rule
 from llama_adapter.model.gated_attention import LateFusionPrompt, StaticPrompt, VisualPrompt
 from llama_adapter.model.groups import Group, Role
 from llama_adapter.model.loading import check_sizes
 from llama_adapter.model.persistence import ADAPTER_WEIGHTS_NAME
+from llama_adapter.model.projection import VisualProjection
 from llama_adapter.model.references import resolve_reference
 from llama_adapter.model.scaled_linear import LearnedNorm, ScaledLinear
 from llama_adapter.model.tensor_files import read_header, stored_tensors
-from llama_adapter.model.visual_prompts import VisualProjection
 from llama_adapter.pretrained import load_pretrained
 
 SHAPES: dict[str, dict[str, Any]] = {

@@ -24,10 +24,10 @@ from llama_adapter.checkpoints.torch_files import why_not_finite
 from llama_adapter.checkpoints.vision_tower import read_openai_clip
 from llama_adapter.config import AdapterConfig
 from llama_adapter.errors import CheckpointError, ConfigError
+from llama_adapter.families.vision import vision_feature_size
 from llama_adapter.model.configuration import LlamaAdapterConfig
 from llama_adapter.model.persistence import ADAPTER_WEIGHTS_NAME, write_tensors
 from llama_adapter.model.references import describe_model, load_vision
-from llama_adapter.model.visual_prompts import vision_feature_size
 from llama_adapter.pretrained import load_pretrained
 
 TEMPLATES = {Kind.V2_CHAT: "human-assistant"}

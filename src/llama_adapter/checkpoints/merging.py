@@ -17,13 +17,13 @@ from llama_adapter.checkpoints.directories import adapter_sources, mark_export, 
 from llama_adapter.checkpoints.extras import EXTRAS_NAME
 from llama_adapter.config import AdapterConfig
 from llama_adapter.errors import CheckpointError, UnsupportedModelError
+from llama_adapter.families.projections import prompt_linears
 from llama_adapter.model import LlamaAdapterForConditionalGeneration
-from llama_adapter.model.attach import Adapter
+from llama_adapter.model.adapter import Adapter
 from llama_adapter.model.configuration import ADAPTER_CONFIG_NAME, LlamaAdapterConfig
 from llama_adapter.model.groups import Role
 from llama_adapter.model.peft_base import PEFT_FOLDER
 from llama_adapter.model.persistence import ADAPTER_WEIGHTS_NAME, write_tensors
-from llama_adapter.model.prompt_projection import prompt_linears
 from llama_adapter.model.references import resolve_reference
 from llama_adapter.model.scaled_linear import LearnedNorm, ScaledLinear
 

@@ -11,9 +11,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from llama_adapter.config import AdapterConfig
+from llama_adapter.families.vision import vision_features
 from llama_adapter.miniature.rendering import PALETTE, render, strange_palette
 from llama_adapter.miniature.scenes import Scene, Split, scene_stream
-from llama_adapter.model.visual_prompts import vision_features
 from llama_adapter.processing.processor import LlamaAdapterProcessor
 
 Progress = Callable[[int], None]

@@ -1,9 +1,9 @@
 """The adapted model. Sees tensors, never text or pictures as files."""
 
-from llama_adapter.model.adapted import LlamaAdapterForConditionalGeneration
 from llama_adapter.model.configuration import LlamaAdapterConfig
 from llama_adapter.model.groups import Group
 from llama_adapter.model.loss import answer_loss, scored_places, scored_positions
+from llama_adapter.model.modeling import LlamaAdapterForConditionalGeneration
 from llama_adapter.model.routing import VisualPrompts
 
 __all__ = [

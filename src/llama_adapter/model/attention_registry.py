@@ -6,19 +6,16 @@ Each runs the base's function unchanged and adds what the module's `adaption` ch
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from llama_adapter.errors import UnsupportedModelError
-from llama_adapter.model.prompt_projection import KeysValues
+from llama_adapter.families.probing import observe
 from llama_adapter.model.routing import VisualPrompts
 
 PAGED = frozenset({"block_table", "read_index"})
@@ -28,46 +25,6 @@ PREFIX = "llama_adapter_"
 """Registered names are this plus transformers' own, so `flash` and `sdpa` stay recognisable."""
 
 IMPLEMENTATIONS = ("eager", "sdpa", "flex_attention", "flash_attention_2")
-
-
-class VisualRoute(BaseException):
-    """Ends a probing pass at the first attention that carries prompts.
-
-    Not an Exception, so that nothing on its way swallows it.
-    """
-
-    def __init__(self, arrived: bool) -> None:
-        super().__init__()
-        self.arrived = arrived
-
-
-_probing: ContextVar[bool] = ContextVar("probing", default=False)
-
-
-def visual_prompts_arrive(run: Callable[[], Any]) -> bool:
-    """Whether what `run` gives the model as visual prompts reaches attention."""
-    token = _probing.set(True)
-    try:
-        run()
-    except VisualRoute as route:
-        return route.arrived
-    finally:
-        _probing.reset(token)
-    return False
-
-
-_captured: ContextVar[list[KeysValues] | None] = ContextVar("captured", default=None)
-
-
-@contextmanager
-def capture_keys_values() -> Iterator[list[KeysValues]]:
-    """Inside, adapted attention records the keys and values it was given; for the self-check."""
-    captured: list[KeysValues] = []
-    token = _captured.set(captured)
-    try:
-        yield captured
-    finally:
-        _captured.reset(token)
 
 
 def _eager_of(module: nn.Module) -> Callable[..., Any]:
@@ -95,12 +52,7 @@ def _adapted_attention(implementation: str) -> Callable[..., Any]:
                 "an adapted model cannot run transformers' continuous batching; "
                 "give generate() a padded batch instead"
             )
-        if not torch.compiler.is_compiling():
-            captured = _captured.get()
-            if captured is not None:
-                captured.append((key, value))
-            if _probing.get() and hasattr(module, "adaption"):
-                raise VisualRoute(visual_prompts is not None)
+        observe(module, key, value, visual_prompts)
         if implementation == "eager":
             base = _eager_of(module)
         else:

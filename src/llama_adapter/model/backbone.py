@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from llama_adapter.model.adapted import LlamaAdapterForConditionalGeneration
+    from llama_adapter.model.modeling import LlamaAdapterForConditionalGeneration
 
 
 class Backbone(nn.Module):

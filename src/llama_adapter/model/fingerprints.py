@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from llama_adapter.config import differing, shown
 from llama_adapter.errors import CheckpointError
-from llama_adapter.model.offloading import numbers_at_hand
+from llama_adapter.families.offloading import numbers_at_hand
 from llama_adapter.model.peft_base import base_parameters
 
 PLACES = 64

@@ -18,9 +18,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from llama_adapter.families.projections import KeysValues, project_prompt
+from llama_adapter.families.structure import Attention
 from llama_adapter.model.fast.attention import attention as attend
 from llama_adapter.model.groups import AdapterModule, Group, Role
-from llama_adapter.model.prompt_projection import Attention, KeysValues, project_prompt
 from llama_adapter.model.routing import Routing, VisualPrompts
 
 

@@ -23,6 +23,8 @@ from torch import Tensor, nn
 
 from llama_adapter.config import AdapterConfig
 from llama_adapter.errors import CheckpointError, ConfigError
+from llama_adapter.families.offloading import execution_device
+from llama_adapter.families.vision import vision_feature_size
 from llama_adapter.files import atomic_file
 from llama_adapter.model.card import model_card
 from llama_adapter.model.configuration import (
@@ -32,8 +34,8 @@ from llama_adapter.model.configuration import (
     semantics_digest,
 )
 from llama_adapter.model.hub import HUB_OPTIONS, adapter_folder, hub_options, revision_at_hand
-from llama_adapter.model.offloading import home_of
 from llama_adapter.model.peft_base import PEFT_FOLDER, put_on, unwrapped
+from llama_adapter.model.projection import VisualProjection
 from llama_adapter.model.references import (
     check_reference,
     describe_peft,
@@ -49,13 +51,12 @@ from llama_adapter.model.saving import (
     refuse_unknown,
 )
 from llama_adapter.model.tensor_files import Header, not_floating, read_header, read_tensors
-from llama_adapter.model.visual_prompts import VisualProjection, vision_feature_size
 from llama_adapter.uploads import push_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from llama_adapter.model.adapted import LlamaAdapterForConditionalGeneration
+    from llama_adapter.model.modeling import LlamaAdapterForConditionalGeneration
 
 ADAPTER_WEIGHTS_NAME = "adapter_model.safetensors"
 _TENSORS, _SEMANTICS = "sha256", "adapter_sha256"
@@ -222,7 +223,7 @@ class AdapterPersistence:
                 vision = load_vision(
                     name,
                     revision=revision_at_hand(name, config.vision.get("revision")),
-                    device=home_of(language_model.get_input_embeddings()),
+                    device=execution_device(language_model.get_input_embeddings()),
                 )
             check_reference(vision, config.vision, what="vision tower", source=str(directory))
             check_projector(header, config.adapter_config, language_model, vision, source=str(path))

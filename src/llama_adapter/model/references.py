@@ -13,6 +13,8 @@ from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 from llama_adapter.config import shown
 from llama_adapter.errors import CheckpointError, UnsupportedModelError
+from llama_adapter.families.offloading import numbers_at_hand
+from llama_adapter.families.vision import vision_encoder_of
 from llama_adapter.files import can_be_path
 from llama_adapter.home import HOME_SCHEME, home
 from llama_adapter.model.fingerprints import (
@@ -28,7 +30,6 @@ from llama_adapter.model.fingerprints import (
 from llama_adapter.model.hub import peft_folder, why_missing
 from llama_adapter.model.kinds import read_base_config, read_encoder_config
 from llama_adapter.model.loading import folder_of, load_whole
-from llama_adapter.model.offloading import numbers_at_hand
 from llama_adapter.model.peft_base import (
     OnBase,
     base_parameters,
@@ -37,7 +38,6 @@ from llama_adapter.model.peft_base import (
     read_peft_config,
 )
 from llama_adapter.model.tensor_files import read_tensor, stored_tensors, weight_files
-from llama_adapter.model.visual_prompts import vision_tower_of
 
 PACKAGE_ROOT = Path(__file__).resolve().parents[1]
 PACKAGE_SCHEME = f"package:{PACKAGE_ROOT.name}/"
@@ -325,7 +325,7 @@ def load_vision(
     path = locate(reference, what="vision tower")
     config = read_encoder_config(path, revision)
     loader = _vision_class(config)
-    tower = vision_tower_of(
+    tower = vision_encoder_of(
         load_whole(loader, path, what="vision tower", config=config, revision=revision)
     )
     return tower if device is None else tower.to(device)

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from llama_adapter.errors import ConfigError
+from llama_adapter.families.projections import KeysValues
 from llama_adapter.model.places import of_this_pass
-from llama_adapter.model.prompt_projection import KeysValues
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

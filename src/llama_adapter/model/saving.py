@@ -15,7 +15,7 @@ from llama_adapter.errors import ConfigError
 from llama_adapter.model.peft_base import OnBase
 
 if TYPE_CHECKING:
-    from llama_adapter.model.adapted import LlamaAdapterForConditionalGeneration
+    from llama_adapter.model.modeling import LlamaAdapterForConditionalGeneration
 
 _WRAPPERS = re.compile(
     r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from llama_adapter.errors import UnsupportedModelError
+from llama_adapter.families.offloading import HOOK, copy_at_home, execution_device, numbers_at_hand
 from llama_adapter.model.fast.rms_norm import rms_epsilon, rms_norm
 from llama_adapter.model.fast.scale import scale_and_shift
 from llama_adapter.model.groups import AdapterModule, Group, Role, Trainable
-from llama_adapter.model.offloading import HOOK, copy_at_home, home_of, numbers_at_hand
 
 
 class ScaledLinear(AdapterModule):
@@ -57,7 +57,7 @@ class ScaledLinear(AdapterModule):
         self.in_features = int(base_layer.in_features)
         self.out_features = int(base_layer.out_features)
         self.scale_side = scale_side
-        device = home_of(base_layer)
+        device = execution_device(base_layer)
         scale_size = self.out_features if scale_side == "output" else self.in_features
         self.bias_shift = self.scale = self.lora_down = self.lora_up = None
         if bias:
@@ -137,10 +137,9 @@ class FoldedLinear(nn.Linear):
         # in a tuple: a reference, not a child whose numbers would count twice
         self._learned = (learned,)
 
-    @property
-    def learned(self) -> ScaledLinear:
-        """What it was made of: prompts bypass LoRA, which is folded in here."""
-        return self._learned[0]
+    def without_lora(self, x: Tensor) -> Tensor:
+        """As of what it was made of: prompts bypass LoRA, which is merged in here."""
+        return self._learned[0].without_lora(x)
 
 
 class LearnedNorm(AdapterModule):

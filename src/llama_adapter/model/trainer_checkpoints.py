@@ -21,7 +21,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 from llama_adapter.model.persistence import ADAPTER_WEIGHTS_NAME, AdapterPersistence
 
 if TYPE_CHECKING:
-    from llama_adapter.model.adapted import LlamaAdapterForConditionalGeneration
+    from llama_adapter.model.modeling import LlamaAdapterForConditionalGeneration
 
 _CHECKPOINT = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-\d+")
 

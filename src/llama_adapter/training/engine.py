@@ -98,6 +98,7 @@ def on_rank_0(meeting: Meeting, work: Callable[[], Any]) -> None:
 
 def blank_picture(model: LlamaAdapterForConditionalGeneration, input_ids: Tensor) -> dict[str, Any]:
     """Inputs of a picture that no token reads: the same pass as with one, and adds zero."""
+    assert model.vision is not None
     size = getattr(model.vision.config, "vision_config", model.vision.config).image_size
     device = input_ids.device
     return {

@@ -11,12 +11,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from llama_adapter.errors import UnsupportedModelError
-from llama_adapter.model.anatomy import family_of
-from llama_adapter.model.attention_registry import capture_keys_values, visual_prompts_arrive
-from llama_adapter.model.offloading import home_of
-from llama_adapter.model.prompt_projection import Attention, KeysValues, project_prompt
-from llama_adapter.model.quantised import keep_unpacked
-from llama_adapter.model.routing import VisualPrompts
+from llama_adapter.families.offloading import execution_device
+from llama_adapter.families.probing import capture_keys_values, visual_prompts_arrive
+from llama_adapter.families.projections import KeysValues, project_prompt
+from llama_adapter.families.quantized import keep_unpacked
+from llama_adapter.families.structure import Attention, family_of
 
 RELATIVE_TOLERANCE = 1e-3
 """Of the largest number compared; the same products in another order differ by far less."""
@@ -36,7 +35,7 @@ def check_projections(
     Raises UnsupportedModelError that names the family and the module.
     """
     for name, attention in attentions:
-        if attention.adaption.gate.is_meta:
+        if execution_device(attention).type == "meta":
             continue
         difference = oracle_difference(language_model, attention, name=name)
         if not difference <= RELATIVE_TOLERANCE:
@@ -57,7 +56,7 @@ def oracle_difference(
     """
     hidden_size = int(language_model.config.get_text_config().hidden_size)
     x_1Md = torch.linspace(-1, 1, 2 * hidden_size).view(1, 2, hidden_size)
-    x_1Md = x_1Md.to(attention.adaption.gate.device, language_model.dtype)
+    x_1Md = x_1Md.to(execution_device(attention), language_model.dtype)
     try:
         ours = project_prompt(attention, x_1Md)
     except (AttributeError, RuntimeError, TypeError, UnsupportedModelError) as error:
@@ -92,20 +91,18 @@ def _own_keys_values(
 
 
 @torch.no_grad()
-def check_visual_route(language_model: PreTrainedModel) -> None:
+def check_visual_route(language_model: PreTrainedModel, *, visual_prompts: object) -> None:
     """Refuse a family that drops keywords on the way to attention: pictures would do nothing.
 
     Raises UnsupportedModelError that names the family. Costs the layers before the first prompts.
     """
-    device = home_of(language_model.get_input_embeddings())
+    device = execution_device(language_model.get_input_embeddings())
     if device.type == "meta":
         return
-    hidden_size = int(language_model.config.get_text_config().hidden_size)
-    nothing = VisualPrompts(prompts_IMd=torch.zeros(1, 1, hidden_size, device=device))
     tokens = torch.zeros(1, 1, dtype=torch.long, device=device)
 
     def run() -> None:
-        language_model(tokens, visual_prompts=nothing, use_cache=False)
+        language_model(tokens, visual_prompts=visual_prompts, use_cache=False)
 
     try:
         arrived = visual_prompts_arrive(run)
@@ -130,7 +127,7 @@ def check_packing(language_model: PreTrainedModel) -> None:
     not change with the first, and must be what it is in a row of its own.
     Raises UnsupportedModelError that names the family. Costs three passes of 16 tokens.
     """
-    device = home_of(language_model.get_input_embeddings())
+    device = execution_device(language_model.get_input_embeddings())
     if device.type == "meta":
         return
     vocabulary = int(language_model.config.get_text_config().vocab_size)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,10 @@ from transformers import PreTrainedModel
 
 from llama_adapter.config import AdapterConfig, Targets, did_you_mean
 from llama_adapter.errors import CheckpointError, ConfigError, UnsupportedModelError
-from llama_adapter.model.anatomy import (
+from llama_adapter.families.compatibility import check_projections, check_visual_route
+from llama_adapter.families.offloading import execution_device
+from llama_adapter.families.structure import (
+    Attention,
     attention_modules,
     decoder_linears,
     decoder_norms,
@@ -27,11 +30,9 @@ from llama_adapter.model.gated_attention import (
     VisualPrompt,
 )
 from llama_adapter.model.groups import AdapterModule, Group, Trainable
-from llama_adapter.model.offloading import home_of
-from llama_adapter.model.prompt_projection import Attention
+from llama_adapter.model.projection import VisualProjection
+from llama_adapter.model.routing import VisualPrompts
 from llama_adapter.model.scaled_linear import LearnedNorm, ScaledLinear
-from llama_adapter.model.self_check import check_projections, check_visual_route
-from llama_adapter.model.visual_prompts import VisualProjection
 
 PROJECTION = "visual"
 """Name of the visual projection in adapter files."""
@@ -81,6 +82,8 @@ class Adapter:
         self._folded: dict[str, nn.Module] = {}
         self._add_linears_and_norms(generator)
         self._add_prompts(attentions, text_config, generator)
+        hidden_size = int(text_config.hidden_size)
+        home = execution_device(language_model.get_input_embeddings())
         self.projection: VisualProjection | None = None
         if config.sees:
             if feature_size is None:
@@ -88,14 +91,15 @@ class Adapter:
                     f"fusion {config.fusion!r} needs a vision tower; none was given "
                     "(fusion 'none' is text only)"
                 )
-            hidden_size = int(text_config.hidden_size)
-            home = home_of(language_model.get_input_embeddings())
             self.projection = VisualProjection(feature_size, hidden_size, config=config).to(home)
         self.attach()
         try:
-            check_projections(language_model, [(s.name, s.parent) for s in self._prompt_sites()])
+            check_projections(language_model, self._prompted())
             if config.sees:
-                check_visual_route(language_model)
+                nothing_IMd = torch.zeros(1, 1, hidden_size, device=home)
+                check_visual_route(
+                    language_model, visual_prompts=VisualPrompts(prompts_IMd=nothing_IMd)
+                )
         except UnsupportedModelError:
             self.detach()
             raise
@@ -140,7 +144,7 @@ class Adapter:
                 "num_heads": int(text_config.num_attention_heads),
                 "gate": config.gate,
                 "gate_scale": config.gate_scale,
-                "device": home_of(attention),
+                "device": execution_device(attention),
             }
             module: GatedPrompt
             if index in visual:
@@ -244,14 +248,18 @@ class Adapter:
         if self.is_attached:
             self.attach()
 
-    def _prompt_sites(self) -> Iterator[Site]:
-        return (site for site in self.sites if isinstance(site.module, GatedPrompt))
+    def _prompted(self) -> list[tuple[str, Attention]]:
+        return [
+            (site.name, cast(Attention, site.parent))
+            for site in self.sites
+            if isinstance(site.module, GatedPrompt)
+        ]
 
     def prompts(self) -> Iterator[tuple[Attention, GatedPrompt]]:
         """Every attention module that carries prompts, with them."""
         for site in self.sites:
             if isinstance(site.module, GatedPrompt):
-                yield site.parent, site.module
+                yield cast(Attention, site.parent), site.module
 
     def modules(self) -> Iterator[tuple[str, AdapterModule]]:
         """Every module of this adapter by its readable name, the visual projection last."""

@@ -14,12 +14,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from llama_adapter.families.structure import Attention
+
 HOOK = "_hf_hook"
 _ADDED = (HOOK, "_old_forward", "forward")
 """What accelerate hangs on a module that it moves."""
 
 
-def home_of(module: nn.Module) -> torch.device:
+def execution_device(module: nn.Module | Attention) -> torch.device:
     """Where a module computes: with offloading its own numbers may be elsewhere until then."""
     for part in module.modules():
         for hook in _hooks(part):
@@ -58,7 +60,7 @@ def copy_at_home(module: nn.Module) -> nn.Module:
             for name in _ADDED:
                 part.__dict__.pop(name, None)
     goes_back = any(getattr(hook, "io_same_device", False) for hook in hooks)
-    moving = AlignDevicesHook(home_of(module), io_same_device=goes_back)
+    moving = AlignDevicesHook(execution_device(module), io_same_device=goes_back)
     home: nn.Module = add_hook_to_module(copied, moving)
     return home
 

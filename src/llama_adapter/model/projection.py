@@ -1,24 +1,19 @@
-"""From pictures to visual prompts: a frozen vision tower and a small learned projector (V2 §4.2).
+"""The learned projection from features of a vision encoder to visual prompts (V2 §4.2).
 
-Shapes: I pictures, F frames of one, P patch tokens, C their width, M visual prompts, d hidden size.
+Shapes: I images, F frames of one, P patch tokens, C their width, M visual prompts, d hidden size.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from llama_adapter.config import AdapterConfig
-from llama_adapter.errors import ConfigError, UnsupportedModelError
 from llama_adapter.model.fast.attention import attention
 from llama_adapter.model.groups import AdapterModule, Group, Role, Trainable
-
-VisionTower = Any
-"""A frozen CLIP or SigLIP vision model of transformers."""
 
 
 def _resample(features_IPC: Tensor, length: int) -> Tensor:
@@ -139,63 +134,8 @@ class VisualProjection(AdapterModule):
         features = features.to(next(self.projector.parameters()).dtype)
         if features.ndim == 3:
             return self.projector(features)
-        num_pictures, num_frames = features.shape[:2]
+        num_images, num_frames = features.shape[:2]
         if self.frame_rule == "mean":
             return self.projector(features.mean(1))
-        prompts = self.projector(features.flatten(0, 1)).unflatten(0, (num_pictures, num_frames))
+        prompts = self.projector(features.flatten(0, 1)).unflatten(0, (num_images, num_frames))
         return prompts.mean(1) if self.frame_rule == "late-mean" else prompts.flatten(1, 2)
-
-
-def vision_feature_size(vision: VisionTower, config: AdapterConfig) -> int:
-    """Width of the features that `vision_features` returns."""
-    vision_config = getattr(vision.config, "vision_config", vision.config)
-    if config.vision_feature == "projected":
-        projection = getattr(vision, "visual_projection", None)
-        if projection is None:
-            raise ConfigError(
-                f"vision_feature 'projected' needs a CLIP tower with its projection, "
-                f"got {type(vision).__name__}"
-            )
-        return int(projection.out_features)
-    return int(vision_config.hidden_size)
-
-
-@torch.no_grad()
-def vision_features(vision: VisionTower, pixel_values: Tensor, config: AdapterConfig) -> Tensor:
-    """Patch features [I, P, C] of pictures [I, 3, H, W], or [I, F, P, C] of [I, F, 3, H, W].
-
-    The tower is frozen: no gradient flows. Raises ConfigError for a feature layer it lacks.
-    """
-    has_frames = pixel_values.ndim == 5
-    pixels = pixel_values.flatten(0, 1) if has_frames else pixel_values
-    pixels = pixels.to(next(vision.parameters()).dtype)
-    tower: VisionTower = getattr(vision, "vision_model", vision)
-    layer = config.vision_feature
-    if layer == "projected":
-        hidden = tower(pixel_values=pixels).last_hidden_state
-        features = vision.visual_projection(tower.post_layernorm(hidden))
-    elif layer == -1:
-        features = tower(pixel_values=pixels).last_hidden_state
-    else:
-        states = tower(pixel_values=pixels, output_hidden_states=True).hidden_states
-        if not -len(states) <= int(layer) < len(states):
-            raise ConfigError(
-                f"vision_feature is layer {layer}, but the tower has {len(states)} hidden states"
-            )
-        features = states[int(layer)]
-    return features.unflatten(0, pixel_values.shape[:2]) if has_frames else features
-
-
-def vision_tower_of(model: VisionTower) -> nn.Module:
-    """The visual half of a vision or vision-language model, frozen and in evaluation mode.
-
-    Raises UnsupportedModelError if the model takes no pixels.
-    """
-    if hasattr(model, "text_model") and hasattr(model, "vision_model"):
-        model = model.vision_model
-    if getattr(model, "main_input_name", "") != "pixel_values":
-        raise UnsupportedModelError(
-            f"{type(model).__name__} is no vision model: expected one that takes pixel_values"
-        )
-    tower: nn.Module = model.eval().requires_grad_(False)
-    return tower

@@ -21,16 +21,18 @@ from transformers.utils.generic import TransformersKwargs
 
 from llama_adapter.config import AdapterConfig, did_you_mean
 from llama_adapter.errors import ConfigError, TrainingError, UnsupportedModelError
-from llama_adapter.model.attach import Adapter
+from llama_adapter.families.compatibility import check_packing
+from llama_adapter.families.offloading import execution_device
+from llama_adapter.families.quantized import keep_unpacked
+from llama_adapter.families.vision import vision_encoder_of, vision_feature_size, vision_features
+from llama_adapter.model.adapter import Adapter
 from llama_adapter.model.attention_registry import PAGED
 from llama_adapter.model.backbone import Backbone
 from llama_adapter.model.configuration import LlamaAdapterConfig
 from llama_adapter.model.groups import Group
 from llama_adapter.model.loss import answer_loss, is_places, logits_at
-from llama_adapter.model.offloading import home_of
 from llama_adapter.model.peft_base import on_base, unwrapped
 from llama_adapter.model.places import positions_of
-from llama_adapter.model.quantised import keep_unpacked
 from llama_adapter.model.references import (
     describe_model,
     load_language_model,
@@ -38,15 +40,8 @@ from llama_adapter.model.references import (
     what_differs,
 )
 from llama_adapter.model.routing import VisualPrompts, route
-from llama_adapter.model.self_check import check_packing
 from llama_adapter.model.trainer_checkpoints import TrainerCheckpoints
 from llama_adapter.model.visual_generation import CACHE, VisualGenerationMixin
-from llama_adapter.model.visual_prompts import (
-    VisionTower,
-    vision_feature_size,
-    vision_features,
-    vision_tower_of,
-)
 
 
 class LlamaAdapterForConditionalGeneration(
@@ -85,7 +80,7 @@ class LlamaAdapterForConditionalGeneration(
         self._changed: str | None = None
         """A tensor of the base that is not as in the files of its name."""
         self.language_model = language_model.requires_grad_(False)
-        self.vision: VisionTower = None if vision is None else vision_tower_of(vision)
+        self.vision: PreTrainedModel | None = None if vision is None else vision_encoder_of(vision)
         self.generation_config = language_model.generation_config
         self._no_split_modules = getattr(language_model, "_no_split_modules", None)
         self.all_tied_weights_keys: dict[str, str] = {}
@@ -138,7 +133,7 @@ class LlamaAdapterForConditionalGeneration(
                 attn_implementation=attn_implementation,
             )
         if isinstance(vision, str):
-            home = home_of(language_model.get_input_embeddings())
+            home = execution_device(language_model.get_input_embeddings())
             vision = load_vision(vision, device=home)
         if config is None:
             config = LlamaAdapterConfig()
@@ -356,9 +351,9 @@ class LlamaAdapterForConditionalGeneration(
                 raise ConfigError("pictures were given, but this model has no vision tower")
             assert pixel_values is not None
             visual_features = vision_features(
-                self.vision, pixel_values.to(home_of(self.vision)), self.adapter_config
+                self.vision, pixel_values.to(execution_device(self.vision)), self.adapter_config
             )
-        prompts_IMd = self.visual(visual_features.to(home_of(self.visual))).to(self.device)
+        prompts_IMd = self.visual(visual_features.to(execution_device(self.visual))).to(self.device)
         visual = VisualPrompts(prompts_IMd=prompts_IMd)
         return self._with_keys(visual) if cache else visual
 
@@ -595,7 +590,7 @@ class LlamaAdapterForConditionalGeneration(
     @property
     def device(self) -> torch.device:
         """Where inputs go: the embedding computes there, wherever its numbers are kept."""
-        return home_of(self.get_input_embeddings())
+        return execution_device(self.get_input_embeddings())
 
     @property
     def dtype(self) -> torch.dtype:

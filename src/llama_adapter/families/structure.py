@@ -4,13 +4,37 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import cast
+from typing import Any, Protocol, cast
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from llama_adapter.errors import UnsupportedModelError
-from llama_adapter.model.prompt_projection import Attention
+
+
+class Attention(Protocol):
+    """A decoder's self-attention module; its projections differ from family to family."""
+
+    layer_idx: int
+    config: Any
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
+
+    def modules(self) -> Iterator[nn.Module]: ...
+
+    def parameters(self) -> Iterator[nn.Parameter]: ...
+
+
+class VisionEncoder(Protocol):
+    """A frozen vision model of transformers, such as CLIP's or SigLIP's."""
+
+    config: Any
+    visual_projection: Any
+    """Of CLIP with its projection alone."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
+
+    def parameters(self) -> Iterator[nn.Parameter]: ...
 
 
 def family_of(language_model: PreTrainedModel) -> str:
@@ -46,7 +70,7 @@ def attention_modules(language_model: PreTrainedModel) -> list[tuple[str, Attent
             f"{family_of(language_model)} cannot be adapted: expected one self-attention module "
             f"in each of {len(expected)} layers, found layers {[index for index, _, _ in found]}"
         )
-    return [(name, module) for _, name, module in found]
+    return [(name, cast(Attention, module)) for _, name, module in found]
 
 
 def decoder_linears(decoder: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
