@@ -85,7 +85,7 @@ def test_the_visual_half_of_a_clip_model(build, base, ids, pictures):
 def test_a_text_model_is_no_tower(build, base):
     from llama_adapter import LlamaAdapterForConditionalGeneration
 
-    with pytest.raises(UnsupportedModelError, match="LlamaForCausalLM is no vision model"):
+    with pytest.raises(UnsupportedModelError, match="LlamaForCausalLM is not a vision model"):
         LlamaAdapterForConditionalGeneration.from_base(base(), base())
 
 
