@@ -31,10 +31,12 @@ class ImageRef:
     """Where the pixels of an image are to be had; `processing.load_image` reads it."""
 
     source: Any
-    """A path, encoded bytes, a decoded PIL image, a tuple of them (the frames of a video), or
-    None where the image is handed in apart."""
+    """A path, encoded bytes, a decoded PIL image, a function that makes one, a tuple of them (the
+    frames of a video), or None where the image is handed in apart."""
     name: str = "image"
     """What messages about this image call it."""
+    key: str = ""
+    """Where it is known without reading the image: equal keys mean equal pixels."""
     note: str = ""
     """What whoever reads an answer about it should know, such as that a video is damaged."""
 

@@ -16,7 +16,7 @@ from llama_adapter.miniature.rendering import (
     UNITS,
     center_of,
     render,
-    strange_palette,
+    unnamed_palette,
 )
 from llama_adapter.miniature.scenes import (
     COLORS,
@@ -114,7 +114,7 @@ def test_another_palette_paints_the_named_colors_otherwise() -> None:
 def test_unnamed_colors_say_nothing_about_the_shape() -> None:
     """One distribution for all shapes, far from every colour that is held out with any."""
     palettes = {
-        shape: [strange_palette(one_thing(shape=shape), random.Random(i)) for i in range(50)]
+        shape: [unnamed_palette(one_thing(shape=shape), random.Random(i)) for i in range(50)]
         for shape in SHAPES
     }
     assert all(palette == palettes["circle"] for palette in palettes.values())

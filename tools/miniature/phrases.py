@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from llama_adapter.miniature.rendering import PALETTE, RADIUS, center_of, render, strange_palette
+from llama_adapter.miniature.rendering import PALETTE, RADIUS, center_of, render, unnamed_palette
 from llama_adapter.miniature.scenes import (
     COLORS,
     HELD_OUT,
@@ -122,7 +122,7 @@ def sample_batch(rng: random.Random, *, size: int, fair: bool) -> Batch:
         if fair and rng.random() < STRANGE_SHARE:
             strange_B[row] = True
             things_BTW[row, :, _WORD_IS["color"]] = 0
-            palette = strange_palette(scene, rng)
+            palette = unnamed_palette(scene, rng)
         images.append(render(scene, rng, size=IMAGE_SIZE, palette=palette))
     return Batch(
         pixels_BCHW=to_pixels(images),

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from llama_adapter.config import AdapterConfig
 from llama_adapter.families.vision import vision_features
-from llama_adapter.miniature.rendering import PALETTE, render, strange_palette
+from llama_adapter.miniature.rendering import SceneImage
 from llama_adapter.miniature.scenes import Scene, Split, scene_stream
 from llama_adapter.processing.processor import LlamaAdapterProcessor
 
@@ -42,9 +42,7 @@ def picture(
     scene: Scene, *, seed: int, index: int, size: int = 64, strange: bool = False
 ) -> Image.Image:
     """The picture of a scene; the same one for the same seed and index, at any size."""
-    rng = random.Random(f"picture/{seed}/{index}")
-    palette = strange_palette(scene, rng) if strange else PALETTE
-    return render(scene, rng, size=size, palette=palette)
+    return SceneImage(scene=scene, seed=seed, index=index, size=size, unnamed_colors=strange)()
 
 
 def make_pool(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from functools import cache
 from typing import TypeAlias
 
@@ -71,17 +72,34 @@ def render(
     return _with_noise(image, rng)
 
 
-def strange_palette(scene: Scene, rng: random.Random) -> dict[str, Color]:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SceneImage:
+    """The image of a scene, drawn when called; the same one for the same seed and index."""
+
+    scene: Scene
+    seed: int
+    index: int
+    size: int = 64
+    unnamed_colors: bool = False
+    """Draw the objects in colors without a name, in which only the outline tells the shape."""
+
+    def __call__(self) -> Image.Image:
+        rng = random.Random(f"picture/{self.seed}/{self.index}")
+        palette = unnamed_palette(self.scene, rng) if self.unnamed_colors else PALETTE
+        return render(self.scene, rng, size=self.size, palette=palette)
+
+
+def unnamed_palette(scene: Scene, rng: random.Random) -> dict[str, Color]:
     """For each thing a colour without a name, in which only the outline tells the shape.
 
     Bright enough to be seen, and the same colours for every shape, far from all that are held
     out with any: were greenish squares drawn but no greenish circles, a picture's green would
     again speak against a circle.
     """
-    return {thing.color: _strange_color(rng) for thing in scene.things}
+    return {thing.color: _unnamed_color(rng) for thing in scene.things}
 
 
-def _strange_color(rng: random.Random) -> Color:
+def _unnamed_color(rng: random.Random) -> Color:
     barred = {PALETTE[color] for _, color in HELD_OUT}
     while True:
         color = (rng.randint(30, 255), rng.randint(30, 255), rng.randint(30, 255))

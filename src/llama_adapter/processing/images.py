@@ -37,12 +37,15 @@ _WHITE = (255, 255, 255)
 
 
 def load_image(source: Any, *, name: str | None = None) -> Image.Image:
-    """An RGB image from a path, encoded bytes, a `data:` URL, a PIL image or an `ImageRef`.
+    """An RGB image from a path, encoded bytes, a `data:` URL, a PIL image, a function that makes
+    one, or an `ImageRef`.
 
     Rotation stored as EXIF is applied, transparency shown on white, 16 bits reduced to 8, and of
     an animation the first frame is taken. Raises `ImageError` for anything else.
     """
     ref = ImageRef.of(source, name=name)
+    if callable(ref.source) and not isinstance(ref.source, Image.Image):
+        return load_image(ref.source(), name=ref.name)
     if isinstance(ref.source, Image.Image):
         return _given(ref.source, name=ref.name)
     if isinstance(ref.source, Path | bytes):
