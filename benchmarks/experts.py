@@ -33,11 +33,11 @@ from llama_adapter.experts import (
 )
 from llama_adapter.experts.cache import ReportCache
 from llama_adapter.generation import GenerationSettings
+from llama_adapter.miniature.bundled import bundled_adapter
 from llama_adapter.miniature.exam import Exam, Score, score
 from llama_adapter.miniature.pictures import make_pool, picture
 from llama_adapter.miniature.questions import ask
 from llama_adapter.miniature.scenes import SIGN_WORDS, Scene, Split, scene_stream
-from llama_adapter.miniature.shipped import shipped_adapter
 from llama_adapter.model import LlamaAdapterForConditionalGeneration
 from llama_adapter.processing.processor import LlamaAdapterProcessor
 
@@ -267,8 +267,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     names = [*MEASURES, "receipts"]
     parser.add_argument("what", nargs="*", help=f"some of {', '.join(names)}; default: all")
-    parser.add_argument("--model", type=Path, default=shipped_adapter("v2"))
-    parser.add_argument("--caption", type=Path, default=shipped_adapter("caption"))
+    parser.add_argument("--model", type=Path, default=bundled_adapter("v2"))
+    parser.add_argument("--caption", type=Path, default=bundled_adapter("caption"))
     parser.add_argument("--scenes", type=int, default=200, help="signs to read")
     parser.add_argument("--size", type=int, default=256, help="pixels a side for OCR")
     parser.add_argument("--pictures", type=int, default=200, help="for captions, per seed")

@@ -11,6 +11,7 @@ import torch
 from llama_adapter.chat import ChatSession
 from llama_adapter.conversation import Conversation
 from llama_adapter.generation import GenerationSettings
+from llama_adapter.miniature.bundled import load_bundled, load_tower, toy_processor
 from llama_adapter.miniature.captions import describe_tasks
 from llama_adapter.miniature.exam import Exam, Score, score, score_captions
 from llama_adapter.miniature.fairness import FairlyScored
@@ -18,7 +19,6 @@ from llama_adapter.miniature.lessons import PICTURE, LessonPlan, Lessons, by_len
 from llama_adapter.miniature.pictures import make_pool, picture
 from llama_adapter.miniature.recipes import V2
 from llama_adapter.miniature.scenes import COLORS, HELD_OUT, SHAPES, Split
-from llama_adapter.miniature.shipped import load_shipped, load_tower, toy_processor
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def test_every_test_scene_has_a_held_out_combination(test_pool, train_pool):
 
 
 def test_an_exact_mark_is_what_generation_says(test_pool):
-    model, processor = load_shipped("v2")
+    model, processor = load_bundled("v2")
     exam = Exam(test_pool, count=11)
     marks = exam.take(model, processor, picture=lambda item: item.scene)
     session = ChatSession(model, processor, settings=GenerationSettings(max_new_tokens=40))
@@ -149,7 +149,7 @@ def test_a_batch_in_parts_moves_the_adapter_as_the_whole_would(train_pool):
     assert sum(x["input_ids"].numel() for x in (short, long)) < 0.8 * whole["input_ids"].numel()
     assert len(by_length(short)) == 1
     assert len(by_length({name: x[:1] for name, x in whole.items()})) == 1
-    model, _ = load_shipped("v2")
+    model, _ = load_bundled("v2")
     fair, count = FairlyScored(model), (whole["labels"][:, 1:] != -100).sum()
     gradients = []
     for parts in ([whole], [short, long]):

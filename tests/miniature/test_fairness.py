@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from llama_adapter.conversation import Conversation
+from llama_adapter.miniature.bundled import load_decoder, load_tower, toy_processor
 from llama_adapter.miniature.captions import CAPTION_TASK
 from llama_adapter.miniature.fairness import (
     UNSCORED,
@@ -18,7 +19,6 @@ from llama_adapter.miniature.lessons import PICTURE, LessonPlan, Lessons, collat
 from llama_adapter.miniature.pictures import make_pool
 from llama_adapter.miniature.recipes import V2
 from llama_adapter.miniature.scenes import HELD_OUT, Scene, Split, Thing
-from llama_adapter.miniature.shipped import load_decoder, load_tower, toy_processor
 from llama_adapter.model import LlamaAdapterConfig, LlamaAdapterForConditionalGeneration
 
 SCENE = Scene(

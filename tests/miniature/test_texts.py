@@ -9,6 +9,7 @@ import re
 import pytest
 
 from llama_adapter.config import AdapterConfig
+from llama_adapter.miniature.bundled import toy_processor
 from llama_adapter.miniature.captions import (
     CAPTION_TASK,
     NEXT_TEXT,
@@ -28,7 +29,6 @@ from llama_adapter.miniature.scenes import (
     Thing,
     sample_scene,
 )
-from llama_adapter.miniature.shipped import toy_processor
 from llama_adapter.processing.templates import TEMPLATES
 
 SCENE = Scene(

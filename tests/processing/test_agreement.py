@@ -13,7 +13,7 @@ from llama_adapter import (
     LlamaAdapterForConditionalGeneration,
     LlamaAdapterProcessor,
 )
-from llama_adapter.miniature.shipped import shipped_adapter
+from llama_adapter.miniature.bundled import bundled_adapter
 
 SAVED = Path(__file__).parents[1] / "saved/adapters"
 
@@ -99,4 +99,4 @@ def test_a_record_is_of_the_processor_that_lies_there(copy, tmp_path):
 
 def test_the_built_in_adapters_agree():
     for name in ("v2", "caption"):
-        LlamaAdapterProcessor.from_pretrained(shipped_adapter(name))
+        LlamaAdapterProcessor.from_pretrained(bundled_adapter(name))

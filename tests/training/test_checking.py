@@ -13,7 +13,7 @@ from transformers import OPTConfig, OPTForCausalLM
 
 from llama_adapter import LlamaAdapterProcessor
 from llama_adapter.errors import CheckpointError, ConfigError, DataError, LlamaAdapterError
-from llama_adapter.miniature.shipped import DECODER, SLOT_TEXT, VISION, toy_processor
+from llama_adapter.miniature.bundled import DECODER, PLACEHOLDER_TEXT, VISION, toy_processor
 from llama_adapter.miniature.sources import SOURCES_WITH_MINIATURES
 from llama_adapter.training.build import load_processor
 from llama_adapter.training.checking import CheckReport, check_recipe
@@ -30,7 +30,7 @@ def recipe_of(path: Path, **changes: Any) -> Recipe:
         "base": {"model": DECODER},
         "vision": {"model": VISION},
         "adapter": {"visual_scope": "slots"},
-        "prompt": {"template": "toy", "slot_text": SLOT_TEXT},
+        "prompt": {"template": "toy", "slot_text": PLACEHOLDER_TEXT},
         "instructions": {
             "rows": 2,
             "row_length": 256,

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from llama_adapter.errors import DataError
-from llama_adapter.miniature.shipped import DECODER, SLOT_TEXT, VISION, toy_processor
+from llama_adapter.miniature.bundled import DECODER, PLACEHOLDER_TEXT, VISION, toy_processor
 from llama_adapter.training.launch import train
 from llama_adapter.training.recipe import Recipe, parse_recipe
 from llama_adapter.training.streams import RecipeData, open_data
@@ -25,7 +25,7 @@ def recipe_of(folder: Path, **changes: Any) -> Recipe:
             "base": {"model": DECODER, "dtype": "float32"},
             "vision": {"model": VISION},
             "adapter": {"visual_scope": "slots"},
-            "prompt": {"template": "toy", "slot_text": SLOT_TEXT},
+            "prompt": {"template": "toy", "slot_text": PLACEHOLDER_TEXT},
             "data": {"workers": 0, "max_broken": 0.1, "cache": False},
             "compute": {"device": "cpu"},
             **changes,

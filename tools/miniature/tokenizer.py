@@ -15,6 +15,7 @@ from tokenizers.models import BPE
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
+from llama_adapter.miniature.bundled import SLOTS
 from llama_adapter.miniature.captions import (
     NUMBERS,
     RELATIONS,
@@ -24,7 +25,6 @@ from llama_adapter.miniature.captions import (
 from llama_adapter.miniature.instructions import KNOWLEDGE
 from llama_adapter.miniature.questions import ONE_WORD, QUESTION_TYPES, ask
 from llama_adapter.miniature.scenes import COLORS, PLACES, SHAPES, SIGN_WORDS, SIZES, Scene, Thing
-from llama_adapter.miniature.shipped import SLOTS
 
 PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
 MAX_LENGTH = 1024

@@ -32,9 +32,9 @@ from torch import Tensor, nn
 from transformers import SiglipImageProcessorPil, SiglipVisionConfig, SiglipVisionModel
 
 from llama_adapter.errors import TrainingError
+from llama_adapter.miniature.bundled import VISION
 from llama_adapter.miniature.rendering import render
 from llama_adapter.miniature.scenes import MAX_THINGS, Scene, Split, sample_scene
-from llama_adapter.miniature.shipped import VISION
 from llama_adapter.model.references import resolve_reference
 from llama_adapter.pretrained import load_pretrained
 from llama_adapter.training.muon import Muon

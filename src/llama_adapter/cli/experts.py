@@ -70,10 +70,10 @@ def _defaults(model: str | None) -> dict[str, dict[str, Any]]:
     """What experts are told where MODEL is `toy`."""
     if model != TOY:
         return {}
-    from llama_adapter.miniature.shipped import shipped_adapter
+    from llama_adapter.miniature.bundled import bundled_adapter
 
     return {
-        "caption": {"model": str(shipped_adapter("caption"))},
+        "caption": {"model": str(bundled_adapter("caption"))},
         # the toy decoder knows signs by this sentence, and no language but English
         "ocr": {"wording": "a sign says {}.", "languages": "en"},
     }

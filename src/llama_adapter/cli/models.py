@@ -18,9 +18,9 @@ MODEL_HELP = "An adapter directory, or `toy` for the built-in one."
 def adapter_directory(model: str) -> Path:
     """The directory that MODEL means; `CheckpointError` where there is none."""
     if model == TOY:
-        from llama_adapter.miniature.shipped import shipped_adapter
+        from llama_adapter.miniature.bundled import bundled_adapter
 
-        return shipped_adapter("v2")
+        return bundled_adapter("v2")
     path = Path(model).expanduser()
     if not path.exists():
         raise CheckpointError(f"no adapter directory {model!r} (and no built-in model but `toy`)")

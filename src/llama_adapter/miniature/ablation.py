@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from llama_adapter.config import AdapterConfig
 from llama_adapter.errors import ConfigError
 from llama_adapter.files import atomic_file, read_json_object, write_atomically
+from llama_adapter.miniature.bundled import load_decoder, load_tower
 from llama_adapter.miniature.course import Course, run_course
 from llama_adapter.miniature.demo import TEST_SEED, Stage, shipped_captions
 from llama_adapter.miniature.exam import Exam
@@ -29,7 +30,6 @@ from llama_adapter.miniature.measure import CLAIMS, measure
 from llama_adapter.miniature.pictures import PicturePool
 from llama_adapter.miniature.recipes import ABLATION_COURSE
 from llama_adapter.miniature.scenes import Split
-from llama_adapter.miniature.shipped import load_decoder, load_tower
 from llama_adapter.model.references import fingerprint
 
 MOST = 1_000_000

@@ -12,11 +12,11 @@ from transformers import PreTrainedModel
 
 from llama_adapter.config import AdapterConfig
 from llama_adapter.errors import ConfigError
+from llama_adapter.miniature.bundled import toy_processor
 from llama_adapter.miniature.fairness import FairlyScored
 from llama_adapter.miniature.lessons import LessonPlan, Lessons, by_length
 from llama_adapter.miniature.pictures import PicturePool, Progress, make_pool
 from llama_adapter.miniature.scenes import Split
-from llama_adapter.miniature.shipped import toy_processor
 from llama_adapter.model import LlamaAdapterConfig, LlamaAdapterForConditionalGeneration
 from llama_adapter.processing.processor import LlamaAdapterProcessor
 from llama_adapter.training.engine import OneProcess

@@ -20,13 +20,13 @@ import torch
 
 from llama_adapter.errors import ConfigError
 from llama_adapter.files import write_atomically
+from llama_adapter.miniature.bundled import load_bundled, load_decoder, load_tower
 from llama_adapter.miniature.course import Class, run_course
 from llama_adapter.miniature.exam import Exam, write_captions
 from llama_adapter.miniature.measure import Measured, measure
 from llama_adapter.miniature.pictures import PicturePool
 from llama_adapter.miniature.recipes import LIVE_COURSE
 from llama_adapter.miniature.scenes import Split
-from llama_adapter.miniature.shipped import load_decoder, load_shipped, load_tower
 from llama_adapter.model import Group
 
 TEST_SEED = 20_000
@@ -112,7 +112,7 @@ def run_demo(settings: DemoSettings, *, stage: Stage) -> DemoResult:
         tick = stage("measuring the shipped adapters", 2)
         expert_captions = shipped_captions(test, decoder=decoder, tower=tower)
         tick(1)
-        model, model_processor = load_shipped("v2", language_model=decoder, vision=tower)
+        model, model_processor = load_bundled("v2", language_model=decoder, vision=tower)
         shipped = measure(model, model_processor, exam, expert_captions=expert_captions)
         model.disable_adapters()
         tick(1)
@@ -168,7 +168,7 @@ def _train(
 
 def shipped_captions(test: PicturePool, *, decoder: Any, tower: Any) -> list[str]:
     """What the shipped caption expert says about each test picture."""
-    model, processor = load_shipped("caption", language_model=decoder, vision=tower)
+    model, processor = load_bundled("caption", language_model=decoder, vision=tower)
     captions = write_captions(model, processor, test.features_NPC)
     model.disable_adapters()
     return captions
@@ -192,7 +192,7 @@ def save_demo(result: DemoResult, out: Path) -> None:
     ):
         write_atomically(out / name, text)
     write_report(result, out / "report.html")
-    model, processor = load_shipped("v2")
+    model, processor = load_bundled("v2")
     shown = show(model, processor, result.test, count=ON_SHEET, seed=TEST_SEED)
     write_sheet(tuple(shown), out / "pictures.png")
 

@@ -20,12 +20,12 @@ import torch
 from llama_adapter.checkpoints.torch_files import read_torch_file
 from llama_adapter.errors import CheckpointError
 from llama_adapter.files import atomic_file, parse_json
+from llama_adapter.miniature.bundled import load_decoder, load_tower
 from llama_adapter.miniature.course import Class
 from llama_adapter.miniature.exam import Exam, score_captions, write_captions
 from llama_adapter.miniature.measure import CLAIMS, Measured, measure
 from llama_adapter.miniature.recipes import COURSES
 from llama_adapter.miniature.scenes import Split
-from llama_adapter.miniature.shipped import load_decoder, load_tower
 
 DEVELOPMENT_SEED = 10_000
 """Seed of the scenes that progress is measured on; the demonstration uses others."""

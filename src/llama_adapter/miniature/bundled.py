@@ -24,7 +24,7 @@ DECODER = "package:llama_adapter/miniature/bases/decoder"
 VISION = "package:llama_adapter/miniature/bases/vision"
 ADAPTERS = "package:llama_adapter/miniature/adapters"
 SLOTS = tuple(f"<|slot_{i}|>" for i in range(16))
-SLOT_TEXT = "".join(SLOTS)
+PLACEHOLDER_TEXT = "".join(SLOTS)
 """What stands where a picture is read, in scope `slots`: the tokenizer's reserved tokens."""
 
 
@@ -45,19 +45,19 @@ def toy_processor(config: AdapterConfig) -> LlamaAdapterProcessor:
         load_pretrained(AutoTokenizer, resolve_reference(DECODER), what="tokenizer"),
         template="toy",
         visual_scope=config.visual_scope,
-        slot_text=SLOT_TEXT if config.visual_scope == "slots" else None,
+        slot_text=PLACEHOLDER_TEXT if config.visual_scope == "slots" else None,
     )
 
 
-def shipped_adapter(name: str) -> Path:
+def bundled_adapter(name: str) -> Path:
     """Directory of a shipped adapter: `v2` or `caption`."""
     return Path(resolve_reference(f"{ADAPTERS}/{name}"))
 
 
-def load_shipped(
+def load_bundled(
     name: str = "v2", **loaded: Any
 ) -> tuple[LlamaAdapterForConditionalGeneration, LlamaAdapterProcessor]:
     """A shipped adapter on its bases, with its processor, ready to answer."""
-    directory = shipped_adapter(name)
+    directory = bundled_adapter(name)
     model = LlamaAdapterForConditionalGeneration.from_pretrained(directory, **loaded)
     return model, LlamaAdapterProcessor.from_pretrained(directory)
