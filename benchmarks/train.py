@@ -43,8 +43,8 @@ from benchmarks.measuring import (
 )
 from llama_adapter import LlamaAdapterConfig, LlamaAdapterForConditionalGeneration
 from llama_adapter.training.build import build, load_processor
-from llama_adapter.training.joint import JointSettings, JointTrainer
-from llama_adapter.training.recipe import Recipe, parse_recipe
+from llama_adapter.training.joint import JointTrainer
+from llama_adapter.training.recipe import OptimizerSection, Recipe, parse_recipe
 from llama_adapter.training.streams import open_data
 
 ROW = 512
@@ -106,7 +106,7 @@ def _turns(recipe: Recipe, kind: str, counts: list[int]) -> Callable[[], None]:
     stream = open_data(recipe, processor).streams[kind]  # type: ignore[index]
     model = build(recipe, device=torch.device(recipe.compute.device or "cpu")).model
     half = torch.bfloat16 if recipe.compute.autocast == "bfloat16" else None
-    trainer = JointTrainer(model, JointSettings(steps=10_000), autocast_dtype=half)
+    trainer = JointTrainer(model, OptimizerSection(), steps=10_000, autocast_dtype=half)
 
     def turn() -> None:
         batch = next(stream)
@@ -277,7 +277,7 @@ def _large(options: argparse.Namespace) -> dict[str, Any]:
         for layer in model.language_model.get_decoder().layers:
             layer.compile()
     half = torch.bfloat16 if options.dtype == "bfloat16" else None
-    trainer = JointTrainer(model, JointSettings(steps=10_000), autocast_dtype=half)
+    trainer = JointTrainer(model, OptimizerSection(), steps=10_000, autocast_dtype=half)
     batch = _packed(options, device)
     frozen = sum(p.numel() for p in _frozen_linears())
     for _ in range(3):

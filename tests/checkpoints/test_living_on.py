@@ -14,7 +14,8 @@ from transformers import AutoTokenizer
 from llama_adapter import LlamaAdapterForConditionalGeneration, LlamaAdapterProcessor
 from llama_adapter.checkpoints import import_released
 from llama_adapter.checkpoints.settings import Hints
-from llama_adapter.training.joint import JointSettings, JointTrainer
+from llama_adapter.training.joint import JointTrainer
+from llama_adapter.training.recipe import OptimizerSection
 
 TEXTS = ("the quick fox", " two  spaces ", "é 12:\n\n### Response:", "")
 HINTS = Hints(prompt_length=3, projector_heads=4)
@@ -172,7 +173,7 @@ def test_joint_training_goes_on(pair: Any, tmp_path: Path) -> None:
     instruction = {"input_ids": given["input_ids"], "labels": given["input_ids"]}
     before = {n: p.detach().clone() for n, p in model.adapter.named_parameters()}
     base = {n: p.clone() for n, p in model.language_model.named_parameters() if "base_layer" in n}
-    trainer = JointTrainer(model, JointSettings(steps=8, warmup_steps=1, vision_lr=1e-3))
+    trainer = JointTrainer(model, OptimizerSection(warmup_steps=1), steps=8)
     losses = [trainer.step(caption=caption, instruction=instruction).losses for _ in range(6)]
     assert losses[-1]["caption"] < losses[0]["caption"]
     assert losses[-1]["instruction"] < losses[0]["instruction"]

@@ -6,13 +6,15 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, SiglipVisionConfig, SiglipVisionModel
 
-from llama_adapter.errors import ConfigError, TrainingError
+from llama_adapter.errors import TrainingError
 from llama_adapter.model import (
     Group,
     LlamaAdapterConfig,
     LlamaAdapterForConditionalGeneration,
 )
-from llama_adapter.training.joint import JointSettings, JointTrainer
+from llama_adapter.training.joint import JointTrainer
+from llama_adapter.training.recipe import LanguageAnneal, OptimizerSection
+from llama_adapter.training.schedule import language_scale, lr_scale
 
 
 def tiny_model(**overrides: object) -> LlamaAdapterForConditionalGeneration:
@@ -64,9 +66,9 @@ def numbers(model: LlamaAdapterForConditionalGeneration, group: Group) -> list[t
     return [p.detach().clone() for p in model.group_parameters(group)]
 
 
-def settings(**changes: object) -> JointSettings:
-    values = {"steps": 20, "warmup_steps": 1, "weight_decay": 0.1, **changes}
-    return JointSettings(**values)  # type: ignore[arg-type]
+def trainer_of(model: LlamaAdapterForConditionalGeneration, **changes: object) -> JointTrainer:
+    values = {"warmup_steps": 1, "weight_decay": 0.1, **changes}
+    return JointTrainer(model, OptimizerSection.model_validate(values), steps=20)
 
 
 def same(left: list[torch.Tensor], right: list[torch.Tensor]) -> bool:
@@ -79,7 +81,7 @@ def same(left: list[torch.Tensor], right: list[torch.Tensor]) -> bool:
 )
 def test_a_step_of_one_kind_moves_only_its_group(kind: str, moved: Group, still: Group) -> None:
     model = tiny_model()
-    trainer = JointTrainer(model, settings())
+    trainer = trainer_of(model)
     # momentum and decay of both groups are alive before the step that is watched
     trainer.step(caption=batch(1, picture=True), instruction=batch(2, picture=False))
     before_moved, before_still = numbers(model, moved), numbers(model, still)
@@ -91,7 +93,7 @@ def test_a_step_of_one_kind_moves_only_its_group(kind: str, moved: Group, still:
 
 
 def test_a_pair_is_one_optimizer_step() -> None:
-    trainer = JointTrainer(tiny_model(), settings())
+    trainer = trainer_of(tiny_model())
     report = trainer.step(caption=batch(1, picture=True), instruction=batch(2, picture=False))
     assert trainer.step_count == 1
     assert set(report.losses) == {"caption", "instruction"}
@@ -104,10 +106,8 @@ def test_a_pair_is_one_optimizer_step() -> None:
 def test_a_pair_equals_its_two_passes() -> None:
     """The pair's update of a group is that of its own loss alone, to the bit."""
     pair, apart = tiny_model(), tiny_model()
-    JointTrainer(pair, settings()).step(
-        caption=batch(1, picture=True), instruction=batch(2, picture=False)
-    )
-    trainer = JointTrainer(apart, settings())
+    trainer_of(pair).step(caption=batch(1, picture=True), instruction=batch(2, picture=False))
+    trainer = trainer_of(apart)
     trainer.step(instruction=batch(2, picture=False))
     assert same(numbers(pair, Group.LANGUAGE), numbers(apart, Group.LANGUAGE))
 
@@ -115,13 +115,13 @@ def test_a_pair_equals_its_two_passes() -> None:
 def test_naive_joint_moves_everything_on_both_losses() -> None:
     model = tiny_model(fusion="late", visual_prompt_length=4)
     before = numbers(model, Group.LANGUAGE)
-    JointTrainer(model, settings(joint="naive")).step(caption=batch(1, picture=True))
+    trainer_of(model, joint="naive").step(caption=batch(1, picture=True))
     assert not same(numbers(model, Group.LANGUAGE), before)
 
 
 def test_every_trainable_learns_also_after_an_evaluation() -> None:
     model = tiny_model()
-    trainer = JointTrainer(model, settings(gate_lr=0.5))
+    trainer = trainer_of(model, gate_lr=0.5)
     for seed in range(3):  # gates must open before what is behind them gets a gradient
         trainer.step(caption=batch(seed, picture=True), instruction=batch(seed, picture=False))
     model.eval()
@@ -141,7 +141,7 @@ def test_the_base_never_moves() -> None:
     model = tiny_model()
     with model.adapters_disabled():
         before = {n: p.clone() for n, p in model.language_model.state_dict().items()}
-    trainer = JointTrainer(model, settings(joint="naive"))
+    trainer = trainer_of(model, joint="naive")
     trainer.step(caption=batch(1, picture=True), instruction=batch(2, picture=False))
     with model.adapters_disabled():
         after = model.language_model.state_dict()
@@ -150,13 +150,13 @@ def test_the_base_never_moves() -> None:
 
 def test_a_trainer_goes_on_from_its_state() -> None:
     whole, halves = tiny_model(), tiny_model()
-    trainer = JointTrainer(whole, settings())
+    trainer = trainer_of(whole)
     for seed in range(4):
         trainer.step(caption=batch(seed, picture=True), instruction=batch(seed, picture=False))
-    first = JointTrainer(halves, settings())
+    first = trainer_of(halves)
     for seed in range(2):
         first.step(caption=batch(seed, picture=True), instruction=batch(seed, picture=False))
-    second = JointTrainer(halves, settings())
+    second = trainer_of(halves)
     second.load_state_dict(first.state_dict())
     for seed in range(2, 4):
         second.step(caption=batch(seed, picture=True), instruction=batch(seed, picture=False))
@@ -170,8 +170,8 @@ def test_micro_batches_weigh_by_their_answer_tokens() -> None:
     one = batch(1, picture=True)
     one["labels"][0, 4:7] = -100
     split = [{name: t[rows] for name, t in one.items()} for rows in ([0], [1, 2])]
-    expected = JointTrainer(whole, settings()).step(caption=one)
-    found = JointTrainer(parts, settings()).step(caption=split)
+    expected = trainer_of(whole).step(caption=one)
+    found = trainer_of(parts).step(caption=split)
     assert found.losses == pytest.approx(expected.losses, abs=1e-6)
     assert found.answer_tokens == expected.answer_tokens == {"caption": 9}
     for group in Group:
@@ -180,7 +180,7 @@ def test_micro_batches_weigh_by_their_answer_tokens() -> None:
 
 def test_a_step_that_is_not_finite_moves_nothing() -> None:
     model = tiny_model()
-    trainer = JointTrainer(model, settings())
+    trainer = trainer_of(model)
     before = {group: numbers(model, group) for group in Group}
     bad = batch(1, picture=True)
     bad["pixel_values"][0] = float("nan")
@@ -194,7 +194,7 @@ def test_a_step_that_is_not_finite_moves_nothing() -> None:
 
 def test_captions_without_a_readable_picture_are_a_step_that_moves_nothing_by_them() -> None:
     model = tiny_model()
-    trainer = JointTrainer(model, settings(weight_decay=0.0))
+    trainer = trainer_of(model, weight_decay=0.0)
     before = numbers(model, Group.VISION)
     lost = batch(1, picture=False)
     lost["labels"][:] = -100
@@ -205,7 +205,7 @@ def test_captions_without_a_readable_picture_are_a_step_that_moves_nothing_by_th
 
 def test_gates_norms_biases_and_scales_are_never_decayed() -> None:
     model = tiny_model()
-    trainer = JointTrainer(model, settings(weight_decay=0.1))
+    trainer = trainer_of(model, weight_decay=0.1)
     names = {id(p): name for name, p in model.adapter.named_parameters()}
     decayed = {
         names[id(p)].rsplit(".", 1)[-1]
@@ -219,26 +219,24 @@ def test_gates_norms_biases_and_scales_are_never_decayed() -> None:
 
 
 def test_learning_rates_warm_up_and_end_at_zero() -> None:
-    plan = JointSettings(steps=100, warmup_steps=10, decay_share=0.5)
-    assert plan.rate_factor(0) == pytest.approx(0.1)
-    assert plan.rate_factor(30) == 1.0
-    assert plan.rate_factor(100) == pytest.approx(0.0, abs=1e-12)
+    section = OptimizerSection(warmup_steps=10, decay_share=0.5)
+    assert lr_scale(section, 0, 100) == pytest.approx(0.1)
+    assert lr_scale(section, 30, 100) == 1.0
+    assert lr_scale(section, 100, 100) == pytest.approx(0.0, abs=1e-12)
 
 
 def test_refusals() -> None:
-    with pytest.raises(ConfigError, match="joint must be"):
-        JointSettings(steps=1, joint="both")
     model = tiny_model()
     with pytest.raises(TrainingError, match="a caption batch, an instruction batch"):
-        JointTrainer(model, settings()).step()
+        trainer_of(model).step()
     model.prepare_for_inference()
     with pytest.raises(TrainingError, match="prepare_for_training"):
-        JointTrainer(model, settings())
+        trainer_of(model)
 
 
 def test_muon_moves_the_projectors_matrices_and_nothing_of_language() -> None:
     model = tiny_model()
-    trainer = JointTrainer(model, settings(matrix_lr=0.01))
+    trainer = trainer_of(model, projector_optimizer="muon")
     names = {id(p): name for name, p in model.adapter.named_parameters()}
     held = [
         {names[id(p)] for group in optimizer.param_groups for p in group["params"]}
@@ -267,13 +265,13 @@ def test_training_with_muon_goes_on_to_the_bit() -> None:
             "instruction": batch(50 + step, picture=False),
         }
 
-    whole = JointTrainer(tiny_model(), settings(matrix_lr=0.01))
+    whole = trainer_of(tiny_model(), projector_optimizer="muon")
     for step in range(4):
         whole.step(**batches(step))
-    first = JointTrainer(tiny_model(), settings(matrix_lr=0.01))
+    first = trainer_of(tiny_model(), projector_optimizer="muon")
     for step in range(2):
         first.step(**batches(step))
-    second = JointTrainer(tiny_model(), settings(matrix_lr=0.01))
+    second = trainer_of(tiny_model(), projector_optimizer="muon")
     second.load_parameter_state(first.parameter_state())
     second.load_state_dict(first.state_dict())
     for step in range(2, 4):
@@ -282,9 +280,24 @@ def test_training_with_muon_goes_on_to_the_bit() -> None:
     assert all(torch.equal(t, expected[name]) for name, t in second.parameter_state().items())
 
 
-def test_language_settles_to_its_factor_and_vision_does_not() -> None:
-    plan = JointSettings(steps=100, language_settles=(0.2, 0.1))
-    assert plan.language_factor(0) == 1.0
-    assert plan.language_factor(10) == pytest.approx(0.55)
-    assert plan.language_factor(20) == plan.language_factor(100) == pytest.approx(0.1)
-    assert JointSettings(steps=100).language_factor(50) == 1.0
+def test_language_is_annealed_to_its_factor_and_vision_is_not() -> None:
+    section = OptimizerSection(language_anneal=LanguageAnneal(until=0.2, factor=0.1))
+    assert language_scale(section, 0, 100) == 1.0
+    assert language_scale(section, 10, 100) == pytest.approx(0.55)
+    assert language_scale(section, 20, 100) == pytest.approx(0.1)
+    assert language_scale(section, 100, 100) == pytest.approx(0.1)
+    assert language_scale(OptimizerSection(), 50, 100) == 1.0
+    trainer = trainer_of(tiny_model(), language_anneal={"until": 0.1, "factor": 0.5})
+    report = None
+    for step in range(4):
+        report = trainer.step(instruction=batch(step, picture=False))
+    assert report is not None
+    assert report.lr["language"] == pytest.approx(report.lr["vision"] / 2)
+
+
+def test_the_projectors_matrices_may_have_a_learning_rate_of_their_own() -> None:
+    model = tiny_model()
+    (adamw,) = trainer_of(model, projector_lr=0.123).optimizers
+    matrices = {id(t.parameter) for t in model.adapter.trainables() if t.is_matrix}
+    own = [group for group in adamw.param_groups if group["lr"] == 0.123]
+    assert {id(p) for group in own for p in group["params"]} == matrices

@@ -126,6 +126,27 @@ BAD: list[tuple[dict[str, Any], str]] = [
         {"instructions": {"sources": [{"type": "alpaca", "path": "a", "weight": float("inf")}]}},
         "instructions.sources.0.weight: .*less than or equal to 10000",
     ),
+    ({"steps": None}, "needs steps, minutes, or both: how long to train"),
+    ({"minutes": 0}, "minutes: .*greater than 0"),
+    (
+        {
+            "instructions": {"sources": [{"type": "alpaca", "path": "a"}], "start": 0.5},
+            "captions": None,
+        },
+        "would leave steps without a batch: one kind must have start: 0",
+    ),
+    (
+        {
+            "instructions": {"sources": [{"type": "alpaca", "path": "a"}], "every": 2},
+            "captions": None,
+        },
+        "one kind must have every: 1",
+    ),
+    (
+        {"optimizer": {"language_anneal": {"until": 0, "factor": 0.1}}},
+        "language_anneal.until: .*greater than 0",
+    ),
+    ({"optimizer": {"projector_optimizer": "sgd"}}, "projector_optimizer: .*'muon'"),
     ({"steps": 0}, "steps: .*greater than or equal to 1, got 0"),
     ({"data": {"padding": "pad"}}, "data.padding: .*'packed'.*got 'pad'"),
     ({"optimizer": {"vision_lr": "fast"}}, "optimizer.vision_lr: .*number.*got 'fast'"),

@@ -152,13 +152,23 @@ def _lines(recipe: Recipe) -> Callable[[dict[str, Any]], None]:
     def show(row: dict[str, Any]) -> None:
         step = row["step"]
         scored = any(name.startswith("held_out/") for name in row)
-        if step % recipe.logging.every == 0 or scored or step == recipe.steps:
+        steps = _total(row, recipe)
+        if step % recipe.logging.every == 0 or scored or step == steps:
             speed = row["tokens"] / max(row["seconds"], 1e-9)
             typer.echo(
-                f"step {step}/{recipe.steps}  {_losses(row)}  {speed:,.0f} tokens/s", err=True
+                f"step {step}/{_total(row, recipe) or '?'}  {_losses(row)}  {speed:,.0f} tokens/s",
+                err=True,
             )
 
     return show
+
+
+def _total(row: dict[str, Any], recipe: Recipe) -> int | None:
+    """The steps in all as far as they are known: with `minutes` the pace tells after a few."""
+    from llama_adapter.training.recipe import MOST_STEPS
+
+    steps = row.get("steps", recipe.steps)
+    return None if steps == MOST_STEPS else steps
 
 
 def _losses(row: dict[str, Any]) -> str:
@@ -198,11 +208,12 @@ def _bar_watcher(progress: Any, recipe: Recipe) -> Watcher:
 
     def step(row: dict[str, Any]) -> None:
         if not training:
-            training.append(progress.add_task("train", total=recipe.steps, speed=""))
+            training.append(progress.add_task("train", total=None, speed=""))
         speed = row["tokens"] / max(row["seconds"], 1e-9)
         progress.update(
             training[0],
             completed=row["step"],
+            total=_total(row, recipe),
             description=_losses(row),
             speed=f"{speed:,.0f} tokens/s",
         )

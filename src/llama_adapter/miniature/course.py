@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -20,8 +20,9 @@ from llama_adapter.miniature.scenes import Split
 from llama_adapter.model import LlamaAdapterConfig, LlamaAdapterForConditionalGeneration
 from llama_adapter.processing.processor import LlamaAdapterProcessor
 from llama_adapter.training.engine import OneProcess
-from llama_adapter.training.joint import JointSettings, JointTrainer
+from llama_adapter.training.joint import JointTrainer
 from llama_adapter.training.machine import fast_dtype
+from llama_adapter.training.recipe import LanguageAnneal, OptimizerSection
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,7 +32,7 @@ class Course:
     adapter: AdapterConfig
     steps: int
     plan: LessonPlan = field(default_factory=LessonPlan)
-    joint: str = "disjoint"
+    joint: Literal["disjoint", "naive"] = "disjoint"
     captions: bool = True
     instructions: bool = True
     language_first: float = 0.15
@@ -71,17 +72,19 @@ class Course:
             progress=progress,
         )
 
-    def settings(self, steps: int) -> JointSettings:
-        return JointSettings(
-            steps=steps,
+    def optimizer(self) -> OptimizerSection:
+        both = self.captions and self.instructions
+        return OptimizerSection(
             joint=self.joint,
             vision_lr=self.vision_lr,
-            matrix_lr=self.matrix_lr,
-            language_settles=(self.language_first, self.language_rest)
-            if self.captions and self.instructions
+            projector_optimizer="adamw" if self.matrix_lr is None else "muon",
+            projector_lr=self.matrix_lr,
+            language_anneal=LanguageAnneal(until=self.language_first, factor=self.language_rest)
+            if both
             else None,
             language_lr=self.language_lr,
             gate_lr=self.gate_lr,
+            decay_share=0.5,
         )
 
 
@@ -125,7 +128,8 @@ class Class:
         engine.module = FairlyScored(self.model)
         self.trainer = JointTrainer(
             self.model,
-            course.settings(course.steps),
+            course.optimizer(),
+            steps=course.steps,
             autocast_dtype=dtype,
             engine=engine,
         )
@@ -137,7 +141,7 @@ class Class:
     @property
     def steps(self) -> int:
         """Steps in all; settled by the time limit, where there is one."""
-        return self.trainer.settings.steps
+        return self.trainer.steps
 
     @property
     def is_over(self) -> bool:
@@ -186,7 +190,7 @@ class Class:
         pace = joint if self.course.captions else ahead
         more = ahead_left + max(0.0, left - ahead_left * ahead) / pace
         steps = max(done + 1, min(self.course.steps, done + int(more)))
-        self.trainer.settings = replace(self.trainer.settings, steps=steps)
+        self.trainer.steps = steps
 
 
 def _recent_mean(seconds: list[float] | None) -> float:

@@ -69,8 +69,8 @@ class KindReport:
 
     samples_per_epoch: int
     rows_per_epoch: int
-    epochs: float
-    """How often the recipe's steps go through the data."""
+    epochs: float | None
+    """How often the recipe's steps go through the data; None where their number is not known."""
     samples_per_step: float
     answer_tokens_per_step: float
 
@@ -81,7 +81,8 @@ class CheckReport:
 
     sources: tuple[SourceReport, ...]
     kinds: dict[Kind, KindReport]
-    steps: int
+    steps: int | None
+    minutes: float | None
     sizes: Sizes | None
     errors: tuple[str, ...]
     """Everything that would stop the run, one line each."""
@@ -147,6 +148,7 @@ def check_recipe(
         sources=tuple(sources),
         kinds=kinds,
         steps=recipe.steps,
+        minutes=recipe.minutes,
         sizes=sizes,
         errors=tuple(errors),
         warnings=tuple(_warnings(recipe, sources, kinds, sizes)),
@@ -274,12 +276,16 @@ def _reckon(recipe: Recipe, section: StreamSection, sources: list[SourceReport])
         rows = max(1, round(tokens / (section.row_length * _PACKED_FILL)))
     else:
         rows = max(1, round(pieces))
+    # until the last kind sets in, each that has comes in every step
+    last = max(other.start for other in recipe.streams.values())
     rows_per_step = section.rows * section.accumulation
-    steps = recipe.steps * (1 - section.start)
+    every = section.every if len(recipe.streams) > 1 else 1
+    share = (1 - last) / every + last - section.start
+    steps = None if recipe.steps is None else recipe.steps * share
     return KindReport(
         samples_per_epoch=round(samples),
         rows_per_epoch=rows,
-        epochs=round(steps * rows_per_step / rows, 3),
+        epochs=None if steps is None else round(steps * rows_per_step / rows, 3),
         samples_per_step=round(samples * rows_per_step / rows, 1),
         answer_tokens_per_step=round(answers * rows_per_step / rows, 1),
     )
@@ -301,7 +307,7 @@ def _warnings(
                 f"positions; set {source.kind}s.row_length to {context} at most"
             )
     for kind, report in kinds.items():
-        if report.epochs < 1:
+        if report.epochs is not None and report.epochs < 1:
             found.append(
                 f"{kind}s: {recipe.steps} steps go through {report.epochs:.1%} of the data only"
             )
@@ -336,10 +342,12 @@ def _source_text(source: SourceReport) -> str:
 
 
 def _plan_text(report: CheckReport) -> str:
-    lines = [f"plan: {report.steps:,} steps"]
+    known = [] if report.steps is None else [f"{report.steps:,} steps"]
+    known += [] if report.minutes is None else [f"{report.minutes:g} minutes"]
+    lines = [f"plan: {' or '.join(known)}"]
     for kind, each in report.kinds.items():
         lines.append(
-            f"  {kind}s: about {each.rows_per_epoch:,} rows an epoch, {each.epochs:.2f} epochs; "
+            f"  {kind}s: about {each.rows_per_epoch:,} rows an epoch, {_epochs(each)}; "
             f"a step takes about {each.samples_per_step:,.0f} samples "
             f"with {each.answer_tokens_per_step:,.0f} answer tokens"
         )
@@ -358,6 +366,10 @@ def _plan_text(report: CheckReport) -> str:
             f"logits at most {_gib(sizes.logit_bytes)})"
         )
     return "\n".join(lines)
+
+
+def _epochs(report: KindReport) -> str:
+    return "epochs by the pace" if report.epochs is None else f"{report.epochs:.2f} epochs"
 
 
 def _gib(count: int) -> str:

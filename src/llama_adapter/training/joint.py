@@ -8,7 +8,7 @@ None, so that the optimizer cannot move it by momentum or decay either.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,6 +26,8 @@ from llama_adapter.model import (
 from llama_adapter.model.groups import Role
 from llama_adapter.training.engine import Engine, OneProcess, blank_picture
 from llama_adapter.training.muon import Muon
+from llama_adapter.training.recipe import OptimizerSection
+from llama_adapter.training.schedule import language_scale, lr_scale
 
 Batch = Mapping[str, Tensor]
 """Keyword arguments of the model's forward, `labels` among them."""
@@ -33,57 +35,10 @@ Batches = Batch | Sequence[Batch]
 """One micro-batch, or those whose gradients are accumulated."""
 _ADAMW_STATE, _MUON_STATE = {"step", "exp_avg", "exp_avg_sq"}, {"momentum_buffer"}
 _STEP_LIKE = torch.zeros(())
+MUON_LR = 0.01
+"""Of the projector's matrices where a recipe names none."""
 GROUP_OF = {"caption": Group.VISION, "instruction": Group.LANGUAGE}
 """Which group the loss of a kind of batch moves."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class JointSettings:
-    """How the two losses move the two groups."""
-
-    steps: int
-    """Optimizer steps in all; the learning rate reaches zero at the last one."""
-    joint: str = "disjoint"
-    """`disjoint`: each loss moves its own group (the paper); `naive`: both move everything."""
-    vision_lr: float = 3e-3
-    language_lr: float = 3e-3
-    gate_lr: float = 2e-2
-    """Gates start at zero and hold everything else back until they open."""
-    matrix_lr: float | None = None
-    """Of the projector's matrices, moved by Muon instead of AdamW; None: AdamW moves all."""
-    beside_lr: float | None = None
-    """Of parameters beside the adapter, such as peft's LoRA; None: `language_lr`."""
-    weight_decay: float = 0.0
-    """Of projections and prompts; gates, norms, biases and scales are never decayed."""
-    warmup_steps: int = 20
-    decay_share: float = 0.5
-    """Last share of the steps, over which learning rates fall to zero along a cosine."""
-    language_settles: tuple[float, float] | None = None
-    """(share of the steps, factor): by then LANGUAGE's rates have fallen to this factor of what
-    they would be, along a cosine. What pictures are read by then stays nearly as it is."""
-    max_grad_norm: float = 1.0
-    """Gradients of each group are clipped to this norm."""
-
-    def __post_init__(self) -> None:
-        if self.joint not in ("disjoint", "naive"):
-            raise ConfigError(f"joint must be 'disjoint' or 'naive', got {self.joint!r}")
-        if self.steps < 1:
-            raise ConfigError(f"steps must be at least 1, got {self.steps}")
-
-    def rate_factor(self, step: int) -> float:
-        """What multiplies every learning rate in a step, counted from 0."""
-        warm = min(1.0, (step + 1) / max(1, self.warmup_steps))
-        start = self.steps * (1 - self.decay_share)
-        if step <= start:
-            return warm
-        return warm * _cosine((step - start) / max(1.0, self.steps - start))
-
-    def language_factor(self, step: int) -> float:
-        """What LANGUAGE's learning rates are multiplied by besides."""
-        if self.language_settles is None:
-            return 1.0
-        share, floor = self.language_settles
-        return floor + (1 - floor) * _cosine(step / max(1.0, share * self.steps))
 
 
 @dataclass(kw_only=True, slots=True)
@@ -96,8 +51,8 @@ class StepReport:
     """Before clipping, by group."""
     answer_tokens: dict[str, int] = field(default_factory=dict)
     """How many tokens were scored, by the kind of batch."""
-    rate_factor: float = 0.0
-    """What multiplied the learning rates."""
+    lr: dict[str, float] = field(default_factory=dict)
+    """Learning rates, by `vision`, `language`, `gates`."""
     skipped: bool = False
     """Whether nothing moved, because a loss or a gradient was not finite."""
 
@@ -114,48 +69,57 @@ class JointTrainer:
     def __init__(
         self,
         model: LlamaAdapterForConditionalGeneration,
-        settings: JointSettings,
+        optimizer: OptimizerSection,
         *,
+        steps: int,
         autocast_dtype: torch.dtype | None = None,
         engine: Engine | None = None,
-        beside: Mapping[str, nn.Parameter] | None = None,
+        lora: Mapping[str, nn.Parameter] | None = None,
+        lora_lr: float | None = None,
     ) -> None:
-        """`beside` are further parameters of the LANGUAGE group by name, such as peft's LoRA."""
+        """`steps` are those in all, which the learning rates follow; it may be changed.
+
+        `lora` are further parameters of the LANGUAGE group by name; `lora_lr` None: LANGUAGE's.
+        """
         if model.adapter.is_prepared:
             raise TrainingError("the model is prepared for inference; call prepare_for_training()")
         self.model = model
-        self.settings = settings
+        self.section = optimizer
+        self.steps = steps
         self.autocast_dtype = autocast_dtype
         self.engine: Engine = OneProcess(model) if engine is None else engine
         self.step_count = 0
         # held here: a sharded model shows other tensors under these names during a pass
         self.named = {group: dict(model.adapter.named_parameters(group)) for group in Group}
-        self.named[Group.LANGUAGE].update(beside or {})
+        self.named[Group.LANGUAGE].update(lora or {})
         self.parameters = {group: list(named.values()) for group, named in self.named.items()}
         trainables = list(model.adapter.trainables())
         self._gates = frozenset(t.name for t in trainables if t.role is Role.GATE)
         self._matrices = frozenset(t.name for t in trainables if t.is_matrix)
-        self.optimizers = self._make_optimizers(beside or {})
+        self.optimizers = self._make_optimizers(dict.fromkeys(lora or (), lora_lr))
 
-    def _make_optimizers(self, beside: Collection[str]) -> tuple[torch.optim.Optimizer, ...]:
-        rate = self.settings.matrix_lr
-        matrices = {
-            name: parameter
-            for name, parameter in self.named[Group.VISION].items()
-            if rate is not None and name in self._matrices
-        }
-        rest = {
-            group: {name: p for name, p in named.items() if name not in matrices}
-            for group, named in self.named.items()
-        }
-        groups = parameter_groups(rest, self.settings, gates=self._gates, beside=beside)
-        adamw = torch.optim.AdamW(groups, betas=(0.9, 0.98), eps=1e-8)
-        if rate is None or not matrices:
+    def _make_optimizers(
+        self, lrs: Mapping[str, float | None]
+    ) -> tuple[torch.optim.Optimizer, ...]:
+        """`lrs` are learning rates of single parameters; None: their group's."""
+        section = self.section
+        lrs = {**lrs, **dict.fromkeys(self._gates, section.gate_lr)}
+        if section.projector_optimizer == "adamw":
+            lrs |= dict.fromkeys(self._matrices, section.projector_lr)
+            return (_adamw(parameter_groups(self.named, section, lrs=lrs)),)
+        named = self.named[Group.VISION]
+        matrices = {name: p for name, p in named.items() if name in self._matrices}
+        rest = {name: p for name, p in named.items() if name not in matrices}
+        adamw = _adamw(parameter_groups({**self.named, Group.VISION: rest}, section, lrs=lrs))
+        if not matrices:
             return (adamw,)
         if any(hasattr(parameter, "placements") for parameter in matrices.values()):
-            raise ConfigError("matrix_lr needs whole matrices; FSDP2 shards them: leave it out")
-        group = {"params": list(matrices.values()), "base_lr": rate, "group": Group.VISION}
-        return adamw, Muon([group], lr=rate, weight_decay=self.settings.weight_decay)
+            raise ConfigError(
+                "optimizer.projector_optimizer 'muon' needs whole matrices, and FSDP2 shards them"
+            )
+        lr = MUON_LR if section.projector_lr is None else section.projector_lr
+        group = {"params": list(matrices.values()), "base_lr": lr, "group": Group.VISION}
+        return adamw, Muon([group], lr=lr, weight_decay=section.weight_decay)
 
     def step(
         self, *, caption: Batches | None = None, instruction: Batches | None = None
@@ -165,7 +129,7 @@ class JointTrainer:
         batches = {kind: batch for kind, batch in given.items() if batch}
         if not batches:
             raise TrainingError("a step needs a caption batch, an instruction batch, or both")
-        report = StepReport(rate_factor=self.settings.rate_factor(self.step_count))
+        report = StepReport()
         self.model.train()
         counts, has_pictures = self._agree(batches)
         losses = []
@@ -176,18 +140,27 @@ class JointTrainer:
         report.losses = dict(zip(batches, summed, strict=True))
         report.grad_norms = self._clip()
         report.skipped = bool(report.not_finite())
+        scales = self._lr_scales()
+        report.lr = {
+            "vision": self.section.vision_lr * scales[Group.VISION],
+            "language": self.section.language_lr * scales[Group.LANGUAGE],
+            "gates": self.section.gate_lr * scales[Group.VISION],
+        }
         if not report.skipped:
-            language = self.settings.language_factor(self.step_count)
             for optimizer in self.optimizers:
                 for group in optimizer.param_groups:
-                    factor = language if group["group"] is Group.LANGUAGE else 1.0
-                    group["lr"] = group["base_lr"] * report.rate_factor * factor
+                    group["lr"] = group["base_lr"] * scales[group["group"]]
                 optimizer.step()
         for optimizer in self.optimizers:
             # None, not zero: with a zero gradient AdamW would still move the idle group
             optimizer.zero_grad(set_to_none=True)
         self.step_count += 1
         return report
+
+    def _lr_scales(self) -> dict[Group, float]:
+        scale = lr_scale(self.section, self.step_count, self.steps)
+        language = language_scale(self.section, self.step_count, self.steps)
+        return {Group.VISION: scale, Group.LANGUAGE: scale * language}
 
     def _agree(self, batches: Mapping[str, Sequence[Batch]]) -> tuple[Tensor, list[list[bool]]]:
         """Answer tokens of the whole step by kind, and which micro-batches have pictures.
@@ -211,7 +184,7 @@ class JointTrainer:
         self, batches: Sequence[Batch], group: Group, num_tokens: Tensor, has_pictures: list[bool]
     ) -> Tensor:
         """Accumulate gradients of one loss; this process's share of it."""
-        moving = set(Group) if self.settings.joint == "naive" else {group}
+        moving = set(Group) if self.section.joint == "naive" else {group}
         device = self.model.device
         enabled = self.autocast_dtype is not None
         losses = []
@@ -244,7 +217,7 @@ class JointTrainer:
         norms = {}
         for group, parameters in self.parameters.items():
             if any(p.grad is not None for p in parameters):
-                norm = nn.utils.clip_grad_norm_(parameters, self.settings.max_grad_norm)
+                norm = nn.utils.clip_grad_norm_(parameters, self.section.max_grad_norm)
                 norms[group.value] = float(self.engine.whole(norm))
         return norms
 
@@ -357,27 +330,27 @@ def _checked(found: Any, name: str, like: Tensor) -> Tensor:
 
 def parameter_groups(
     named: Mapping[Group, Mapping[str, nn.Parameter]],
-    settings: JointSettings,
+    section: OptimizerSection,
     *,
-    gates: Collection[str] = (),
-    beside: Collection[str] = (),
+    lrs: Mapping[str, float | None],
 ) -> list[dict[str, Any]]:
-    """Optimizer groups: by Group, gates apart, and no decay where it would pull to nonsense."""
+    """Optimizer groups by Group, learning rate and decay; `lrs` has those of single parameters.
+
+    Nothing is decayed that decay would pull to nonsense.
+    """
     buckets: dict[tuple[Group, float, float], list[nn.Parameter]] = {}
-    rates = {Group.VISION: settings.vision_lr, Group.LANGUAGE: settings.language_lr}
+    of_group = {Group.VISION: section.vision_lr, Group.LANGUAGE: section.language_lr}
     for group in Group:
         for name, parameter in named[group].items():
-            rate = settings.gate_lr if name in gates else rates[group]
-            if name in beside and settings.beside_lr is not None:
-                rate = settings.beside_lr
-            decay = settings.weight_decay if parameter.ndim > 1 else 0.0
-            buckets.setdefault((group, rate, decay), []).append(parameter)
+            own = lrs.get(name)
+            lr = of_group[group] if own is None else own
+            decay = section.weight_decay if parameter.ndim > 1 else 0.0
+            buckets.setdefault((group, lr, decay), []).append(parameter)
     return [
-        {"params": params, "lr": rate, "base_lr": rate, "weight_decay": decay, "group": group}
-        for (group, rate, decay), params in buckets.items()
+        {"params": params, "lr": lr, "base_lr": lr, "weight_decay": decay, "group": group}
+        for (group, lr, decay), params in buckets.items()
     ]
 
 
-def _cosine(progress: float) -> float:
-    """From 1 to 0 while progress goes from 0 to 1, and 0 from then on."""
-    return 0.5 * (1 + math.cos(math.pi * min(1.0, max(0.0, progress))))
+def _adamw(groups: list[dict[str, Any]]) -> torch.optim.AdamW:
+    return torch.optim.AdamW(groups, betas=(0.9, 0.98), eps=1e-8)

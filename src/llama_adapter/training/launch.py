@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -27,6 +28,7 @@ from llama_adapter.training.measures import Row
 from llama_adapter.training.recipe import Recipe, SourceTypes
 from llama_adapter.training.run import Outcome, TrainingRun, Watcher
 from llama_adapter.training.run_directory import BROKEN, TRACKED, JsonLines, RunDirectory
+from llama_adapter.training.schedule import Clock, StepBudget
 from llama_adapter.training.startup import check_positions, refuse_at_start
 from llama_adapter.training.streams import RecipeData, open_data
 
@@ -38,6 +40,7 @@ def train(
     types: SourceTypes = SOURCES,
     watcher: Watcher | None = None,
     score_captions: CaptionScorer | None = None,
+    clock: Clock = time.perf_counter,
 ) -> Outcome:
     """Train a recipe to its end, from the start or from where its directory stands.
 
@@ -45,6 +48,7 @@ def train(
     Raises a LlamaAdapterError that says what is wrong with recipe, data, base or directory.
     """
     watcher = watcher or Watcher()
+    budget = StepBudget(recipe.streams, steps=recipe.steps, minutes=recipe.minutes, clock=clock)
     if recipe.compute.threads is not None:
         torch.set_num_threads(recipe.compute.threads)
     with ExitStack() as held, _processes(recipe) as accelerator:
@@ -82,6 +86,7 @@ def train(
                 engine=engine,
                 watcher=watcher,
                 evaluate=_evaluation(recipe, built.model, processor, engine, data, score_captions),
+                budget=budget,
             )
             on_rank_0(meeting, lambda: _begin(run.directory, recipe, data, watcher))
             run.track = _tracking(recipe, accelerator)

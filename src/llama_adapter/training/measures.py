@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
 from llama_adapter.model.gated_attention import GatedPrompt
@@ -13,27 +12,16 @@ Row = dict[str, Any]
 """A line of metrics.jsonl: `step`, `loss/caption`, `lr/vision`, `gate/layers.3.attention`, …"""
 
 
-def row_of(report: StepReport, *, step: int, rates: Mapping[str, float]) -> Row:
+def row_of(report: StepReport, *, step: int) -> Row:
     """The row of one step; a number that is not finite is null."""
     row: Row = {"step": step}
     row |= {f"loss/{kind}": _finite(loss) for kind, loss in report.losses.items()}
     row |= {f"answer_tokens/{kind}": count for kind, count in report.answer_tokens.items()}
     row |= {f"grad_norm/{group}": _finite(norm) for group, norm in report.grad_norms.items()}
-    row |= {f"lr/{group}": rate for group, rate in rates.items()}
+    row |= {f"lr/{group}": rate for group, rate in report.lr.items()}
     if report.skipped:
         row["skipped"] = ", ".join(report.not_finite())
     return row
-
-
-def rates(trainer: JointTrainer, report: StepReport) -> dict[str, float]:
-    """The learning rates of the step just made; gates' are those of VISION's."""
-    settings = trainer.settings
-    base = {
-        "vision": settings.vision_lr,
-        "language": settings.language_lr * settings.language_factor(trainer.step_count - 1),
-        "gates": settings.gate_lr,
-    }
-    return {name: rate * report.rate_factor for name, rate in base.items()}
 
 
 def gate_sizes(trainer: JointTrainer) -> Row:

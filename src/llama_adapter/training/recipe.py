@@ -32,6 +32,7 @@ from llama_adapter.files import parse_yaml, read_yaml
 SourceTypes = Mapping[str, type[SourceOptions]]
 
 MOST_STEPS = 10**9
+MOST_MINUTES = 10**6
 MOST_ROWS = 2**17
 """Of a micro-batch over all processes, and micro-batches of a step."""
 MOST_TOKENS = 2**22
@@ -162,6 +163,8 @@ class StreamSection(Section):
     """Micro-batches of this kind in a step; their ratio between kinds is the mixture."""
     start: float = Field(default=0.0, ge=0.0, lt=1.0)
     """Share of the steps before this kind sets in: instructions first, then captions too."""
+    every: int = Field(default=1, ge=1, le=MOST_STEPS)
+    """Once all kinds have set in, this kind comes in every n-th step only."""
 
 
 class DataSection(Section):
@@ -180,6 +183,15 @@ class DataSection(Section):
     """Keep the samples' lengths in the run directory, so that a resumed run starts at once."""
 
 
+class LanguageAnneal(Section):
+    """How LANGUAGE's learning rates fall early, so that what reads images stays as it is."""
+
+    until: float = Field(gt=0, le=1)
+    """Share of the steps over which they fall, along a cosine."""
+    factor: float = Field(ge=0, le=1)
+    """What they are multiplied by from then on."""
+
+
 class OptimizerSection(Section):
     """How the two losses move the two groups."""
 
@@ -188,6 +200,13 @@ class OptimizerSection(Section):
     vision_lr: float = Field(default=1e-3, ge=0, allow_inf_nan=False)
     language_lr: float = Field(default=1e-3, ge=0, allow_inf_nan=False)
     gate_lr: float = Field(default=1e-2, ge=0, allow_inf_nan=False)
+    """Gates start at zero and hold everything else back until they open."""
+    projector_optimizer: Literal["adamw", "muon"] = "adamw"
+    """Of the projector's matrices; not `muon` where FSDP2 shards them."""
+    projector_lr: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    """Of the projector's matrices; None: `vision_lr`, or 0.01 with Muon."""
+    language_anneal: LanguageAnneal | None = None
+    """None: LANGUAGE's learning rates follow the schedule of all."""
     weight_decay: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     """Of projections and prompts; gates, norms, biases and scales are never decayed."""
     warmup_steps: int = Field(default=20, ge=0, le=MOST_STEPS)
@@ -251,8 +270,11 @@ class Recipe(Section):
     out: Path
     """The run directory."""
     seed: int = Field(default=0, ge=0, lt=2**63)
-    steps: int = Field(ge=1, le=MOST_STEPS)
-    """Optimizer steps in all."""
+    steps: int | None = Field(default=None, ge=1, le=MOST_STEPS)
+    """Optimizer steps in all; with `minutes` at most so many."""
+    minutes: float | None = Field(default=None, gt=0, le=MOST_MINUTES)
+    """How long the run takes, from reading data to the last checkpoint. The number of steps then
+    follows from the measured pace, and the schedule from that number."""
     checkpoint_every: int = Field(default=500, ge=1, le=MOST_STEPS)
     keep_checkpoints: int = Field(default=2, ge=1, le=MOST_STEPS)
     """The newest checkpoints that are kept."""
@@ -273,6 +295,14 @@ class Recipe(Section):
     def _consistent(self) -> Self:
         if self.captions is None and self.instructions is None:
             raise ValueError("needs captions, instructions, or both")
+        if self.steps is None and self.minutes is None:
+            raise ValueError("needs steps, minutes, or both: how long to train")
+        for key, least in (("start", 0), ("every", 1)):
+            if min(getattr(section, key) for section in self.streams.values()) > least:
+                raise ValueError(
+                    f"captions.{key} and instructions.{key} would leave steps without a batch: "
+                    f"one kind must have {key}: {least}"
+                )
         if self.captions is not None and self.vision is None:
             raise ValueError("captions need a vision tower: give vision.model")
         blind = self.adapter.start is None and not self.adapter.semantics().sees

@@ -8,8 +8,8 @@ numbers of one that was not.
 from __future__ import annotations
 
 import hashlib
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,8 +24,8 @@ from llama_adapter.model.tensor_files import read_tensors
 from llama_adapter.processing.processor import LlamaAdapterProcessor
 from llama_adapter.training.build import Built
 from llama_adapter.training.engine import Engine, on_rank_0
-from llama_adapter.training.joint import JointSettings, JointTrainer, StepReport
-from llama_adapter.training.measures import Row, gate_sizes, rates, row_of
+from llama_adapter.training.joint import JointTrainer, StepReport
+from llama_adapter.training.measures import Row, gate_sizes, row_of
 from llama_adapter.training.recipe import Recipe
 from llama_adapter.training.run_directory import (
     ADAPTER,
@@ -37,6 +37,7 @@ from llama_adapter.training.run_directory import (
     check_checksums,
     step_of,
 )
+from llama_adapter.training.schedule import StepBudget, kinds_of
 from llama_adapter.training.snapshots import Snapshots
 
 MOST_BAD_STEPS = 3
@@ -88,6 +89,7 @@ class TrainingRun:
         engine: Engine,
         watcher: Watcher | None = None,
         evaluate: Evaluate | None = None,
+        budget: StepBudget | None = None,
     ) -> None:
         self.recipe = recipe
         self.built = built
@@ -98,13 +100,18 @@ class TrainingRun:
         self.directory = RunDirectory(recipe.out)
         self.metrics = JsonLines(recipe.out / METRICS)
         self.broken_file = JsonLines(recipe.out / BROKEN)
+        self.budget = budget or StepBudget(
+            recipe.streams, steps=recipe.steps, minutes=recipe.minutes
+        )
         half = recipe.compute.autocast == "bfloat16"
         self.trainer = JointTrainer(
             built.model,
-            joint_settings(recipe),
+            recipe.optimizer,
+            steps=self.budget.steps,
             autocast_dtype=torch.bfloat16 if half else None,
             engine=engine,
-            beside=None if built.lora is None else built.lora.named_parameters(),
+            lora=None if built.lora is None else built.lora.named_parameters(),
+            lora_lr=None if recipe.lora is None else recipe.lora.lr,
         )
         self.snapshots = Snapshots(self.trainer, built, processor)
         self._evaluate = evaluate
@@ -122,40 +129,55 @@ class TrainingRun:
         broken, and CheckpointError where a checkpoint cannot be written or read.
         """
         began = self._restore() if resume else 0
+        if not self._is_over():
+            self.budget.begin()
         with torch.random.fork_rng():
-            while self.trainer.step_count < self.recipe.steps:
+            while not self._is_over():
                 row = self._step()
                 step = self.trainer.step_count
                 if self._due(step, self._every_evaluation):
-                    self._score(row)
+                    with self._timed():
+                        self._score(row)
                 self._write(row)
                 if self._due(step, self.recipe.checkpoint_every):
-                    self._save()
+                    with self._timed(saving=True):
+                        self._save()
         return self._finish(began)
+
+    def _is_over(self) -> bool:
+        """Whether all steps are made; processes agree on how many they are."""
+        if self.recipe.minutes is not None:
+            self.budget.steps = self.engine.gather(self.budget.steps)[0]
+        self.trainer.steps = self.budget.steps
+        return self.trainer.step_count >= self.budget.steps
+
+    @contextmanager
+    def _timed(self, *, saving: bool = False) -> Iterator[None]:
+        began = self.budget.clock()
+        yield
+        self.budget.took_between(self.budget.clock() - began, saving=saving)
 
     # --- one step -----------------------------------------------------------------------------
 
     def _step(self) -> Row:
         step = self.trainer.step_count
-        began = time.perf_counter()
+        began = self.budget.clock()
         batches: dict[Kind, list[TrainBatch]] = {}
-        for kind, section in self.recipe.streams.items():
-            # instructions may go ahead, so that captions find something to talk to
-            if step >= section.start * self.recipe.steps:
-                stream = self.streams[kind]
-                batches[kind] = [next(stream) for _ in range(section.accumulation)]
-        waited = time.perf_counter() - began
+        for kind in kinds_of(step, self.budget.steps, self.recipe.streams):
+            number = self.recipe.streams[kind].accumulation
+            batches[kind] = [next(self.streams[kind]) for _ in range(number)]
+        waited = self.budget.clock() - began
         torch.manual_seed(self._seed_of(step))
         inputs = {kind: [batch.inputs for batch in some] for kind, some in batches.items()}
         report = self.trainer.step(**inputs)
         every = [batch for some in batches.values() for batch in some]
         tokens, broken = self._sums(every)
-        row = row_of(report, step=step + 1, rates=rates(self.trainer, report))
-        row |= {
-            "tokens": tokens,
-            "seconds": round(time.perf_counter() - began, 4),
-            "waited": round(waited, 4),
-        }
+        row = row_of(report, step=step + 1)
+        seconds = self.budget.clock() - began
+        row |= {"tokens": tokens, "seconds": round(seconds, 4), "waited": round(waited, 4)}
+        if self.recipe.minutes is not None:
+            row["steps"] = self.budget.steps
+        self.budget.took(seconds, step=step)
         if self._due(step + 1, self.recipe.logging.every):
             row |= gate_sizes(self.trainer)
         if broken:
@@ -248,6 +270,7 @@ class TrainingRun:
             "listed": sorted(self._listed),
             "best": self._best,
             "best_of": self._best_of,
+            "budget": None if self.recipe.minutes is None else self.budget.state_dict(),
         }
         write = self.snapshots.checkpoint_writer(own)
         keep = self.recipe.keep_checkpoints
@@ -343,6 +366,8 @@ class TrainingRun:
         # a run may be resumed with another metric, of which nothing is known yet
         if own.get("best_of", self._best_of) == self._best_of:
             self._best = own["best"]
+        if (budget := own.get("budget")) is not None:
+            self.budget.load_state_dict(budget)
         if own["world_size"] != self.engine.world_size:
             self._say(
                 f"the checkpoint is of {own['world_size']} process(es), this run has "
@@ -351,9 +376,8 @@ class TrainingRun:
             )
 
     def _finish(self, began: int) -> Outcome:
-        if began < self.recipe.steps and not self._due(
-            self.recipe.steps, self.recipe.checkpoint_every
-        ):
+        step = self.trainer.step_count
+        if began < step and not self._due(step, self.recipe.checkpoint_every):
             self._save()
         self._publish(ADAPTER)  # also of a run that was over: it may have been damaged since
         adapter = self.recipe.out / ADAPTER
@@ -380,20 +404,3 @@ class TrainingRun:
     def _say(self, message: str) -> None:
         if self.engine.rank == 0:
             self.watcher.say(message)
-
-
-def joint_settings(recipe: Recipe) -> JointSettings:
-    """What the recipe says about the optimizer, as the trainer takes it."""
-    section = recipe.optimizer
-    return JointSettings(
-        steps=recipe.steps,
-        joint=section.joint,
-        vision_lr=section.vision_lr,
-        language_lr=section.language_lr,
-        gate_lr=section.gate_lr,
-        beside_lr=None if recipe.lora is None else recipe.lora.lr,
-        weight_decay=section.weight_decay,
-        warmup_steps=section.warmup_steps,
-        decay_share=section.decay_share,
-        max_grad_norm=section.max_grad_norm,
-    )

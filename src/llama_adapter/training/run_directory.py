@@ -21,6 +21,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
 from safetensors import SafetensorError
 
 from llama_adapter.errors import CheckpointError, TrainingError
@@ -165,6 +166,9 @@ class RunDirectory:
         now = recipe.model_dump(mode="json")
         if recipe.adapter.start is not None and isinstance(before.get("adapter"), dict):
             before["adapter"].pop("preset", None)  # which version 0.1 wrote beside it
+        with suppress(ValidationError):  # what this version's recipes cannot say differs below
+            # keys that are younger than the run have their defaults
+            before = Recipe.model_validate(before).model_dump(mode="json")
         for key, old, new in _differences(before, now):
             if not any(key == free or key.startswith(free + ".") for free in _FREE):
                 raise TrainingError(

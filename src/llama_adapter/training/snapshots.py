@@ -37,8 +37,19 @@ class _Position(BaseModel):
     broken: list[Annotated[tuple[NonNegativeInt, str, str], Field(strict=False)]] = []
 
 
+class _Budget(BaseModel):
+    """Of a run with `minutes`: its steps, the seconds spent, and the pace."""
+
+    model_config = ConfigDict(strict=True)
+
+    steps: PositiveInt
+    spent: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    paces: dict[str, list[Annotated[float, Field(ge=0, allow_inf_nan=False)]]]
+    saving: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
 class _Beside(BaseModel):
-    """The plain values of a checkpoint; `listed` and `best_of` are younger than the others."""
+    """The plain values of a checkpoint; those with defaults are younger than the others."""
 
     model_config = ConfigDict(strict=True)
 
@@ -48,6 +59,7 @@ class _Beside(BaseModel):
     listed: list[str] = []
     best: float | None
     best_of: str | None = None
+    budget: _Budget | None = None
 
 
 class _State(BaseModel):
