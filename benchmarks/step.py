@@ -39,7 +39,7 @@ from benchmarks.measuring import (
     synchronised,
 )
 from llama_adapter import LlamaAdapterConfig, LlamaAdapterForConditionalGeneration
-from llama_adapter.model import scored_positions
+from llama_adapter.model import answer_mask
 
 PAIRS = {"v1": "adaption_prompt", "v2": "lora"}
 TARGETS = dict.fromkeys(PAIRS, 0.90)
@@ -132,7 +132,7 @@ def _step(
     labels = ids.clone()
     labels[:, : options.tokens // 2] = -100
     if isinstance(model, LlamaAdapterForConditionalGeneration):
-        extra = {**extra, "logits_to_keep": scored_positions(labels)}
+        extra = {**extra, "logits_to_keep": answer_mask(labels)}
     optimizer = torch.optim.AdamW(trainable, lr=1e-4, fused=True)
 
     def step() -> None:

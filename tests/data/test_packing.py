@@ -29,7 +29,7 @@ from llama_adapter import (
 from llama_adapter.data import Source
 from llama_adapter.data.encoding import Prepared, SampleEncoder
 from llama_adapter.data.packing import OPEN_ROWS, Padding, assemble, pack
-from llama_adapter.model import scored_places
+from llama_adapter.model import answer_mask
 from llama_adapter.processing.encoding import IGNORED
 
 SHAPE = {
@@ -234,7 +234,7 @@ def test_logits_are_made_where_a_label_stands(
     packed = rows_of(prepare(source, short_processor), short_processor, "packed")
     assert len(packed["input_ids"]) > 1
     model = adapted(base)
-    places = scored_places(packed["labels"])
+    places = answer_mask(packed["labels"])
     logits = model(**packed, use_cache=False, logits_to_keep=places).logits
     answer_tokens = int((packed["labels"] != IGNORED).sum())
     assert logits.shape[:2] == (1, answer_tokens)
@@ -246,7 +246,7 @@ def test_logits_are_made_where_a_label_stands(
 def test_rows_without_an_answer_give_loss_zero() -> None:
     model = adapted("llama")
     labels = torch.full((2, 8), IGNORED)
-    loss = model(torch.ones_like(labels), labels=labels, logits_to_keep=scored_places(labels)).loss
+    loss = model(torch.ones_like(labels), labels=labels, logits_to_keep=answer_mask(labels)).loss
     loss.backward()
     assert loss == 0
 

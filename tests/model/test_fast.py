@@ -7,7 +7,7 @@ import torch
 from torch.testing import assert_close
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from llama_adapter.model import scored_places
+from llama_adapter.model import answer_mask
 from llama_adapter.model.fast.attention import FEW_TOKENS, attention
 from llama_adapter.model.fast.cross_entropy import summed_cross_entropy
 from llama_adapter.model.fast.rms_norm import rms_epsilon, rms_norm
@@ -116,7 +116,7 @@ def test_a_model_learns_the_same_without_it(build, ids, pictures, preset):
     overrides = {"prompt_length": 0} if preset == "released-v2-chat" else {}
     model = build(preset, **overrides)
     labels = ids.masked_fill(ids % 3 == 0, -100)
-    inputs = {"labels": labels, "logits_to_keep": scored_places(labels)}
+    inputs = {"labels": labels, "logits_to_keep": answer_mask(labels)}
     if model.adapter_config.sees:
         inputs["pixel_values"] = pictures
     found = []

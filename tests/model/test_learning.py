@@ -103,8 +103,7 @@ def test_loss_counts_answer_tokens_only(build, ids):
     assert_close(model(ids, labels=labels).loss, expected / 6)
     assert_close(model(ids, labels=labels, num_answer_tokens=60).loss, expected / 60)
 
-    kept = adapter_model.scored_positions(labels)
-    assert kept.tolist() == [3, 4, 5]
+    kept = torch.tensor([3, 4, 5])
     fewer = model(ids, labels=labels, logits_to_keep=kept)
     assert fewer.logits.shape[1] == 3
     assert_close(fewer.loss, expected / 6)
@@ -112,7 +111,7 @@ def test_loss_counts_answer_tokens_only(build, ids):
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("kept_of", [adapter_model.scored_positions, adapter_model.scored_places])
+@pytest.mark.parametrize("kept_of", [lambda _: torch.tensor([3, 4, 5]), adapter_model.answer_mask])
 def test_logits_where_they_count_give_the_same_gradients(build, ids, kept_of, checkpointing):
     model = build("v2-chat").train()
     labels = ids.clone()
@@ -143,9 +142,7 @@ def test_positions_in_any_form_are_scored(build, ids, positions):
     assert_close(output.loss, summed / max(1, int((targets != -100).sum())))
 
 
-@pytest.mark.parametrize(
-    "kept_of", [lambda _: 0, adapter_model.scored_positions, adapter_model.scored_places]
-)
+@pytest.mark.parametrize("kept_of", [lambda _: 0, adapter_model.answer_mask])
 def test_a_batch_without_answers_has_loss_zero_with_a_gradient(build, ids, kept_of):
     model = build("v2-chat").train()
     labels = torch.full_like(ids, -100)

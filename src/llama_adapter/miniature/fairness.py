@@ -21,13 +21,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
 from llama_adapter.miniature.scenes import COLORS, HELD_OUT, SHAPES, Scene
 from llama_adapter.model import (
     LlamaAdapterForConditionalGeneration,
     answer_loss,
-    scored_positions,
+    answer_mask,
 )
 
 UNSCORED = "unscored"
@@ -82,8 +83,9 @@ class FairlyScored(nn.Module):
         if unscored_BT is None:
             return self.model(**inputs)
         labels_BT, num_tokens = inputs.pop("labels"), inputs.pop("num_answer_tokens", None)
-        kept_K = scored_positions(labels_BT)
-        output = self.model(**{**inputs, "logits_to_keep": kept_K})
-        logits_BKV = without_unscored(output.logits, unscored_BT[:, kept_K + 1])
-        output.loss = answer_loss(logits_BKV, labels_BT, num_answer_tokens=num_tokens, kept=kept_K)
+        mask_BT = answer_mask(labels_BT)
+        output = self.model(**{**inputs, "logits_to_keep": mask_BT})
+        next_BT = F.pad(unscored_BT[:, 1:], (0, 1), value=-1)
+        logits_1NV = without_unscored(output.logits, next_BT[mask_BT].unsqueeze(0))
+        output.loss = answer_loss(logits_1NV, labels_BT, num_answer_tokens=num_tokens, kept=mask_BT)
         return output

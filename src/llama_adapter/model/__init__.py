@@ -2,7 +2,7 @@
 
 from llama_adapter.model.configuration import LlamaAdapterConfig
 from llama_adapter.model.groups import Group
-from llama_adapter.model.loss import answer_loss, scored_places, scored_positions
+from llama_adapter.model.loss import answer_loss, answer_mask
 from llama_adapter.model.modeling import LlamaAdapterForConditionalGeneration
 from llama_adapter.model.routing import VisualPrompts
 
@@ -12,6 +12,5 @@ __all__ = [
     "LlamaAdapterForConditionalGeneration",
     "VisualPrompts",
     "answer_loss",
-    "scored_places",
-    "scored_positions",
+    "answer_mask",
 ]

@@ -22,17 +22,13 @@ def answer_loss(
 ) -> Tensor:
     """Cross-entropy over answer tokens, divided by their number (of the whole global step).
 
-    logits [B, T, V] predict the next position's label; `kept` are the positions [T'] or the
-    places [B, T] that the logits stand for, if not all. A batch without answer tokens has loss 0,
-    with a gradient.
+    logits [B, T, V] predict the next position's label; `kept` says which they are, as
+    `logits_to_keep` of the model's forward. A batch without answer tokens has loss 0, with a
+    gradient.
     """
     targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
-    if is_places(kept):
-        targets = targets[kept.to(targets.device)].unsqueeze(0)
-    elif isinstance(kept, Tensor):
-        targets = targets[:, kept.to(targets.device)]
-    elif kept:
-        targets = targets[:, -kept:]
+    index = kept.to(targets.device) if isinstance(kept, Tensor) else slice(-kept, None)
+    targets = targets[index].unsqueeze(0) if _is_mask(kept) else targets[:, index]
     targets = targets.to(logits.device)
     total = summed_cross_entropy(logits.flatten(0, 1), targets.flatten())
     if num_answer_tokens is None:
@@ -40,34 +36,29 @@ def answer_loss(
     return total / num_answer_tokens
 
 
-def scored_positions(labels: Tensor) -> Tensor:
-    """Positions [T'] whose logits some row's loss needs: pass them as `logits_to_keep`."""
-    return (labels[:, 1:] != IGNORE_INDEX).any(0).nonzero().flatten()
-
-
-def scored_places(labels: Tensor) -> Tensor:
-    """Places [B, T], true where a logit is needed for the loss: pass them as `logits_to_keep`."""
+def answer_mask(labels: Tensor) -> Tensor:
+    """[B, T], true where the loss needs a logit: pass it as `logits_to_keep`."""
     return F.pad(labels[:, 1:] != IGNORE_INDEX, (0, 1))
 
 
-def is_places(kept: int | Tensor) -> TypeGuard[Tensor]:
-    """Whether logits are wanted at places [B, T] rather than at positions of every row."""
+def _is_mask(kept: int | Tensor) -> TypeGuard[Tensor]:
     return isinstance(kept, Tensor) and kept.dtype == torch.bool and kept.ndim == 2
 
 
 @contextmanager
-def logits_at(head: nn.Module, kept: int | Tensor) -> Iterator[None]:
-    """Inside, the head reads hidden states [B, T, d] at these places alone, as [1, N, d].
+def masked_head(head: nn.Module, kept: int | Tensor) -> Iterator[int | Tensor]:
+    """What a base takes as `logits_to_keep`; inside, a mask [B, T] has effect at the head.
 
-    What a model does to its logits behind the head acts on each by itself, so it stays right.
+    The head reads the N hidden states where the mask is true, as [1, N, d]. What a model does to
+    its logits behind the head acts on each by itself, so it stays right.
     """
-    if not is_places(kept):
-        yield
+    if not _is_mask(kept):
+        yield kept
         return
     hook = head.register_forward_pre_hook(
         lambda _head, inputs: (inputs[0][kept.to(inputs[0].device)].unsqueeze(0), *inputs[1:])
     )
     try:
-        yield
+        yield 0
     finally:
         hook.remove()

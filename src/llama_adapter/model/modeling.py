@@ -30,7 +30,7 @@ from llama_adapter.model.attention_registry import PAGED
 from llama_adapter.model.backbone import Backbone
 from llama_adapter.model.configuration import LlamaAdapterConfig
 from llama_adapter.model.groups import Group
-from llama_adapter.model.loss import answer_loss, is_places, logits_at
+from llama_adapter.model.loss import answer_loss, masked_head
 from llama_adapter.model.peft_base import on_base, unwrapped
 from llama_adapter.model.places import positions_of
 from llama_adapter.model.references import (
@@ -192,10 +192,10 @@ class LlamaAdapterForConditionalGeneration(
         positions are counted from a 2-D `attention_mask`, so that a left-padded row is as alone.
         The loss is cross-entropy over answer tokens (labels other than -100, shifted here),
         divided by `num_answer_tokens` (by its name in Hugging Face's Trainer:
-        `num_items_in_batch`; default: those of this batch). With labels and
-        `logits_to_keep` left at 0, all logits are returned; with places [B, T] (bool) those
-        of the N true ones, as [1, N, vocab]. `cache` is the name of `past_key_values` since 5.24.
-        Other keywords are those of the base's own forward.
+        `num_items_in_batch`; default: those of this batch). `logits_to_keep` is as in
+        transformers, or a mask [B, T] (`answer_mask`): then the logits are those of the N
+        positions where it is true, as [1, N, vocab]. `cache` is the name of `past_key_values` since
+        5.24. Other keywords are those of the base's own forward.
 
         Raises ConfigError for a keyword that neither knows.
         """
@@ -216,10 +216,8 @@ class LlamaAdapterForConditionalGeneration(
         )
         if return_dict is not None:
             inputs["return_dict"] = True
-        with logits_at(self.get_output_embeddings(), logits_to_keep):
-            output = self.language_model(
-                **inputs, logits_to_keep=0 if is_places(logits_to_keep) else logits_to_keep
-            )
+        with masked_head(self.get_output_embeddings(), logits_to_keep) as kept:
+            output = self.language_model(**inputs, logits_to_keep=kept)
         if labels is not None:
             total = num_items_in_batch if num_answer_tokens is None else num_answer_tokens
             loss = answer_loss(output.logits, labels, num_answer_tokens=total, kept=logits_to_keep)

@@ -13,7 +13,7 @@ from llama_adapter.conversation import Conversation
 from llama_adapter.data import Sample
 from llama_adapter.data.packing import assemble
 from llama_adapter.errors import DataError, LlamaAdapterError
-from llama_adapter.model import LlamaAdapterForConditionalGeneration, scored_positions
+from llama_adapter.model import LlamaAdapterForConditionalGeneration, answer_mask
 from llama_adapter.processing.processor import LlamaAdapterProcessor
 from llama_adapter.processing.prompts import frames_of
 from llama_adapter.training.engine import Engine
@@ -75,7 +75,7 @@ class HeldOutScorer:
             loss = self.model(
                 **batch,
                 num_answer_tokens=1,
-                logits_to_keep=scored_positions(labels),
+                logits_to_keep=answer_mask(labels),
                 use_cache=False,
             ).loss
             if counts:

@@ -20,8 +20,7 @@ from llama_adapter.errors import CheckpointError, ConfigError, TrainingError
 from llama_adapter.model import (
     Group,
     LlamaAdapterForConditionalGeneration,
-    scored_places,
-    scored_positions,
+    answer_mask,
 )
 from llama_adapter.model.groups import Role
 from llama_adapter.training.engine import Engine, OneProcess, blank_picture
@@ -202,10 +201,7 @@ class JointTrainer:
                 loss = self.engine.module(
                     **inputs,
                     num_answer_tokens=num_tokens,
-                    # packed rows are scored all over: by place, not by position of every row
-                    logits_to_keep=scored_places(inputs["labels"])
-                    if "position_ids" in inputs
-                    else scored_positions(inputs["labels"]),
+                    logits_to_keep=answer_mask(inputs["labels"]),
                     use_cache=False,
                 ).loss
                 # engines average gradients over processes, and the loss is a sum over them
