@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import math
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -154,6 +155,15 @@ def _table(path: Path) -> list[dict[str, Any]]:
         if None in row or None in row.values():
             raise EvaluationError(f"{path}: row {number} has not as many fields as the header")
     return rows
+
+
+def drop_partial_line(path: Path) -> None:
+    """Cut off half a line that a killed run left at the end, so that lines can be appended."""
+    if not path.exists():
+        return
+    content = files.read_bytes(path, error=EvaluationError, limit=MAX_BYTES)
+    if content and not content.endswith(b"\n"):
+        os.truncate(path, content.rfind(b"\n") + 1)
 
 
 def read_objects(path: Path) -> tuple[list[dict[str, Any]], bool]:

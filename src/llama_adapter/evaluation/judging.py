@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import re
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from llama_adapter.errors import EvaluationError
-from llama_adapter.evaluation.jsonfiles import MAX_BYTES, brief, json_line, read_json
+from llama_adapter.evaluation.jsonfiles import brief, drop_partial_line, json_line, read_json
 from llama_adapter.evaluation.judges import WORD_JUDGES, Judge, JudgeUnavailableError
 from llama_adapter.evaluation.predictions import JUDGEMENTS, read_judgements
 from llama_adapter.evaluation.records import Row
-from llama_adapter.evaluation.tasks.base import Judging, Task
+from llama_adapter.evaluation.tasks.base import Judging, Task, fill
 from llama_adapter.files import read_bytes
 
 ATTEMPTS = 3
@@ -68,7 +66,7 @@ def judge_rows(
     """Judge every answered row whose verdict is not stored yet; append replies as they come."""
     judging = judging or _judging_of(task)
     path = folder / JUDGEMENTS
-    mend_tail(path)
+    drop_partial_line(path)
     known = _stored(path, task=task.name, judge=judge.name, judging=judging)
     questions = list(_questions(rows, judging))
     pending = [q for q in questions if (q.id, q.aspect, q.hash) not in known]
@@ -101,10 +99,10 @@ def judge_rows(
 def compare_words(task: Task, rows: Sequence[Row], name: str, folder: Path) -> JudgeReport:
     """Verdicts of a judge that needs no model, for tasks of short answers."""
     judging = _judging_of(task)
-    if set(judging.prompts) != {"answer"} or task.name == "infimm-eval":
+    if not judging.is_one_word:
         raise EvaluationError(f"{name} is for one-word answers; {task.name} needs a judge")
     path = folder / JUDGEMENTS
-    mend_tail(path)
+    drop_partial_line(path)
     answered = [row for row in rows if row.is_answered]
     with path.open("a", encoding="utf-8") as file:
         writer = _Writer(file, task=task.name, judge=name, version="1")
@@ -138,25 +136,6 @@ def read_judge_prompts(task: Task, path: Path) -> Judging:
         system=content.get("system", judging.system),
         version=f"file:{hashlib.sha256(read_bytes(path, error=EvaluationError)).hexdigest()[:12]}",
     )
-
-
-def fill(template: str, fields: Mapping[str, str]) -> str:
-    """The template with its fields put in, once: braces in what is put in mean nothing.
-
-    >>> fill('{question} {"score": 4}', {"question": "is {answer} right?"})
-    'is {answer} right? {"score": 4}'
-    """
-    names = "|".join(map(re.escape, fields))
-    return re.sub(rf"\{{({names})\}}", lambda found: fields[found[1]], template)
-
-
-def mend_tail(path: Path) -> None:
-    """Cut off half a line that a killed run left at the end, so that lines can be appended."""
-    if not path.exists():
-        return
-    content = read_bytes(path, error=EvaluationError, limit=MAX_BYTES)
-    if content and not content.endswith(b"\n"):
-        os.truncate(path, content.rfind(b"\n") + 1)
 
 
 def _judging_of(task: Task) -> Judging:

@@ -14,8 +14,7 @@ from typing import Any
 from llama_adapter.conversation import Conversation, ImageRef
 from llama_adapter.errors import EvaluationError, ImageError, PromptError, VideoError
 from llama_adapter.evaluation.answering import Answered, Answerer
-from llama_adapter.evaluation.jsonfiles import json_line, read_text
-from llama_adapter.evaluation.judging import fill, mend_tail
+from llama_adapter.evaluation.jsonfiles import drop_partial_line, json_line, read_text
 from llama_adapter.evaluation.manifest import make_manifest, read_manifest, start_or_resume
 from llama_adapter.evaluation.media import MediaFolders, media_of
 from llama_adapter.evaluation.predictions import (
@@ -25,7 +24,7 @@ from llama_adapter.evaluation.predictions import (
     record_to_json,
 )
 from llama_adapter.evaluation.records import Record
-from llama_adapter.evaluation.tasks.base import Generation, Inputs, Task
+from llama_adapter.evaluation.tasks.base import Generation, Inputs, Task, fill
 from llama_adapter.files import write_atomically
 from llama_adapter.processing.video import load_video
 
@@ -182,7 +181,7 @@ def _shard_folder(shard: tuple[int, int]) -> str:
 
 def _done(folder: Path, task: Task) -> set[str]:
     path = folder / PREDICTIONS
-    mend_tail(path)
+    drop_partial_line(path)
     if not path.exists() or not path.stat().st_size:
         return set()
     # what had a problem is tried again: the missing video may be there by now

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -64,6 +65,8 @@ class Judging:
     system: str = "You grade answers. Follow the requested format to the letter."
     version: str = "1"
     """Counts up whenever a wording changes."""
+    is_one_word: bool = False
+    """Whether answers are so short that comparing words can stand in for a judge."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -86,3 +89,13 @@ class Task:
     """`image`, `video`, `any` or `none`."""
     judging: Judging | None = None
     generation: Generation = field(default_factory=Generation)
+
+
+def fill(template: str, fields: Mapping[str, str]) -> str:
+    """The template with its fields put in, once: braces in what is put in mean nothing.
+
+    >>> fill('{question} {"score": 4}', {"question": "is {answer} right?"})
+    'is {answer} right? {"score": 4}'
+    """
+    names = "|".join(map(re.escape, fields))
+    return re.sub(rf"\{{({names})\}}", lambda found: fields[found[1]], template)

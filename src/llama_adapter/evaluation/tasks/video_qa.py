@@ -347,6 +347,7 @@ SHORT_ANSWER_JUDGING = Judging(
     questions=judge_questions,
     prompts={ASPECT: SHORT_ANSWER},
     parse=lambda _, reply: parse_yes_no_score(reply),
+    is_one_word=True,
 )
 _task = partial(
     Task,
