@@ -10,6 +10,9 @@ from torch import Tensor
 
 from llama_adapter.data.samples import Broken, Kind
 
+PER_IMAGE = frozenset({"pixel_values", "visual_features"})
+"""Inputs that have an entry an image; all others have one a row."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainBatch:
@@ -24,7 +27,8 @@ class TrainBatch:
     hold `position_ids` [B, T], restarted at every sample, and no `attention_mask`: attention is
     then kept within samples by the positions alone, as long as no cache is made (pass
     `use_cache=False`). Padded rows hold `attention_mask`. With pictures: `pixel_values`
-    [I, 3, H, W], `image_index` [B, T] and, where only slots read, `visual_mask` [B, T]."""
+    [I, 3, H, W] or `visual_features` [I, P, C], `image_index` [B, T] and, where only slots read,
+    `visual_mask` [B, T]."""
     sample_ids: tuple[str, ...]
     """Of the samples in these rows, for reports."""
     answer_tokens: int
@@ -41,7 +45,7 @@ class TrainBatch:
         """
         if "position_ids" not in self.inputs:
             return self
-        per_token = {k: v for k, v in self.inputs.items() if k != "pixel_values"}
+        per_token = {k: v for k, v in self.inputs.items() if k not in PER_IMAGE}
         flat = {name: value.reshape(1, -1) for name, value in per_token.items()}
         return replace(self, inputs={**self.inputs, **flat})
 

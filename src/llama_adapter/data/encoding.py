@@ -10,6 +10,7 @@ from typing import Literal, NamedTuple
 from torch import Tensor
 
 from llama_adapter.conversation import Conversation, ImageRef
+from llama_adapter.data.feature_cache import FeatureCache
 from llama_adapter.data.samples import Sample
 from llama_adapter.errors import DataError, PromptError
 from llama_adapter.processing.encoding import IGNORED, Encoded, encode, opening_ids
@@ -36,7 +37,14 @@ class Prepared:
     id: str
     encoded: Encoded
     pixels: Tensor | None = None
-    """Pictures [I, 3, H, W], or None without any."""
+    """Images [I, 3, H, W], or None without any, and where there are features."""
+    features: Tensor | None = None
+    """What the vision encoder made of them, [I, P, C], where a cache holds it."""
+
+    @property
+    def num_images(self) -> int:
+        """How many images it shows."""
+        return sum(len(of) for of in (self.pixels, self.features) if of is not None)
 
 
 class SampleEncoder:
@@ -45,6 +53,8 @@ class SampleEncoder:
     def __init__(
         self, processor: LlamaAdapterProcessor, *, row_length: int, overlong: Overlong = "skip"
     ) -> None:
+        self.features: FeatureCache | None = None
+        """Where features of images are, once they are computed; None: images are decoded."""
         self.processor = processor
         # positions restart in every sample, so that only a sample is bound by the context
         self.limit = min(row_length, processor.context_length or row_length)
@@ -107,15 +117,26 @@ class SampleEncoder:
     def prepare(self, sample: Sample, first: int, stop: int) -> Prepared:
         """Tokens and pixels. LlamaAdapterError where a picture cannot be read."""
         encoded = self.encode(sample, first, stop)
-        images = tuple(map(_whole, sample.conversation.images))
-        pixels = None
-        if images:
-            try:
-                batch = self.processor.collate([encoded], [images], labels=True, side="right")
-            except PromptError as error:
-                raise DataError(f"{sample.id}: {error}") from error
-            pixels = batch["pixel_values"]
-        return Prepared(id=sample.id, encoded=encoded, pixels=pixels)
+        images = sample.conversation.images
+        if not images:
+            return Prepared(id=sample.id, encoded=encoded)
+        features = None
+        if self.features is None:
+            images = tuple(map(whole_image, images))
+        else:
+            features = self.features.read(images)
+        try:
+            batch = self.processor.collate(
+                [encoded], [images], labels=True, side="right", visual_features=features
+            )
+        except PromptError as error:
+            raise DataError(f"{sample.id}: {error}") from error
+        return Prepared(
+            id=sample.id,
+            encoded=encoded,
+            pixels=batch.get("pixel_values"),
+            features=batch.get("visual_features"),
+        )
 
     def _encode(self, conversation: Conversation) -> Encoded:
         text = self.processor.render(conversation)
@@ -131,7 +152,7 @@ class SampleEncoder:
             )
 
 
-def _whole(ref: ImageRef) -> ImageRef:
+def whole_image(ref: ImageRef) -> ImageRef:
     """The image; of a video the frames, DataError where some of it cannot be decoded."""
     if not is_video(ref.source):
         return ref

@@ -23,6 +23,9 @@ Padding = Literal["packed", "padded", "max_length"]
 OPEN_ROWS = 64
 """Rows that are filled at a time: more leave smaller gaps, and mix farther samples."""
 
+BANDS = 50
+"""Groups of similar length that are told apart, as in transformers' Trainer."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rows:
@@ -86,6 +89,31 @@ def _packed(order: np.ndarray, tokens: np.ndarray, row_length: int) -> Iterator[
     yield from rows.values()
 
 
+def by_length(
+    order: np.ndarray, tokens: np.ndarray, *, size: int, head: int, rng: np.random.Generator
+) -> np.ndarray:
+    """Samples of similar length next to each other, in groups of `size` that come in any order.
+
+    Sorted within stretches of `BANDS` groups, so that a group is another one each epoch. The
+    first `head` samples make a group of their own.
+
+    >>> order = by_length(
+    ...     np.arange(6), np.array([9, 1, 8, 2, 7, 3]), size=3, head=0, rng=np.random.default_rng(0)
+    ... )
+    >>> sorted(sorted(map(int, order[at : at + 3])) for at in (0, 3))
+    [[0, 2, 4], [1, 3, 5]]
+    """
+    found = [order[:head]]
+    for at in range(head, len(order), size * BANDS):
+        some = order[at : at + size * BANDS]
+        some = some[np.argsort(tokens[some], kind="stable")]
+        full = len(some) // size
+        groups = some[: full * size].reshape(full, size)
+        # what fills no group comes last: in the last stretch it begins the next epoch's first
+        found += [groups[rng.permutation(full)].ravel(), some[full * size :]]
+    return np.concatenate(found)
+
+
 def assemble(
     rows: Sequence[Sequence[Prepared]],
     processor: LlamaAdapterProcessor,
@@ -115,9 +143,14 @@ def assemble(
     else:
         ones = [_chain([1] * len(p.encoded) for p in row) for row in rows]
         inputs["attention_mask"] = batch(ones, value=0)
-    pixels = [p.pixels for row in rows for p in row if p.pixels is not None]
-    if pixels:
-        inputs["pixel_values"] = torch.cat(_as_frames(pixels))
+    samples = [p for row in rows for p in row]
+    for name, found, still in (
+        ("pixel_values", [p.pixels for p in samples if p.pixels is not None], 4),
+        ("visual_features", [p.features for p in samples if p.features is not None], 3),
+    ):
+        if found:
+            inputs[name] = torch.cat(_as_frames(found, still=still))
+    if any(p.num_images for p in samples):
         inputs["image_index"] = batch(_pictures(rows), value=-1)
         if processor.visual_scope == "slots":
             slots = batch([_chain(p.encoded.slots for p in row) for row in rows], value=-1)
@@ -151,22 +184,25 @@ def _pictures(rows: Sequence[Sequence[Prepared]]) -> list[list[int]]:
     for row in rows:
         index.append([])
         for prepared in row:
-            if prepared.pixels is None:
+            if not prepared.num_images:
                 index[-1] += [-1] * len(prepared.encoded)
                 continue
             index[-1] += [count + max(slot, 0) for slot in prepared.encoded.slots]
-            count += len(prepared.pixels)
+            count += prepared.num_images
     return index
 
 
-def _as_frames(pixels: Sequence[Tensor]) -> list[Tensor]:
-    """Pictures as they are, or beside videos [I, F, 3, H, W] as videos of equal frames."""
-    frames = max((p.shape[1] for p in pixels if p.ndim == 5), default=0)
+def _as_frames(images: Sequence[Tensor], *, still: int) -> list[Tensor]:
+    """Images as they are, or beside videos [I, F, ...] as videos of equal frames.
+
+    `still` is the number of dimensions without frames.
+    """
+    frames = max((i.shape[1] for i in images if i.ndim > still), default=0)
     return [
-        p if p.ndim == 5 or not frames else p[:, None].expand(-1, frames, -1, -1, -1)
-        for p in pixels
+        i if i.ndim > still or not frames else i[:, None].expand(-1, frames, *i.shape[1:])
+        for i in images
     ]
 
 
 def _one_picture_at_most(row: Sequence[Prepared]) -> bool:
-    return all(p.pixels is None or len(p.pixels) == 1 for p in row)
+    return all(p.num_images <= 1 for p in row)

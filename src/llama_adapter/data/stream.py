@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from llama_adapter.data.batch import TrainBatch
 from llama_adapter.data.encoding import Prepared, SampleEncoder
 from llama_adapter.data.measuring import Pieces, refuse_broken
-from llama_adapter.data.packing import Padding, Rows, assemble, pack
+from llama_adapter.data.packing import Padding, Rows, assemble, by_length, pack
 from llama_adapter.data.samples import KINDS, Broken, Kind, Source
 from llama_adapter.errors import ConfigError, DataError, LlamaAdapterError, TrainingError
 from llama_adapter.processing.encoding import IGNORED
@@ -95,6 +95,7 @@ class BatchStream:
         workers: int = 0,
         max_broken: float = 0.01,
         join_rows: bool = False,
+        group_by_length: bool = False,
         pin_memory: bool = False,
     ) -> None:
         if rows < world:
@@ -108,6 +109,7 @@ class BatchStream:
         self.seed, self.rank, self.world, self.workers = seed, rank, world, workers
         self.max_broken = max_broken
         self.join_rows = join_rows
+        self.group_by_length = group_by_length
         self.pin_memory = pin_memory
         self._trained = tuple(part.trained() for part in parts)
         for part, trained in zip(self.parts, self._trained, strict=True):
@@ -181,6 +183,10 @@ class BatchStream:
             some = rng.permutation(trained)[: max(round(share * len(trained)), int(times == 0))]
             chosen.append(some + offset)
         order = rng.permutation(np.concatenate(chosen))
+        if self.group_by_length:
+            # where an epoch ends within a batch, the next one's first rows complete it
+            head = -epoch * len(order) % self.rows
+            order = by_length(order, self._tokens, size=self.rows, head=head, rng=rng)
         if self.padding != "packed":
             return Rows(numbers=order, starts=np.arange(len(order) + 1))
         rows = pack(order, self._tokens, row_length=self.row_length)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import reprlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -442,10 +442,12 @@ class LlamaAdapterProcessor(ProcessorMixin):
         side: Side,
         length: int | None = None,
         image_processor: Any = None,
+        visual_features: Tensor | None = None,
     ) -> BatchFeature:
         """A batch of encoded prompts and the images of each.
 
-        `image_processor` stands in for the processor's own.
+        `image_processor` stands in for the processor's own. With `visual_features` [I, P, C] of
+        all images none is read.
         """
         length = length or max(map(len, rows))
         pad_id = self.tokenizer.pad_token_id
@@ -459,41 +461,52 @@ class LlamaAdapterProcessor(ProcessorMixin):
         }
         if any(images):
             slots_BT = pad([r.slots for r in rows], value=-1, side=side, length=length)
-            data |= self._visual(images, slots_BT, image_processor or self.image_processor)
+            reader = image_processor or self.image_processor
+            data |= self._visual(images, slots_BT, reader, visual_features)
         if labels:
             targets = [r.labels for r in rows]
             data["labels"] = pad(targets, value=IGNORED, side=side, length=length)
         return BatchFeature(data)
 
     def _visual(
-        self, images: Sequence[Sequence[ImageRef]], slots_BT: Tensor, image_processor: Any
+        self,
+        images: Sequence[Sequence[ImageRef]],
+        slots_BT: Tensor,
+        image_processor: Any,
+        features: Tensor | None,
     ) -> dict[str, Tensor]:
         if image_processor is None:
             raise ConfigError("the prompt holds an image, but this adapter reads text alone")
+
+        def seen(clips: Iterable[Sequence[Image.Image]]) -> dict[str, Tensor]:
+            if features is not None:
+                return {"visual_features": features}
+            return {"pixel_values": self._pixels(list(clips), image_processor)}
+
         counts = torch.tensor([len(refs) for refs in images])
         if self.visual_scope == "all":
             # one set of visual prompts a row: several images count as frames of one
-            clips = [[f for ref in refs for f in frames_of(ref)] for refs in images if refs]
+            clips = ([f for ref in refs for f in frames_of(ref)] for refs in images if refs)
             index = torch.where(counts > 0, (counts > 0).cumsum(0) - 1, -1)
-            return {"pixel_values": self._pixels(clips, image_processor), "image_index": index}
+            return {**seen(clips), "image_index": index}
         found = slots_BT.amax(dim=1) + 1
         if not torch.equal(found, counts):
             row = int((found != counts).nonzero()[0, 0])
             raise PromptError(
                 f"prompt {row + 1} has {int(found[row])} image slots, but {int(counts[row])} images"
             )
-        clips = [frames_of(ref) for refs in images for ref in refs]
         first_B = counts.cumsum(0) - counts
         mask_BT = slots_BT >= 0
         if int(counts.max()) > 1:
             index = torch.where(mask_BT, first_B[:, None] + slots_BT, -1)
         else:
             index = torch.where(counts > 0, first_B, -1)
-        return {
-            "pixel_values": self._pixels(clips, image_processor),
-            "image_index": index,
-            "visual_mask": mask_BT,
-        }
+        clips = (frames_of(ref) for refs in images for ref in refs)
+        return {**seen(clips), "image_index": index, "visual_mask": mask_BT}
+
+    def pixel_values(self, images: Sequence[ImageRef]) -> Tensor:
+        """What the vision encoder takes: (I, 3, H, W) of images, (I, F, 3, H, W) of videos."""
+        return self._pixels([frames_of(ref) for ref in images], self.image_processor)
 
     def _pixels(self, clips: Sequence[Sequence[Image.Image]], image_processor: Any) -> Tensor:
         """(I, 3, H, W), or (I, F, 3, H, W) where there is more than one frame."""

@@ -24,6 +24,7 @@ from llama_adapter.processing.image_processors import load_image_processor
 from llama_adapter.processing.processor import LlamaAdapterProcessor
 from llama_adapter.training.distributed import decoder_layers
 from llama_adapter.training.lora import Lora, add_lora, continue_lora
+from llama_adapter.training.machine import autocast_dtype
 from llama_adapter.training.recipe import Recipe
 
 
@@ -138,7 +139,7 @@ def _lora(recipe: Recipe, base: PreTrainedModel) -> Lora | None:
 def _language_model(recipe: Recipe, *, device: torch.device, on_device: bool) -> PreTrainedModel:
     section = recipe.base
     attention = section.attention
-    if attention is None and device.type == "cpu" and recipe.compute.autocast != "none":
+    if attention is None and device.type == "cpu" and autocast_dtype(recipe.compute, device):
         # the CPU's fused attention is several times slower in half types, backwards
         attention = "eager"
     dtype = section.dtype if section.dtype == "auto" else getattr(torch, section.dtype)
@@ -147,7 +148,7 @@ def _language_model(recipe: Recipe, *, device: torch.device, on_device: bool) ->
     quantization: dict[str, Any] = {}
     if section.quantization != "none":
         quantization = {
-            "quantization_config": _quantization(recipe),
+            "quantization_config": _quantization(recipe, device),
             "device_map": {"": device},
         }
     return load_language_model(
@@ -155,17 +156,16 @@ def _language_model(recipe: Recipe, *, device: torch.device, on_device: bool) ->
     )
 
 
-def _quantization(recipe: Recipe) -> Any:
+def _quantization(recipe: Recipe, device: torch.device) -> Any:
     from transformers import BitsAndBytesConfig
 
     if recipe.base.quantization == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)
-    half = recipe.compute.autocast == "bfloat16"
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16 if half else torch.float32,
+        bnb_4bit_compute_dtype=autocast_dtype(recipe.compute, device) or torch.float32,
     )
 
 

@@ -10,15 +10,16 @@ from typing import Any
 import torch
 
 from llama_adapter.conversation import Conversation
-from llama_adapter.data import Sample
+from llama_adapter.data import Kind, Sample, SampleEncoder
 from llama_adapter.data.packing import assemble
 from llama_adapter.errors import DataError, LlamaAdapterError
 from llama_adapter.model import LlamaAdapterForConditionalGeneration, answer_mask
 from llama_adapter.processing.processor import LlamaAdapterProcessor
 from llama_adapter.processing.prompts import frames_of
 from llama_adapter.training.engine import Engine
+from llama_adapter.training.machine import autocast_dtype
 from llama_adapter.training.recipe import Recipe
-from llama_adapter.training.streams import HeldOut, encoder_of
+from llama_adapter.training.streams import HeldOut
 
 CaptionScorer = Callable[[Sequence[str], Sequence[Sequence[str]]], Mapping[str, float]]
 """Captions and the references of each to scores such as `cider` and `bleu4`."""
@@ -37,6 +38,7 @@ class HeldOutScorer:
     processor: LlamaAdapterProcessor
     engine: Engine
     held_out: Mapping[str, HeldOut]
+    encoders: Mapping[Kind, SampleEncoder]
     score_captions: CaptionScorer | None = None
 
     @torch.no_grad()
@@ -45,12 +47,13 @@ class HeldOutScorer:
         section = self.recipe.evaluation
         assert section is not None
         self.model.eval()
-        device = self.model.device.type
-        half = self.recipe.compute.autocast == "bfloat16"
+        device = self.model.device
+        half = autocast_dtype(self.recipe.compute, device)
         scores = {}
-        with torch.autocast(device, torch.bfloat16, enabled=half):
+        with torch.autocast(device.type, half, enabled=half is not None):
             for name, held_out in self.held_out.items():
-                samples = _sound(held_out, range(min(section.samples, len(held_out))))
+                wanted = range(min(section.samples, len(held_out)))
+                samples = self._sound(held_out, wanted)
                 if not samples:
                     continue
                 scores[f"{name}.perplexity"] = self._perplexity(held_out, samples)
@@ -62,7 +65,7 @@ class HeldOutScorer:
 
     def _perplexity(self, held_out: HeldOut, samples: Sequence[Sample]) -> float:
         """Of the answers' tokens, e to the mean of their negative log-likelihoods."""
-        encoder = encoder_of(self.recipe, self.recipe.streams[held_out.kind], self.processor)
+        encoder = self.encoders[held_out.kind]
         sums = torch.zeros(2, dtype=torch.float64, device=self.model.device)
         for some, counts in self._shares(samples):
             rows = []
@@ -88,7 +91,7 @@ class HeldOutScorer:
         section = self.recipe.evaluation
         assert section is not None
         assert self.score_captions is not None
-        pictures = _pictures(held_out, section.samples)
+        pictures = self._images(held_out, section.samples)
         own: list[tuple[int, str]] = []
         numbered = list(enumerate(samples[0] for samples in pictures))
         for some, counts in self._shares(numbered):
@@ -103,10 +106,12 @@ class HeldOutScorer:
     def _generate(self, questions: Sequence[Conversation]) -> list[str]:
         section = self.recipe.evaluation
         assert section is not None
-        inputs = self.processor(list(questions)).to(self.model.device)
+        inputs = self._inputs(questions).to(self.model.device)
         # made here, for `generate` would use layers beyond a forward pass, where they are in shards
         self.engine.gather_root()
-        visual = self.model.encode_visual(inputs.pop("pixel_values"))
+        visual = self.model.encode_visual(
+            inputs.pop("pixel_values", None), visual_features=inputs.pop("visual_features", None)
+        )
         options: dict[str, Any] = {"visual_prompts": visual, **self.processor.stop_options}
         if self.engine.world_size > 1:
             options["synced_gpus"] = True
@@ -123,6 +128,48 @@ class HeldOutScorer:
         texts = tokenizer.batch_decode(new, skip_special_tokens=True)
         return [self.processor.without_end(text) for text in texts]
 
+    def _images(self, held_out: HeldOut, most: int) -> list[list[Sample]]:
+        """Samples by image: one to ask about, all of them to compare with."""
+        groups = range(len(held_out)) if held_out.groups is None else held_out.groups.tolist()
+        numbers: dict[int, list[int]] = {}
+        for number, group in enumerate(groups):
+            numbers.setdefault(group, []).append(number)
+        found = []
+        for some in list(numbers.values())[:most]:
+            if asked := self._sound(held_out, some[:1]):
+                found.append(asked + [held_out[n] for n in some[1:]])
+        return found
+
+    def _sound(self, held_out: HeldOut, numbers: Iterable[int]) -> list[Sample]:
+        """Those of the samples whose images can be read: others are left out, as in training."""
+        features = self.encoders[held_out.kind].features
+        found = []
+        for number in numbers:
+            try:
+                sample = held_out[number]
+                for ref in sample.conversation.images:
+                    if features is None:
+                        frames_of(ref)
+                    else:
+                        features.read([ref])
+            except LlamaAdapterError:
+                continue
+            found.append(sample)
+        return found
+
+    def _inputs(self, questions: Sequence[Conversation]) -> Any:
+        features = self.encoders["caption"].features
+        if features is None:
+            return self.processor(list(questions))
+        images = [question.images for question in questions]
+        return self.processor.collate(
+            [self.processor.encode(question) for question in questions],
+            images,
+            labels=False,
+            side="left",
+            visual_features=features.read(ref for of_one in images for ref in of_one),
+        )
+
     def _shares(self, items: Sequence[Any]) -> Iterator[tuple[Sequence[Any], bool]]:
         """This process's batches, and whether each counts.
 
@@ -134,33 +181,6 @@ class HeldOutScorer:
             mine = first + rank
             counts = mine < len(batches)
             yield batches[mine if counts else 0], counts
-
-
-def _pictures(held_out: HeldOut, most: int) -> list[list[Sample]]:
-    """Samples by picture: one to ask about, all of them to compare with."""
-    groups = range(len(held_out)) if held_out.groups is None else held_out.groups.tolist()
-    numbers: dict[int, list[int]] = {}
-    for number, group in enumerate(groups):
-        numbers.setdefault(group, []).append(number)
-    found = []
-    for some in list(numbers.values())[:most]:
-        if asked := _sound(held_out, some[:1]):
-            found.append(asked + [held_out[n] for n in some[1:]])
-    return found
-
-
-def _sound(held_out: HeldOut, numbers: Iterable[int]) -> list[Sample]:
-    """Those of the samples whose pictures can be read: others are left out, as in training."""
-    found = []
-    for number in numbers:
-        try:
-            sample = held_out[number]
-            for ref in sample.conversation.images:
-                frames_of(ref)
-        except LlamaAdapterError:
-            continue
-        found.append(sample)
-    return found
 
 
 def _question(sample: Sample) -> Conversation:

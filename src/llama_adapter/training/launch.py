@@ -12,8 +12,10 @@ import torch
 from accelerate import Accelerator
 
 from llama_adapter.data import SOURCES
+from llama_adapter.data.feature_cache import FEATURES
 from llama_adapter.errors import TrainingError
-from llama_adapter.training.build import build, load_processor
+from llama_adapter.processing.processor import LlamaAdapterProcessor
+from llama_adapter.training.build import Built, build, load_processor
 from llama_adapter.training.distributed import (
     Rendezvous,
     engine_for,
@@ -21,13 +23,14 @@ from llama_adapter.training.distributed import (
     is_sharded,
     start_processes,
 )
-from llama_adapter.training.engine import Engine, on_rank_0
+from llama_adapter.training.engine import Engine, Meeting, on_rank_0
+from llama_adapter.training.features import fill_cache, open_cache
 from llama_adapter.training.held_out import CaptionScorer, HeldOutScorer
 from llama_adapter.training.machine import require_tracker, wants_cpu
 from llama_adapter.training.measures import Row
 from llama_adapter.training.recipe import Recipe, SourceTypes
 from llama_adapter.training.run import Outcome, TrainingRun, Watcher
-from llama_adapter.training.run_directory import BROKEN, TRACKED, JsonLines, RunDirectory
+from llama_adapter.training.run_directory import BROKEN, CACHE, TRACKED, JsonLines, RunDirectory
 from llama_adapter.training.schedule import Clock, StepBudget
 from llama_adapter.training.startup import check_positions, refuse_at_start
 from llama_adapter.training.streams import RecipeData, open_data
@@ -77,6 +80,7 @@ def train(
         with _closing(data):
             sharded = is_sharded(recipe.compute.strategy, accelerator)
             built = build(recipe, device=accelerator.device, on_device=not sharded)
+            _cache_features(recipe, built, processor, data, meeting, watcher)
             engine = engine_for(built.model, accelerator, strategy=recipe.compute.strategy)
             run = TrainingRun(
                 recipe,
@@ -120,6 +124,32 @@ def _processes(recipe: Recipe) -> Iterator[Accelerator]:
     finish(accelerator)
 
 
+def _cache_features(
+    recipe: Recipe,
+    built: Built,
+    processor: LlamaAdapterProcessor,
+    data: RecipeData,
+    meeting: Meeting,
+    watcher: Watcher,
+) -> None:
+    """Compute the features of all images, where the recipe wants them on disk."""
+    section = recipe.vision
+    if section is None or not section.cache_features:
+        return
+    folder = section.cache_folder or recipe.out / CACHE / FEATURES
+    cache = open_cache(section, built.model, processor, folder=folder)
+    fill_cache(
+        cache,
+        data.sources,
+        built.model,
+        processor,
+        meeting=meeting,
+        workers=recipe.data.workers,
+        stage=watcher.stage if meeting.rank == 0 else Watcher().stage,
+    )
+    data.use_features(cache)
+
+
 @contextmanager
 def _closing(data: RecipeData) -> Iterator[None]:
     try:
@@ -145,6 +175,7 @@ def _evaluation(
         processor=processor,
         engine=engine,
         held_out=data.held_out,
+        encoders=data.encoders,
         score_captions=score_captions,
     )
 

@@ -11,7 +11,7 @@ import torch
 from llama_adapter.errors import ConfigError, MissingDependencyError
 
 if TYPE_CHECKING:
-    from llama_adapter.training.recipe import Recipe
+    from llama_adapter.training.recipe import ComputeSection, Recipe
 
 TRACKER_EXTRAS = {"tensorboard": "train", "wandb": "wandb", "trackio": "trackio"}
 """Each tracker, whose package bears its name, and the extra that installs it."""
@@ -55,6 +55,13 @@ def require_quantizer(recipe: Recipe) -> None:
         raise MissingDependencyError(
             "bitsandbytes", extra="quantization", purpose=f"base.quantization {quantization!r}"
         )
+
+
+def autocast_dtype(section: ComputeSection, device: torch.device) -> torch.dtype | None:
+    """In what the base computes on a device; None: in its own dtype."""
+    if section.autocast == "auto":
+        return fast_dtype(device)
+    return torch.bfloat16 if section.autocast == "bfloat16" else None
 
 
 @cache

@@ -80,6 +80,13 @@ class VisionSection(Section):
     model: str
     """Name or path of a CLIP or SigLIP model, or `package:NAME/PATH`."""
     random_weights: bool = False
+    cache_features: bool = False
+    """The encoder looks at each image once, before training, and its features stay on disk."""
+    cache_folder: Path | None = None
+    """Where, for several runs to share; None: in the run directory."""
+    cache_dtype: Literal["float16", "float32"] = "float16"
+    feature_dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Share of each image's feature channels that training sets to zero, other ones each step."""
 
 
 class AdapterSection(Section):
@@ -179,8 +186,20 @@ class DataSection(Section):
     """What becomes of a single exchange longer than a row: a broken record, or cut off."""
     max_broken: float = Field(default=0.01, ge=0.0, le=1.0)
     """Share of broken records of a source above which training stops."""
+    split_by_length: bool = False
+    """Pass the short and the long rows of a padded micro-batch one after the other, where this
+    saves time; in one process."""
+    group_by_length: bool = False
+    """Put samples of similar length into a micro-batch of padded rows."""
     cache: bool = True
     """Keep the samples' lengths in the run directory, so that a resumed run starts at once."""
+
+    @model_validator(mode="after")
+    def _padded(self) -> Self:
+        for key in ("split_by_length", "group_by_length"):
+            if getattr(self, key) and self.padding != "padded":
+                raise ValueError(f"{key} needs padding 'padded', got {self.padding!r}")
+        return self
 
 
 class LanguageAnneal(Section):
@@ -232,8 +251,8 @@ class ComputeSection(Section):
 
     device: str | None = None
     """None: a GPU where there is one, else the CPU."""
-    autocast: Literal["none", "bfloat16"] = "none"
-    """Trainables stay float32 either way."""
+    autocast: Literal["none", "bfloat16", "auto"] = "none"
+    """Trainables stay float32 either way. `auto`: bfloat16 where the device is fast at it."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass, non-reentrantly."""
     compile: bool = False

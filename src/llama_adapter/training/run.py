@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from llama_adapter.data import Batches, Kind, TrainBatch
 from llama_adapter.errors import CheckpointError, TrainingError
@@ -25,7 +26,9 @@ from llama_adapter.processing.processor import LlamaAdapterProcessor
 from llama_adapter.training.build import Built
 from llama_adapter.training.engine import Engine, on_rank_0
 from llama_adapter.training.joint import JointTrainer, StepReport
+from llama_adapter.training.machine import autocast_dtype
 from llama_adapter.training.measures import Row, gate_sizes, row_of
+from llama_adapter.training.micro_batches import drop_channels, split_by_length, with_features
 from llama_adapter.training.recipe import Recipe
 from llama_adapter.training.run_directory import (
     ADAPTER,
@@ -103,12 +106,11 @@ class TrainingRun:
         self.budget = budget or StepBudget(
             recipe.streams, steps=recipe.steps, minutes=recipe.minutes
         )
-        half = recipe.compute.autocast == "bfloat16"
         self.trainer = JointTrainer(
             built.model,
             recipe.optimizer,
             steps=self.budget.steps,
-            autocast_dtype=torch.bfloat16 if half else None,
+            autocast_dtype=autocast_dtype(recipe.compute, built.model.device),
             engine=engine,
             lora=None if built.lora is None else built.lora.named_parameters(),
             lora_lr=None if recipe.lora is None else recipe.lora.lr,
@@ -168,7 +170,10 @@ class TrainingRun:
             batches[kind] = [next(self.streams[kind]) for _ in range(number)]
         waited = self.budget.clock() - began
         torch.manual_seed(self._seed_of(step))
-        inputs = {kind: [batch.inputs for batch in some] for kind, some in batches.items()}
+        inputs = {
+            kind: [part for batch in some for part in self._passes(batch.inputs)]
+            for kind, some in batches.items()
+        }
         report = self.trainer.step(**inputs)
         every = [batch for some in batches.values() for batch in some]
         tokens, broken = self._sums(every)
@@ -184,6 +189,19 @@ class TrainingRun:
             self._list_broken(every, step + 1)
         self._watch_losses(row, report, every)
         return row
+
+    def _passes(self, inputs: Mapping[str, Tensor]) -> list[Mapping[str, Tensor]]:
+        """A micro-batch as it is passed through the model, in one part or two."""
+        section = self.recipe.vision
+        if section is not None and section.feature_dropout:
+            device, dtype = self.built.model.device.type, self.trainer.autocast_dtype
+            with torch.autocast(device, dtype, enabled=dtype is not None):
+                inputs = with_features(inputs, self.built.model)
+            inputs = drop_channels(inputs, section.feature_dropout)
+        # several processes must pass equally often
+        if self.recipe.data.split_by_length and self.engine.world_size == 1:
+            return [*split_by_length(inputs)]
+        return [inputs]
 
     def _seed_of(self, step: int) -> int:
         """Of what a step draws, such as dropout: a function of the step, so nothing is stored."""

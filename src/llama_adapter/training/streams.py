@@ -19,6 +19,7 @@ from llama_adapter.data import (
     Source,
     measure,
 )
+from llama_adapter.data.feature_cache import FeatureCache
 from llama_adapter.errors import DataError
 from llama_adapter.processing.processor import LlamaAdapterProcessor
 from llama_adapter.training.recipe import (
@@ -56,10 +57,21 @@ class RecipeData:
     """What a recipe trains and evaluates on."""
 
     streams: Mapping[Kind, BatchStream]
+    encoders: Mapping[Kind, SampleEncoder]
     held_out: Mapping[str, HeldOut]
     """By the source's type; a second source of a type is called `type-2`."""
     broken: tuple[Broken, ...] = ()
     """Records of which no sample could be made: they are in no row."""
+
+    @property
+    def sources(self) -> list[Source]:
+        """Every source of every kind."""
+        return [part.source for stream in self.streams.values() for part in stream.parts]
+
+    def use_features(self, cache: FeatureCache) -> None:
+        """From now on no image is decoded."""
+        for encoder in self.encoders.values():
+            encoder.features = cache
 
 
 def open_data(
@@ -78,9 +90,10 @@ def open_data(
     broken than `data.max_broken` allows, with a list.
     """
     streams: dict[Kind, BatchStream] = {}
+    encoders: dict[Kind, SampleEncoder] = {}
     held_out: dict[str, HeldOut] = {}
     for kind, section in recipe.streams.items():
-        encoder = encoder_of(recipe, section, processor)
+        encoder = encoders[kind] = encoder_of(recipe, section, processor)
         parts = []
         for described in section.sources:
             part = _open_part(recipe, described, kind, encoder, types=types, opened=opened)
@@ -99,13 +112,14 @@ def open_data(
             world=world,
             workers=recipe.data.workers,
             max_broken=recipe.data.max_broken,
+            group_by_length=recipe.data.group_by_length,
             # it tells packed samples apart in a single row alone, and silently mixes them in others
             join_rows=recipe.base.attention == "flash_attention_2",
             pin_memory=pin_memory,
         )
     parts_of_all = (part for stream in streams.values() for part in stream.parts)
     broken = tuple(fault for part in parts_of_all for fault in part.pieces.broken)
-    return RecipeData(streams=streams, held_out=held_out, broken=broken)
+    return RecipeData(streams=streams, encoders=encoders, held_out=held_out, broken=broken)
 
 
 def encoder_of(
