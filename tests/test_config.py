@@ -8,7 +8,7 @@ import json
 import pytest
 
 from llama_adapter import AdapterConfig, ConfigError
-from llama_adapter.config import PRESETS
+from llama_adapter.config import PRESETS, as_version_1, from_version_1
 
 
 def test_frozen_and_keyword_only():
@@ -90,3 +90,13 @@ def test_unknown_names_come_with_a_suggestion():
 def test_too_many_layers_for_the_base(settings, message):
     with pytest.raises(ConfigError, match=message):
         AdapterConfig(**settings).prompt_layer_indices(4)
+
+
+def test_names_of_version_1() -> None:
+    before = {"slot_reads": "own", "visual_scope": "slots", "gate": "raw"}
+    now = {"placeholder_attention": "own", "visual_scope": "placeholders", "gate": "raw"}
+    assert from_version_1(before) == now
+    assert from_version_1(now) == now
+    assert as_version_1(now) == before
+    with pytest.raises(ConfigError, match="'slot_reads' is called 'placeholder_attention' now"):
+        AdapterConfig.from_dict(before)

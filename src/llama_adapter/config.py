@@ -15,16 +15,20 @@ from typing import Any
 
 from llama_adapter.errors import ConfigError
 
-FORMAT_VERSION = 1
-"""Version of the adapter directory's format, written to and checked from `adapter_config.json`."""
+FORMAT_VERSION = 2
+"""Version of the adapter directory's format, which `adapter_config.json` states; 1 is read too."""
+
+_NAMES_NOW = {"slot_reads": "placeholder_attention"}
+_SCOPES_NOW = {"slots": "placeholders"}
+"""What files of version 1 call differently."""
 
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 100
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "fusion": ("early", "late", "none"),
-    "visual_scope": ("all", "slots"),
-    "slot_reads": ("all", "own"),
+    "visual_scope": ("all", "placeholders"),
+    "placeholder_attention": ("all", "own"),
     "projector": ("query_transformer", "linear", "mlp"),
     "gate": ("tanh", "raw"),
     "scale_side": ("output", "input"),
@@ -75,10 +79,10 @@ class AdapterConfig:
     visual_layers: int = 1
     """How many of the first decoder layers read visual prompts (early fusion)."""
     visual_scope: str = "all"
-    """Which positions attend to visual prompts: `all` text tokens, or only placeholder `slots`."""
-    slot_reads: str = "all"
-    """What a placeholder slot attends to: `all` visual prompts of its picture, or its `own` alone,
-    the i-th slot the i-th prompt. Which thing stands in which slot need then not be learned."""
+    """Which positions attend to visual prompts: `all` text tokens, or only `placeholders`."""
+    placeholder_attention: str = "all"
+    """What a placeholder attends to: `all` visual prompts of its image, or its `own` alone, the
+    i-th placeholder the i-th prompt. Which object belongs to which need then not be learned."""
     projector: str = "query_transformer"
     """How vision features become visual prompts; see `model.projection.PROJECTORS`."""
     projector_width: int = 512
@@ -179,23 +183,26 @@ class AdapterConfig:
                     f"visual_prompt_length must be 1 or {self.prompt_length}, "
                     f"got {self.visual_prompt_length}"
                 )
-        if self.slot_reads == "own":
-            self._check_own_slots()
+        if self.placeholder_attention == "own":
+            self._check_own_prompts()
         if self.projector == "query_transformer" and self.projector_width % self.projector_heads:
             raise ConfigError(
                 f"projector_width {self.projector_width} is not a multiple of "
                 f"projector_heads {self.projector_heads}"
             )
 
-    def _check_own_slots(self) -> None:
-        needs = {"fusion": "early", "visual_scope": "slots"}
+    def _check_own_prompts(self) -> None:
+        needs = {"fusion": "early", "visual_scope": "placeholders"}
         for name, value in needs.items():
             if getattr(self, name) != value:
                 raise ConfigError(
-                    f"slot_reads 'own' needs {name} {value!r}, got {getattr(self, name)!r}"
+                    f"placeholder_attention 'own' needs {name} {value!r}, "
+                    f"got {getattr(self, name)!r}"
                 )
         if self.frame_rule == "concat":
-            raise ConfigError("slot_reads 'own' has no slots for frame_rule 'concat'")
+            raise ConfigError(
+                "placeholder_attention 'own' has no placeholders for frame_rule 'concat'"
+            )
 
     @property
     def sees(self) -> bool:
@@ -241,6 +248,8 @@ class AdapterConfig:
         """Build from a dictionary; an unknown key is an error with a suggestion."""
         known = [field.name for field in dataclasses.fields(cls)]
         for key in values:
+            if key in _NAMES_NOW:
+                raise ConfigError(f"adapter setting {key!r} is called {_NAMES_NOW[key]!r} now")
             if key not in known:
                 raise ConfigError(f"unknown adapter setting {shown(key)}{did_you_mean(key, known)}")
         checked: dict[str, Any] = {
@@ -313,6 +322,27 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "released-v2-chat": {"fusion": "none", "prompt_length": 0, "scale_side": "input"},
 }
+
+
+def from_version_1(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of an adapter, a processor or a recipe by the names of version 2."""
+    return _renamed(settings, _NAMES_NOW, _SCOPES_NOW)
+
+
+def as_version_1(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse, for checksums that version 1 took of its own names."""
+    names, scopes = ({now: before for before, now in n.items()} for n in (_NAMES_NOW, _SCOPES_NOW))
+    return _renamed(settings, names, scopes)
+
+
+def _renamed(
+    settings: Mapping[str, Any], names: Mapping[str, str], scopes: Mapping[str, str]
+) -> dict[str, Any]:
+    renamed = {names.get(key, key): value for key, value in settings.items()}
+    scope = renamed.get("visual_scope")
+    if isinstance(scope, str):
+        renamed["visual_scope"] = scopes.get(scope, scope)
+    return renamed
 
 
 def shown(value: object) -> str:

@@ -84,7 +84,7 @@ def test_every_piece_shows_the_picture(
         image_processor,
         toy_tokenizer,
         template="toy",
-        visual_scope="slots",
+        visual_scope="placeholders",
         slot_text="<|slot_0|>",
     )
     image = ImageRef(source=tmp_path / write_pictures(tmp_path, 1)[0])

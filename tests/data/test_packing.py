@@ -165,20 +165,20 @@ def test_packed_captions_equal_padded_ones(
     assert_same(model, packed, rows_of(samples, short_processor, "padded"))
 
 
-@pytest.mark.parametrize("slot_reads", ["all", "own"])
+@pytest.mark.parametrize("attention", ["all", "own"])
 def test_packed_captions_read_through_slots(
-    slot_reads: str, toy_tokenizer: Any, image_processor: Any, tmp_path: Path
+    attention: str, toy_tokenizer: Any, image_processor: Any, tmp_path: Path
 ) -> None:
     processor = LlamaAdapterProcessor(
         image_processor,
         toy_tokenizer,
         template="toy",
-        visual_scope="slots",
+        visual_scope="placeholders",
         slot_text="<|slot_0|><|slot_1|>",
     )
     source = open_source("pairs", "caption", path=write_pairs(tmp_path, 12))
     samples = prepare(source, processor)
-    model = adapted("llama", visual_scope="slots", slot_reads=slot_reads)
+    model = adapted("llama", visual_scope="placeholders", placeholder_attention=attention)
     packed = rows_of(samples, processor, "packed")
     assert int(packed["visual_mask"].sum()) == 2 * len(samples)
     assert_same(model, packed, rows_of(samples, processor, "padded"))

@@ -11,8 +11,8 @@ from llama_adapter.model.visual_generation import CACHE
 
 SETTINGS = [
     ("v2", {}),
-    ("v2", {"visual_layers": 2, "visual_scope": "slots"}),
-    ("v2", {"visual_layers": 2, "visual_scope": "slots", "slot_reads": "own"}),
+    ("v2", {"visual_layers": 2, "visual_scope": "placeholders"}),
+    ("v2", {"visual_layers": 2, "visual_scope": "placeholders", "placeholder_attention": "own"}),
     ("v2", {"lora_rank": 3, "gate_scale": True}),
     ("v1", {}),
     ("v1-multimodal", {}),
@@ -26,7 +26,7 @@ def _inputs(model, ids, pictures):
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if model.adapter_config.sees:
         inputs["pixel_values"] = pictures
-        if model.adapter_config.visual_scope == "slots":
+        if model.adapter_config.visual_scope == "placeholders":
             inputs["visual_mask"] = torch.zeros_like(ids, dtype=torch.bool)
             inputs["visual_mask"][:, 1:4] = True
     return inputs

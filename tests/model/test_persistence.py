@@ -177,7 +177,7 @@ def test_a_damaged_or_missing_file(copy):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format_version": 99}, "format version 99, this package reads 1"),
+        ({"format_version": 99}, "format version 99, this package reads 1 to 2"),
         ({"surprise": 1}, r"unknown keys \['surprise'\]"),
         ({"model_type": "lora"}, "does not describe a llama_adapter model"),
         ({"adapter": {"prompt_lenght": 3}}, "prompt_lenght.*did you mean 'prompt_length'"),

@@ -14,9 +14,9 @@ from llama_adapter.model.visual_generation import CACHE
 EXACT = {"rtol": 1e-5, "atol": 1e-5}
 SETTINGS = [
     ("v2", {}),
-    ("v2", {"visual_scope": "slots"}),
-    ("v2", {"visual_scope": "slots", "slot_reads": "own"}),
-    ("v1-multimodal", {"visual_scope": "slots"}),
+    ("v2", {"visual_scope": "placeholders"}),
+    ("v2", {"visual_scope": "placeholders", "placeholder_attention": "own"}),
+    ("v1-multimodal", {"visual_scope": "placeholders"}),
 ]
 LENGTH = 9
 
@@ -32,7 +32,7 @@ def _inputs(model, *, rows=2, per_token=False):
     }
     mask = torch.zeros_like(ids, dtype=torch.bool)
     mask[:, 2:7] = True
-    if model.adapter_config.visual_scope == "slots":
+    if model.adapter_config.visual_scope == "placeholders":
         inputs["visual_mask"] = mask
     if per_token:
         # a token of each image: the second image begins in the middle of the placeholders
@@ -42,7 +42,7 @@ def _inputs(model, *, rows=2, per_token=False):
 
 def _greedy(model, inputs, steps):
     """Whole passes without a cache, the plain meaning of it all."""
-    ends = model.adapter_config.visual_scope == "slots"
+    ends = model.adapter_config.visual_scope == "placeholders"
     for _ in range(steps):
         with torch.no_grad():
             logits = model(**inputs, use_cache=False).logits
@@ -125,7 +125,7 @@ def test_generation_goes_on_from_a_cache(build, preset, overrides, whole, per_to
 
 
 def test_a_mask_of_another_length_than_the_prompt_is_refused(build):
-    model = build(visual_scope="slots")
+    model = build(visual_scope="placeholders")
     inputs = _inputs(model)
     inputs["visual_mask"] = inputs["visual_mask"][:, :-1]
     with pytest.raises(ConfigError, match="visual_mask covers 8 tokens, but the prompt has 9"):

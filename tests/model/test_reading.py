@@ -14,7 +14,7 @@ from llama_adapter import ConfigError
 from llama_adapter.model.visual_generation import CACHE
 
 FUSIONS = [("v2", {}), ("v1-multimodal", {})]
-SLOTTED = [*FUSIONS, ("v2", {"slot_reads": "own"})]
+SLOTTED = [*FUSIONS, ("v2", {"placeholder_attention": "own"})]
 EXACT = {"rtol": 1e-5, "atol": 1e-5}
 
 
@@ -157,7 +157,7 @@ def test_packed_tokens_read_their_own_pictures(build, ids, pictures, preset, ove
 
 @pytest.mark.parametrize(("preset", "overrides"), FUSIONS)
 def test_only_slots_read(build, ids, pictures, preset, overrides):
-    model = build(preset, visual_scope="slots", **overrides)
+    model = build(preset, visual_scope="placeholders", **overrides)
     mask = torch.zeros_like(ids, dtype=torch.bool)
     with torch.no_grad():
         nobody = model(ids, pixel_values=pictures, visual_mask=mask).logits
@@ -179,7 +179,7 @@ def test_only_slots_read(build, ids, pictures, preset, overrides):
 
 
 def test_a_slot_may_read_its_own_prompt_alone(build, ids, pictures):
-    model = build(visual_scope="slots", slot_reads="own")
+    model = build(visual_scope="placeholders", placeholder_attention="own")
     mask = torch.zeros_like(ids, dtype=torch.bool)
     mask[:, 1:5] = True
     with torch.no_grad():
@@ -203,7 +203,7 @@ def test_a_slot_may_read_its_own_prompt_alone(build, ids, pictures):
 
 
 def test_own_slots_are_whole_in_one_pass(build, ids, pictures):
-    model = build(visual_scope="slots", slot_reads="own")
+    model = build(visual_scope="placeholders", placeholder_attention="own")
     mask = torch.zeros_like(ids, dtype=torch.bool)
     mask[:, 1:4] = True
     rows = torch.arange(len(ids))
@@ -215,13 +215,13 @@ def test_own_slots_are_whole_in_one_pass(build, ids, pictures):
         rest = model(ids[:, 4:], visual_mask=mask[:, 4:], cache=start[CACHE], **options)
         assert_close(torch.cat([start.logits, rest.logits], dim=1), whole, **EXACT)
         cut = model(ids[:, :2], visual_mask=mask[:, :2], **options)
-        with pytest.raises(ConfigError, match="all slots of a picture in one pass"):
+        with pytest.raises(ConfigError, match="all placeholders of an image in one pass"):
             model(ids[:, 2:], visual_mask=mask[:, 2:], cache=cut[CACHE], **options)
 
 
-def test_each_slot_reads_what_a_single_prompt_would_give(build, ids, pictures):
-    own = build(visual_scope="slots", slot_reads="own")
-    every = build(visual_scope="slots")
+def test_each_placeholder_attention_what_a_single_prompt_would_give(build, ids, pictures):
+    own = build(visual_scope="placeholders", placeholder_attention="own")
+    every = build(visual_scope="placeholders")
     mask = torch.zeros_like(ids, dtype=torch.bool)
     mask[:, 2] = True
     with torch.no_grad():
@@ -235,7 +235,7 @@ def test_each_slot_reads_what_a_single_prompt_would_give(build, ids, pictures):
 @pytest.mark.parametrize("per_token", [False, True])
 @pytest.mark.parametrize(("preset", "overrides"), SLOTTED)
 def test_generated_tokens_are_no_slots(build, ids, pictures, preset, overrides, per_token):
-    model = build(preset, visual_scope="slots", **overrides)
+    model = build(preset, visual_scope="placeholders", **overrides)
     mask = torch.zeros_like(ids, dtype=torch.bool)
     mask[:, 1:4] = True
     inputs = {"pixel_values": pictures, "visual_mask": mask}
@@ -283,11 +283,11 @@ def test_per_token_pictures_stay_in_sight_while_generating(build, ids, pictures)
 
 
 @pytest.mark.parametrize(("preset", "overrides"), FUSIONS)
-@pytest.mark.parametrize("scope", ["all", "slots"])
+@pytest.mark.parametrize("scope", ["all", "placeholders"])
 def test_beams_and_sampling(build, ids, pictures, preset, overrides, scope):
     model = build(preset, visual_scope=scope, **overrides)
     inputs = {"attention_mask": torch.ones_like(ids), "pixel_values": pictures}
-    if scope == "slots":
+    if scope == "placeholders":
         inputs["visual_mask"] = torch.zeros_like(ids, dtype=torch.bool)
         inputs["visual_mask"][:, :2] = True
     options = {"max_new_tokens": 4, "do_sample": False, "num_beams": 3}

@@ -31,7 +31,7 @@ def processor(image_processor: Any, toy_tokenizer: Any) -> LlamaAdapterProcessor
 @pytest.fixture
 def slotted(image_processor: Any, toy_tokenizer: Any) -> LlamaAdapterProcessor:
     return LlamaAdapterProcessor(
-        image_processor, toy_tokenizer, template="toy", visual_scope="slots", slot_text=SLOT
+        image_processor, toy_tokenizer, template="toy", visual_scope="placeholders", slot_text=SLOT
     )
 
 
@@ -135,7 +135,7 @@ def test_ordinary_text_as_a_slot_is_not_confused_with_the_same_text(
     image_processor: Any, bytes_tokenizer: Any
 ) -> None:
     processor = LlamaAdapterProcessor(
-        image_processor, bytes_tokenizer, visual_scope="slots", slot_text="1 2 3"
+        image_processor, bytes_tokenizer, visual_scope="placeholders", slot_text="1 2 3"
     )
     batch = processor(Conversation.ask("1 2 3", images=[RED], context="1 2 3"))
     marked = batch["visual_mask"][0]
@@ -213,7 +213,7 @@ def test_a_chat_template_result_keeps_its_slots(slotted: LlamaAdapterProcessor) 
         slotted(text=text, images=[RED, BLUE])
 
 
-@pytest.mark.parametrize("scope", ["all", "slots"])
+@pytest.mark.parametrize("scope", ["all", "placeholders"])
 def test_saved_and_loaded_it_is_the_same(
     scope: str, image_processor: Any, toy_tokenizer: Any, tmp_path: Path
 ) -> None:
@@ -224,7 +224,7 @@ def test_saved_and_loaded_it_is_the_same(
         toy_tokenizer,
         template="toy",
         visual_scope=scope,
-        slot_text=SLOT if scope == "slots" else None,
+        slot_text=SLOT if scope == "placeholders" else None,
         channel_order="bgr",
     )
     processor.save_pretrained(tmp_path)
@@ -276,7 +276,7 @@ def test_prompts_that_are_empty_or_too_long_are_refused(processor: LlamaAdapterP
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
-        ({"visual_scope": "slots"}, "slot_text is the placeholder"),
+        ({"visual_scope": "placeholders"}, "slot_text is the placeholder"),
         ({"slot_text": "1 2"}, "slot_text is the placeholder"),
         ({"visual_scope": "some"}, "got 'some'"),
         ({"channel_order": "grb"}, "got 'grb'"),

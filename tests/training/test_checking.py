@@ -29,7 +29,7 @@ def recipe_of(path: Path, **changes: Any) -> Recipe:
         "steps": 100,
         "base": {"model": DECODER},
         "vision": {"model": VISION},
-        "adapter": {"visual_scope": "slots"},
+        "adapter": {"visual_scope": "placeholders"},
         "prompt": {"template": "toy", "slot_text": PLACEHOLDER_TEXT},
         "instructions": {
             "rows": 2,
@@ -112,7 +112,7 @@ def test_broken_records_are_listed_and_too_many_refused(tmp_path: Path) -> None:
 
 def test_own_slots_are_as_many_as_visual_prompts(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", [GOOD] * 8)
-    own = {"visual_scope": "slots", "slot_reads": "own"}
+    own = {"visual_scope": "placeholders", "placeholder_attention": "own"}
     load_processor(recipe_of(path, adapter={**own, "visual_prompt_length": 16}))
     with pytest.raises(ConfigError, match=r"slot_text is 16 tokens, .* each of the 20 visual"):
         load_processor(recipe_of(path, adapter=own))
@@ -121,7 +121,7 @@ def test_own_slots_are_as_many_as_visual_prompts(tmp_path: Path) -> None:
 def test_every_error_is_found_at_once(tmp_path: Path) -> None:
     recipe = recipe_of(
         tmp_path / "absent.json",
-        adapter={"visual_scope": "slots", "visual_layers": 4, "prompt_layers": 5},
+        adapter={"visual_scope": "placeholders", "visual_layers": 4, "prompt_layers": 5},
         captions={"sources": [{"type": "pairs", "path": str(tmp_path / "absent.tsv")}]},
     )
     report = check(recipe)

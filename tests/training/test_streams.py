@@ -24,7 +24,7 @@ def recipe_of(folder: Path, **changes: Any) -> Recipe:
             "steps": 1,
             "base": {"model": DECODER, "dtype": "float32"},
             "vision": {"model": VISION},
-            "adapter": {"visual_scope": "slots"},
+            "adapter": {"visual_scope": "placeholders"},
             "prompt": {"template": "toy", "slot_text": PLACEHOLDER_TEXT},
             "data": {"workers": 0, "max_broken": 0.1, "cache": False},
             "compute": {"device": "cpu"},

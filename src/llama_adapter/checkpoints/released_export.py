@@ -156,7 +156,7 @@ _VISUAL = (
     *_OPEN_IN_V2[2:],
     "visual_layers",
     "visual_scope",
-    "slot_reads",
+    "placeholder_attention",
     "projector",
     "vision_feature",
     "channel_order",

@@ -152,7 +152,7 @@ def assemble(
             inputs[name] = torch.cat(_as_frames(found, still=still))
     if any(p.num_images for p in samples):
         inputs["image_index"] = batch(_pictures(rows), value=-1)
-        if processor.visual_scope == "slots":
+        if processor.visual_scope == "placeholders":
             slots = batch([_chain(p.encoded.slots for p in row) for row in rows], value=-1)
             inputs["visual_mask"] = slots >= 0
         if padding != "packed" and all(_one_picture_at_most(row) for row in rows):

@@ -46,11 +46,11 @@ def variants() -> dict[str, Course]:
     """Every variant by name; the first is the reference."""
     reference = ABLATION_COURSE
     late = {"fusion": "late", "visual_prompt_length": reference.adapter.prompt_length}
-    everywhere = {"visual_scope": "all", "slot_reads": "all"}
+    everywhere = {"visual_scope": "all", "placeholder_attention": "all"}
     no_linears = {"bias_targets": "none", "scale_targets": "none"}
     return {
         "reference": reference,
-        "slots read all prompts": _adapted(reference, slot_reads="all"),
+        "slots read all prompts": _adapted(reference, placeholder_attention="all"),
         "naive joint": replace(reference, joint="naive"),
         "scored unfairly": replace(reference, plan=replace(reference.plan, fair=False)),
         "LANGUAGE keeps moving": replace(reference, language_rest=1.0, instruction_every=1),

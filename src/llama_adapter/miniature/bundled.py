@@ -25,7 +25,7 @@ VISION = "package:llama_adapter/miniature/bases/vision"
 ADAPTERS = "package:llama_adapter/miniature/adapters"
 SLOTS = tuple(f"<|slot_{i}|>" for i in range(16))
 PLACEHOLDER_TEXT = "".join(SLOTS)
-"""What stands where a picture is read, in scope `slots`: the tokenizer's reserved tokens."""
+"""What stands where a picture is read, in scope `placeholders`: the tokenizer's reserved tokens."""
 
 
 def load_decoder() -> PreTrainedModel:
@@ -45,7 +45,7 @@ def toy_processor(config: AdapterConfig) -> LlamaAdapterProcessor:
         load_pretrained(AutoTokenizer, resolve_reference(DECODER), what="tokenizer"),
         template="toy",
         visual_scope=config.visual_scope,
-        slot_text=PLACEHOLDER_TEXT if config.visual_scope == "slots" else None,
+        slot_text=PLACEHOLDER_TEXT if config.visual_scope == "placeholders" else None,
     )
 
 

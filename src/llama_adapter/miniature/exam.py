@@ -192,7 +192,7 @@ def write_captions(
             input_ids=ids_BT,
             attention_mask=torch.ones_like(ids_BT),
             visual_features=features,
-            visual_mask=slots_BT if processor.visual_scope == "slots" else None,
+            visual_mask=slots_BT if processor.visual_scope == "placeholders" else None,
             max_new_tokens=max_new_tokens,
             do_sample=False,
         )

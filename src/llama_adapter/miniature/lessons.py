@@ -41,7 +41,7 @@ def collate(
     batch = dict(processor.collate(rows, nothing, labels=True, side="right"))
     if features is not None:
         batch["visual_features"] = features
-        if processor.visual_scope == "slots":
+        if processor.visual_scope == "placeholders":
             length = batch["input_ids"].shape[1]
             slots_BT = pad([r.slots for r in rows], value=-1, side="right", length=length)
             batch["visual_mask"] = slots_BT >= 0

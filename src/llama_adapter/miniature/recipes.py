@@ -20,8 +20,8 @@ V2 = AdapterConfig.preset(
     prompt_length=8,
     visual_layers=3,
     visual_prompt_length=16,
-    visual_scope="slots",
-    slot_reads="own",
+    visual_scope="placeholders",
+    placeholder_attention="own",
     **PROJECTOR,
 )
 """The paper's V2 at toy size; K = N/2 layers read the picture, through placeholder slots."""

@@ -14,7 +14,14 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from llama_adapter.config import FORMAT_VERSION, NEWER, AdapterConfig, shown
+from llama_adapter.config import (
+    FORMAT_VERSION,
+    NEWER,
+    AdapterConfig,
+    as_version_1,
+    from_version_1,
+    shown,
+)
 from llama_adapter.errors import CheckpointError, ConfigError
 from llama_adapter.files import can_be_path, read_json_object, write_atomically
 from llama_adapter.model.fingerprints import check_form
@@ -140,7 +147,10 @@ class LlamaAdapterConfig(PreTrainedConfig):
 
 
 def read_adapter_config(directory: Path) -> dict[str, Any]:
-    """The checked content of `adapter_config.json` in an adapter directory."""
+    """The checked content of `adapter_config.json` in an adapter directory.
+
+    `adapter` has the names of version 2, whichever version the file has.
+    """
     path = directory / ADAPTER_CONFIG_NAME
     if not path.is_file():
         raise CheckpointError(
@@ -158,9 +168,9 @@ def read_adapter_config(directory: Path) -> dict[str, Any]:
             "(is this an adapter of another library?)"
         )
     version = content.get("format_version")
-    if type(version) is not int or version != FORMAT_VERSION:
+    if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
         raise CheckpointError(
-            f"{path} has format version {shown(version)}, this package reads {FORMAT_VERSION}"
+            f"{path} has format version {shown(version)}, this package reads 1 to {FORMAT_VERSION}"
         )
     unknown = sorted(set(content) - {*_FIELDS, _PROCESSOR, "model_type", "format_version"})
     if unknown:
@@ -171,6 +181,8 @@ def read_adapter_config(directory: Path) -> dict[str, Any]:
         found = content.get(name)
         if not isinstance(found, dict) and (found is not None or name == "adapter"):
             raise CheckpointError(f"{path}: {name} must be an object, got {shown(found)}")
+    if version == 1:
+        content["adapter"] = from_version_1(content["adapter"])
     try:
         known = AdapterConfig.from_dict(content["adapter"]).to_dict()
     except ConfigError as error:
@@ -235,6 +247,7 @@ def _check_peft(value: Any, *, where: str) -> None:
         check_form(value["weights"], where=f"{where}.weights")
 
 
-def semantics_digest(adapter: Mapping[str, Any]) -> str:
-    """A checksum of the `adapter` section, as it stands in the file."""
+def settings_digest(adapter: Mapping[str, Any], *, version: int = FORMAT_VERSION) -> str:
+    """A checksum of the `adapter` section, as it stands in a file of that version."""
+    adapter = as_version_1(adapter) if version == 1 else adapter
     return hashlib.sha256(json.dumps(adapter, sort_keys=True).encode()).hexdigest()

@@ -252,15 +252,17 @@ class LlamaAdapterForConditionalGeneration(
         if visual_prompts is None and (pixel_values is not None or visual_features is not None):
             visual_prompts = self.encode_visual(pixel_values, visual_features=visual_features)
         if visual_prompts is not None:
-            if visual_mask is None and self.adapter_config.visual_scope == "slots":
-                raise ConfigError("visual_scope is 'slots': visual_mask must say which tokens are")
+            if visual_mask is None and self.adapter_config.visual_scope == "placeholders":
+                raise ConfigError(
+                    "visual_scope is 'placeholders': visual_mask must say which tokens are"
+                )
             routing = route(
                 num_images=len(visual_prompts.prompts_IMd),
                 num_rows=num_rows,
                 num_tokens=num_tokens,
                 image_index=image_index,
                 visual_mask=visual_mask,
-                one_to_one=self.adapter_config.slot_reads == "own",
+                one_to_one=self.adapter_config.placeholder_attention == "own",
                 cache=known,
             )
             visual_prompts = visual_prompts.routed(routing)

@@ -31,7 +31,7 @@ from llama_adapter.model.configuration import (
     ADAPTER_CONFIG_NAME,
     LlamaAdapterConfig,
     read_adapter_config,
-    semantics_digest,
+    settings_digest,
 )
 from llama_adapter.model.hub import HUB_OPTIONS, adapter_folder, hub_options, revision_at_hand
 from llama_adapter.model.peft_base import PEFT_FOLDER, put_on, unwrapped
@@ -342,7 +342,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], *, semantics: Adapt
     metadata = {
         "format": "pt",
         _TENSORS: tensors_digest(state),
-        _SEMANTICS: semantics_digest(json.loads(json.dumps(semantics.to_dict()))),
+        _SEMANTICS: settings_digest(json.loads(json.dumps(semantics.to_dict()))),
     }
     written = save(state)
     length = int.from_bytes(written[:8], "little")
@@ -374,7 +374,9 @@ def check_header(path: Path, content: Mapping[str, Any]) -> Header:
     header = read_header(path)
     semantics = AdapterConfig.from_dict(content["adapter"])
     stated = header.metadata.get(_SEMANTICS)
-    if stated is not None and stated != semantics_digest(content["adapter"]):
+    if stated is not None and stated != settings_digest(
+        content["adapter"], version=content["format_version"]
+    ):
         raise CheckpointError(
             f"{path} was saved with other settings than the {ADAPTER_CONFIG_NAME} beside it has "
             "under adapter: one of the two files was changed or replaced"

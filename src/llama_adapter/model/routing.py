@@ -97,9 +97,9 @@ def _ordinals(mask_BS: Tensor, image_BS: Tensor | None, *, num_tokens: int, cach
     """
     if mask_BS.shape[1] == num_tokens and _begins_among_placeholders(cache, mask_BS):
         raise ConfigError(
-            "slot_reads is 'own': a pass must not begin with a slot behind cached tokens: "
-            "slots are counted from the first; give visual_mask for all tokens so far, or all "
-            "slots of a picture in one pass"
+            "placeholder_attention is 'own': a pass must not begin with a placeholder behind "
+            "cached tokens: they are counted from the first; give visual_mask for all tokens so "
+            "far, or all placeholders of an image in one pass"
         )
     if image_BS is not None and image_BS.shape[1] != mask_BS.shape[1]:
         raise ConfigError(

@@ -97,7 +97,7 @@ class VisualGenerationMixin(GenerationMixin):
             return inputs
         for name in by_token:
             # whoever counts placeholders needs those before the pass too
-            first = 0 if self.adapter_config.slot_reads == "own" else start
+            first = 0 if self.adapter_config.placeholder_attention == "own" else start
             new = NEW_TOKEN[name] if ends else None
             inputs[name] = continued(inputs[name], start=first, stop=stop, new=new)
         return inputs

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from llama_adapter.config import differing, shown
+from llama_adapter.config import differing, from_version_1, shown
 from llama_adapter.errors import CheckpointError
 from llama_adapter.files import read_json, read_json_object, read_text, write_atomically
 
@@ -38,8 +38,9 @@ def check_agreement(directory: Path, stored: Mapping[str, Any]) -> None:
     content = _adapter_config(directory)
     if content is None:
         return
-    semantics = content.get("adapter")
-    if isinstance(semantics, dict) and semantics.get("fusion") != "none":
+    adapter = content.get("adapter")
+    semantics = from_version_1(adapter) if isinstance(adapter, dict) else {"fusion": "none"}
+    if semantics.get("fusion") != "none":
         for name in ("channel_order", "visual_scope"):
             if name in semantics and semantics[name] != stored.get(name):
                 _refuse(directory, name, stored.get(name), semantics[name])
@@ -48,7 +49,10 @@ def check_agreement(directory: Path, stored: Mapping[str, Any]) -> None:
         return
     if not isinstance(known, dict) or known.keys() != {"settings", "tokenizer"}:
         raise CheckpointError(f"{directory / _ADAPTER_CONFIG}: {_RECORD} is damaged")
-    for name, found, expected in differing(_plain(stored), known["settings"]):
+    settings = known["settings"]
+    if isinstance(settings, dict):
+        settings = from_version_1(settings)
+    for name, found, expected in differing(_plain(stored), settings):
         _refuse(directory, name, found, expected)
     ours, theirs = _tokenizer(directory), known["tokenizer"]
     for name in _TOKENIZER_FILES:

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, BatchFeature, ProcessorMixin
 from transformers.utils import cached_file
 
+from llama_adapter.config import from_version_1
 from llama_adapter.conversation import Conversation, ImageRef
 from llama_adapter.errors import CheckpointError, ConfigError, LlamaAdapterError, PromptError
 from llama_adapter.files import read_json_object, write_atomically
@@ -68,13 +69,13 @@ def check_options(
     """ConfigError for options that no processor takes."""
     if template not in TEMPLATES:
         raise ConfigError(f"template must be one of {', '.join(TEMPLATES)}, got {template!r}")
-    if visual_scope not in {"all", "slots"}:
-        raise ConfigError(f"visual_scope must be 'all' or 'slots', got {visual_scope!r}")
+    if visual_scope not in {"all", "placeholders"}:
+        raise ConfigError(f"visual_scope must be 'all' or 'placeholders', got {visual_scope!r}")
     if channel_order not in {"rgb", "bgr"}:
         raise ConfigError(f"channel_order must be 'rgb' or 'bgr', got {channel_order!r}")
-    if (visual_scope == "slots") != bool(slot_text):
+    if (visual_scope == "placeholders") != bool(slot_text):
         raise ConfigError(
-            "slot_text is the placeholder of visual_scope 'slots' and of nothing else, "
+            "slot_text is the placeholder of visual_scope 'placeholders' and of nothing else, "
             f"got visual_scope {visual_scope!r} and slot_text {slot_text!r}"
         )
 
@@ -104,8 +105,8 @@ class LlamaAdapterProcessor(ProcessorMixin):
             image_processor: a Hugging Face image processor; None for text alone.
             tokenizer: a fast Hugging Face tokenizer, the base model's own.
             template: a name in `processing.templates.TEMPLATES`.
-            visual_scope: `all`, or `slots` where only placeholder tokens read the image.
-            slot_text: the placeholder, with `slots`; special tokens or ordinary text.
+            visual_scope: `all`, or `placeholders` where only placeholder tokens read the image.
+            slot_text: the placeholder, with `placeholders`; special tokens or ordinary text.
             channel_order: `rgb`, or `bgr` for adapters trained on swapped channels.
             chat_switches: variables of the tokenizer's chat template, such as
                 `{"enable_thinking": False}`, with template `chat`; None: those under which prompts
@@ -563,7 +564,8 @@ class LlamaAdapterProcessor(ProcessorMixin):
         """
         where = pretrained_model_name_or_path
         kwargs.pop("trust_remote_code", None)  # Auto classes hand theirs on
-        stored = read_json_object(_stored_file(where, **kwargs), error=CheckpointError)
+        file = _stored_file(where, **kwargs)
+        stored = from_version_1(read_json_object(file, error=CheckpointError))
         options = _options(stored, where=where)
         agreement.check_agreement(Path(where), stored)
         tokenizer = load_pretrained(AutoTokenizer, where, what="tokenizer of", **kwargs)

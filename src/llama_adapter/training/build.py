@@ -50,7 +50,7 @@ def load_processor(recipe: Recipe) -> LlamaAdapterProcessor:
         base = base_below(base)
     tokenizer = load_pretrained(AutoTokenizer, base, what="tokenizer of")
     sees = recipe.vision is not None and semantics.sees
-    if sees and semantics.slot_reads == "own":
+    if sees and semantics.placeholder_attention == "own":
         _check_slots(recipe, tokenizer, semantics.visual_prompt_length)
     return LlamaAdapterProcessor(
         load_image_processor(locate(recipe.vision.model, what="vision tower"))
@@ -69,8 +69,8 @@ def _check_slots(recipe: Recipe, tokenizer: Any, length: int) -> None:
     found = len(tokenizer(text, add_special_tokens=False)["input_ids"])
     if found != length:
         raise ConfigError(
-            f"prompt.slot_text is {found} tokens, but with adapter.slot_reads 'own' there must be "
-            f"one for each of the {length} visual prompts"
+            f"prompt.slot_text is {found} tokens, but with adapter.placeholder_attention 'own' "
+            f"there must be one for each of the {length} visual prompts"
         )
 
 

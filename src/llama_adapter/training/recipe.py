@@ -24,7 +24,7 @@ from pydantic import (
     model_validator,
 )
 
-from llama_adapter.config import AdapterConfig, did_you_mean
+from llama_adapter.config import AdapterConfig, did_you_mean, from_version_1
 from llama_adapter.data import SOURCES, Kind, SourceOptions
 from llama_adapter.errors import ConfigError
 from llama_adapter.files import parse_yaml, read_yaml
@@ -98,6 +98,11 @@ class AdapterSection(Section):
     start: Path | None = None
     """An adapter directory whose numbers and semantics training starts from, LoRA included."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _of_version_1(cls, values: Any) -> Any:
+        return from_version_1(values) if isinstance(values, dict) else values
+
     @model_validator(mode="after")
     def _known(self) -> Self:
         if self.start is not None:
@@ -134,7 +139,7 @@ class PromptSection(Section):
     template: str = "alpaca"
     """`alpaca`, `chat` (the tokenizer's own), `human-assistant` or `toy`."""
     slot_text: str | None = None
-    """The placeholder of adapters whose `visual_scope` is `slots`."""
+    """The placeholder of adapters whose `visual_scope` is `placeholders`."""
 
 
 class SourceSection(Section):
