@@ -1,5 +1,5 @@
 """Talking with an adapted model: multi-turn sessions with images, experts and streaming."""
 
-from llama_adapter.chat.session import Answer, ChatSession
+from llama_adapter.chat.session import ChatAnswer, ChatSession
 
-__all__ = ["Answer", "ChatSession"]
+__all__ = ["ChatAnswer", "ChatSession"]

@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
-
-import torch
-from PIL import Image
-from transformers import TextIteratorStreamer
+from dataclasses import dataclass, replace
+from typing import Any
 
 from llama_adapter.conversation import Conversation, ImageRef
 from llama_adapter.experts.base import Expert, Report
 from llama_adapter.experts.pool import ExpertPool
-from llama_adapter.generation.settings import GenerationSettings
+from llama_adapter.generation import GenerationSettings
+from llama_adapter.generation.answer import stream
 from llama_adapter.model import LlamaAdapterForConditionalGeneration
 from llama_adapter.processing.images import load_image
 from llama_adapter.processing.processor import LlamaAdapterProcessor
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Answer:
+class ChatAnswer:
     """What came back for one question."""
 
     text: str
@@ -52,7 +48,9 @@ class ChatSession:
         experts: ExpertPool | Sequence[Expert] = (),
         context: str | None = None,
         settings: GenerationSettings | None = None,
+        seed: int | None = None,
     ) -> None:
+        """Start; with a `seed` sampled answers to the same questions are the same."""
         self.model = model
         self.processor = processor
         if not isinstance(experts, ExpertPool):
@@ -61,10 +59,11 @@ class ChatSession:
         self.settings = settings or GenerationSettings()
         self.conversation: Conversation | None = None
         self._given_context = context
+        self._seed = seed
         self._reports: tuple[Report, ...] = ()
-        self.last_answer: Answer | None = None
+        self.last_answer: ChatAnswer | None = None
 
-    def ask(self, question: str, *, images: Sequence[Any] = ()) -> Answer:
+    def ask(self, question: str, *, images: Sequence[Any] = ()) -> ChatAnswer:
         """The whole answer to a question, which may come with pictures.
 
         Raises PromptError for an empty or too long prompt and ImageError for a bad picture;
@@ -78,106 +77,42 @@ class ChatSession:
     def stream(self, question: str, *, images: Sequence[Any] = ()) -> Iterator[str]:
         """The answer piece by piece; `last_answer` holds all of it at the end."""
         started = time.perf_counter()
-        conversation, reports, told, inputs = self._prepare(question, images)
-        streamer = TextIteratorStreamer(
-            self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True
+        conversation, told, reports = self._ask(question, images)
+        seed = None if self._seed is None else self._seed + len(conversation.turns) // 2
+        answer = yield from stream(
+            self.model, self.processor, conversation, self.settings, seed=seed
         )
-        settings = self.settings.as_keywords()
-        keywords = {**inputs, **settings, **self.processor.stop_options}
-        worker = _Worker(self.model, keywords, streamer)
-        worker.start()
-        pieces = []
-        try:
-            for piece in streamer:
-                pieces.append(piece)
-                if piece:
-                    yield piece
-        finally:
-            worker.stop()
-            worker.join()
-        tokens = worker.result()
-        text = self.processor.without_end("".join(pieces))
-        self.last_answer = Answer(
-            text=text,
-            tokens=int(tokens.shape[1] - inputs["input_ids"].shape[1]),
+        self.last_answer = ChatAnswer(
+            text=answer.text,
+            tokens=len(answer.tokens),
             seconds=time.perf_counter() - started,
             contexts=told,
             notes=tuple(f"{ref.name}: {ref.note}" for ref in conversation.images if ref.note),
         )
-        self.conversation = conversation.assistant(text)
+        self.conversation = conversation.assistant(answer.text)
         self._reports = reports
 
     def reset(self) -> None:
         """Forget every turn, picture and report."""
         self.conversation, self._reports, self.last_answer = None, (), None
 
-    def _prepare(self, question: str, images: Sequence[Any]) -> _Prepared:
+    def _ask(
+        self, question: str, images: Sequence[Any]
+    ) -> tuple[Conversation, tuple[Report, ...], tuple[Report, ...]]:
+        """The conversation with the question, what experts say in it, and all their reports."""
         loaded = [_load(image) for image in images]
-        context = self._given_context
-        shown = 0
         if self.conversation is None:
-            conversation = Conversation.ask(question, images=loaded, context=context)
+            shown = 0
+            conversation = Conversation.ask(question, images=loaded)
         else:
             shown = len(self.conversation.images)
-            conversation = self.conversation.user(question, images=loaded).with_context(context)
-        conversation, told, reports = self.pool.inform(
-            conversation, earlier=self._reports, seen=shown
+            conversation = self.conversation.user(question, images=loaded)
+        return self.pool.inform(
+            conversation.with_context(self._given_context), earlier=self._reports, seen=shown
         )
-        inputs = self.processor([conversation])
-        return _Prepared(conversation, reports, told, inputs.to(self.model.device))
 
 
-class _Prepared(NamedTuple):
-    conversation: Conversation
-    reports: tuple[Report, ...]
-    """All that experts have found so far."""
-    told: tuple[Report, ...]
-    """What of it the model reads now."""
-    inputs: Any
-
-
-class _Worker(threading.Thread):
-    """Generates in the background, so that pieces can be shown as they come."""
-
-    def __init__(
-        self,
-        model: LlamaAdapterForConditionalGeneration,
-        keywords: dict[str, Any],
-        streamer: TextIteratorStreamer,
-    ) -> None:
-        super().__init__(daemon=True)
-        self._model = model
-        self._keywords = keywords
-        self._streamer = streamer
-        self._abandoned = threading.Event()
-        self._tokens: torch.Tensor | None = None
-        self._error: BaseException | None = None
-
-    def run(self) -> None:
-        try:
-            self._tokens = self._model.generate(
-                **self._keywords, streamer=self._streamer, stopping_criteria=[self._must_end]
-            )
-        except BaseException as error:
-            self._error = error
-            self._streamer.end()
-
-    def stop(self) -> None:
-        """End after the current token: whoever read the pieces has gone."""
-        self._abandoned.set()
-
-    def _must_end(self, tokens: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:  # noqa: ARG002
-        return torch.full((len(tokens),), self._abandoned.is_set(), device=tokens.device)
-
-    def result(self) -> torch.Tensor:
-        """The tokens, prompt included; raises what generation raised."""
-        if self._error is not None:
-            raise self._error
-        assert self._tokens is not None
-        return self._tokens
-
-
-def _load(image: Any) -> Image.Image | ImageRef:
+def _load(image: Any) -> ImageRef:
+    """The image, decoded once for all turns to come; frames of a video are decoded already."""
     ref = ImageRef.of(image)
-    # the frames of a video, decoded already
-    return ref if isinstance(ref.source, tuple) else load_image(ref.source, name=ref.name)
+    return ref if isinstance(ref.source, tuple) else replace(ref, source=load_image(ref))

@@ -12,10 +12,11 @@ import typer
 from llama_adapter.cli.models import MODEL_HELP
 from llama_adapter.cli.numbers import MAX_FRAMES, MAX_NEW_TOKENS, MAX_TEMPERATURE, between
 from llama_adapter.cli.output import one_line
+from llama_adapter.conversation import ImageRef
 from llama_adapter.errors import ImageError, PromptError
 
 if TYPE_CHECKING:
-    from llama_adapter.chat import Answer, ChatSession
+    from llama_adapter.chat import ChatAnswer, ChatSession
     from llama_adapter.cli.experts import ExpertChoice
 
 _HELP = "/image FILE shows a picture with the next question, /reset forgets, /quit leaves."
@@ -142,18 +143,17 @@ def chat(
 
 def _shown(images: Sequence[Path], video: Path | None, *, frames: int) -> list[Any]:
     """What the first question looks at, so that a bad file is refused before a model is loaded."""
-    shown: list[Any] = [_checked(path) for path in images]
+    shown: list[Any] = [_decoded(path) for path in images]
     if video is not None:
         shown.append(_frames_of(video, frames))
     return shown
 
 
-def _checked(path: Path) -> Path:
-    """The path of a picture that can be read."""
+def _decoded(path: Path) -> ImageRef:
+    """An image that can be read; it is decoded here and nowhere else."""
     from llama_adapter.processing.images import load_image
 
-    load_image(path)
-    return path
+    return ImageRef(source=load_image(path), name=str(path))
 
 
 def _frames_of(path: Path, count: int) -> Any:
@@ -176,26 +176,23 @@ def _open_session(
     max_new_tokens: int,
     temperature: float,
 ) -> ChatSession:
-    import torch
-
     from llama_adapter.chat import ChatSession
     from llama_adapter.cli.models import load
     from llama_adapter.generation import GenerationSettings
 
     settings = GenerationSettings(max_new_tokens=max_new_tokens, temperature=temperature)
     loaded, processor = load(model, device=device)
-    # transformers samples from the global generator and from no other
-    torch.manual_seed(seed)
     return ChatSession(
         loaded,
         processor,
         experts=experts.open(loaded=loaded, processor=processor, device=device),
         context=context,
         settings=settings,
+        seed=seed,
     )
 
 
-def _as_json(answer: Answer) -> dict[str, Any]:
+def _as_json(answer: ChatAnswer) -> dict[str, Any]:
     found: dict[str, Any] = {
         "answer": answer.text,
         "tokens": answer.tokens,
@@ -233,7 +230,7 @@ def _converse(session: ChatSession, images: list[Any]) -> None:
                     session.reset()
                     waiting = list(images)
                 case "/image":
-                    waiting.append(_checked(Path(argument.strip()).expanduser()))
+                    waiting.append(_decoded(Path(argument.strip()).expanduser()))
                 case _ if command.startswith("/"):
                     typer.echo(f"unknown command {one_line(command)}. {_HELP}", err=True)
                 case _:

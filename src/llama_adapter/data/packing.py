@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from llama_adapter.data.encoding import Prepared
-from llama_adapter.processing.encoding import IGNORED, pad
+from llama_adapter.processing.encoding import IGNORED, pad, pad_id
 from llama_adapter.processing.processor import LlamaAdapterProcessor
 
 Padding = Literal["packed", "padded", "max_length"]
@@ -125,16 +125,14 @@ def assemble(
     length = row_length
     if padding == "padded":
         length = max((len(p.encoded) for row in rows for p in row), default=1)
-    pad_id = processor.tokenizer.pad_token_id
-    if pad_id is None:
-        pad_id = processor.tokenizer.eos_token_id or 0
 
     def batch(rows_of_numbers: list[list[int]], *, value: int) -> Tensor:
         return pad(rows_of_numbers, value=value, side="right", length=length)
 
     inputs = {
         "input_ids": batch(
-            [_chain(p.encoded.input_ids for p in row) for row in rows], value=pad_id
+            [_chain(p.encoded.input_ids for p in row) for row in rows],
+            value=pad_id(processor.tokenizer),
         ),
         "labels": batch([_chain(p.encoded.labels for p in row) for row in rows], value=IGNORED),
     }

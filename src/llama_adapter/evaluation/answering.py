@@ -63,31 +63,15 @@ class LocalAnswerer:
         self, conversations: Sequence[Conversation], generation: Generation, *, seed: int
     ) -> list[Answered]:
         """A batch at once; where one prompt spoils it, each alone."""
-        try:
-            return self._together(conversations, generation, seed=seed)
-        except LlamaAdapterError as error:
-            if len(conversations) == 1:
-                return [Answered(problem=str(error))]
-        return [self.answer([c], generation, seed=seed)[0] for c in conversations]
+        from llama_adapter.generation.answer import answer_each
 
-    def _together(
-        self, conversations: Sequence[Conversation], generation: Generation, *, seed: int
-    ) -> list[Answered]:
-        import torch
-
-        inputs = self._processor(list(conversations)).to(self._model.device)
-        options: dict[str, Any] = {"do_sample": generation.temperature > 0}
-        if generation.temperature > 0:
-            options["temperature"] = generation.temperature
-        options |= self._processor.stop_options
-        with torch.random.fork_rng(), torch.no_grad():
-            torch.manual_seed(seed)
-            tokens = self._model.generate(
-                **inputs, max_new_tokens=generation.max_new_tokens, **options
-            )
-        new = tokens[:, inputs["input_ids"].shape[1] :]
-        texts = self._processor.tokenizer.batch_decode(new, skip_special_tokens=True)
-        return [Answered(text=self._processor.without_end(text)) for text in texts]
+        found = answer_each(self._model, self._processor, conversations, generation, seed=seed)
+        return [
+            Answered(problem=str(one))
+            if isinstance(one, LlamaAdapterError)
+            else Answered(text=one.text)
+            for one in found
+        ]
 
     def describe(self) -> dict[str, Any]:
         """Checksums of the adapter's files, its template and its frame rule."""

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from llama_adapter.errors import EvaluationError, MissingDependencyError
 from llama_adapter.evaluation.records import Row, Verdict
+from llama_adapter.generation import GenerationSettings
 from llama_adapter.pretrained import load_pretrained
 
 KEY_VARIABLES = ("LLAMA_ADAPTER_JUDGE_KEY", "OPENAI_API_KEY")
@@ -132,7 +133,7 @@ class LocalJudge:
 
     def ask(self, prompt: str, *, system: str, attempt: int) -> Reply:
         """The likeliest reply; a second attempt samples."""
-        import torch
+        from llama_adapter.generation.answer import complete
 
         started = time.perf_counter()
         tokenizer = self._tokenizer
@@ -146,31 +147,20 @@ class LocalJudge:
             )
         else:
             text = f"{system}\n\n{prompt}\n\n"
-        inputs = tokenizer(text, return_tensors="pt").to(self._model.device)
-        inputs.pop("token_type_ids", None)
-        with torch.random.fork_rng():
-            torch.manual_seed(attempt)
-            out = self._model.generate(
-                **inputs,
-                max_new_tokens=self._max_tokens,
-                do_sample=attempt > 0,
-                pad_token_id=_first(tokenizer.pad_token_id, tokenizer.eos_token_id),
-            )
-        new = out[0, inputs["input_ids"].shape[1] :]
+        settings = GenerationSettings(
+            max_new_tokens=self._max_tokens, temperature=1.0 if attempt else 0.0
+        )
+        answer = complete(self._model, tokenizer, text, settings, seed=attempt)
         return Reply(
-            text=tokenizer.decode(new, skip_special_tokens=True),
-            prompt_tokens=int(inputs["input_ids"].shape[1]),
-            completion_tokens=len(new),
+            text=answer.text,
+            prompt_tokens=answer.prompt_tokens,
+            completion_tokens=len(answer.tokens),
             seconds=time.perf_counter() - started,
         )
 
     def close(self) -> None:
         """Let go of the model."""
         self._model = None
-
-
-def _first(*values: int | None) -> int | None:
-    return next((value for value in values if value is not None), None)
 
 
 _NUMBERS = "zero one two three four five six seven eight nine ten eleven twelve".split()  # noqa: SIM905

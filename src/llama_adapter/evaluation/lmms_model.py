@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from lmms_eval.api.model import lmms
 
 from llama_adapter.conversation import Conversation, ImageRef
 from llama_adapter.errors import EvaluationError, LlamaAdapterError
 from llama_adapter.evaluation.answering import LocalAnswerer
 from llama_adapter.evaluation.tasks.base import Generation
+from llama_adapter.generation.answer import log_likelihoods
 from llama_adapter.processing.video import VIDEO_SUFFIXES, load_video
 
 _DEFAULTS = Generation(max_new_tokens=256)
@@ -118,17 +118,10 @@ class LlamaAdapterLmms(lmms):
         images = self._images(doc_to_visual(doc))
         try:
             asked = Conversation.ask(context, images=images, answer=str(target).strip())
-            inputs = self._processor([asked], labels=True).to(self._model.device)
+            [found] = log_likelihoods(self._model, self._processor, [asked])
         except LlamaAdapterError as error:
             raise EvaluationError(f"{task} {doc_id}: {error}") from error
-        labels_T = inputs.pop("labels")[0, 1:]
-        with torch.no_grad():
-            logits_TV = self._model(**inputs).logits[0, :-1].float()
-        scored = labels_T != -100
-        chosen = logits_TV[scored].log_softmax(-1)
-        wanted = labels_T[scored]
-        total = chosen.gather(1, wanted[:, None]).sum().item()
-        return total, bool((chosen.argmax(-1) == wanted).all())
+        return found.log_probabilities_A.sum().item(), found.is_greedy
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
         """Rounds that a task makes up as it goes are not offered."""

@@ -22,6 +22,8 @@ from llama_adapter.files import write_atomically
 MANIFEST = "manifest.json"
 _SAME = ("task", "model", "data_sha256", "records", "generation", "shard")
 """What must agree where a run is taken up again."""
+_LATER_SETTINGS = {"top_p": 1.0}
+"""What older manifests do not say of how answers were drawn."""
 _KINDS = {
     "task": str,
     "model": dict,
@@ -92,9 +94,12 @@ def start_or_resume(folder: Path, manifest: Mapping[str, Any]) -> None:
         return
     stored = read_manifest(folder)
     for key in _SAME:
-        if stored.get(key) != json.loads(json.dumps(manifest[key])):
+        before = stored.get(key)
+        if key == "generation" and isinstance(before, dict):
+            before = _LATER_SETTINGS | before
+        if before != json.loads(json.dumps(manifest[key])):
             raise EvaluationError(
-                f"{folder}: holds another run; {key} was {_brief(stored.get(key))}, "
+                f"{folder}: holds another run; {key} was {_brief(before)}, "
                 f"now {_brief(manifest[key])}. Choose another --out"
             )
 

@@ -11,7 +11,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
 from pydantic import Field
 
@@ -20,6 +19,8 @@ from llama_adapter.errors import ExpertError
 from llama_adapter.experts.base import Expert, ExpertInfo, Finding, Report, Request
 from llama_adapter.experts.options import Count, ExpertContext, ExpertOptions
 from llama_adapter.experts.pipelines import check_size, load_pipeline, pipeline_version
+from llama_adapter.generation import GenerationSettings
+from llama_adapter.generation.answer import answer
 from llama_adapter.model import LlamaAdapterForConditionalGeneration
 from llama_adapter.model.configuration import ADAPTER_CONFIG_NAME
 from llama_adapter.model.persistence import ADAPTER_WEIGHTS_NAME
@@ -77,13 +78,11 @@ class CaptionExpert:
         self.max_new_tokens = max_new_tokens
         self.info = ExpertInfo(version=version, uses_question=False, uses_model=True)
 
-    @torch.no_grad()
     def consult(self, request: Request) -> Report:
         """One caption per image; ExpertError where they are not done in time."""
         if not request.images:
             return Report(expert=self.name)
         seconds = request.seconds_left
-        limit: dict[str, Any] = {} if seconds is None else {"max_time": seconds}
         active = self.model.active_adapter
         self.model.set_adapter(self.adapter_name)
         try:
@@ -91,19 +90,15 @@ class CaptionExpert:
             learned = self.model.adapter_config.caption_instruction
             instruction = self.instruction or learned or ADAPTER_INSTRUCTION
             prompts = [Conversation.ask(instruction, images=[image]) for image in request.images]
-            inputs = self.processor(prompts, padding_side="left").to(self.model.device)
-            options = {**limit, **self.processor.stop_options}
-            tokens = self.model.generate(
-                **inputs, max_new_tokens=self.max_new_tokens, do_sample=False, **options
+            settings = GenerationSettings(max_new_tokens=self.max_new_tokens)
+            answers = answer(
+                self.model, self.processor, prompts, settings, deadline=request.deadline
             )
         finally:
             self.model.set_adapter(active)
         if request.is_late:
             raise ExpertError(f"captions took longer than {seconds:.3g} seconds")
-        answers = self.processor.batch_decode(
-            tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
-        )
-        return _captions([self.processor.without_end(answer) for answer in answers])
+        return _captions([one.text for one in answers])
 
 
 def load_caption_expert(

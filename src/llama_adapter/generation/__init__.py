@@ -1,4 +1,4 @@
-"""Answers of an adapted model."""
+"""Answers of an adapted model: `answer` has them whole, in a stream, or how likely they are."""
 
 from llama_adapter.generation.settings import GenerationSettings
 

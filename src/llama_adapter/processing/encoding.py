@@ -184,6 +184,12 @@ def _spans_of(offsets: Sequence[Span], spans: Sequence[Span]) -> list[int]:
     return listed
 
 
+def pad_id(tokenizer: Any) -> int:
+    """The token that fills rows up: the tokenizer's padding or, where it has none, its end."""
+    found = tokenizer.pad_token_id
+    return int((tokenizer.eos_token_id or 0) if found is None else found)
+
+
 def pad(rows: Sequence[Sequence[int]], *, value: int, side: Side, length: int) -> Tensor:
     """Rows of integers as one (B, T) tensor."""
     padded = [

@@ -22,7 +22,15 @@ from llama_adapter.files import read_json_object, write_atomically
 from llama_adapter.pretrained import explain, load_pretrained
 from llama_adapter.processing import agreement
 from llama_adapter.processing.chat_template import ChatTemplate
-from llama_adapter.processing.encoding import IGNORED, Encoded, Side, encode, opening_ids, pad
+from llama_adapter.processing.encoding import (
+    IGNORED,
+    Encoded,
+    Side,
+    encode,
+    opening_ids,
+    pad,
+    pad_id,
+)
 from llama_adapter.processing.image_processors import image_processor_from, pixel_values
 from llama_adapter.processing.keywords import BatchOptions, in_order, read_keywords
 from llama_adapter.processing.pieces import Rendered
@@ -451,10 +459,8 @@ class LlamaAdapterProcessor(ProcessorMixin):
         all images none is read.
         """
         length = length or max(map(len, rows))
-        pad_id = self.tokenizer.pad_token_id
-        if pad_id is None:
-            pad_id = self.tokenizer.eos_token_id or 0
-        ids_BT = pad([r.input_ids for r in rows], value=pad_id, side=side, length=length)
+        filling = pad_id(self.tokenizer)
+        ids_BT = pad([r.input_ids for r in rows], value=filling, side=side, length=length)
         ones = [(1,) * len(r) for r in rows]
         data: dict[str, Tensor] = {
             "input_ids": ids_BT,

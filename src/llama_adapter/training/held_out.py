@@ -13,7 +13,9 @@ from llama_adapter.conversation import Conversation
 from llama_adapter.data import Kind, Sample, SampleEncoder
 from llama_adapter.data.packing import assemble
 from llama_adapter.errors import DataError, LlamaAdapterError
-from llama_adapter.model import LlamaAdapterForConditionalGeneration, answer_mask
+from llama_adapter.generation import GenerationSettings
+from llama_adapter.generation.answer import answer_inputs, log_likelihoods_of_inputs
+from llama_adapter.model import LlamaAdapterForConditionalGeneration
 from llama_adapter.processing.processor import LlamaAdapterProcessor
 from llama_adapter.processing.prompts import frames_of
 from llama_adapter.training.engine import Engine
@@ -74,15 +76,10 @@ class HeldOutScorer:
                 rows.append([encoder.prepare(sample, cut.first, cut.stop)])
             inputs = assemble(rows, self.processor, padding="padded", row_length=encoder.limit)
             batch = {key: tensor.to(self.model.device) for key, tensor in inputs.items()}
-            labels = batch["labels"]
-            loss = self.model(
-                **batch,
-                num_answer_tokens=1,
-                logits_to_keep=answer_mask(labels),
-                use_cache=False,
-            ).loss
-            if counts:
-                sums += torch.stack([loss.double(), (labels[:, 1:] != -100).sum().double()])
+            found = log_likelihoods_of_inputs(self.model, batch)
+            for likelihood in found if counts else ():
+                log_probs_A = likelihood.log_probabilities_A.double()
+                sums += torch.stack([-log_probs_A.sum(), sums.new_tensor(len(log_probs_A))])
         total, tokens = self.engine.total(sums).tolist()
         # of nothing learnt yet it may be beyond any number that is worth writing
         return math.exp(min(total / max(tokens, 1), 50.0))
@@ -109,24 +106,17 @@ class HeldOutScorer:
         inputs = self._inputs(questions).to(self.model.device)
         # made here, for `generate` would use layers beyond a forward pass, where they are in shards
         self.engine.gather_root()
-        visual = self.model.encode_visual(
+        inputs["visual_prompts"] = self.model.encode_visual(
             inputs.pop("pixel_values", None), visual_features=inputs.pop("visual_features", None)
         )
-        options: dict[str, Any] = {"visual_prompts": visual, **self.processor.stop_options}
-        if self.engine.world_size > 1:
-            options["synced_gpus"] = True
-        tokenizer = self.processor.tokenizer
-        pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        tokens = self.model.generate(
-            **inputs,
-            max_new_tokens=section.max_new_tokens,
-            do_sample=False,
-            pad_token_id=pad,
-            **options,
+        answers = answer_inputs(
+            self.model,
+            self.processor,
+            inputs,
+            GenerationSettings(max_new_tokens=section.max_new_tokens),
+            synced_gpus=True if self.engine.world_size > 1 else None,
         )
-        new = tokens[:, inputs["input_ids"].shape[1] :]
-        texts = tokenizer.batch_decode(new, skip_special_tokens=True)
-        return [self.processor.without_end(text) for text in texts]
+        return [answer.text for answer in answers]
 
     def _images(self, held_out: HeldOut, most: int) -> list[list[Sample]]:
         """Samples by image: one to ask about, all of them to compare with."""

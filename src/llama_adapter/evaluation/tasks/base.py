@@ -10,15 +10,14 @@ from pathlib import Path
 from llama_adapter.errors import EvaluationError
 from llama_adapter.evaluation.predictions import Predictions
 from llama_adapter.evaluation.records import Record, Row, Tally, Verdict
+from llama_adapter.generation import GenerationSettings
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Generation:
+class Generation(GenerationSettings):
     """How answers are generated; every field may be changed on the command line."""
 
     max_new_tokens: int = 64
-    temperature: float = 0.0
-    """0 takes the likeliest token each time."""
     seed: int = 0
     frames: int = 8
     """Frames from a video."""
@@ -27,11 +26,10 @@ class Generation:
     batch_size: int = 8
 
     def __post_init__(self) -> None:
-        for name in ("max_new_tokens", "frames", "batch_size"):
+        GenerationSettings.__post_init__(self)  # super() does not work beside slots
+        for name in ("frames", "batch_size"):
             if getattr(self, name) < 1:
                 raise EvaluationError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not self.temperature >= 0:
-            raise EvaluationError(f"temperature must be at least 0, got {self.temperature}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
