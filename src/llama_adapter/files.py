@@ -8,8 +8,10 @@ names the file; the caller says which error of `llama_adapter.errors` it becomes
 
 from __future__ import annotations
 
+import glob
 import json
 import os
+import shutil
 import stat
 import unicodedata
 from collections.abc import Hashable, Iterator
@@ -241,6 +243,65 @@ def write_atomically(path: Path, content: bytes | str) -> None:
     """Write a whole file; after an error the old content, or nothing, is there."""
     with atomic_file(path) as file:
         file.write(content.encode() if isinstance(content, str) else content)
+
+
+@contextmanager
+def staged_directory(path: Path) -> Iterator[Path]:
+    """A directory to fill that becomes `path` when the block ends well, and else is removed.
+
+    The same promise as `atomic_file` for a whole directory, in place of one that is there. What
+    killed processes left of it is removed first. Its parent must exist.
+    """
+    stage = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    _remove_abandoned(path)
+    try:
+        stage.mkdir()
+        yield stage
+        for part in (*stage.rglob("*"), stage):
+            _sync(part)
+        _replace_directory(path, stage)
+        _sync(path.parent)
+    except BaseException:
+        shutil.rmtree(stage, ignore_errors=True)
+        raise
+
+
+def move_aside(path: Path, aside: Path) -> None:
+    """Rename a directory, in place of what has that name."""
+    shutil.rmtree(aside, ignore_errors=True)
+    path.rename(aside)
+
+
+def _replace_directory(path: Path, stage: Path) -> None:
+    if not path.exists():
+        stage.rename(path)
+        return
+    old = path.with_name(f".{path.name}.replaced-{os.getpid()}")
+    try:
+        move_aside(path, old)
+        stage.rename(path)
+    except BaseException:  # a signal, too, must not leave `path` away
+        if old.exists() and not path.exists():
+            old.rename(path)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Remove stages of runs that were killed: their process is gone, or its number is ours."""
+    for stage in path.parent.glob(f".{glob.escape(path.name)}.partial-*"):
+        pid = stage.name.rsplit("-", 1)[1]
+        is_gone = Path("/proc").exists() and not Path(f"/proc/{pid}").exists()
+        if pid.isdigit() and (is_gone or int(pid) == os.getpid()):
+            shutil.rmtree(stage, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _shown(path: Path) -> str:

@@ -5,14 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from llama_adapter.checkpoints.directories import mark_export, staged_directory
+from llama_adapter.checkpoints.directories import mark_export, output_directory
 
 
 def test_what_a_killed_run_of_our_number_left_is_removed(tmp_path: Path) -> None:
     left = tmp_path / f".out.partial-{os.getpid()}"
     left.mkdir()
     (left / "half").write_text("written")
-    with staged_directory(tmp_path / "out") as stage:
+    with output_directory(tmp_path / "out") as stage:
         (stage / "whole").write_text("written")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["whole"]
@@ -33,7 +33,7 @@ def test_an_interrupt_while_replacing_brings_the_old_directory_back(
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", interrupted)
-    with pytest.raises(KeyboardInterrupt), staged_directory(out, overwrite=True) as stage:
+    with pytest.raises(KeyboardInterrupt), output_directory(out, overwrite=True) as stage:
         (stage / "new").write_text("content")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert sorted(path.name for path in out.iterdir()) == before

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
 import signal
 import threading
 from collections.abc import Iterator
@@ -14,6 +12,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from llama_adapter import files
 from llama_adapter.errors import CheckpointError
 from llama_adapter.model.references import resolve_reference
 
@@ -37,7 +36,7 @@ def adapter_sources(directory: Path, *described: dict[str, Any] | None) -> tuple
 
 
 @contextmanager
-def staged_directory(
+def output_directory(
     out: Path, *, overwrite: bool = False, sources: tuple[Path, ...] = ()
 ) -> Iterator[Path]:
     """A directory beside `out` to write into; it becomes `out` when the block ends well.
@@ -72,16 +71,11 @@ def _reason_of_system(error: Exception) -> str | None:
 def _staged(out: Path, overwrite: bool, sources: tuple[Path, ...]) -> Iterator[Path]:
     _check_target(out, overwrite=overwrite, sources=sources)
     missing_parents = [parent for parent in out.parents if not parent.exists()]
-    stage = out.parent / f".{out.name}.partial-{os.getpid()}"
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        _remove_abandoned(out)
-        stage.mkdir()
-        with _termination_raises():
+        with _termination_raises(), files.staged_directory(out) as stage:
             yield stage
-            _replace(out, stage)
     except BaseException:
-        shutil.rmtree(stage, ignore_errors=True)
         for parent in missing_parents:
             with suppress(OSError):
                 parent.rmdir()
@@ -103,30 +97,6 @@ def _check_target(out: Path, *, overwrite: bool, sources: tuple[Path, ...]) -> N
             f"{out} holds {len(list(out.iterdir()))} entries but no model that was "
             "imported or exported here; it is not overwritten"
         )
-
-
-def _replace(out: Path, stage: Path) -> None:
-    if not out.exists():
-        stage.rename(out)
-        return
-    old = out.parent / f".{out.name}.replaced-{os.getpid()}"
-    try:
-        out.rename(old)
-        stage.rename(out)
-    except BaseException:  # a signal, too, must not leave `out` away
-        if old.exists() and not out.exists():
-            old.rename(out)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _remove_abandoned(out: Path) -> None:
-    """Remove stages of runs that were killed: their process is gone, or its number is ours."""
-    for stage in out.parent.glob(f".{out.name}.partial-*"):
-        pid = stage.name.rsplit("-", 1)[1]
-        is_gone = Path("/proc").exists() and not Path(f"/proc/{pid}").exists()
-        if pid.isdigit() and (is_gone or int(pid) == os.getpid()):
-            shutil.rmtree(stage, ignore_errors=True)
 
 
 @contextmanager

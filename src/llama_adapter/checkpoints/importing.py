@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from llama_adapter.checkpoints.bases import REFERENCE, Base, describe_stored
-from llama_adapter.checkpoints.directories import staged_directory
+from llama_adapter.checkpoints.directories import output_directory
 from llama_adapter.checkpoints.extras import Origin, write_extras
 from llama_adapter.checkpoints.layout import Entry, layout
 from llama_adapter.checkpoints.meta_base import Progress
@@ -77,7 +77,7 @@ def import_released(
     Raises CheckpointError naming file, tensor, found and expected; nothing is left behind then.
     """
     sources = tuple(path for path in (checkpoint, base, vision) if path is not None)
-    with staged_directory(out, overwrite=overwrite, sources=sources) as stage:
+    with output_directory(out, overwrite=overwrite, sources=sources) as stage:
         _refuse_directory(checkpoint)
         released = read_released(checkpoint)
         opened = Base.open(base)

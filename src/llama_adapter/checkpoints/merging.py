@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from llama_adapter.checkpoints.bases import REFERENCE, describe_stored
-from llama_adapter.checkpoints.directories import adapter_sources, mark_export, staged_directory
+from llama_adapter.checkpoints.directories import adapter_sources, mark_export, output_directory
 from llama_adapter.checkpoints.extras import EXTRAS_NAME
 from llama_adapter.config import AdapterConfig
 from llama_adapter.errors import CheckpointError, UnsupportedModelError
@@ -76,7 +76,7 @@ def export_merged(
             "adapter)"
         )
     sources = adapter_sources(directory, content.base, content.vision)
-    with staged_directory(out, overwrite=overwrite, sources=sources) as stage:
+    with output_directory(out, overwrite=overwrite, sources=sources) as stage:
         model = LlamaAdapterForConditionalGeneration.from_pretrained(str(directory))
         rest = _remaining_state(model)
         folded, biases = _fold_into_base(model)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig
 
-from llama_adapter.checkpoints.directories import adapter_sources, mark_export, staged_directory
+from llama_adapter.checkpoints.directories import adapter_sources, mark_export, output_directory
 from llama_adapter.checkpoints.extras import EXTRAS_NAME, Origin, read_extras, read_origin
 from llama_adapter.checkpoints.layout import BaseShape, Entry, layout
 from llama_adapter.checkpoints.released import Kind
@@ -56,7 +56,7 @@ def export_released(directory: Path, *, out: Path, overwrite: bool = False) -> P
     if file_config is not None:
         wrapped["config"] = file_config
     sources = adapter_sources(directory, content["base"], content.get("vision"))
-    with staged_directory(out, overwrite=overwrite, sources=sources) as stage:
+    with output_directory(out, overwrite=overwrite, sources=sources) as stage:
         mark_export(stage, kind="released")
         # in memory first: an error of the disk then is one of Python's
         buffer = io.BytesIO()

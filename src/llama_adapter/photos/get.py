@@ -14,7 +14,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from llama_adapter.checkpoints.directories import staged_directory
+from llama_adapter.checkpoints.directories import output_directory
 from llama_adapter.errors import CheckpointError
 from llama_adapter.files import open_regular, read_json_object, write_atomically
 from llama_adapter.home import home
@@ -94,7 +94,7 @@ def _make(model: Model, source: Path | None, stage: Stage) -> None:
         tick = stage(f"converting to {model.directory.name}", 1)
         if model.directory.exists():
             shutil.rmtree(model.directory)
-        with staged_directory(model.directory) as out, quiet():
+        with output_directory(model.directory) as out, quiet():
             model.convert(weights, out)
             write_atomically(out / RECORD, json.dumps(_record(wheel, out), indent=2) + "\n")
         tick(1)

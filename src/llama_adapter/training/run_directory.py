@@ -26,10 +26,12 @@ from safetensors import SafetensorError
 
 from llama_adapter.errors import CheckpointError, TrainingError
 from llama_adapter.files import (
+    move_aside,
     open_regular,
     parse_json,
     read_json_object,
     read_yaml,
+    staged_directory,
     write_atomically,
 )
 from llama_adapter.training.directory_lock import LOCK, locked, refuse_locked
@@ -191,8 +193,7 @@ class RunDirectory:
         """Rename a damaged checkpoint, so that it is neither resumed from nor counted."""
         aside = checkpoint.with_name(f"damaged-{checkpoint.name}")
         try:
-            shutil.rmtree(aside, ignore_errors=True)
-            checkpoint.rename(aside)
+            move_aside(checkpoint, aside)
         except OSError as error:
             raise CheckpointError(f"cannot rename {checkpoint}: {error.strerror}") from error
 
@@ -202,17 +203,14 @@ class RunDirectory:
         Raises CheckpointError where it cannot be written; those before it stay whole.
         """
         target = self.checkpoints / f"step-{step:08d}"
-        partial = self.checkpoints / f".{target.name}.partial"
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             for abandoned in self.checkpoints.glob(".step-*"):
                 shutil.rmtree(abandoned)
-            partial.mkdir()
-            write(partial)
-            write_checksums(partial)
-            _appear(partial, target)
+            with staged_directory(target) as stage:
+                write(stage)
+                write_checksums(stage)
         except (OSError, SafetensorError) as error:
-            shutil.rmtree(partial, ignore_errors=True)
             before = self.saved()
             rest = f"{before[-1].name} is whole" if before else "there is none before it"
             raise CheckpointError(f"cannot write {target}: {error}; {rest}") from error
@@ -222,14 +220,11 @@ class RunDirectory:
 
     def publish(self, name: str, write: Callable[[Path], None]) -> Path:
         """Let `write` fill a directory beside the checkpoints, in place of one of that name."""
-        target, partial = self.path / name, self.path / f".{name}.partial"
+        target = self.path / name
         try:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir()
-            write(partial)
-            _appear(partial, target)
+            with staged_directory(target) as stage:
+                write(stage)
         except (OSError, SafetensorError) as error:
-            shutil.rmtree(partial, ignore_errors=True)
             raise CheckpointError(f"cannot write {target}: {error}") from error
         return target
 
@@ -344,29 +339,6 @@ def _remove(path: Path) -> None:
 def _short(value: Any) -> str:
     text = ascii(value)
     return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _appear(partial: Path, target: Path) -> None:
-    """Give a finished directory its name, once its files are on the disk."""
-    for path in (*partial.rglob("*"), partial):
-        _sync(path)
-    if target.exists():
-        old = target.with_name(f".{target.name}.replaced")
-        shutil.rmtree(old, ignore_errors=True)
-        target.rename(old)
-        partial.rename(target)
-        shutil.rmtree(old, ignore_errors=True)
-    else:
-        partial.rename(target)
-    _sync(target.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _differences(before: Any, now: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
