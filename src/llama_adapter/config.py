@@ -15,6 +15,9 @@ from typing import Any
 
 from llama_adapter.errors import ConfigError
 
+IGNORE_INDEX = -100
+"""Label of a token that no loss scores, as in PyTorch and transformers."""
+
 FORMAT_VERSION = 2
 """Version of the adapter directory's format, which `adapter_config.json` states; 1 is read too."""
 

@@ -9,14 +9,29 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from llama_adapter.errors import CheckpointError, LlamaAdapterError
 from llama_adapter.files import open_regular, read_text
 
 MAX_REASON = 300
 """Characters of transformers' own explanation that an error message keeps."""
+
+
+@contextmanager
+def seeded(seed: int | None, device: torch.device | None = None) -> Iterator[None]:
+    """Weights that are drawn within the block follow from `seed`; None: from the global state."""
+    if seed is None:
+        yield
+        return
+    is_cuda = device is not None and device.type == "cuda"
+    with torch.random.fork_rng(devices=[device] if is_cuda else []):
+        torch.manual_seed(seed)
+        yield
 
 
 def load_pretrained(

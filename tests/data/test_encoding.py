@@ -11,10 +11,10 @@ from PIL import Image
 from tests.data.files import open_source, write_pictures
 
 from llama_adapter import LlamaAdapterProcessor
+from llama_adapter.config import IGNORE_INDEX
 from llama_adapter.conversation import Conversation, ImageRef, Message
 from llama_adapter.data import Sample, SampleEncoder
 from llama_adapter.errors import DataError
-from llama_adapter.processing.encoding import IGNORED
 from llama_adapter.processing.video import Video
 
 
@@ -28,7 +28,7 @@ def talk(exchanges: int, *, words: int = 6, images: tuple[ImageRef, ...] = ()) -
 
 
 def answers(processor: LlamaAdapterProcessor, labels: tuple[int, ...]) -> str:
-    return processor.tokenizer.decode([label for label in labels if label != IGNORED])
+    return processor.tokenizer.decode([label for label in labels if label != IGNORE_INDEX])
 
 
 @pytest.fixture(params=["alpaca", "chat", "human-assistant"])

@@ -26,11 +26,11 @@ from llama_adapter import (
     LlamaAdapterForConditionalGeneration,
     LlamaAdapterProcessor,
 )
+from llama_adapter.config import IGNORE_INDEX
 from llama_adapter.data import Source
 from llama_adapter.data.encoding import Prepared, SampleEncoder
 from llama_adapter.data.packing import OPEN_ROWS, Padding, assemble, pack
 from llama_adapter.model import answer_mask
-from llama_adapter.processing.encoding import IGNORED
 
 SHAPE = {
     "vocab_size": 800,
@@ -211,8 +211,8 @@ def test_no_label_is_learnt_across_samples(
     batch = next(stream_of(source, processor, "instruction", row_length=512))
     starts = batch.inputs["position_ids"] == 0
     assert int(starts.sum()) >= len(batch.sample_ids) > 2
-    assert (batch.inputs["labels"][starts] == IGNORED).all()
-    assert batch.answer_tokens == int((batch.inputs["labels"] != IGNORED).sum())
+    assert (batch.inputs["labels"][starts] == IGNORE_INDEX).all()
+    assert batch.answer_tokens == int((batch.inputs["labels"] != IGNORE_INDEX).sum())
 
 
 def test_rows_are_full_and_hold_every_sample_once() -> None:
@@ -236,7 +236,7 @@ def test_logits_are_made_where_a_label_stands(
     model = adapted(base)
     places = answer_mask(packed["labels"])
     logits = model(**packed, use_cache=False, logits_to_keep=places).logits
-    answer_tokens = int((packed["labels"] != IGNORED).sum())
+    answer_tokens = int((packed["labels"] != IGNORE_INDEX).sum())
     assert logits.shape[:2] == (1, answer_tokens)
     everywhere = model(**packed, use_cache=False).logits
     torch.testing.assert_close(logits[0], everywhere[places], rtol=1e-5, atol=1e-5)
@@ -245,7 +245,7 @@ def test_logits_are_made_where_a_label_stands(
 
 def test_rows_without_an_answer_give_loss_zero() -> None:
     model = adapted("llama")
-    labels = torch.full((2, 8), IGNORED)
+    labels = torch.full((2, 8), IGNORE_INDEX)
     loss = model(torch.ones_like(labels), labels=labels, logits_to_keep=answer_mask(labels)).loss
     loss.backward()
     assert loss == 0

@@ -14,11 +14,11 @@ from tests.data.files import open_source, write_pictures
 from tests.processing.test_video import encode
 
 from llama_adapter import LlamaAdapterProcessor
+from llama_adapter.config import IGNORE_INDEX
 from llama_adapter.data import Sample, SampleEncoder
 from llama_adapter.data.packing import assemble
 from llama_adapter.data.records import JsonRecords
 from llama_adapter.errors import DataError, LlamaAdapterError
-from llama_adapter.processing.encoding import IGNORED
 
 ALPACA = {"instruction": "How many?", "input": "two stars", "output": "Two."}
 TALK = [{"from": "human", "value": "How many?"}, {"from": "gpt", "value": "Two."}]
@@ -328,7 +328,9 @@ def test_an_answer_of_weight_0_is_not_scored(
     sample = only(tmp_path, "sharegpt", {"messages": turns})
     encoded = encoder.encode(sample, 0, 2)
     scored = [
-        i for i, label in zip(encoded.input_ids, encoded.labels, strict=True) if label != IGNORED
+        i
+        for i, label in zip(encoded.input_ids, encoded.labels, strict=True)
+        if label != IGNORE_INDEX
     ]
     assert processor.tokenizer.decode(scored) == "second<|im_end|>"
     turns[3]["weight"] = 0

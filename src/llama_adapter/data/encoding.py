@@ -9,11 +9,12 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor
 
+from llama_adapter.config import IGNORE_INDEX
 from llama_adapter.conversation import Conversation, ImageRef
 from llama_adapter.data.feature_cache import FeatureCache
 from llama_adapter.data.samples import Sample
 from llama_adapter.errors import DataError, PromptError
-from llama_adapter.processing.encoding import IGNORED, Encoded, encode, opening_ids
+from llama_adapter.processing.encoding import Encoded, encode, opening_ids
 from llama_adapter.processing.processor import LlamaAdapterProcessor
 from llama_adapter.processing.video import is_video, load_video
 
@@ -142,7 +143,7 @@ class SampleEncoder:
         text = self.processor.render(conversation)
         encoded = encode(text, tokenizer=self.processor.tokenizer, opening=self._opening)
         # in a packed row this label would be learnt from the last token of another sample
-        return replace(encoded, labels=(IGNORED, *encoded.labels[1:]))
+        return replace(encoded, labels=(IGNORE_INDEX, *encoded.labels[1:]))
 
     def _check_pictures(self, sample: Sample) -> None:
         count = len(sample.conversation.images)
@@ -163,8 +164,8 @@ def whole_image(ref: ImageRef) -> ImageRef:
 
 
 def _answer_ends(labels: tuple[int, ...]) -> Iterator[int]:
-    for index, (label, after) in enumerate(pairwise((*labels, IGNORED)), start=1):
-        if label != IGNORED and after == IGNORED:
+    for index, (label, after) in enumerate(pairwise((*labels, IGNORE_INDEX)), start=1):
+        if label != IGNORE_INDEX and after == IGNORE_INDEX:
             yield index
 
 

@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from llama_adapter.config import IGNORE_INDEX
 from llama_adapter.data.encoding import Prepared
-from llama_adapter.processing.encoding import IGNORED, pad, pad_id
+from llama_adapter.processing.encoding import pad, pad_id
 from llama_adapter.processing.processor import LlamaAdapterProcessor
 
 Padding = Literal["packed", "padded", "max_length"]
@@ -134,7 +135,9 @@ def assemble(
             [_chain(p.encoded.input_ids for p in row) for row in rows],
             value=pad_id(processor.tokenizer),
         ),
-        "labels": batch([_chain(p.encoded.labels for p in row) for row in rows], value=IGNORED),
+        "labels": batch(
+            [_chain(p.encoded.labels for p in row) for row in rows], value=IGNORE_INDEX
+        ),
     }
     if padding == "packed":
         inputs["position_ids"] = _positions(rows, length)

@@ -11,13 +11,13 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from llama_adapter.config import IGNORE_INDEX
 from llama_adapter.data.batch import TrainBatch
 from llama_adapter.data.encoding import Prepared, SampleEncoder
 from llama_adapter.data.measuring import Pieces, refuse_broken
 from llama_adapter.data.packing import Padding, Rows, assemble, by_length, pack
 from llama_adapter.data.samples import KINDS, Broken, Kind, Source
 from llama_adapter.errors import ConfigError, DataError, LlamaAdapterError, TrainingError
-from llama_adapter.processing.encoding import IGNORED
 
 _AHEAD = 2
 """Batches that each worker process holds ready."""
@@ -302,7 +302,7 @@ class _Builder(Dataset[Any]):
             kind=self.kind,
             inputs=inputs,
             sample_ids=tuple(p.id for p in prepared),
-            answer_tokens=int((inputs["labels"] != IGNORED).sum()),
+            answer_tokens=int((inputs["labels"] != IGNORE_INDEX).sum()),
             tokens=sum(len(p.encoded) for p in prepared),
             broken=tuple(fault for _, fault in broken),
         )

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from llama_adapter.config import IGNORE_INDEX
 from llama_adapter.conversation import Conversation, ImageRef
 from llama_adapter.miniature.captions import describe_tasks, parse_caption, passage
 from llama_adapter.miniature.lessons import PICTURE, collate
@@ -133,7 +134,7 @@ class Exam:
             labels_BT = batch.pop("labels")[:, 1:]
             logits_BTV = model(**batch, use_cache=False).logits[:, :-1]
             for item, logits_TV, labels_T in zip(items, logits_BTV, labels_BT, strict=True):
-                scored = labels_T != -100
+                scored = labels_T != IGNORE_INDEX
                 marks.append(_mark(item, logits_TV[scored], labels_T[scored], processor))
         return marks
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from llama_adapter.model.fast.cross_entropy import IGNORE_INDEX, summed_cross_entropy
+from llama_adapter.config import IGNORE_INDEX
+from llama_adapter.model.fast.cross_entropy import summed_cross_entropy
 
 
 def answer_loss(

@@ -42,6 +42,7 @@ from llama_adapter.model.references import (
 from llama_adapter.model.routing import VisualPrompts, route
 from llama_adapter.model.trainer_checkpoints import TrainerCheckpoints
 from llama_adapter.model.visual_generation import CACHE, VisualGenerationMixin
+from llama_adapter.pretrained import seeded
 
 
 class LlamaAdapterForConditionalGeneration(
@@ -146,7 +147,7 @@ class LlamaAdapterForConditionalGeneration(
             vision=None if vision is None else describe_model(vision),
         )
         generator = None if seed is None else torch.Generator().manual_seed(seed)
-        with _seeded(seed):
+        with seeded(seed):
             model = cls(config, language_model=language_model, vision=vision, generator=generator)
         model._changed = changed
         return model
@@ -446,7 +447,7 @@ class LlamaAdapterForConditionalGeneration(
                 "(peft's adapters go onto the base before from_base)"
             )
         generator = None if seed is None else torch.Generator().manual_seed(seed)
-        with self.adapters_disabled(), _seeded(seed):
+        with self.adapters_disabled(), seeded(seed):
             adapter = self._new_adapter(semantics, generator=generator)
             adapter.detach()
         self._adapters[adapter_name] = adapter
@@ -595,14 +596,3 @@ class LlamaAdapterForConditionalGeneration(
     @property
     def dtype(self) -> torch.dtype:
         return self.language_model.dtype
-
-
-@contextmanager
-def _seeded(seed: int | None) -> Iterator[None]:
-    """Modules that draw their weights from the global generator draw them from `seed`."""
-    if seed is None:
-        yield
-        return
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        yield

@@ -1,4 +1,6 @@
-"""A base with an adapter of peft on it: told from the plain base, stored and loaded again.
+"""A base with a frozen adapter of peft on it: told from the plain base, stored and loaded again.
+
+LoRA that trains together with our adapter is `training/lora.py`.
 
 What peft adds is small: it is stored in the adapter directory as peft stores it, and named and
 compared apart, so that the base below keeps its own name and fingerprint.

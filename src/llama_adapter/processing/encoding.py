@@ -20,11 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from llama_adapter.config import IGNORE_INDEX
 from llama_adapter.errors import ConfigError, PromptError
 from llama_adapter.processing.pieces import Rendered, Span
-
-IGNORED = -100
-"""Label of a token that is not scored; what torch's cross-entropy skips."""
 
 Side = Literal["left", "right"]
 
@@ -35,7 +33,7 @@ class Encoded:
 
     input_ids: tuple[int, ...]
     labels: tuple[int, ...]
-    """The token where it belongs to an answer, else `IGNORED`."""
+    """The token where it belongs to an answer, else `IGNORE_INDEX`."""
     slots: tuple[int, ...]
     """Which image's slot the token belongs to, counted within the conversation; -1: none."""
 
@@ -44,7 +42,7 @@ class Encoded:
 
     @property
     def num_answer_tokens(self) -> int:
-        return sum(label != IGNORED for label in self.labels)
+        return sum(label != IGNORE_INDEX for label in self.labels)
 
     def truncated(self, length: int) -> Encoded:
         """The first `length` tokens."""
@@ -80,10 +78,10 @@ def encode(text: Rendered, *, tokenizer: Any, opening: tuple[int, ...]) -> Encod
         for prompt, (_, stop) in zip(prompts, text.answers, strict=True)
     ]
     scored = _spans_of(offsets, written)
-    labels = (token if span >= 0 else IGNORED for token, span in zip(ids, scored, strict=True))
+    labels = (token if span >= 0 else IGNORE_INDEX for token, span in zip(ids, scored, strict=True))
     return Encoded(
         input_ids=(*opening, *ids),
-        labels=(*((IGNORED,) * len(opening)), *labels),
+        labels=(*((IGNORE_INDEX,) * len(opening)), *labels),
         slots=(*unmarked, *_spans_of(offsets, text.slots)),
     )
 

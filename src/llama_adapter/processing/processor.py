@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, BatchFeature, ProcessorMixin
 from transformers.utils import cached_file
 
-from llama_adapter.config import from_version_1
+from llama_adapter.config import IGNORE_INDEX, from_version_1
 from llama_adapter.conversation import Conversation, ImageRef
 from llama_adapter.errors import CheckpointError, ConfigError, LlamaAdapterError, PromptError
 from llama_adapter.files import read_json_object, write_atomically
@@ -23,7 +23,6 @@ from llama_adapter.pretrained import explain, load_pretrained
 from llama_adapter.processing import agreement
 from llama_adapter.processing.chat_template import ChatTemplate
 from llama_adapter.processing.encoding import (
-    IGNORED,
     Encoded,
     Side,
     encode,
@@ -437,7 +436,7 @@ class LlamaAdapterProcessor(ProcessorMixin):
             image_processor=image_processor,
         )
         if options.return_assistant_tokens_mask:
-            labels = [[int(label != IGNORED) for label in row.labels] for row in rows]
+            labels = [[int(label != IGNORE_INDEX) for label in row.labels] for row in rows]
             length = batch["input_ids"].shape[1]
             batch["assistant_masks"] = pad(labels, value=0, side=options.side, length=length)
         return options.shape(batch)
@@ -472,7 +471,7 @@ class LlamaAdapterProcessor(ProcessorMixin):
             data |= self._visual(images, slots_BT, reader, visual_features)
         if labels:
             targets = [r.labels for r in rows]
-            data["labels"] = pad(targets, value=IGNORED, side=side, length=length)
+            data["labels"] = pad(targets, value=IGNORE_INDEX, side=side, length=length)
         return BatchFeature(data)
 
     def _visual(

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from llama_adapter.model.configuration import read_adapter_config
 from llama_adapter.model.peft_base import on_base
 from llama_adapter.model.persistence import LORA_FOLDER
 from llama_adapter.model.references import base_below, load_language_model, load_vision, locate
-from llama_adapter.pretrained import explain, load_pretrained
+from llama_adapter.pretrained import explain, load_pretrained, seeded
 from llama_adapter.processing.image_processors import load_image_processor
 from llama_adapter.processing.processor import LlamaAdapterProcessor
 from llama_adapter.training.distributed import decoder_layers
@@ -175,7 +174,7 @@ def _random_decoder(recipe: Recipe, device: torch.device, attention: str | None)
     options: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
     if recipe.base.dtype != "auto":
         options["dtype"] = getattr(torch, recipe.base.dtype)
-    with _seeded(recipe.seed, device), device:
+    with seeded(recipe.seed, device), device:
         try:
             model = AutoModelForCausalLM.from_config(config, **options)
         except (ImportError, ValueError) as error:  # such as an attention that is not installed
@@ -191,7 +190,7 @@ def _vision(recipe: Recipe, device: torch.device) -> nn.Module:
     if not recipe.vision.random_weights and device != META:
         return load_vision(recipe.vision.model, device=device)
     config = read_config(recipe.vision.model, "vision tower")
-    with _seeded(recipe.seed, device), META if device == META else nullcontext():
+    with seeded(recipe.seed, device), META if device == META else nullcontext():
         model = AutoModel.from_config(config)
     model.config._name_or_path = ""
     return model.to(device)
@@ -201,10 +200,3 @@ def read_config(name: str, what: str) -> Any:
     """The config of a base or tower by name or path; CheckpointError if it cannot be read."""
     path = base_below(locate(name, what=what))
     return load_pretrained(AutoConfig, path, what=f"config of the {what}")
-
-
-@contextmanager
-def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from llama_adapter.config import IGNORE_INDEX
 from llama_adapter.data import (
     SOURCES,
     Broken,
@@ -18,7 +19,7 @@ from llama_adapter.data import (
     Source,
 )
 from llama_adapter.errors import DataError, LlamaAdapterError
-from llama_adapter.processing.encoding import IGNORED, Encoded
+from llama_adapter.processing.encoding import Encoded
 from llama_adapter.processing.processor import LlamaAdapterProcessor
 from llama_adapter.training.build import build
 from llama_adapter.training.held_out import CaptionScorer
@@ -255,11 +256,11 @@ def _example(sample: Sample, encoded: Encoded, processor: LlamaAdapterProcessor)
     run: list[int] = []
     scored = False
     for token, label in zip((*encoded.input_ids, -1), (*encoded.labels, None), strict=True):
-        if run and (label is None or (label != IGNORED) != scored):
+        if run and (label is None or (label != IGNORE_INDEX) != scored):
             decoded = processor.tokenizer.decode(run, clean_up_tokenization_spaces=False)
             text += decoded.join(ANSWER_MARKS) if scored else decoded
             run = []
-        scored = label is not None and label != IGNORED
+        scored = label is not None and label != IGNORE_INDEX
         run.append(token)
     return text
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llama_adapter.config import IGNORE_INDEX
 from llama_adapter.errors import CheckpointError, ConfigError, TrainingError
 from llama_adapter.model import (
     Group,
@@ -167,7 +168,7 @@ class JointTrainer:
         Of all processes together: they must all run the same kind of pass.
         """
         own = [
-            torch.stack([(batch["labels"][:, 1:] != -100).sum() for batch in of_kind]).sum()
+            torch.stack([(batch["labels"][:, 1:] != IGNORE_INDEX).sum() for batch in of_kind]).sum()
             for of_kind in batches.values()
         ]
         pictures = [

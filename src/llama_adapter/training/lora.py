@@ -1,4 +1,6 @@
-"""LoRA on the base through `peft`, beside our own groups; counted and saved apart.
+"""LoRA that trains together with the adapter (the recipe's `lora`); counted and saved apart.
+
+A frozen LoRA that was on the base before is `model/peft_base.py`.
 
 It goes in before the adapter wraps the base's linears, learns with LANGUAGE, and is stored as a
 peft adapter of the plain base: `PeftModel.from_pretrained(base, run / "adapter/lora")`.

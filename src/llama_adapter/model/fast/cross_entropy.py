@@ -12,10 +12,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from llama_adapter.config import IGNORE_INDEX
 from llama_adapter.model.fast.switch import records_gradients
-
-IGNORE_INDEX = -100
-"""Label of a position that is not scored."""
 
 
 def plain_cross_entropy(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
