@@ -30,6 +30,7 @@ from llama_adapter.experts import (
     Report,
     Request,
     make_experts,
+    report_text,
 )
 from llama_adapter.experts.cache import ReportCache
 from llama_adapter.generation import GenerationSettings
@@ -85,7 +86,7 @@ def measure_signs(loaded: Loaded, options: argparse.Namespace) -> dict[str, Any]
         started = time.perf_counter()
         found = pool.consult([image], question)
         seconds += time.perf_counter() - started
-        texts.append("\n".join(report.text for report in found))
+        texts.append("\n".join(map(report_text, found)))
         right_text += [f.text.lower() for r in found for f in r.findings] == [scene.sign]
     result: dict[str, Any] = {"chance": round(CHANCE, 4), "pixels": options.size}
     context = ExpertContext(model=loaded[0])
@@ -161,7 +162,7 @@ def captions_of(
 def _take(loaded: Loaded, exam: Exam, captions: Sequence[str], pool: ExpertPool) -> dict[str, Any]:
     def without_picture(question: str, passage: str) -> str:
         """What a session would put before a question that comes without a picture."""
-        return "\n".join(t for t in (*(r.text for r in pool.consult([], question)), passage) if t)
+        return "\n".join(t for t in (*map(report_text, pool.consult([], question)), passage) if t)
 
     marks = {
         "picture": exam.take(*loaded, picture=lambda item: item.scene),

@@ -11,6 +11,7 @@ from llama_adapter import LlamaAdapterForConditionalGeneration, LlamaAdapterProc
 from llama_adapter.chat import ChatSession
 from llama_adapter.errors import ConfigError, ImageError, PromptError
 from llama_adapter.experts import CaptionExpert, ExpertInfo, Finding, Report, Request
+from llama_adapter.experts.wording import report_text
 from llama_adapter.generation import GenerationSettings
 
 
@@ -74,7 +75,7 @@ class Loud:
 def test_expert_reports_become_context_and_stay(loaded, picture):
     chat = session(loaded, experts=[Loud()], context="a hint")
     answer = chat.ask("what now?", images=[picture])
-    assert [report.text for report in answer.contexts] == ["1 pictures: what now?"]
+    assert [report_text(report) for report in answer.contexts] == ["1 pictures: what now?"]
     assert chat.conversation.context == "1 pictures: what now?\na hint"
     chat.ask("and then?")
     assert chat.conversation.context == "1 pictures: what now?\na hint"

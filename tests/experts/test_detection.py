@@ -14,6 +14,7 @@ from llama_adapter.experts.detection import (
     nouns,
     place,
 )
+from llama_adapter.experts.wording import report_text
 
 LABELS = {0: "dog", 1: "ball"}
 
@@ -117,7 +118,7 @@ def test_a_detr_says_what_is_where(detector):
     images = [Image.new("RGB", (64, 48), (200, 30, 30)), Image.new("RGB", (48, 64))]
     report = expert.consult(Request(images=images, question="what is there?"))
     assert {finding.picture for finding in report.findings} == {0, 1}
-    assert report.text.startswith("Picture 1: In the picture: ")
+    assert report_text(report).startswith("Picture 1: In the picture: ")
     for finding in report.findings:
         assert finding.kind == "object"
         assert any(label in finding.text for label in ("dog", "ball"))
@@ -131,7 +132,7 @@ def test_a_detr_says_what_is_where(detector):
 def test_nothing_sure_enough_is_said(detector):
     expert = DetectionExpert(DetectionOptions(model=detector, confidence=1.0))
     report = expert.consult(Request(images=[Image.new("RGB", (64, 48))], question="?"))
-    assert report.text == ""
+    assert report_text(report) == ""
     assert report.notes == ("nothing seen with a confidence of 1 or more",)
 
 

@@ -9,6 +9,7 @@ from llama_adapter.errors import ExpertError
 from llama_adapter.experts import Request, make_experts
 from llama_adapter.experts.caption import PipelineCaptionExpert
 from llama_adapter.experts.detection import DetectionExpert, DetectionOptions
+from llama_adapter.experts.wording import report_text
 
 WORDS = ["<pad>", "<unk>", "<bos>", "<eos>", "a", "photo", "of", "dog", "ball", "red"]
 TINY = {
@@ -108,7 +109,7 @@ def test_a_zero_shot_detector_looks_for_what_the_question_names(finder):
     assert nothing.notes == ("the question names nothing to look for",)
     named = DetectionExpert(DetectionOptions(model=finder, labels=["ball"], confidence=0.0))
     assert not named.info.uses_question
-    assert "ball" in named.consult(Request(images=[PICTURE])).text
+    assert "ball" in report_text(named.consult(Request(images=[PICTURE])))
 
 
 def test_what_cannot_caption_is_refused(finder, tmp_path):

@@ -19,7 +19,7 @@ from llama_adapter.experts import (
     Report,
 )
 from llama_adapter.experts.cache import ReportCache
-from llama_adapter.experts.wording import rough_tokens
+from llama_adapter.experts.wording import report_text, rough_tokens
 from llama_adapter.generation import GenerationSettings
 
 PICTURE = Image.new("RGB", (12, 12), (200, 30, 30))
@@ -58,7 +58,7 @@ class Librarian:
     info = ExpertInfo(reads_reports=True)
 
     def consult(self, request):
-        texts = " ".join(report.text for report in request.reports)
+        texts = " ".join(report_text(report) for report in request.reports)
         found = Finding(text=f"about {texts or request.question}", kind="passage")
         return Report(expert=self.name, findings=(found,))
 
@@ -80,7 +80,7 @@ def test_one_that_fails_or_is_late_is_reported_and_the_rest_is_heard():
     assert time.perf_counter() - started < 1.5
     assert late.problem == "took longer than 0.2 seconds"
     assert fallen.problem == "RuntimeError: out of luck"
-    assert heard.text == "12 wide"
+    assert report_text(heard) == "12 wide"
     again = pool.consult([PICTURE], "?")[0]
     assert "still busy" in again.problem
     assert slow.asked == 1
@@ -89,13 +89,13 @@ def test_one_that_fails_or_is_late_is_reported_and_the_rest_is_heard():
 def test_without_pictures_only_those_that_need_none_are_asked():
     sayer = Sayer()
     found = ExpertPool([sayer, Librarian()]).consult([], "stars")
-    assert [r.text for r in found] == ["about stars"]
+    assert [report_text(r) for r in found] == ["about stars"]
     assert sayer.asked == 0
 
 
 def test_a_librarian_starts_from_what_the_others_found():
     found = ExpertPool([Librarian(), Sayer()]).consult([PICTURE], "?")
-    assert [r.text for r in found] == ["about 12 wide", "12 wide"]
+    assert [report_text(r) for r in found] == ["about 12 wide", "12 wide"]
 
 
 def test_frames_of_a_video_are_few_and_said_once():
@@ -179,7 +179,7 @@ def test_failures_are_not_remembered(cache):
 
     pool = ExpertPool([Recovering(version="1")], cache=cache)
     assert pool.consult([PICTURE], "?")[0].problem == "OSError: not yet"
-    assert pool.consult([PICTURE], "?")[0].text == "12 wide"
+    assert report_text(pool.consult([PICTURE], "?")[0]) == "12 wide"
 
 
 def test_what_was_cut_short_is_not_remembered(cache):
@@ -190,12 +190,16 @@ def test_what_was_cut_short_is_not_remembered(cache):
             return found if in_time else Report(expert=self.name, complete=False)
 
     hasty = Hasty(version="1")
-    assert ExpertPool([hasty], timeout=1.0, cache=cache).consult([PICTURE], "?")[0].text == ""
     assert (
-        ExpertPool([hasty], timeout=9.0, cache=cache).consult([PICTURE], "?")[0].text == "12 wide"
+        report_text(ExpertPool([hasty], timeout=1.0, cache=cache).consult([PICTURE], "?")[0]) == ""
     )
     assert (
-        ExpertPool([hasty], timeout=1.0, cache=cache).consult([PICTURE], "?")[0].text == "12 wide"
+        report_text(ExpertPool([hasty], timeout=9.0, cache=cache).consult([PICTURE], "?")[0])
+        == "12 wide"
+    )
+    assert (
+        report_text(ExpertPool([hasty], timeout=1.0, cache=cache).consult([PICTURE], "?")[0])
+        == "12 wide"
     )
 
 
@@ -207,7 +211,7 @@ def test_an_entry_that_is_no_report_is_found_anew(value, cache):
     with sqlite3.connect(cache.path) as connection:
         connection.execute("UPDATE reports SET value = ?", (value,))
     connection.close()
-    assert pool.consult([PICTURE], "?")[0].text == "12 wide"
+    assert report_text(pool.consult([PICTURE], "?")[0]) == "12 wide"
 
 
 def test_the_cache_stays_within_its_bound(cache):
@@ -225,7 +229,7 @@ def test_a_damaged_cache_is_started_anew(cache):
     pool.consult([PICTURE], "?")
     cache.close()
     cache.path.write_bytes(b"no database" * 100)
-    assert pool.consult([PICTURE], "?")[0].text == "12 wide"
+    assert report_text(pool.consult([PICTURE], "?")[0]) == "12 wide"
     assert pool.consult([PICTURE], "?")[0].problem is None
     assert len(cache) == 1
 
@@ -297,7 +301,7 @@ def test_the_processor_takes_experts(loaded):
     told = processor("what now?", images=PICTURE, experts=ExpertPool([Sayer()]))
     assert told["input_ids"].shape[1] > plain["input_ids"].shape[1]
     assert set(told) == set(plain)
-    assert told.contexts[0][0].text == "12 wide"
+    assert report_text(told.contexts[0][0]) == "12 wide"
     pooled = processor(
         ["a?", "b?"], images=[PICTURE, None], experts=ExpertPool([Faller(), Sayer()])
     )

@@ -21,6 +21,7 @@ from llama_adapter.experts import (
     registry,
 )
 from llama_adapter.experts.auto import AutoRouter, text_likelihood
+from llama_adapter.experts.wording import report_text
 from llama_adapter.miniature.pictures import picture
 from llama_adapter.miniature.scenes import Scene, Thing
 
@@ -67,7 +68,7 @@ def other_package(monkeypatch):
 def test_other_packages_add_experts(other_package):
     other_package("echoing:EchoOptions")
     [expert] = make_experts(["echo=good day"])
-    assert ExpertPool([expert]).consult([IMAGE], "?")[0].text == "good day"
+    assert report_text(ExpertPool([expert]).consult([IMAGE], "?")[0]) == "good day"
     other_package("echoing:BROKEN")
     with pytest.raises(ExpertError, match="must name a subclass of ExpertOptions, got 'no kind'"):
         registry.kinds()
@@ -175,8 +176,8 @@ def test_the_decision_is_shown_and_acted_upon():
     decision, found = ExpertPool(router=router).consult([scene(None)], "read it")
     assert decision.expert == "auto"
     assert decision.notes == ("caption, since there is a picture", "not ocr: no model")
-    assert decision.text == ""
-    assert found.text == "a star"
+    assert report_text(decision) == ""
+    assert report_text(found) == "a star"
 
 
 def test_without_an_image_only_texts_are_searched():
@@ -196,6 +197,6 @@ def test_named_experts_are_candidates_of_auto(tmp_path, other_package):
     pool = make_pool(texts, ExpertContext(defaults=defaults))
     decision, *found = pool.consult([IMAGE], "why is the pool warm?")
     assert [report.expert for report in found] == ["echo", "search", "search"]
-    assert found[0].text == "good day"
+    assert report_text(found[0]) == "good day"
     assert "not web: it needs the address" not in decision.notes
     assert any(note.startswith("not web: it needs the address") for note in decision.notes)

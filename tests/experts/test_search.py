@@ -16,6 +16,7 @@ from llama_adapter.experts.passages import text_files
 from llama_adapter.experts.search import SearchExpert, SearchOptions
 from llama_adapter.experts.search_index import FolderIndex
 from llama_adapter.experts.web_search import WebOptions, WebSearchExpert
+from llama_adapter.experts.wording import report_text
 
 
 @pytest.fixture
@@ -59,7 +60,7 @@ def sources(report):
 def test_passages_come_with_their_place(folder):
     report = ask(opened(folder, passages=1), "When does the Pacific open?")
     assert sources(report) == ["hotels.md:1"]
-    assert "opens at seven" in report.text
+    assert "opens at seven" in report_text(report)
     assert sources(ask(opened(folder, passages=1), "warm pool?")) == ["more/faq.jsonl:1"]
     assert sources(ask(opened(folder, passages=1), "battery")) == ["more/faq.jsonl:3"]
     assert all(len(f.text.split()) <= 240 for f in ask(opened(folder), "room").findings)

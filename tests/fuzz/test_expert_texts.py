@@ -16,6 +16,7 @@ from llama_adapter.experts.base import Finding, Report
 from llama_adapter.experts.cache import ReportCache
 from llama_adapter.experts.passages import PASSAGE_CHARACTERS, Passage, passages_of
 from llama_adapter.experts.search_index import FolderIndex
+from llama_adapter.experts.wording import report_text
 
 RECORDS = [{"title": "Star", "text": "A star is red."}, {"text": "Two dogs run."}, "plain"]
 
@@ -63,7 +64,7 @@ def are_sound(passages: list[Passage]) -> None:
         assert isinstance(passage.text, str)
         assert 0 < len(passage.text) <= 2 * PASSAGE_CHARACTERS
         report = Report(expert="x", findings=(Finding(text=passage.text, kind="passage"),))
-        report.text.encode()  # fit for a prompt
+        report_text(report).encode()  # fit for a prompt
 
 
 @pytest.mark.parametrize("kind", ["json", "jsonl", "md", "pdf"])

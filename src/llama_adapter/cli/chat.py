@@ -193,11 +193,13 @@ def _open_session(
 
 
 def _as_json(answer: ChatAnswer) -> dict[str, Any]:
+    from llama_adapter.experts import report_to_dict
+
     found: dict[str, Any] = {
         "answer": answer.text,
         "tokens": answer.tokens,
         "seconds": round(answer.seconds, 3),
-        "contexts": [report.to_dict() for report in answer.contexts],
+        "contexts": [report_to_dict(report) for report in answer.contexts],
     }
     return found | ({"notes": list(answer.notes)} if answer.notes else {})
 

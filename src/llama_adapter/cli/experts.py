@@ -81,9 +81,11 @@ def _defaults(model: str | None) -> dict[str, dict[str, Any]]:
 
 def show_reports(reports: Sequence[Report]) -> None:
     """What experts said, and what a user should know about it, on stderr."""
+    from llama_adapter.experts import report_text
+
     for report in reports:
-        if report.text:
-            typer.echo(f"[{report.expert}] {report.text}", err=True)
+        if text := report_text(report):
+            typer.echo(f"[{report.expert}] {text}", err=True)
         for note in report.notes:
             typer.echo(f"[{report.expert}] note: {one_line(note)}", err=True)
         if report.problem is not None:

@@ -10,7 +10,7 @@ from llama_adapter.conversation import Conversation
 from llama_adapter.errors import LlamaAdapterError
 from llama_adapter.evaluation.answering import Answered, Answerer
 from llama_adapter.evaluation.tasks.base import Generation
-from llama_adapter.experts import ExpertPool, Report
+from llama_adapter.experts import ExpertPool, Report, report_to_dict
 
 
 class ExpertAnswerer:
@@ -38,7 +38,7 @@ class ExpertAnswerer:
             reports.append(said)
         answers = self._answerer.answer(helped, generation, seed=seed)
         return [
-            replace(answer, contexts=tuple(report.to_dict() for report in said))
+            replace(answer, contexts=tuple(report_to_dict(report) for report in said))
             for answer, said in zip(answers, reports, strict=True)
         ]
 

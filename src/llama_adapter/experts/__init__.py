@@ -5,6 +5,7 @@ from llama_adapter.experts.caption import CaptionExpert
 from llama_adapter.experts.options import ExpertContext, ExpertOptions
 from llama_adapter.experts.pool import ExpertPool
 from llama_adapter.experts.registry import make_experts, make_pool
+from llama_adapter.experts.wording import report_text, report_to_dict
 
 __all__ = [
     "CaptionExpert",
@@ -18,4 +19,6 @@ __all__ = [
     "Request",
     "make_experts",
     "make_pool",
+    "report_text",
+    "report_to_dict",
 ]

@@ -4,18 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
-from itertools import groupby
-from typing import Any, Protocol
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 from PIL import Image
-
-from llama_adapter.experts.wording import QUOTES, harmless
-
-LONGEST_PARAGRAPH = 12_000
-"""Characters of a report's text, whatever the budget in tokens."""
-CELLS = " | "
-"""What parts the cells of a row."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,50 +52,6 @@ class Report:
     """Whether the findings come from the cache."""
     complete: bool = True
     """Whether there was time for all images; incomplete reports are not cached."""
-
-    @property
-    def text(self) -> str:
-        """The findings as one paragraph for the prompt; images are numbered if there are several.
-
-        No finding can end the paragraph or a quotation in it.
-        """
-        quoted = any(mark in self.wording for mark in "\"'")
-        several = any(finding.picture > 0 for finding in self.findings)
-        parts: list[str] = []
-        for picture, group in groupby(self.findings, lambda finding: finding.picture):
-            cells = [[harmless(finding.text) for finding in row] for row in rows_of(list(group))]
-            rows = (CELLS.join(cell for cell in row if cell) for row in cells)
-            text = self.between.join(row for row in rows if row)
-            if quoted:
-                text = QUOTES.sub("'", text)
-            if text:
-                said = self.wording.replace("{}", text)
-                parts.append(f"Picture {picture + 1}: {said}" if several else said)
-        text = ("\n" if several else " ").join(parts)[:LONGEST_PARAGRAPH]
-        # a PDF or JSON file may hold lone surrogates, which no prompt may
-        return text.encode("utf-8", "replace").decode()
-
-    def to_dict(self) -> dict[str, Any]:
-        """For JSON: the text, the findings behind it and how they came about."""
-        return {
-            "expert": self.expert,
-            "text": self.text,
-            "findings": [asdict(finding) for finding in self.findings],
-            "notes": list(self.notes),
-            "problem": self.problem,
-            "seconds": None if self.seconds is None else round(self.seconds, 4),
-            "cached": self.cached,
-        }
-
-
-def rows_of(findings: Sequence[Finding]) -> list[list[Finding]]:
-    """Findings in rows: the cells of a row together, one without a row alone."""
-
-    def key(item: tuple[int, Finding]) -> tuple[object, ...]:
-        index, found = item
-        return (found.picture, found.frame, found.row, index if found.row is None else None)
-
-    return [[found for _, found in group] for _, group in groupby(enumerate(findings), key)]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

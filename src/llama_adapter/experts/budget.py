@@ -7,8 +7,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from difflib import SequenceMatcher
 
-from llama_adapter.experts.base import CELLS, Finding, Report, rows_of
-from llama_adapter.experts.wording import harmless, rough_tokens, words_of
+from llama_adapter.experts.base import Finding, Report
+from llama_adapter.experts.wording import (
+    CELLS,
+    harmless,
+    report_text,
+    rough_tokens,
+    rows_of,
+    words_of,
+)
 
 CountTokens = Callable[[str], int]
 
@@ -79,7 +86,8 @@ def fit(
     report that is too long the most useful rows are kept, in their order, and a note says how
     many; see `usefulness`.
     """
-    costs = {index: count(report.text) for index, report in enumerate(reports) if report.text}
+    texts = map(report_text, reports)
+    costs = {index: count(text) for index, text in enumerate(texts) if text}
     fitted = list(reports)
     left = max_tokens
     for position, (index, cost) in enumerate(sorted(costs.items(), key=lambda item: item[1])):
@@ -106,7 +114,7 @@ def _cut(report: Report, question: str, *, max_tokens: int, count: CountTokens) 
         kept = tuple(found for i in sorted(chosen) for found in rows[i])
         shorter = replace(report, findings=kept)
         # rows together may cost more than each alone; the least useful one goes first
-        if count(shorter.text) <= max_tokens:
+        if count(report_text(shorter)) <= max_tokens:
             note = f"{len(chosen)} of {len(rows)} rows kept to stay within {max_tokens} tokens"
             return replace(shorter, notes=(*report.notes, note))
         chosen.pop()
@@ -117,6 +125,6 @@ def _cut(report: Report, question: str, *, max_tokens: int, count: CountTokens) 
     shorter = replace(report, findings=(), notes=(*report.notes, note))
     while words := words[: len(words) * 3 // 4]:
         beginning = replace(first, text=" ".join(words) + " …")
-        if count(replace(shorter, findings=(beginning,)).text) <= max_tokens:
+        if count(report_text(replace(shorter, findings=(beginning,)))) <= max_tokens:
             return replace(shorter, findings=(beginning,))
     return shorter

@@ -18,7 +18,7 @@ from llama_adapter.errors import ConfigError
 from llama_adapter.experts.base import Expert, Finding, Report, Request
 from llama_adapter.experts.budget import deduplicate, fit
 from llama_adapter.experts.cache import ReportCache
-from llama_adapter.experts.wording import rough_tokens
+from llama_adapter.experts.wording import report_text, rough_tokens
 from llama_adapter.processing.processor import LlamaAdapterProcessor
 from llama_adapter.processing.prompts import frames_of
 
@@ -103,7 +103,7 @@ class ExpertPool:
         found = self.consult(images, question, earlier=earlier)
         reports = _joined(earlier, found, seen=seen)
         told = self.fit(reports, question)
-        texts = [*(report.text for report in told), conversation.context or ""]
+        texts = [*map(report_text, told), conversation.context or ""]
         context = "\n".join(text for text in texts if text) or None
         return Informed(conversation.with_context(context), told, reports)
 

@@ -1,4 +1,4 @@
-"""Strings from images: made harmless for a prompt, counted, taken apart into words.
+"""Reports as text for a prompt: made harmless, counted, taken apart into words.
 
 What experts read is untrusted. A paragraph holds no control characters, no special tokens or
 section headings of any known template, and no quotation mark that could end its quotation; the
@@ -9,9 +9,19 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections.abc import Sequence
+from dataclasses import asdict
+from itertools import groupby
+from typing import Any
+
+from llama_adapter.experts.base import Finding, Report
 
 LONGEST_FINDING = 1200
 """Characters of one finding that may stand in a prompt."""
+LONGEST_PARAGRAPH = 12_000
+"""Characters of a report's text, whatever the budget in tokens."""
+CELLS = " | "
+"""What parts the cells of a row."""
 
 # Letters that stand for the ASCII ones of which markers are made, and are drawn alike.
 _LOOKALIKES = str.maketrans("＃＜＞｜［］：", "#<>|[]:")
@@ -20,7 +30,7 @@ _SPECIAL = re.compile(r"<(?=[|/!]?\w[\w|/]*[|/]?>)|<(?=[<|])|(?<=\|)>|\[(?=/?[A-
 _ROLE = re.compile(
     r"^(\W*(?:human|assistant|user|system|instruction|input|response))\s*:", re.IGNORECASE
 )
-QUOTES = re.compile(r"[\"“”„«»]")
+_QUOTES = re.compile(r"[\"“”„«»]")
 _WORD = re.compile(r"\w+")
 _COMMON = frozenset(
     """
@@ -30,6 +40,51 @@ _COMMON = frozenset(
     will with would you your
     """.split()  # noqa: SIM905
 )
+
+
+def report_text(report: Report) -> str:
+    """The findings as one paragraph for the prompt; images are numbered if there are several.
+
+    No finding can end the paragraph or a quotation in it.
+    """
+    quoted = any(mark in report.wording for mark in "\"'")
+    several = any(finding.picture > 0 for finding in report.findings)
+    parts: list[str] = []
+    for picture, group in groupby(report.findings, lambda finding: finding.picture):
+        cells = [[harmless(finding.text) for finding in row] for row in rows_of(list(group))]
+        rows = (CELLS.join(cell for cell in row if cell) for row in cells)
+        text = report.between.join(row for row in rows if row)
+        if quoted:
+            text = _QUOTES.sub("'", text)
+        if text:
+            said = report.wording.replace("{}", text)
+            parts.append(f"Picture {picture + 1}: {said}" if several else said)
+    text = ("\n" if several else " ").join(parts)[:LONGEST_PARAGRAPH]
+    # a PDF or JSON file may hold lone surrogates, which no prompt may
+    return text.encode("utf-8", "replace").decode()
+
+
+def report_to_dict(report: Report) -> dict[str, Any]:
+    """For JSON: the text, the findings behind it and how they came about."""
+    return {
+        "expert": report.expert,
+        "text": report_text(report),
+        "findings": [asdict(finding) for finding in report.findings],
+        "notes": list(report.notes),
+        "problem": report.problem,
+        "seconds": None if report.seconds is None else round(report.seconds, 4),
+        "cached": report.cached,
+    }
+
+
+def rows_of(findings: Sequence[Finding]) -> list[list[Finding]]:
+    """Findings in rows: the cells of a row together, one without a row alone."""
+
+    def key(item: tuple[int, Finding]) -> tuple[object, ...]:
+        index, found = item
+        return (found.picture, found.frame, found.row, index if found.row is None else None)
+
+    return [[found for _, found in group] for _, group in groupby(enumerate(findings), key)]
 
 
 def harmless(text: str) -> str:
