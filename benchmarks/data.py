@@ -63,7 +63,7 @@ def _processor() -> LlamaAdapterProcessor:
 
 
 def _stream(source: Source, kind: Kind, *, workers: int, rows: int, length: int) -> BatchStream:
-    encoder = SampleEncoder(_processor(), row_length=length, overlong="truncate")
+    encoder = SampleEncoder(_processor(), row_length=length, too_long="truncate")
     part = Part(source=source, pieces=measure(source, encoder))
     return BatchStream(kind, [part], encoder, rows=rows, row_length=length, seed=0, workers=workers)
 

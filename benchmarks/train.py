@@ -135,7 +135,7 @@ def _recipe(options: argparse.Namespace, folder: Path, kind: str, padding: str) 
             "adapter": {"preset": "v2", "projector_width": options.hidden // 8},
             f"{kind}s": section,
             "data": {
-                "padding": padding, "workers": 1, "overlong": "truncate", "cache": False,
+                "padding": padding, "workers": 1, "too_long": "truncate", "cache": False,
             },
             "compute": {
                 "device": options.device,

@@ -195,7 +195,7 @@ def test_a_sample_longer_than_the_row(processor: LlamaAdapterProcessor, tmp_path
     found = refusal(lambda: encoder.cut(source[1]))
     assert found.startswith(f"{path}:1 record 2: exchange 1 has ")
     assert "a row holds 128" in found
-    cut_off = SampleEncoder(processor, row_length=256, overlong="truncate")
+    cut_off = SampleEncoder(processor, row_length=256, too_long="truncate")
     assert [cut.tokens for cut in cut_off.cut(source[1])] == [256]
 
 
@@ -209,7 +209,7 @@ def test_too_many_broken_records_stop_with_the_list(
     assert [fault.where for fault in pieces.broken] == [f"{path}:{n}" for n in (98, 99, 100)]
     pieces.refuse_beyond(0.03, name="alpaca")
     found = refusal(lambda: pieces.refuse_beyond(0.02, name="alpaca"))
-    assert "3 of 100 records are broken, more than the 2.0% of data.max_broken" in found
+    assert "3 of 100 records are invalid, more than the 2.0% of data.max_invalid" in found
     assert f"{path}:99: lacks 'output'" in found
 
 
@@ -218,7 +218,7 @@ def test_pictures_that_break_in_training_are_skipped_and_listed(
 ) -> None:
     path = write_pairs(tmp_path, 10, pictures=5)
     source = open_source("pairs", "caption", path=path)
-    stream = stream_of(source, processor, "caption", rows=4, max_broken=0.2)
+    stream = stream_of(source, processor, "caption", rows=4, max_invalid=0.2)
     (tmp_path / "pictures" / "picture1.png").write_bytes(b"damaged")
     batch = next(stream)
     assert {fault.where for fault in batch.broken} == {f"{path}:3", f"{path}:8"}
@@ -228,7 +228,7 @@ def test_pictures_that_break_in_training_are_skipped_and_listed(
     assert len(stream.broken) == 2
     (tmp_path / "pictures" / "picture2.png").unlink()
     found = refusal(lambda: [next(stream) for _ in range(4)])
-    assert "4 of 10 records are broken" in found
+    assert "4 of 10 records are invalid" in found
 
 
 def test_the_limit_of_broken_pictures_goes_on_after_a_resume(
@@ -237,7 +237,7 @@ def test_the_limit_of_broken_pictures_goes_on_after_a_resume(
     path = write_pairs(tmp_path, 10, pictures=5)
     source = open_source("pairs", "caption", path=path)
     before, after = (
-        stream_of(source, processor, "caption", rows=4, max_broken=0.2) for _ in range(2)
+        stream_of(source, processor, "caption", rows=4, max_invalid=0.2) for _ in range(2)
     )
     first, second = (tmp_path / "pictures" / f"picture{number}.png" for number in (1, 2))
     content = first.read_bytes()
@@ -253,7 +253,7 @@ def test_the_limit_of_broken_pictures_goes_on_after_a_resume(
     after.load_state_dict(before.state_dict())
     second.unlink()
     found = refusal(lambda: [next(after) for _ in range(4)])
-    assert "of 10 records are broken, more than the 20.0%" in found
+    assert "of 10 records are invalid, more than the 20.0%" in found
     assert f"{path}:3" in found
 
 

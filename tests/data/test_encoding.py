@@ -101,7 +101,7 @@ def test_every_piece_shows_the_picture(
 
 def test_an_answer_beyond_the_row_is_cut_off_where_asked(processor: LlamaAdapterProcessor) -> None:
     sample = talk(2, words=400)
-    encoder = SampleEncoder(processor, row_length=512, overlong="truncate")
+    encoder = SampleEncoder(processor, row_length=512, too_long="truncate")
     cuts = encoder.cut(sample)
     assert [(cut.first, cut.stop, cut.tokens) for cut in cuts] == [(0, 1, 512), (1, 2, 512)]
     assert len(encoder.encode(sample, 1, 2)) == 512

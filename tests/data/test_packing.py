@@ -28,7 +28,7 @@ from llama_adapter import (
 )
 from llama_adapter.config import IGNORE_INDEX
 from llama_adapter.data import Source
-from llama_adapter.data.encoding import Prepared, SampleEncoder
+from llama_adapter.data.encoding import EncodedSample, SampleEncoder
 from llama_adapter.data.packing import OPEN_ROWS, Padding, assemble, pack
 from llama_adapter.model import answer_mask
 
@@ -86,7 +86,7 @@ def adapted(
     return model.train()
 
 
-def prepare(source: Source, processor: LlamaAdapterProcessor) -> list[Prepared]:
+def prepare(source: Source, processor: LlamaAdapterProcessor) -> list[EncodedSample]:
     encoder = SampleEncoder(processor, row_length=256)
     return [encoder.prepare(source[i], 0, 1) for i in range(len(source))]
 
@@ -114,7 +114,7 @@ def assert_same(
 
 
 def rows_of(
-    samples: list[Prepared], processor: LlamaAdapterProcessor, padding: Padding
+    samples: list[EncodedSample], processor: LlamaAdapterProcessor, padding: Padding
 ) -> dict[str, Tensor]:
     rows = [[sample] for sample in samples]
     if padding == "packed":

@@ -103,7 +103,7 @@ def test_a_reader_that_goes_away_ends_generation(loaded: Any) -> None:
     assert threading.active_count() <= before
 
 
-class Broken:
+class InvalidRecord:
     """A model whose `generate` fails."""
 
     def __init__(self, model: Any) -> None:
@@ -119,7 +119,7 @@ def test_what_generation_raises_reaches_the_reader(loaded: Any) -> None:
     with pytest.raises(PromptError):
         next(stream(model, processor, Conversation.ask("who? " * 2000), SHORT))
     with pytest.raises(AttributeError, match="broken"):
-        whole(stream(Broken(model), processor, questions()[0], SHORT))
+        whole(stream(InvalidRecord(model), processor, questions()[0], SHORT))
     assert threading.active_count() <= before
 
 

@@ -100,7 +100,7 @@ def test_the_estimate_is_near_the_plan(tmp_path: Path) -> None:
 
 def test_broken_records_are_listed_and_too_many_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", [*[GOOD] * 60, {"instruction": "no answer"}])
-    lenient = check(recipe_of(path, data={"max_broken": 0.05}))
+    lenient = check(recipe_of(path, data={"max_invalid": 0.05}))
     lenient.refuse()
     (source,) = lenient.sources
     assert [fault.where for fault in source.broken] == [f"{path}:61"]

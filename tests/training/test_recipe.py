@@ -228,6 +228,14 @@ def test_files_that_are_no_recipe(text: str, message: str, tmp_path: Path) -> No
         load_recipe(tmp_path / "r.yaml")
 
 
+def test_old_names_of_keys_are_read() -> None:
+    recipe = parse_recipe(minimal(data={"max_broken": 0.2, "overlong": "truncate"}))
+    assert recipe.data.max_invalid == 0.2
+    assert recipe.data.too_long == "truncate"
+    with pytest.raises(ConfigError, match="max_broken is the old name of max_invalid; both"):
+        parse_recipe(minimal(data={"max_broken": 0.2, "max_invalid": 0.2}))
+
+
 def test_recipes_never_change() -> None:
     recipe = parse_recipe(minimal())
     assert isinstance(recipe, Recipe)

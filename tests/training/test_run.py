@@ -185,7 +185,7 @@ def test_broken_pictures_held_out_do_not_end_a_run(
 
     evaluation = "evaluation={every: 2, samples: 12, max_new_tokens: 4}"
     path = recipe_file(captions__sources=[source], steps=2)
-    run(path, "data.max_broken=1.0", evaluation, score_captions=score)
+    run(path, "data.max_invalid=1.0", evaluation, score_captions=score)
     assert 0 < asked[0] < 12
     assert losses(tmp_path / "run")[-1]["held_out/pairs.perplexity"] > 1
 
@@ -196,7 +196,7 @@ def test_broken_pictures_are_counted_once_over_a_resume(
     data = shutil.copytree(workshop / "data", tmp_path / "data")
     source = {"type": "pairs", "path": str(data / "captions.tsv")}
     # 24 captions of about 10 tokens: six steps are an epoch
-    path = recipe_file(captions__sources=[source], data__max_broken=0.5, steps=18)
+    path = recipe_file(captions__sources=[source], data__max_invalid=0.5, steps=18)
     broken = (0, 7, 13)
 
     def spoil() -> None:

@@ -26,7 +26,7 @@ def recipe_of(folder: Path, **changes: Any) -> Recipe:
             "vision": {"model": VISION},
             "adapter": {"visual_scope": "placeholders"},
             "prompt": {"template": "toy", "slot_text": PLACEHOLDER_TEXT},
-            "data": {"workers": 0, "max_broken": 0.1, "cache": False},
+            "data": {"workers": 0, "max_invalid": 0.1, "cache": False},
             "compute": {"device": "cpu"},
             **changes,
         }
@@ -100,8 +100,8 @@ def test_broken_records_are_left_out_and_listed(
 def test_too_many_broken_records_stop_before_the_first_step(
     tmp_path: Path, instructions: dict[str, Any]
 ) -> None:
-    recipe = recipe_of(tmp_path, instructions=instructions, data={"max_broken": 0.01})
-    with pytest.raises(DataError, match=r"1 of 30 records are broken, more than the 1.0%"):
+    recipe = recipe_of(tmp_path, instructions=instructions, data={"max_invalid": 0.01})
+    with pytest.raises(DataError, match=r"1 of 30 records are invalid, more than the 1.0%"):
         opened(recipe)
 
 

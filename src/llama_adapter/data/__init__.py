@@ -3,7 +3,7 @@
 from llama_adapter.data.batch import Batches, TrainBatch
 from llama_adapter.data.encoding import SampleEncoder
 from llama_adapter.data.measuring import Pieces, measure
-from llama_adapter.data.samples import KINDS, Broken, Kind, Sample, Source, SourceOptions
+from llama_adapter.data.samples import KINDS, InvalidRecord, Kind, Sample, Source, SourceOptions
 from llama_adapter.data.sources import SOURCES
 from llama_adapter.data.stream import BatchStream, Part
 
@@ -12,7 +12,7 @@ __all__ = [
     "SOURCES",
     "BatchStream",
     "Batches",
-    "Broken",
+    "InvalidRecord",
     "Kind",
     "Part",
     "Pieces",

@@ -8,7 +8,7 @@ from typing import Any, Protocol, Self
 
 from torch import Tensor
 
-from llama_adapter.data.samples import Broken, Kind
+from llama_adapter.data.samples import InvalidRecord, Kind
 
 PER_IMAGE = frozenset({"pixel_values", "visual_features"})
 """Inputs that have an entry an image; all others have one a row."""
@@ -35,7 +35,7 @@ class TrainBatch:
     """Labels that are scored, in these rows."""
     tokens: int
     """Tokens of samples in these rows; padding is not counted."""
-    broken: tuple[Broken, ...] = ()
+    broken: tuple[InvalidRecord, ...] = ()
     """Samples of these rows whose picture could not be read; nothing of them is scored."""
 
     def joined(self) -> Self:

@@ -18,7 +18,7 @@ from llama_adapter.processing.encoding import Encoded, encode, opening_ids
 from llama_adapter.processing.processor import LlamaAdapterProcessor
 from llama_adapter.processing.video import is_video, load_video
 
-Overlong = Literal["skip", "truncate"]
+TooLong = Literal["skip", "truncate"]
 
 
 class Cut(NamedTuple):
@@ -32,7 +32,7 @@ class Cut(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Prepared:
+class EncodedSample:
     """A piece of a sample, ready to be laid into a row."""
 
     id: str
@@ -52,14 +52,14 @@ class SampleEncoder:
     """Encodes samples for rows of one length; the same in every process."""
 
     def __init__(
-        self, processor: LlamaAdapterProcessor, *, row_length: int, overlong: Overlong = "skip"
+        self, processor: LlamaAdapterProcessor, *, row_length: int, too_long: TooLong = "skip"
     ) -> None:
         self.features: FeatureCache | None = None
         """Where features of images are, once they are computed; None: images are decoded."""
         self.processor = processor
         # positions restart in every sample, so that only a sample is bound by the context
         self.limit = min(row_length, processor.context_length or row_length)
-        self.overlong = overlong
+        self.too_long = too_long
         self._opening = opening_ids(processor.tokenizer)
 
     def cut(self, sample: Sample) -> list[Cut]:
@@ -91,7 +91,7 @@ class SampleEncoder:
                 stop -= 1
                 encoded = self._encode(_part(conversation, first, stop))
             if len(encoded) > self.limit:
-                if self.overlong == "skip":
+                if self.too_long == "skip":
                     raise DataError(
                         f"{sample.id}: exchange {first + 1} has {len(encoded)} tokens; "
                         f"a row holds {self.limit} for one sample"
@@ -113,14 +113,14 @@ class SampleEncoder:
         if (first, stop) != (0, count):
             conversation = _part(conversation, first, stop)
         encoded = self._encode(conversation)
-        return encoded.truncated(self.limit) if self.overlong == "truncate" else encoded
+        return encoded.truncated(self.limit) if self.too_long == "truncate" else encoded
 
-    def prepare(self, sample: Sample, first: int, stop: int) -> Prepared:
+    def prepare(self, sample: Sample, first: int, stop: int) -> EncodedSample:
         """Tokens and pixels. LlamaAdapterError where a picture cannot be read."""
         encoded = self.encode(sample, first, stop)
         images = sample.conversation.images
         if not images:
-            return Prepared(id=sample.id, encoded=encoded)
+            return EncodedSample(id=sample.id, encoded=encoded)
         features = None
         if self.features is None:
             images = tuple(map(whole_image, images))
@@ -132,7 +132,7 @@ class SampleEncoder:
             )
         except PromptError as error:
             raise DataError(f"{sample.id}: {error}") from error
-        return Prepared(
+        return EncodedSample(
             id=sample.id,
             encoded=encoded,
             pixels=batch.get("pixel_values"),

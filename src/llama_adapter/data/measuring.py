@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from llama_adapter.conversation import Conversation, Message
 from llama_adapter.data.encoding import SampleEncoder
-from llama_adapter.data.samples import Broken, Source
+from llama_adapter.data.samples import InvalidRecord, Source
 from llama_adapter.errors import DataError, LlamaAdapterError
 from llama_adapter.files import atomic_file, open_regular
 
@@ -37,11 +37,11 @@ COLUMNS = ("sample", "first", "stop", "tokens", "answer_tokens")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pieces:
-    """Every piece of every sample of a source, and the samples that are broken."""
+    """Every piece of every sample of a source, and the samples that are invalid."""
 
     table: np.ndarray
     """int32, a row a piece; its columns are `COLUMNS`."""
-    broken: tuple[Broken, ...]
+    broken: tuple[InvalidRecord, ...]
     num_samples: int
 
     def __len__(self) -> int:
@@ -51,22 +51,22 @@ class Pieces:
         """One column of the table."""
         return self.table[:, COLUMNS.index(name)]
 
-    def refuse_beyond(self, max_broken: float, *, name: str) -> None:
+    def refuse_beyond(self, max_invalid: float, *, name: str) -> None:
         """DataError with the list if more than this share of the samples is broken."""
-        refuse_broken(self.broken, self.num_samples, max_broken=max_broken, name=name)
+        refuse_invalid(self.broken, self.num_samples, max_invalid=max_invalid, name=name)
 
 
-def refuse_broken(
-    broken: Sequence[Broken], total: int, *, max_broken: float, name: str, shown: int = 5
+def refuse_invalid(
+    broken: Sequence[InvalidRecord], total: int, *, max_invalid: float, name: str, shown: int = 5
 ) -> None:
-    """DataError with a list if too many of `total` samples are broken."""
-    if len(broken) <= max_broken * total:
+    """DataError with a list if too many of `total` samples are invalid."""
+    if len(broken) <= max_invalid * total:
         return
     listed = "; ".join(str(each) for each in broken[:shown])
     more = f"; and {len(broken) - shown} more" if len(broken) > shown else ""
     raise DataError(
-        f"{name}: {len(broken)} of {total} records are broken, "
-        f"more than the {max_broken:.1%} of data.max_broken: {listed}{more}"
+        f"{name}: {len(broken)} of {total} records are invalid, "
+        f"more than the {max_invalid:.1%} of data.max_invalid: {listed}{more}"
     )
 
 
@@ -109,7 +109,7 @@ def _measure(
 ) -> Pieces:
     chunks = [range(at, min(at + _CHUNK, len(source))) for at in range(0, len(source), _CHUNK)]
     tables: list[np.ndarray] = []
-    broken: list[Broken] = []
+    broken: list[InvalidRecord] = []
     loader = DataLoader(
         _Chunks(source, encoder),
         sampler=chunks,
@@ -137,15 +137,15 @@ class _Chunks(Dataset[Any]):
         self.source = source
         self.encoder = encoder
 
-    def __getitem__(self, indices: range) -> tuple[np.ndarray, list[Broken]]:
+    def __getitem__(self, indices: range) -> tuple[np.ndarray, list[InvalidRecord]]:
         rows: list[tuple[int, ...]] = []
-        broken: list[Broken] = []
+        broken: list[InvalidRecord] = []
         for index in indices:
             try:
                 sample = self.source[index]
                 rows += [(index, *cut) for cut in self.encoder.cut(sample)]
             except LlamaAdapterError as error:
-                broken.append(Broken(where=self.source.where(index), reason=str(error)))
+                broken.append(InvalidRecord(where=self.source.where(index), reason=str(error)))
         return np.array(rows, dtype=np.int32).reshape(-1, len(COLUMNS)), broken
 
 
@@ -160,7 +160,7 @@ def _key(source: Source, encoder: SampleEncoder) -> str:
         "" if backend is None else backend.to_str(),
         str(processor.tokenizer.chat_template),
         str(encoder.limit),
-        encoder.overlong,
+        encoder.too_long,
     )
     return hashlib.sha256("\0".join(parts).encode(errors="backslashreplace")).hexdigest()[:24]
 
@@ -192,7 +192,7 @@ def _kept(path: Path, *, key: str, num_samples: int) -> Pieces | None:
             if size != 4 * len(COLUMNS) * head["pieces"]:
                 return None
             data = file.read(size)
-        broken = tuple(Broken(**each) for each in head["broken"])
+        broken = tuple(InvalidRecord(**each) for each in head["broken"])
         stated = (head["key"], head["num_samples"], head["sha256"])
         if stated != (key, num_samples, hashlib.sha256(data + _listed(broken)).hexdigest()):
             return None
@@ -218,5 +218,5 @@ def _keep(pieces: Pieces, path: Path, *, key: str) -> None:
         file.write(json.dumps(head).encode() + b"\n" + data)
 
 
-def _listed(broken: Sequence[Broken]) -> bytes:
+def _listed(broken: Sequence[InvalidRecord]) -> bytes:
     return json.dumps([each.to_dict() for each in broken]).encode()

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from llama_adapter.config import IGNORE_INDEX
-from llama_adapter.data.encoding import Prepared
+from llama_adapter.data.encoding import EncodedSample
 from llama_adapter.processing.encoding import pad, pad_id
 from llama_adapter.processing.processor import LlamaAdapterProcessor
 
@@ -116,7 +116,7 @@ def by_length(
 
 
 def assemble(
-    rows: Sequence[Sequence[Prepared]],
+    rows: Sequence[Sequence[EncodedSample]],
     processor: LlamaAdapterProcessor,
     *,
     padding: Padding,
@@ -166,7 +166,7 @@ def _chain(parts: Iterable[Sequence[int]]) -> list[int]:
     return [number for part in parts for number in part]
 
 
-def _positions(rows: Sequence[Sequence[Prepared]], length: int) -> Tensor:
+def _positions(rows: Sequence[Sequence[EncodedSample]], length: int) -> Tensor:
     """Positions that restart at every sample; the padding behind them is one more sample."""
     positions = torch.zeros(len(rows), length, dtype=torch.int64)
     for index, row in enumerate(rows):
@@ -178,7 +178,7 @@ def _positions(rows: Sequence[Sequence[Prepared]], length: int) -> Tensor:
     return positions
 
 
-def _pictures(rows: Sequence[Sequence[Prepared]]) -> list[list[int]]:
+def _pictures(rows: Sequence[Sequence[EncodedSample]]) -> list[list[int]]:
     """For each token the picture its sample shows, or the one whose slot it is."""
     index: list[list[int]] = []
     count = 0
@@ -205,5 +205,5 @@ def _as_frames(images: Sequence[Tensor], *, still: int) -> list[Tensor]:
     ]
 
 
-def _one_picture_at_most(row: Sequence[Prepared]) -> bool:
+def _one_picture_at_most(row: Sequence[EncodedSample]) -> bool:
     return all(p.num_images <= 1 for p in row)

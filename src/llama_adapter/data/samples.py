@@ -74,7 +74,7 @@ class SourceOptions(BaseModel):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Broken:
+class InvalidRecord:
     """A record that cannot be learned from."""
 
     where: str

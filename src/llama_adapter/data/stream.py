@@ -13,10 +13,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from llama_adapter.config import IGNORE_INDEX
 from llama_adapter.data.batch import TrainBatch
-from llama_adapter.data.encoding import Prepared, SampleEncoder
-from llama_adapter.data.measuring import Pieces, refuse_broken
+from llama_adapter.data.encoding import EncodedSample, SampleEncoder
+from llama_adapter.data.measuring import Pieces, refuse_invalid
 from llama_adapter.data.packing import Padding, Rows, assemble, by_length, pack
-from llama_adapter.data.samples import KINDS, Broken, Kind, Source
+from llama_adapter.data.samples import KINDS, InvalidRecord, Kind, Source
 from llama_adapter.errors import ConfigError, DataError, LlamaAdapterError, TrainingError
 
 _AHEAD = 2
@@ -93,7 +93,7 @@ class BatchStream:
         rank: int = 0,
         world: int = 1,
         workers: int = 0,
-        max_broken: float = 0.01,
+        max_invalid: float = 0.01,
         join_rows: bool = False,
         group_by_length: bool = False,
         pin_memory: bool = False,
@@ -107,7 +107,7 @@ class BatchStream:
         self.encoder = encoder
         self.rows, self.row_length, self.padding = rows, row_length, padding
         self.seed, self.rank, self.world, self.workers = seed, rank, world, workers
-        self.max_broken = max_broken
+        self.max_invalid = max_invalid
         self.join_rows = join_rows
         self.group_by_length = group_by_length
         self.pin_memory = pin_memory
@@ -117,8 +117,8 @@ class BatchStream:
                 raise DataError(f"{part.source.name} leaves no sample to learn from")
         self._numbering = _Numbering(self.parts)
         self._tokens = np.concatenate([part.pieces.column("tokens") for part in parts])
-        self._earlier: dict[tuple[int, str], Broken] = {}
-        self._found: dict[tuple[int, str], Broken] = {}
+        self._earlier: dict[tuple[int, str], InvalidRecord] = {}
+        self._found: dict[tuple[int, str], InvalidRecord] = {}
         self._plan = lru_cache(maxsize=2)(self._make_plan)
         self._place = Place(0, 0)
         self._loading: Iterator[Any] | None = None
@@ -141,7 +141,7 @@ class BatchStream:
         return result
 
     @property
-    def broken(self) -> tuple[Broken, ...]:
+    def broken(self) -> tuple[InvalidRecord, ...]:
         """Samples that turned out unreadable: before the position that was loaded in any
         process's rows, since then in this one's.
         """
@@ -156,10 +156,10 @@ class BatchStream:
             faults = (*everywhere, *part.pieces.broken)
             name = part.source.name
             if found:
-                refuse_broken(faults, total, max_broken=self.max_broken, name=name)
+                refuse_invalid(faults, total, max_invalid=self.max_invalid, name=name)
                 # of several processes each sees its share of the rows, and of what is broken
                 share = max(1, total // self.world)
-                refuse_broken(tuple(found), share, max_broken=self.max_broken, name=name)
+                refuse_invalid(tuple(found), share, max_invalid=self.max_invalid, name=name)
 
     # --- the plan ---------------------------------------------------------------------------
 
@@ -260,7 +260,7 @@ class BatchStream:
         self._place = Place(int(state["epoch"]), int(state["row"]))
         self._found = {}
         self._earlier = {
-            (part, where): Broken(where=where, reason=reason)
+            (part, where): InvalidRecord(where=where, reason=reason)
             for part, where, reason in state.get("broken", ())
         }
 
@@ -291,8 +291,8 @@ class _Builder(Dataset[Any]):
             # as a value: raised here, a traceback would be put into its message
             return error
 
-    def _build(self, task: _Task) -> tuple[Place, TrainBatch, list[tuple[int, Broken]]]:
-        broken: list[tuple[int, Broken]] = []
+    def _build(self, task: _Task) -> tuple[Place, TrainBatch, list[tuple[int, InvalidRecord]]]:
+        broken: list[tuple[int, InvalidRecord]] = []
         rows = [[p for n in row.tolist() if (p := self._read(n, broken))] for row in task.rows]
         prepared = [p for row in rows for p in row]
         inputs = assemble(
@@ -308,12 +308,12 @@ class _Builder(Dataset[Any]):
         )
         return task.after, batch.joined() if self.join_rows else batch, broken
 
-    def _read(self, number: int, broken: list[tuple[int, Broken]]) -> Prepared | None:
+    def _read(self, number: int, broken: list[tuple[int, InvalidRecord]]) -> EncodedSample | None:
         """A piece; or None, and an entry in the list, where it cannot be read any more."""
         index, (sample, first, stop) = self.numbering.find(number)
         source = self.parts[index].source
         try:
             return self.encoder.prepare(source[sample], first, stop)
         except LlamaAdapterError as error:
-            broken.append((index, Broken(where=source.where(sample), reason=str(error))))
+            broken.append((index, InvalidRecord(where=source.where(sample), reason=str(error))))
             return None

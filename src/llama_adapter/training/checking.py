@@ -12,7 +12,7 @@ import torch
 from llama_adapter.config import IGNORE_INDEX
 from llama_adapter.data import (
     SOURCES,
-    Broken,
+    InvalidRecord,
     Kind,
     Sample,
     SampleEncoder,
@@ -57,7 +57,7 @@ class SourceReport:
     answer_tokens: int = 0
     histogram: tuple[tuple[int, int], ...] = ()
     """Upper limits of token lengths, and how many pieces lie below each and above the last."""
-    broken: tuple[Broken, ...] = ()
+    broken: tuple[InvalidRecord, ...] = ()
     example: str = ""
     """A sample as the model sees it; answer tokens stand between marks."""
     error: str | None = None
@@ -186,7 +186,7 @@ def _check_source(
     indices = np.unique(np.linspace(0, len(source) - 1, count).astype(int))
     lengths: list[int] = []
     answers = 0
-    broken: list[Broken] = []
+    broken: list[InvalidRecord] = []
     example = ""
     for index in indices.tolist():
         try:
@@ -195,7 +195,7 @@ def _check_source(
             # pictures are decoded here, and slots counted
             encoded = encoder.prepare(sample, cuts[0].first, cuts[0].stop).encoded
         except LlamaAdapterError as error:
-            broken.append(Broken(where=source.where(index), reason=str(error)))
+            broken.append(InvalidRecord(where=source.where(index), reason=str(error)))
             continue
         lengths += [cut.tokens for cut in cuts]
         answers += sum(cut.answer_tokens for cut in cuts)
@@ -213,16 +213,16 @@ def _check_source(
         histogram=_histogram(lengths),
         broken=tuple(broken),
         example=example,
-        error=_too_many(source, broken, len(indices), recipe.data.max_broken),
+        error=_too_many(source, broken, len(indices), recipe.data.max_invalid),
     )
 
 
-def _too_many(source: Source, broken: list[Broken], read: int, limit: float) -> str | None:
+def _too_many(source: Source, broken: list[InvalidRecord], read: int, limit: float) -> str | None:
     if len(broken) <= limit * read:
         return None
     return (
-        f"{source.name}: {len(broken)} of {read} records read are broken, more than the "
-        f"{limit:.1%} of data.max_broken; the first: {broken[0]}"
+        f"{source.name}: {len(broken)} of {read} records read are invalid, more than the "
+        f"{limit:.1%} of data.max_invalid; the first: {broken[0]}"
     )
 
 

@@ -179,6 +179,10 @@ class StreamSection(Section):
     """Once all kinds have set in, this kind comes in every n-th step only."""
 
 
+_DATA_KEYS_NOW = {"max_broken": "max_invalid", "overlong": "too_long"}
+"""What recipes of version 0.1 call differently."""
+
+
 class DataSection(Section):
     """How samples are read and laid into rows."""
 
@@ -187,10 +191,10 @@ class DataSection(Section):
     `max_length`: one a row, padded to `row_length`."""
     workers: int = Field(default=2, ge=0, le=MOST_WORKERS)
     """Processes of each rank that read ahead, for each kind of batch; 0: none."""
-    overlong: Literal["skip", "truncate"] = "skip"
-    """What becomes of a single exchange longer than a row: a broken record, or cut off."""
-    max_broken: float = Field(default=0.01, ge=0.0, le=1.0)
-    """Share of broken records of a source above which training stops."""
+    too_long: Literal["skip", "truncate"] = "skip"
+    """What becomes of a single exchange longer than a row: an invalid record, or cut off."""
+    max_invalid: float = Field(default=0.01, ge=0.0, le=1.0)
+    """Share of invalid records of a source above which training stops."""
     split_by_length: bool = False
     """Pass the short and the long rows of a padded micro-batch one after the other, where this
     saves time; in one process."""
@@ -198,6 +202,16 @@ class DataSection(Section):
     """Put samples of similar length into a micro-batch of padded rows."""
     cache: bool = True
     """Keep the samples' lengths in the run directory, so that a resumed run starts at once."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_names_of_now(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping):
+            return values
+        for old, new in _DATA_KEYS_NOW.items():
+            if old in values and new in values:
+                raise ValueError(f"{old} is the old name of {new}; both are given")
+        return {_DATA_KEYS_NOW.get(key, key): value for key, value in values.items()}
 
     @model_validator(mode="after")
     def _padded(self) -> Self:

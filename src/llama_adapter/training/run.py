@@ -21,11 +21,11 @@ from torch import Tensor
 from llama_adapter.data import Batches, Kind, TrainBatch
 from llama_adapter.errors import CheckpointError, TrainingError
 from llama_adapter.model.persistence import ADAPTER_WEIGHTS_NAME
-from llama_adapter.model.tensor_files import read_tensors
 from llama_adapter.processing.processor import LlamaAdapterProcessor
 from llama_adapter.training.build import Built
 from llama_adapter.training.engine import Engine, on_rank_0
 from llama_adapter.training.joint import JointTrainer, StepReport
+from llama_adapter.training.keepers import BestAdapter, InvalidRecords
 from llama_adapter.training.machine import autocast_dtype
 from llama_adapter.training.measures import Row, gate_sizes, row_of
 from llama_adapter.training.micro_batches import drop_channels, split_by_length, with_features
@@ -33,7 +33,6 @@ from llama_adapter.training.recipe import Recipe
 from llama_adapter.training.run_directory import (
     ADAPTER,
     BEST,
-    BROKEN,
     METRICS,
     JsonLines,
     RunDirectory,
@@ -102,7 +101,7 @@ class TrainingRun:
         self.watcher = watcher or Watcher()
         self.directory = RunDirectory(recipe.out)
         self.metrics = JsonLines(recipe.out / METRICS)
-        self.broken_file = JsonLines(recipe.out / BROKEN)
+        self.invalid = InvalidRecords(recipe.out)
         self.budget = budget or StepBudget(
             recipe.streams, steps=recipe.steps, minutes=recipe.minutes
         )
@@ -120,9 +119,7 @@ class TrainingRun:
         self.track: Callable[[Row, int], None] | None = None
         """What a row goes to, besides metrics.jsonl."""
         self._bad_steps = 0
-        self._listed: set[str] = set()
-        self._best: float | None = None
-        self._best_of = None if recipe.evaluation is None else recipe.evaluation.best
+        self.best = BestAdapter(None if recipe.evaluation is None else recipe.evaluation.best)
 
     def run(self, *, resume: bool = False) -> Outcome:
         """Train to the last step and write the final adapter.
@@ -186,7 +183,7 @@ class TrainingRun:
         if self._due(step + 1, self.recipe.logging.every):
             row |= gate_sizes(self.trainer)
         if broken:
-            self._list_broken(every, step + 1)
+            self.invalid.add(every, step=step + 1, meeting=self.engine)
         self._watch_losses(row, report, every)
         return row
 
@@ -212,16 +209,6 @@ class TrainingRun:
         counts = torch.tensor([sum(b.tokens for b in batches), sum(len(b.broken) for b in batches)])
         tokens, broken = self.engine.total(counts).tolist()
         return int(tokens), int(broken)
-
-    def _list_broken(self, batches: Sequence[TrainBatch], step: int) -> None:
-        own = [broken.to_dict() for batch in batches for broken in batch.broken]
-        # a sample cut into pieces may turn up twice in one step
-        found = {one["where"]: one for of_rank in self.engine.gather(own) for one in of_rank}
-        new = {where: one for where, one in found.items() if where not in self._listed}
-        self._listed.update(new)
-        if self.engine.rank == 0:
-            for one in new.values():
-                self.broken_file.append({"step": step, **one})
 
     def _watch_losses(self, row: Row, report: StepReport, batches: Sequence[TrainBatch]) -> None:
         """Count steps that moved nothing; the third in a row ends the run."""
@@ -262,22 +249,10 @@ class TrainingRun:
 
     def _score(self, row: Row) -> None:
         """Score held-out samples, and keep the adapter if it is the best one so far."""
-        section = self.recipe.evaluation
-        assert section is not None
         assert self._evaluate is not None
         scores = self._evaluate()
         row |= {f"held_out/{name}": value for name, value in scores.items()}
-        if section.best is None:
-            return
-        if section.best not in scores:
-            known = ", ".join(sorted(scores))
-            raise TrainingError(
-                f"evaluation.best names {section.best!r}, but the scores are {known}"
-            )
-        value = scores[section.best]
-        lower_is_better = section.best.endswith(".perplexity")
-        if self._best is None or (value < self._best if lower_is_better else value > self._best):
-            self._best = value
+        if self.best.improves(scores):
             self._publish(BEST)
 
     def _save(self) -> None:
@@ -285,9 +260,9 @@ class TrainingRun:
             "streams": {kind: self._position(stream) for kind, stream in self.streams.items()},
             "world_size": self.engine.world_size,
             "bad_steps": self._bad_steps,
-            "listed": sorted(self._listed),
-            "best": self._best,
-            "best_of": self._best_of,
+            "listed": sorted(self.invalid.listed),
+            "best": self.best.value,
+            "best_of": self.best.metric,
             "budget": None if self.recipe.minutes is None else self.budget.state_dict(),
         }
         write = self.snapshots.checkpoint_writer(own)
@@ -316,7 +291,10 @@ class TrainingRun:
         self._say(
             f"resumed at step {step}" if saved else "no checkpoint yet: starting at the beginning"
         )
-        self._check_best()
+        factors = {} if self.built.lora is None else self.built.lora.factors
+        named = [pair for some in self.trainer.named.values() for pair in some.items()]
+        shapes = {name: tuple(p.shape) for name, p in named if name not in factors}
+        self.best.check(self.directory.path / BEST, shapes, self._say)
         on_rank_0(self.engine, lambda: self._forget_after(step))
         return step
 
@@ -350,26 +328,8 @@ class TrainingRun:
         if failures:
             raise failures[0]
 
-    def _check_best(self) -> None:
-        """Forget the best value so far where its adapter is gone or damaged."""
-        if self._best is None:
-            return
-        weights = self.directory.path / BEST / ADAPTER_WEIGHTS_NAME
-        try:
-            found = {name: tuple(tensor.shape) for name, tensor in read_tensors(weights).items()}
-        except CheckpointError as error:
-            self._say(f"the best adapter so far cannot be kept, another will be: {error}")
-            self._best = None
-            return
-        factors = {} if self.built.lora is None else self.built.lora.factors
-        named = self.trainer.named.values()
-        own = {n: tuple(p.shape) for some in named for n, p in some.items() if n not in factors}
-        if found != own:
-            self._say(f"the best adapter so far cannot be kept: {weights} is of another adapter")
-            self._best = None
-
     def _forget_after(self, step: int) -> None:
-        for file in (self.metrics, self.broken_file):
+        for file in (self.metrics, self.invalid.file):
             file.forget_after(step)
             if file.invalid:
                 self._say(f"{file.path}: {file.invalid} lines are not rows and are left out")
@@ -380,10 +340,8 @@ class TrainingRun:
                 raise CheckpointError(f"the checkpoint has no position in {kind} data")
             stream.load_state_dict(own["streams"][kind])
         self._bad_steps = own["bad_steps"]
-        self._listed = set(own.get("listed", ()))
-        # a run may be resumed with another metric, of which nothing is known yet
-        if own.get("best_of", self._best_of) == self._best_of:
-            self._best = own["best"]
+        self.invalid.listed = set(own.get("listed", ()))
+        self.best.restore(own["best"], metric=own.get("best_of", self.best.metric))
         if (budget := own.get("budget")) is not None:
             self.budget.load_state_dict(budget)
         if own["world_size"] != self.engine.world_size:
@@ -405,7 +363,7 @@ class TrainingRun:
             adapter=adapter,
             checksum=hashlib.sha256(content).hexdigest(),
             started_at=began,
-            broken=len(self._listed),
+            broken=len(self.invalid.listed),
             trained=self.trained(),
         )
 

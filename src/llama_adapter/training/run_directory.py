@@ -55,7 +55,7 @@ _MOST_STEPS = 10**12
 _STEP = re.compile(r"step-(\d{1,12})")
 _FREE = (
     "out", "checkpoint_every", "keep_checkpoints", "logging", "evaluation", "data.workers",
-    "data.cache", "data.max_broken", "vision.cache_folder", "compute.device",
+    "data.cache", "data.max_invalid", "vision.cache_folder", "compute.device",
     "compute.strategy", "compute.threads", "compute.gradient_checkpointing", "compute.compile",
 )  # fmt: skip
 """Keys that may differ when a run is resumed: the same numbers are learned from the same data."""

@@ -11,7 +11,7 @@ import numpy as np
 from llama_adapter.data import (
     SOURCES,
     BatchStream,
-    Broken,
+    InvalidRecord,
     Kind,
     Part,
     Sample,
@@ -60,7 +60,7 @@ class RecipeData:
     encoders: Mapping[Kind, SampleEncoder]
     held_out: Mapping[str, HeldOut]
     """By the source's type; a second source of a type is called `type-2`."""
-    broken: tuple[Broken, ...] = ()
+    broken: tuple[InvalidRecord, ...] = ()
     """Records of which no sample could be made: they are in no row."""
 
     @property
@@ -87,7 +87,7 @@ def open_data(
     """Open and measure every source of a recipe.
 
     Raises DataError for files that are missing or empty, and where more records of a source are
-    broken than `data.max_broken` allows, with a list.
+    broken than `data.max_invalid` allows, with a list.
     """
     streams: dict[Kind, BatchStream] = {}
     encoders: dict[Kind, SampleEncoder] = {}
@@ -111,7 +111,7 @@ def open_data(
             rank=rank,
             world=world,
             workers=recipe.data.workers,
-            max_broken=recipe.data.max_broken,
+            max_invalid=recipe.data.max_invalid,
             group_by_length=recipe.data.group_by_length,
             # it tells packed samples apart in a single row alone, and silently mixes them in others
             join_rows=recipe.base.attention == "flash_attention_2",
@@ -126,7 +126,7 @@ def encoder_of(
     recipe: Recipe, section: StreamSection, processor: LlamaAdapterProcessor
 ) -> SampleEncoder:
     """What encodes the samples of a section."""
-    return SampleEncoder(processor, row_length=section.row_length, overlong=recipe.data.overlong)
+    return SampleEncoder(processor, row_length=section.row_length, too_long=recipe.data.too_long)
 
 
 def _open_part(
@@ -146,7 +146,7 @@ def _open_part(
         cache=cache_of(recipe),
         progress=None if opened is None else opened(source.name, len(source)),
     )
-    pieces.refuse_beyond(recipe.data.max_broken, name=source.name)
+    pieces.refuse_beyond(recipe.data.max_invalid, name=source.name)
     held_out = choose_held_out(source, described.held_out, seed=recipe.seed)
     return Part(source=source, pieces=pieces, weight=described.weight, held_out=held_out)
 
