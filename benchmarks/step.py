@@ -79,7 +79,7 @@ def _ours(preset: str) -> Callable[[argparse.Namespace], Side]:
         if preset == "v1":
             shape["prompt_layers"] = options.layers - 1
         config = LlamaAdapterConfig.preset(preset, **shape)
-        sees = config.adapter_config.sees
+        sees = config.adapter_config.is_multimodal
         model = LlamaAdapterForConditionalGeneration.from_base(
             make_llama(options), make_tower(options) if sees else None, config, seed=0
         )

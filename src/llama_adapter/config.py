@@ -97,7 +97,7 @@ class AdapterConfig:
     projector_mlp_ratio: float = 4.0
     """How many times wider the MLPs of the `query_transformer` projector's blocks are."""
     vision_feature: int | str = -1
-    """Which tokens of the vision tower are read: an index into its hidden states (-1: its own
+    """Which tokens of the vision encoder are read: an index into its hidden states (-1: its own
     output), or `projected` (CLIP: final norm and projection on every token)."""
     frame_rule: str = "late-mean"
     """How several frames or pictures become one set of visual prompts: `mean` of features,
@@ -208,7 +208,7 @@ class AdapterConfig:
             )
 
     @property
-    def sees(self) -> bool:
+    def is_multimodal(self) -> bool:
         """Whether pictures have any influence."""
         return self.fusion != "none"
 

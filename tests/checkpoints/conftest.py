@@ -128,7 +128,7 @@ class World:
         return path
 
     def clip(self, *, out: int | None = None) -> dict[str, Tensor]:
-        """A vision tower with OpenAI's names: 16 pixels, patches of 4, width 64."""
+        """A vision encoder with OpenAI's names: 16 pixels, patches of 4, width 64."""
         width, out = 64, out or self.clip_out
         tensors = {
             "class_embedding": self.random(width),

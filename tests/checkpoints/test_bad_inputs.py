@@ -248,7 +248,7 @@ def test_vision_of_another_size(world: Any, bring_in: Any) -> None:
     path = world.save_released("v2-multimodal-bias")
     message = bring_in(path, "--vision", world.save_clip(out=24))
     assert f"{path}: tensor clip_proj.weight has shape [32, 20]" in message
-    assert "expected [32, 24] for the vision tower" in message
+    assert "expected [32, 24] for the vision encoder" in message
 
 
 @pytest.mark.parametrize("name", ["conv1.weight", "proj", "transformer.resblocks.0.ln_1.bias"])

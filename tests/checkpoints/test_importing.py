@@ -14,7 +14,7 @@ from llama_adapter import LlamaAdapterConfig, LlamaAdapterForConditionalGenerati
 from llama_adapter.checkpoints import import_released
 from llama_adapter.checkpoints.released_export import export_released
 from llama_adapter.checkpoints.settings import Hints
-from llama_adapter.checkpoints.vision_tower import read_openai_clip
+from llama_adapter.checkpoints.vision_encoder import read_openai_clip
 from llama_adapter.errors import CheckpointError
 
 KINDS = ("v1-text", "v2-multimodal-bias", "v2-multimodal-lora-bias", "v2-chat", "v2-chat-adapter")

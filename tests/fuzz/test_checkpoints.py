@@ -24,7 +24,7 @@ from llama_adapter.checkpoints.meta_base import MetaBase
 from llama_adapter.checkpoints.released import Released, read_released
 from llama_adapter.checkpoints.settings import Hints
 from llama_adapter.checkpoints.tokenizers import convert_tokenizer
-from llama_adapter.checkpoints.vision_tower import read_openai_clip
+from llama_adapter.checkpoints.vision_encoder import read_openai_clip
 
 HINTS = Hints(prompt_length=2, projector_heads=4)
 Tensors = dict[str, Tensor]

@@ -94,7 +94,7 @@ def build() -> Callable[..., LlamaAdapterForConditionalGeneration]:
         config = LlamaAdapterConfig.preset(preset, **{**small, **overrides})
         model = LlamaAdapterForConditionalGeneration.from_base(
             make_base() if language_model is None else language_model,
-            make_tower(vision) if vision and config.adapter_config.sees else None,
+            make_tower(vision) if vision and config.adapter_config.is_multimodal else None,
             config,
             seed=0,
         )

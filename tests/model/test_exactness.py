@@ -24,7 +24,7 @@ SETTINGS = [
 
 def _inputs(model, ids, pictures):
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    if model.adapter_config.sees:
+    if model.adapter_config.is_multimodal:
         inputs["pixel_values"] = pictures
         if model.adapter_config.visual_scope == "placeholders":
             inputs["visual_mask"] = torch.zeros_like(ids, dtype=torch.bool)

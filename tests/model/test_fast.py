@@ -117,7 +117,7 @@ def test_a_model_learns_the_same_without_it(build, ids, pictures, preset):
     model = build(preset, **overrides)
     labels = ids.masked_fill(ids % 3 == 0, -100)
     inputs = {"labels": labels, "logits_to_keep": answer_mask(labels)}
-    if model.adapter_config.sees:
+    if model.adapter_config.is_multimodal:
         inputs["pixel_values"] = pictures
     found = []
     for context in (None, switched_off()):

@@ -177,7 +177,7 @@ def test_a_folded_norm_computes_the_same(norm):
     module = LearnedNorm(norm(8))
     with torch.no_grad():
         module.weight.copy_(_random(8))
-    folded = module.folded()
+    folded = module.merged()
     assert isinstance(folded, nn.RMSNorm if norm is LlamaRMSNorm else norm)
     assert not any(p.requires_grad for p in folded.parameters())
     x = 3 * _random(2, 3, 8, seed=1)
@@ -188,7 +188,7 @@ def test_a_folded_norm_computes_the_same(norm):
 def test_a_folded_norm_takes_what_autocast_gives_it():
     module = LearnedNorm(LlamaRMSNorm(8))
     x = _random(2, 3, 8, dtype=torch.bfloat16)
-    assert_close(module.folded()(x), module(x), rtol=0, atol=0)
+    assert_close(module.merged()(x), module(x), rtol=0, atol=0)
 
 
 def test_a_folded_norm_goes_on_moving_its_input():
@@ -201,7 +201,7 @@ def test_a_folded_norm_goes_on_moving_its_input():
     module = LearnedNorm(add_hook_to_module(norm, Moved()))
     x = _random(2, 8)
     assert module.rms_epsilon is not None
-    assert_close(module.folded()(x), norm(x), rtol=1e-6, atol=1e-6)
+    assert_close(module.merged()(x), norm(x), rtol=1e-6, atol=1e-6)
     assert not torch.allclose(norm(x), LlamaRMSNorm.forward(norm, x))
 
 

@@ -12,7 +12,7 @@ PRESETS = ["v1", "v1-multimodal", "v2", "v2-chat"]
 
 
 def _loss(model, ids, pictures):
-    inputs = {"pixel_values": pictures} if model.adapter_config.sees else {}
+    inputs = {"pixel_values": pictures} if model.adapter_config.is_multimodal else {}
     return model(ids, labels=ids, **inputs).loss
 
 
@@ -48,7 +48,7 @@ def test_everything_still_learns_after_evaluation_and_inference(build, ids, pict
     model.eval()
     with torch.no_grad():
         _loss(model, ids, pictures)
-    inputs = {"pixel_values": pictures} if model.adapter_config.sees else {}
+    inputs = {"pixel_values": pictures} if model.adapter_config.is_multimodal else {}
     model.generate(input_ids=ids, max_new_tokens=3, **inputs)
     model.prepare_for_inference()
     model.generate(input_ids=ids, max_new_tokens=3, **inputs)

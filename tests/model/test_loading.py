@@ -101,7 +101,7 @@ def test_a_damaged_encoder_is_refused(kind, stored):
         tensors[prefix + "encoder.layers.0.mlp.fc1.weight"] = tensors.pop("lm_head.weight")
 
     change(stored / "encoder", translated)
-    with pytest.raises(CheckpointError, match="vision tower"):
+    with pytest.raises(CheckpointError, match="vision encoder"):
         load_vision(str(stored / "encoder"))
 
 

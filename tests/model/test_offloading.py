@@ -104,7 +104,7 @@ def test_linears_on_disk_fold_as_in_memory(stored, stir):
     for name, module in model.adapter.modules():
         if hasattr(module, "folded_weights"):
             for ours, other in zip(
-                module.folded_weights(), theirs[name].folded_weights(), strict=True
+                module.merged_weights(), theirs[name].merged_weights(), strict=True
             ):
                 assert_close(ours, other, **SAME)
 

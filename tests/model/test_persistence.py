@@ -214,9 +214,9 @@ def test_another_base_is_refused(saved, base, tower):
             again(directory, language_model=wrong)
         # a refused base stays usable
         assert_close(wrong(torch.ones(1, 2, dtype=torch.long)).logits.shape[-1], 97)
-    with pytest.raises(CheckpointError, match="another vision tower of the same shape"):
+    with pytest.raises(CheckpointError, match="another vision encoder of the same shape"):
         again(directory, language_model=base(), vision=tower(seed=8))
-    with pytest.raises(CheckpointError, match="vision tower with model_type siglip_vision_model"):
+    with pytest.raises(CheckpointError, match="vision encoder with model_type siglip_vision_model"):
         again(directory, language_model=base(), vision=tower("clip"))
 
 
@@ -277,7 +277,7 @@ def test_a_refused_adapter_leaves_the_model_as_it_was(saved, copy, ids, pictures
 
 def test_a_visual_adapter_needs_a_tower(saved, build, ids):
     model = build("v2-chat", language_model=None)
-    with pytest.raises(ConfigError, match="needs a vision tower"):
+    with pytest.raises(ConfigError, match="needs a vision encoder"):
         model.load_adapter(saved[0] / "adapter", "v2")
     assert torch.isfinite(model(ids).logits).all()
 

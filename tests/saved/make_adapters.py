@@ -101,7 +101,7 @@ def main(root: Path) -> None:
         model.save_pretrained(directory)
         semantics = model.adapter_config
         LlamaAdapterProcessor(
-            images if semantics.sees else None,
+            images if semantics.is_multimodal else None,
             tokenizer,
             template="alpaca",
             visual_scope=semantics.visual_scope,
@@ -115,7 +115,7 @@ def main(root: Path) -> None:
                 content[key]["name_or_path"] = f"../{Path(content[key]['name_or_path']).name}"
         path.write_text(json.dumps(content, indent=2) + "\n")
         given = {"input_ids": torch.randint(3, len(tokenizer), (2, 6), generator=generator)}
-        if semantics.sees:
+        if semantics.is_multimodal:
             given["pixel_values"] = torch.randn(2, 3, 8, 8, generator=generator)
         if semantics.visual_scope == "slots":
             given["visual_mask"] = torch.tensor([[False, True, True, True, False, False]] * 2)

@@ -111,7 +111,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"adapter": {"preset": "v3"}}, "adapter: unknown preset 'v3'"),
     ({"adapter": {"preset": "v2-chat"}}, "captions are of no use"),
     ({"adapter": {"start": "runs/a", "preset": "v2"}}, "start brings its own settings"),
-    ({"vision": None}, "captions need a vision tower"),
+    ({"vision": None}, "captions need a vision encoder"),
     ({"captions": None, "instructions": None}, "needs captions, instructions, or both"),
     ({"evaluation": {"every": 5}}, "evaluation needs samples to score: set held_out"),
     (

@@ -28,7 +28,7 @@ VISION_FAIR_FROM = 1250
 def pretrain_bases(
     out: Path, *, seed: int = 0, resume: bool = False, report: Callable[[str], None] = print
 ) -> None:
-    """Pretrain the vision tower, then the decoder; neither ever sees the other's data."""
+    """Pretrain the vision encoder, then the decoder; neither ever sees the other's data."""
     pretrain_vision(
         out / "vision",
         training=VisionTraining(steps=VISION_STEPS, fair_from=VISION_FAIR_FROM, seed=seed),

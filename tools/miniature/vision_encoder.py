@@ -1,4 +1,4 @@
-"""The frozen vision tower of the miniature world, and how it was pretrained.
+"""The frozen vision encoder of the miniature world, and how it was pretrained.
 
 A stock `SiglipVisionModel` (64 by 64 pixels, patches of 8) learns from pictures and
 phrases alone; no decoder is in sight. As in SigLIP every picture meets every phrase of
@@ -130,7 +130,7 @@ def image_processor() -> SiglipImageProcessorPil:
 
 def load_tower(path: Path = SHIPPED_TOWER) -> SiglipVisionModel:
     """The tower in a directory, frozen and in evaluation mode; by default the shipped one."""
-    tower = load_pretrained(SiglipVisionModel, path, what="vision tower", dtype=torch.float32)
+    tower = load_pretrained(SiglipVisionModel, path, what="vision encoder", dtype=torch.float32)
     return tower.eval().requires_grad_(False)
 
 
@@ -322,7 +322,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Pretrain from the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m tools.miniature.vision_encoder",
-        description="Pretrain the vision tower of the miniature world.",
+        description="Pretrain the vision encoder of the miniature world.",
     )
     parser.add_argument("--out", type=Path, required=True, help="where the tower goes")
     parser.add_argument("--steps", type=int, default=2200)

@@ -14,14 +14,14 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from llama_adapter.checkpoints.layout import BaseShape
 from llama_adapter.checkpoints.meta_base import MetaBase, hugging_face_name, rotary_permutation
-from llama_adapter.checkpoints.strangers import what_directory
+from llama_adapter.checkpoints.unexpected import what_directory
 from llama_adapter.errors import CheckpointError
 from llama_adapter.files import read_json_object
 from llama_adapter.model.configuration import ADAPTER_CONFIG_NAME
 from llama_adapter.model.fingerprints import (
     fingerprints_of,
-    is_never_quantised,
-    is_quantised,
+    is_never_quantized,
+    is_quantized,
     places,
 )
 from llama_adapter.model.loading import check_sizes
@@ -185,15 +185,15 @@ def describe_stored(directory: Path, *, reference: str) -> dict[str, Any]:
     described = describe_model(model)
     names = [name for name, _ in model.named_parameters()]
     samples = _read_some(directory, names)
-    if samples is None or is_quantised(model):
+    if samples is None or is_quantized(model):
         described = describe_model(load_language_model(str(directory)))
     else:
         first = [(n, shape, values) for n, (shape, values, _) in samples.items()]
-        described["fingerprint"] = fingerprint_of(s for s in first if is_never_quantised(s[0]))
+        described["fingerprint"] = fingerprint_of(s for s in first if is_never_quantized(s[0]))
         described["weights"] = fingerprints_of(
             ((n, shape, spread) for n, (shape, _, spread) in samples.items()),
             dtype=next(iter(samples.values()))[1].dtype,
-            quantised=False,
+            quantized=False,
         )
     return {**described, "name_or_path": reference}
 

@@ -29,7 +29,7 @@ def mark_export(directory: Path, *, kind: str) -> None:
 
 
 def adapter_sources(directory: Path, *described: dict[str, Any] | None) -> tuple[Path, ...]:
-    """An adapter directory, and what its descriptions of base and tower refer to on disk."""
+    """An adapter directory, and what its descriptions of base and encoder refer to on disk."""
     names = [str((content or {}).get("name_or_path") or "") for content in described]
     paths = [Path(resolve_reference(name, directory=directory)) for name in names if name]
     return (directory, *(path for path in paths if path.exists()))

@@ -18,10 +18,10 @@ from llama_adapter.checkpoints.layout import Entry, layout
 from llama_adapter.checkpoints.meta_base import Progress
 from llama_adapter.checkpoints.released import Kind, Released, read_released
 from llama_adapter.checkpoints.settings import Hints, settings
-from llama_adapter.checkpoints.strangers import what_directory
 from llama_adapter.checkpoints.tokenizers import convert_tokenizer, find_tokenizer
 from llama_adapter.checkpoints.torch_files import why_not_finite
-from llama_adapter.checkpoints.vision_tower import read_openai_clip
+from llama_adapter.checkpoints.unexpected import what_directory
+from llama_adapter.checkpoints.vision_encoder import read_openai_clip
 from llama_adapter.config import AdapterConfig
 from llama_adapter.errors import CheckpointError, ConfigError
 from llama_adapter.families.vision import vision_feature_size
@@ -52,7 +52,7 @@ class ImportReport:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Vision:
-    """A vision tower: its model, and where it is if it stays there."""
+    """A vision encoder: its model, and where it is if it stays there."""
 
     model: Any
     directory: Path | None
@@ -91,15 +91,15 @@ def import_released(
                 f"{base} is not a base that {checkpoint} was trained for: {why}; "
                 "expect worse answers"
             )
-        tower = _open_vision(released, vision, config, warnings)
-        entries = _fit(released, config, opened, base, tower)
+        encoder = _open_vision(released, vision, config, warnings)
+        entries = _fit(released, config, opened, base, encoder)
         warnings += _not_finite(released)
         tokenizer = _tokenizer(opened)  # before the base: converting one may take an hour
         _write_adapter(stage, released, entries, opened, config)
         described = _place_base(stage, opened, progress)
-        _write_config(stage, config, described, tower)
+        _write_config(stage, config, described, encoder)
         _write_tokenizer(stage, opened, tokenizer)
-        _write_processor(stage, opened, tokenizer, tower, config, released.kind, warnings)
+        _write_processor(stage, opened, tokenizer, encoder, config, released.kind, warnings)
     used = {entry.official for entry in entries}
     return ImportReport(
         out=out,
@@ -154,7 +154,7 @@ def _training_checkpoint(released: Released, base: Base, allow_other_base: bool)
 def _open_vision(
     released: Released, vision: Path | None, config: AdapterConfig, warnings: list[str]
 ) -> _Vision | None:
-    if not config.sees:
+    if not config.is_multimodal:
         if vision is not None:
             warnings.append(f"{released.path} reads no pictures; {vision} is not used")
         return None
@@ -171,10 +171,10 @@ def _open_vision(
 
 
 def _fit(
-    released: Released, config: AdapterConfig, base: Base, directory: Path, tower: _Vision | None
+    released: Released, config: AdapterConfig, base: Base, directory: Path, encoder: _Vision | None
 ) -> list[Entry]:
     """Every tensor that must be there; CheckpointError unless all of them are, in shape."""
-    feature_size = None if tower is None else vision_feature_size(tower.model, config)
+    feature_size = None if encoder is None else vision_feature_size(encoder.model, config)
     entries = layout(released.kind, config, base.shape, feature_size=feature_size)
     tensors = released.tensors
     for entry in entries:
@@ -188,7 +188,7 @@ def _fit(
                 f"({released.kind} on the base {directory})"
             )
         if tuple(tensor.shape) != entry.shape:
-            what = "the vision tower" if entry.official == "clip_proj.weight" else "the base"
+            what = "the vision encoder" if entry.official == "clip_proj.weight" else "the base"
             raise CheckpointError(
                 f"{released.path}: tensor {entry.official} has shape {list(tensor.shape)}, "
                 f"expected {list(entry.shape)} for {what}"
@@ -261,14 +261,14 @@ def _place_base(stage: Path, base: Base, progress: Progress | None) -> dict[str,
 
 
 def _write_config(
-    stage: Path, config: AdapterConfig, base: Mapping[str, Any], tower: _Vision | None
+    stage: Path, config: AdapterConfig, base: Mapping[str, Any], encoder: _Vision | None
 ) -> None:
     vision = None
-    if tower is not None:
-        reference = "vision" if tower.directory is None else str(tower.directory)
-        vision = {**describe_model(tower.model), "name_or_path": reference}
-        if tower.directory is None:
-            tower.model.save_pretrained(stage / "vision")
+    if encoder is not None:
+        reference = "vision" if encoder.directory is None else str(encoder.directory)
+        vision = {**describe_model(encoder.model), "name_or_path": reference}
+        if encoder.directory is None:
+            encoder.model.save_pretrained(stage / "vision")
     LlamaAdapterConfig(adapter=config, base=dict(base), vision=vision).save_pretrained(stage)
 
 
@@ -276,7 +276,7 @@ def _write_processor(
     stage: Path,
     base: Base,
     tokenizer: PreTrainedTokenizerBase | None,
-    tower: _Vision | None,
+    encoder: _Vision | None,
     config: AdapterConfig,
     kind: Kind,
     warnings: list[str],
@@ -292,8 +292,8 @@ def _write_processor(
     from llama_adapter.processing.processor import LlamaAdapterProcessor
 
     images = None
-    if tower is not None:
-        vision_config = getattr(tower.model.config, "vision_config", tower.model.config)
+    if encoder is not None:
+        vision_config = getattr(encoder.model.config, "vision_config", encoder.model.config)
         side = int(vision_config.image_size)
         images = CLIPImageProcessorPil(
             size={"shortest_edge": side}, crop_size={"height": side, "width": side}

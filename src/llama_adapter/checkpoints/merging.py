@@ -105,7 +105,7 @@ def unfoldable(config: AdapterConfig) -> list[str]:
     if config.prompt_length and config.prompt_layers != 0:
         where = "all" if config.prompt_layers is None else f"the last {config.prompt_layers}"
         kept.append(f"the static prompts of {where} layers")
-    if config.sees:
+    if config.is_multimodal:
         kept.append("the visual prompts")
     if kept and config.lora_rank:
         kept.append("the LoRA of key and value projections, which prompts bypass")
@@ -157,9 +157,9 @@ def _fold_linear(module: ScaledLinear, name: str) -> Tensor | None:
     """Fold into the frozen weight; returns the bias that goes with it."""
     if type(module.base_layer) is not nn.Linear:
         raise UnsupportedModelError(
-            f"{name} is a {type(module.base_layer).__name__}: a quantised base cannot be merged"
+            f"{name} is a {type(module.base_layer).__name__}: a quantized base cannot be merged"
         )
-    weight, bias = module.folded_weights()
+    weight, bias = module.merged_weights()
     module.base_layer.weight.copy_(weight)
     return bias
 

@@ -43,7 +43,7 @@ FILE_BYTES = 4 * 2**30
 """Most bytes in one file of a converted base."""
 
 MAPPED_BYTES = 512 * 2**20
-"""After this many bytes the shards are mapped anew: pages that were read count as our memory."""
+"""After this many bytes the shards are mapped again: pages that were read count as our memory."""
 
 _ROWS, _COLUMNS, _COPY = 0, 1, None
 

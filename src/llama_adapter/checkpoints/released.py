@@ -1,4 +1,4 @@
-"""The files that the authors released: recognising one, by its content alone.
+"""The files that the authors released: recognizing one, by its content alone.
 
 Checkpoints of the authors' training scripts hold the same tensors beside the frozen base's, the
 vision encoder's, the optimizer and the settings of the run: those are left out.
@@ -91,7 +91,7 @@ class Released:
 
 
 def read_released(path: Path) -> Released:
-    """Read and recognise a released checkpoint.
+    """Read and recognize a released checkpoint.
 
     Raises CheckpointError for a damaged file, code in it, and unknown or mixed content; it says
     what was found and what each known kind needs.

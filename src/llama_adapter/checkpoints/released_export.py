@@ -68,7 +68,7 @@ def export_released(directory: Path, *, out: Path, overwrite: bool = False) -> P
 
 def _unsaid_sizes(config: AdapterConfig) -> dict[str, Any]:
     sizes: dict[str, Any] = {"adapter_len": config.prompt_length}
-    if config.sees:
+    if config.is_multimodal:
         sizes["visual"] = {"v_num_heads": config.projector_heads}
     return sizes
 

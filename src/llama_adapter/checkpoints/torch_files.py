@@ -187,7 +187,7 @@ def _check_tensors(path: Path, content: Any) -> None:
             continue
         if value.layout is not torch.strided or value.is_quantized or value.is_nested:
             raise CheckpointError(
-                f"{path}: {name} is a sparse, quantised or nested tensor, expected a dense one"
+                f"{path}: {name} is a sparse, quantized or nested tensor, expected a dense one"
             )
         if value.is_meta:
             raise CheckpointError(f"{path}: tensor {name} has no values (it is a meta tensor)")

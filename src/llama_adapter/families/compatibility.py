@@ -21,7 +21,7 @@ RELATIVE_TOLERANCE = 1e-3
 """Of the largest number compared; the same products in another order differ by far less."""
 
 ROUGH_TOLERANCE = 5e-2
-"""The same for logits behind a whole model in a half type or quantised."""
+"""The same for logits behind a whole model in a half type or quantized."""
 
 ROUGH_LEAK = 1e-2
 """The same for what should not change at all: a mixture of experts still rounds differently."""

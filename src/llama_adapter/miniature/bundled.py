@@ -34,7 +34,7 @@ def load_decoder() -> PreTrainedModel:
 
 
 def load_tower() -> nn.Module:
-    """The frozen toy vision tower, in float32."""
+    """The frozen toy vision encoder, in float32."""
     return load_vision(VISION).float()
 
 

@@ -33,7 +33,7 @@ from llama_adapter.model import LlamaAdapterForConditionalGeneration
 from llama_adapter.processing.processor import LlamaAdapterProcessor
 
 UNSEEN = frozenset({"sign"})
-"""Question types about what the vision tower cannot read; the OCR expert's business."""
+"""Question types about what the vision encoder cannot read; the OCR expert's business."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

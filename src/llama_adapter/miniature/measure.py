@@ -70,7 +70,7 @@ def measure(
     text = exam.take(model, processor, context=lambda item: item.passage)
     out.claims["C1"] = score(text)
     out.by_question["C1"] = _by_question(text)
-    if model.adapter_config.sees:
+    if model.adapter_config.is_multimodal:
         _measure_seeing(out, model, processor, exam)
     if expert_captions is not None:
         out.claims["C2expert"], out.by_things["C2expert"] = score_captions(
@@ -80,7 +80,7 @@ def measure(
             model,
             processor,
             context=lambda item: expert_captions[item.scene],
-            picture=(lambda item: item.scene) if model.adapter_config.sees else None,
+            picture=(lambda item: item.scene) if model.adapter_config.is_multimodal else None,
         )
         out.claims["C4"] = score(helped)
     out.claims = {name: out.claims[name] for name in CLAIMS if name in out.claims}

@@ -2,7 +2,7 @@
 
 All lengths are in units of 1/64 of the picture's side, so the same scene and the same
 seed give the same picture at every size, only finer: the words on a sign are for the
-OCR expert, which is shown a large picture; the vision tower sees 64 pixels.
+OCR expert, which is shown a large picture; the vision encoder sees 64 pixels.
 """
 
 from __future__ import annotations

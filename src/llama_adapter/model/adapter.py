@@ -79,23 +79,23 @@ class Adapter:
         self.num_layers = len(attentions)
         text_config = language_model.config.get_text_config()
         self.sites: list[Site] = []
-        self._folded: dict[str, nn.Module] = {}
+        self._merged: dict[str, nn.Module] = {}
         self._add_linears_and_norms(generator)
         self._add_prompts(attentions, text_config, generator)
         hidden_size = int(text_config.hidden_size)
         home = execution_device(language_model.get_input_embeddings())
         self.projection: VisualProjection | None = None
-        if config.sees:
+        if config.is_multimodal:
             if feature_size is None:
                 raise ConfigError(
-                    f"fusion {config.fusion!r} needs a vision tower; none was given "
+                    f"fusion {config.fusion!r} needs a vision encoder; none was given "
                     "(fusion 'none' is text only)"
                 )
             self.projection = VisualProjection(feature_size, hidden_size, config=config).to(home)
         self.attach()
         try:
             check_projections(language_model, self._prompted())
-            if config.sees:
+            if config.is_multimodal:
                 nothing_IMd = torch.zeros(1, 1, hidden_size, device=home)
                 check_visual_route(
                     language_model, visual_prompts=VisualPrompts(prompts_IMd=nothing_IMd)
@@ -184,7 +184,7 @@ class Adapter:
             self.is_attached = was_attached
             raise
         for site in self.sites:
-            setattr(site.parent, site.attribute, self._folded.get(site.name, site.module))
+            setattr(site.parent, site.attribute, self._merged.get(site.name, site.module))
 
     def check_route(self) -> None:
         """UnsupportedModelError where the base no longer routes attention through ours.
@@ -231,16 +231,16 @@ class Adapter:
                 prompt.cache(attention, dtype=self.language_model.dtype)
         self.detach()
         for site in self.sites:
-            plain = site.module.folded()
+            plain = site.module.merged()
             if plain is not None:
-                self._folded[site.name] = plain.train(site.module.training)
+                self._merged[site.name] = plain.train(site.module.training)
         self.is_prepared = True
         if was_attached:
             self.attach()
 
     def unprepare(self) -> None:
         """Undo `prepare`: every trainable computes and learns again."""
-        self._folded.clear()
+        self._merged.clear()
         self.is_prepared = False
         for _, prompt in self.prompts():
             if isinstance(prompt, StaticPrompt):

@@ -22,7 +22,7 @@ PAGED = frozenset({"block_table", "read_index"})
 """What only continuous batching gives attention: there is no mask of ours for its one long row."""
 
 PREFIX = "llama_adapter_"
-"""Registered names are this plus transformers' own, so `flash` and `sdpa` stay recognisable."""
+"""Registered names are this plus transformers' own, so `flash` and `sdpa` stay recognizable."""
 
 IMPLEMENTATIONS = ("eager", "sdpa", "flex_attention", "flash_attention_2")
 

@@ -52,7 +52,7 @@ _NEWER = ("weights", "config")
 
 
 class LlamaAdapterConfig(PreTrainedConfig):
-    """What the adapter computes and which base and vision tower it belongs to.
+    """What the adapter computes and which base and vision encoder it belongs to.
 
     `adapter` is an AdapterConfig as a dictionary; `base` and `vision` are references:
     `name_or_path` (a name, a path, or a path relative to the adapter directory),

@@ -2,8 +2,8 @@
 
 A fingerprint is taken of a few values of every tensor, spread over its length, in each dtype that
 the model may be loaded in: values stored in float32 and loaded in float16 round as they rounded
-when the fingerprint was taken. Of a quantised base only embeddings and norms are compared, which
-no quantisation touches. The config is compared setting by setting.
+when the fingerprint was taken. Of a quantized base only embeddings and norms are compared, which
+no quantization touches. The config is compared setting by setting.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from llama_adapter.model.peft_base import base_parameters
 PLACES = 64
 """Values of each tensor that a fingerprint covers."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-ALL, UNQUANTISED = "all", "unquantised"
+ALL, UNQUANTIZED = "all", "unquantised"
 
 _BOOKKEEPING = re.compile(
     r"^_|_token_ids?$|dropout|droprate|drop_path|initializer|(^|_)(dtype|implementation|plan)$|"
@@ -49,7 +49,7 @@ def places(numel: int) -> Tensor:
     return torch.arange(PLACES) * (numel - 1) // (PLACES - 1)
 
 
-def is_quantised(model: Any) -> bool:
+def is_quantized(model: Any) -> bool:
     """Whether some of a model's tensors hold codes instead of values."""
     return (
         getattr(model, "hf_quantizer", None) is not None
@@ -57,8 +57,8 @@ def is_quantised(model: Any) -> bool:
     )
 
 
-def is_never_quantised(name: str) -> bool:
-    """Whether a parameter is embedding-like or norm-like, which no quantisation touches."""
+def is_never_quantized(name: str) -> bool:
+    """Whether a parameter is embedding-like or norm-like, which no quantization touches."""
     return "norm" in name.lower() or "embed" in name.lower()
 
 
@@ -67,10 +67,10 @@ def fingerprints(model: Any) -> dict[str, Any] | None:
 
     Adapters must be off, and those of peft do not count; what is offloaded is fetched.
     """
-    quantised = is_quantised(model)
+    quantized = is_quantized(model)
     samples = []
     for plain, name in base_parameters(model):
-        if quantised and not is_never_quantised(plain):
+        if quantized and not is_never_quantized(plain):
             continue
         module = model.get_submodule(name.rpartition(".")[0])
         with numbers_at_hand(module, recurse=False):
@@ -79,7 +79,7 @@ def fingerprints(model: Any) -> dict[str, Any] | None:
                 return None
             if values.is_floating_point():
                 samples.append((plain, tuple(values.shape), sampled(values)))
-    return fingerprints_of(samples, dtype=model.dtype, quantised=quantised)
+    return fingerprints_of(samples, dtype=model.dtype, quantized=quantized)
 
 
 def sampled(values: Tensor) -> Tensor:
@@ -95,19 +95,19 @@ def fingerprints_of_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Any] | N
     samples = [(name, tuple(t.shape), sampled(t.detach())) for name, t in tensors.items()]
     dtypes = {tensor.dtype for tensor in tensors.values() if tensor.ndim}
     dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
-    return fingerprints_of(samples, dtype=dtype, quantised=False)
+    return fingerprints_of(samples, dtype=dtype, quantized=False)
 
 
 def fingerprints_of(
-    samples: Iterable[Sample], *, dtype: torch.dtype | str, quantised: bool
+    samples: Iterable[Sample], *, dtype: torch.dtype | str, quantized: bool
 ) -> dict[str, Any]:
     """Fingerprints of sampled tensors: names, full shapes and values in each dtype."""
     ordered = sorted(samples, key=lambda sample: sample[0])
-    kept = [sample for sample in ordered if is_never_quantised(sample[0])]
+    kept = [sample for sample in ordered if is_never_quantized(sample[0])]
     return {
         "dtype": str(dtype).removeprefix("torch."),
-        ALL: None if quantised else _in_each_dtype(ordered),
-        UNQUANTISED: _in_each_dtype(kept),
+        ALL: None if quantized else _in_each_dtype(ordered),
+        UNQUANTIZED: _in_each_dtype(kept),
     }
 
 
@@ -129,7 +129,7 @@ def compare_weights(
 
     Between float16 and bfloat16 neither rounding tells what the other was; that is said.
     """
-    part = ALL if found[ALL] is not None and expected[ALL] is not None else UNQUANTISED
+    part = ALL if found[ALL] is not None and expected[ALL] is not None else UNQUANTIZED
     ours, theirs = found[part], expected[part]
     halves = {found["dtype"], expected["dtype"]} - {"float32"}
     if any(ours[name] == theirs[name] for name in (halves or {"float32"}) if name in DTYPES):
@@ -168,8 +168,8 @@ def check_settings(
 
 def check_form(value: Mapping[str, Any], *, where: str) -> None:
     """CheckpointError where stored fingerprints have not the form of such."""
-    is_whole = value.keys() == {"dtype", ALL, UNQUANTISED} and isinstance(value["dtype"], str)
-    parts: list[Any] = [value.get(UNQUANTISED)]
+    is_whole = value.keys() == {"dtype", ALL, UNQUANTIZED} and isinstance(value["dtype"], str)
+    parts: list[Any] = [value.get(UNQUANTIZED)]
     if value.get(ALL) is not None:
         parts.append(value[ALL])
     for part in parts:
@@ -187,9 +187,9 @@ def describe_rule(reference: Mapping[str, Any] | None) -> str:
     if weights is None:
         return "its shape and the first values of embeddings and norms, as version 0.1 did"
     if weights[ALL] is None:
-        return "its settings, and values of embeddings and norms: it was quantised"
+        return "its settings, and values of embeddings and norms: it was quantized"
     return (
-        "its settings and values of every tensor; quantised, by its settings and values of "
+        "its settings and values of every tensor; quantized, by its settings and values of "
         "embeddings and norms"
     )
 

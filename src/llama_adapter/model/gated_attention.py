@@ -1,4 +1,4 @@
-"""Zero-initialised gated prompt attention (LLaMA-Adapter §3, V2 §3).
+"""Zero-initialized gated prompt attention (LLaMA-Adapter §3, V2 §3).
 
 Every attention module that carries prompts gets a child module, `adaption`. The functions of
 `attention_registry` run the base's own attention unchanged and add
@@ -76,7 +76,7 @@ class GatedPrompt(AdapterModule):
     def image_keys_values(
         self, attention: Attention, visual: VisualPrompts, query_BHTD: Tensor
     ) -> KeysValues:
-        """Keys and gated values of images, made anew unless a generation keeps them."""
+        """Keys and gated values of images, made again unless a generation keeps them."""
         if visual.cache and self.layer_index in visual.cache:
             return _alike(visual.cache[self.layer_index], query_BHTD)
         entries_EMd = self.image_entries_EMd(visual, fallback=visual.routing is not None)
@@ -118,7 +118,7 @@ class StaticPrompt(GatedPrompt):
         **gates: Any,
     ) -> None:
         super().__init__(attention, device=device, **gates)
-        # unit variance, like the normalised hidden states that share these projections;
+        # unit variance, like the normalized hidden states that share these projections;
         # drawn on the CPU, so that a seed gives the same numbers everywhere
         prompt_Md = torch.randn(prompt_length, hidden_size, generator=generator)
         self.prompt = nn.Parameter(prompt_Md.to(device))
@@ -133,7 +133,7 @@ class StaticPrompt(GatedPrompt):
         self.static_keys, self.static_values = self.keys_values(attention, entry_1Md)
 
     def drop_cache(self) -> None:
-        """Make keys and values anew in every pass, so that prompts learn."""
+        """Make keys and values again in every pass, so that prompts learn."""
         self.static_keys = self.static_values = None
 
     def forward(

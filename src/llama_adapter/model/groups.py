@@ -55,6 +55,6 @@ class AdapterModule(nn.Module):
             if parameter is not None:
                 yield Trainable(name, parameter, role)
 
-    def folded(self) -> nn.Module | None:
+    def merged(self) -> nn.Module | None:
         """A plain module of the base's kind that computes the same, for inference; None if none."""
         return None

@@ -38,7 +38,7 @@ def read_encoder_config(path: str, revision: str | None = None) -> Any:
 
     Raises UnsupportedModelError for a model that takes no pixels.
     """
-    config = load_pretrained(AutoConfig, path, what="vision tower", revision=revision or "main")
+    config = load_pretrained(AutoConfig, path, what="vision encoder", revision=revision or "main")
     _refuse_adapter(config, path, what="vision encoder", option="vision.model")
     if not _takes_pixels(config) and not hasattr(config, "vision_config"):
         raise UnsupportedModelError(

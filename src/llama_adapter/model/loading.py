@@ -37,7 +37,7 @@ _SIZES = re.compile(
 """Settings that become a side of a tensor, or count modules."""
 _POSITIONS = re.compile(r"position")
 _PACKED = 8
-"""Values that a quantised tensor packs into one element, at most."""
+"""Values that a quantized tensor packs into one element, at most."""
 _SMALL = 1 << 16
 """Sizes up to here are harmless whatever is stored."""
 _MOST_POSITIONS = 1 << 25

@@ -1,4 +1,4 @@
-"""Cross-entropy over answer tokens only, normalised by how many there are."""
+"""Cross-entropy over answer tokens only, normalized by how many there are."""
 
 from __future__ import annotations
 

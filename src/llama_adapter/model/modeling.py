@@ -1,4 +1,4 @@
-"""The adapted model: frozen decoder, frozen vision tower and adapters as one Hugging Face model.
+"""The adapted model: frozen decoder, frozen vision encoder and adapters as one Hugging Face model.
 
 The only place where vision meets language.
 """
@@ -139,7 +139,7 @@ class LlamaAdapterForConditionalGeneration(
         if config is None:
             config = LlamaAdapterConfig()
         semantics = config.adapter_config
-        if vision is None and semantics.sees:
+        if vision is None and semantics.is_multimodal:
             semantics = AdapterConfig.from_dict({**semantics.to_dict(), "fusion": "none"})
         config = LlamaAdapterConfig(
             adapter=semantics,
@@ -156,7 +156,7 @@ class LlamaAdapterForConditionalGeneration(
         self, semantics: AdapterConfig, *, generator: torch.Generator | None = None
     ) -> Adapter:
         size = None
-        if semantics.sees and self.vision is not None:
+        if semantics.is_multimodal and self.vision is not None:
             size = vision_feature_size(self.vision, semantics)
         return Adapter(self.language_model, semantics, feature_size=size, generator=generator)
 
@@ -222,7 +222,7 @@ class LlamaAdapterForConditionalGeneration(
         if labels is not None:
             total = num_items_in_batch if num_answer_tokens is None else num_answer_tokens
             loss = answer_loss(output.logits, labels, num_answer_tokens=total, kept=logits_to_keep)
-            # made anew, for the loss to come first in the tuple that it also is
+            # made again, for the loss to come first in the tuple that it also is
             output = type(output)(**{**output, "loss": loss})
         return output.to_tuple() if return_dict is False else output
 
@@ -343,13 +343,13 @@ class LlamaAdapterForConditionalGeneration(
 
         `cache` also makes the keys and gated values of every layer that reads them alone, for
         many forward passes with the same numbers: for inference only.
-        Raises ConfigError if there is no vision tower to read pixels with.
+        Raises ConfigError if there is no vision encoder to read pixels with.
         """
         if self.visual is None:
             return None
         if visual_features is None:
             if self.vision is None:
-                raise ConfigError("pictures were given, but this model has no vision tower")
+                raise ConfigError("pictures were given, but this model has no vision encoder")
             assert pixel_values is not None
             visual_features = vision_features(
                 self.vision, pixel_values.to(execution_device(self.vision)), self.adapter_config
@@ -387,7 +387,7 @@ class LlamaAdapterForConditionalGeneration(
         """Fold bias and scale into plain linears and keep keys and values of static prompts.
 
         Same logits to rounding, at the base model's speed; needs memory for a second copy of the
-        adapted weights. Undone by `prepare_for_training`; until then nothing learns. Quantised
+        adapted weights. Undone by `prepare_for_training`; until then nothing learns. Quantized
         linears stay unfolded.
         """
         self.adapter.prepare()
@@ -501,7 +501,7 @@ class LlamaAdapterForConditionalGeneration(
         super().train(mode)
         keep_unpacked(self.language_model)
         if self.vision is not None:
-            self.vision.eval()  # the tower is frozen, dropout included
+            self.vision.eval()  # the encoder is frozen, dropout included
         return self
 
     def _apply(

@@ -87,7 +87,7 @@ class AdapterPersistence:
         selected_adapters: Sequence[str] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Write the active adapter; the base and the vision tower are referenced, not copied.
+        """Write the active adapter; the base and the vision encoder are referenced, not copied.
 
         What peft has put on the base is written beside it. `state_dict` stands in for the model's
         own, where that is spread over processes: of the whole model, as trainers gather it, or of
@@ -178,7 +178,7 @@ class AdapterPersistence:
         attn_implementation: str | None = None,
         **kwargs: Any,
     ) -> Any:
-        """An adapter directory with its base and vision tower, which may be given already loaded.
+        """An adapter directory with its base and vision encoder, which may be given already loaded.
 
         An adapter on the hub is loaded by its name; `revision`, `subfolder`, `token`, `cache_dir`,
         `force_download` and `local_files_only` say which, for the adapter's own files.
@@ -219,13 +219,13 @@ class AdapterPersistence:
         check_reference(language_model, config.base or {}, what="base", source=str(directory))
         if config.vision is not None:
             if vision is None:
-                name = _reference(config.vision, "vision tower", directory)
+                name = _reference(config.vision, "vision encoder", directory)
                 vision = load_vision(
                     name,
                     revision=revision_at_hand(name, config.vision.get("revision")),
                     device=execution_device(language_model.get_input_embeddings()),
                 )
-            check_reference(vision, config.vision, what="vision tower", source=str(directory))
+            check_reference(vision, config.vision, what="vision encoder", source=str(directory))
             check_projector(header, config.adapter_config, language_model, vision, source=str(path))
         model = cls(config, language_model=language_model, vision=vision)  # type: ignore[call-arg]
         model.adapter.load_state_dict(read_checked(path), source=str(path))  # type: ignore[attr-defined]
@@ -235,7 +235,7 @@ class AdapterPersistence:
         """Load a further adapter onto the same base; `set_adapter` makes it the active one.
 
         `options` are those of `from_pretrained` for adapters on the hub. Raises CheckpointError
-        if it belongs to another base or vision tower, and ConfigError for an option of peft's.
+        if it belongs to another base or vision encoder, and ConfigError for an option of peft's.
         """
         for key in options:
             if key not in HUB_OPTIONS:
@@ -261,7 +261,7 @@ class AdapterPersistence:
             )
             if config.vision is not None and model.vision is not None:
                 check_reference(
-                    model.vision, config.vision, what="vision tower", source=str(directory)
+                    model.vision, config.vision, what="vision encoder", source=str(directory)
                 )
                 semantics = config.adapter_config
                 base, vision = model.language_model, model.vision
@@ -423,7 +423,7 @@ def check_projector(
     source: str,
 ) -> None:
     """CheckpointError where the stored projection has not the shapes that the config asks for."""
-    if not semantics.sees:
+    if not semantics.is_multimodal:
         return
     if semantics.projector_blocks > len(header.tensors):  # before so many are built
         raise CheckpointError(

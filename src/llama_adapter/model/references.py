@@ -1,4 +1,4 @@
-"""Which base and which vision tower an adapter belongs to, and loading them again."""
+"""Which base and which vision encoder an adapter belongs to, and loading them again."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from llama_adapter.model.fingerprints import (
     compare_weights,
     fingerprints,
     fingerprints_of_tensors,
-    is_never_quantised,
-    is_quantised,
+    is_never_quantized,
+    is_quantized,
     sampled,
     settings_of,
 )
@@ -118,7 +118,7 @@ def package_reference(path: str) -> str:
 
 
 def describe_model(model: Any) -> dict[str, Any]:
-    """A reference to a base or vision tower: name, shape, and a fingerprint of its numbers.
+    """A reference to a base or vision encoder: name, shape, and a fingerprint of its numbers.
 
     Raises UnsupportedModelError where peft has put something on it that could not be loaded again.
     """
@@ -154,7 +154,7 @@ def fingerprint(model: nn.Module) -> str | None:
     """
     sampled = []
     for plain, name in base_parameters(model):
-        if not is_never_quantised(plain):
+        if not is_never_quantized(plain):
             continue
         module = model.get_submodule(name.rpartition(".")[0])
         with numbers_at_hand(module, recurse=False):
@@ -176,7 +176,7 @@ def fingerprint_of(samples: Iterable[tuple[str, tuple[int, ...], Tensor]]) -> st
 
 
 def check_reference(model: nn.Module, expected: dict[str, Any], *, what: str, source: str) -> None:
-    """Refuse another base (or tower) than the adapter was trained on.
+    """Refuse another base (or encoder) than the adapter was trained on.
 
     Raises CheckpointError with what was found and what was expected.
     """
@@ -233,10 +233,10 @@ def what_differs(model: Any) -> str | None:
     stored = None if folder is None else stored_tensors(folder)
     if folder is None or stored is None:
         return None
-    quantised = is_quantised(model)
+    quantized = is_quantized(model)
     files = weight_files(folder)
     for plain, present in base_parameters(model):
-        if quantised and not is_never_quantised(plain):
+        if quantized and not is_never_quantized(plain):
             continue
         module = model.get_submodule(present.rpartition(".")[0])
         with numbers_at_hand(module, recurse=False):
@@ -322,13 +322,13 @@ def load_vision(
     reference: str, *, device: torch.device | None = None, revision: str | None = None
 ) -> nn.Module:
     """The visual half of a CLIP or SigLIP model by name or path, in its own dtype."""
-    path = locate(reference, what="vision tower")
+    path = locate(reference, what="vision encoder")
     config = read_encoder_config(path, revision)
     loader = _vision_class(config)
-    tower = vision_encoder_of(
-        load_whole(loader, path, what="vision tower", config=config, revision=revision)
+    encoder = vision_encoder_of(
+        load_whole(loader, path, what="vision encoder", config=config, revision=revision)
     )
-    return tower if device is None else tower.to(device)
+    return encoder if device is None else encoder.to(device)
 
 
 def _vision_class(config: Any) -> Any:

@@ -119,7 +119,7 @@ def _begins_among_placeholders(cache: Any, mask_BT: Tensor) -> bool:
 def _places_in_runs(mask_BS: Tensor, image_BS: Tensor | None) -> Tensor:
     """How many tokens of the same run of placeholders stand before each, whole runs at a time.
 
-    A run is what stands together and has one image, so that every image begins anew.
+    A run is what stands together and has one image, so that every image begins again.
     """
     if image_BS is not None:
         image_BS = image_BS.to(mask_BS.device)

@@ -1,7 +1,7 @@
 """Learnable bias and scale on a frozen linear (V2 §4.1), and norms that learn.
 
 Both are wrappers: the frozen module stays inside as `base_layer`, untouched, so that
-quantised linears work too and taking the adapter off gives the base back exactly.
+quantized linears work too and taking the adapter off gives the base back exactly.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class ScaledLinear(AdapterModule):
         "lora_up": ("lora_up", Role.LORA),
     }
     base_layer: nn.Linear
-    """Or a quantised linear, which has the same attributes."""
+    """Or a quantized linear, which has the same attributes."""
     bias_shift: nn.Parameter | None
     scale: nn.Parameter | None
     lora_down: nn.Parameter | None
@@ -90,18 +90,18 @@ class ScaledLinear(AdapterModule):
         return scale_and_shift(self.base_layer(x), scale, shift)  # s ⊙ (W x + b₀ + b)
 
     @torch.no_grad()
-    def folded(self) -> FoldedLinear | None:
-        """The plain linear that this equals; None if the base weight is quantised.
+    def merged(self) -> MergedLinear | None:
+        """The plain linear that this equals; None if the base weight is quantized.
 
         Exact in real arithmetic; in floating point the outputs agree to rounding.
         """
         weight = self.base_layer.weight
         if type(self.base_layer) is not nn.Linear or weight.is_meta:
             return None
-        return FoldedLinear(self, *self.folded_weights())
+        return MergedLinear(self, *self.merged_weights())
 
     @torch.no_grad()
-    def folded_weights(self) -> tuple[Tensor, Tensor | None]:
+    def merged_weights(self) -> tuple[Tensor, Tensor | None]:
         """Weight and bias, in float32, of the single linear that this module equals."""
         with numbers_at_hand(self.base_layer):
             weight = self.base_layer.weight.float()
@@ -123,7 +123,7 @@ class ScaledLinear(AdapterModule):
         return ", ".join(parts)
 
 
-class FoldedLinear(nn.Linear):
+class MergedLinear(nn.Linear):
     """What stands in for a ScaledLinear during inference: an ordinary, frozen linear."""
 
     def __init__(self, learned: ScaledLinear, weight: Tensor, bias: Tensor | None) -> None:
@@ -173,7 +173,7 @@ class LearnedNorm(AdapterModule):
         return rms_norm(self.norm, x, epsilon=self.rms_epsilon)
 
     @torch.no_grad()
-    def folded(self) -> nn.Module | None:
+    def merged(self) -> nn.Module | None:
         """The learned norm in the base's dtype.
 
         An RMS norm becomes torch's own, one call where a family's takes six, unless someone moves
@@ -183,11 +183,11 @@ class LearnedNorm(AdapterModule):
         if self.rms_epsilon is None or hasattr(self.norm, HOOK):
             norm = copy.deepcopy(self.norm)
         else:
-            norm = FoldedNorm(self.weight.detach().clone(), epsilon=self.rms_epsilon)
+            norm = MergedNorm(self.weight.detach().clone(), epsilon=self.rms_epsilon)
         return norm.to(dtype).requires_grad_(False)
 
 
-class FoldedNorm(nn.RMSNorm):
+class MergedNorm(nn.RMSNorm):
     """What stands in for a LearnedNorm during inference, where it is an RMS norm."""
 
     def __init__(self, weight: Tensor, *, epsilon: float) -> None:

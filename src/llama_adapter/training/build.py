@@ -48,11 +48,11 @@ def load_processor(recipe: Recipe) -> LlamaAdapterProcessor:
     if not (Path(base) / "tokenizer_config.json").is_file():
         base = base_below(base)
     tokenizer = load_pretrained(AutoTokenizer, base, what="tokenizer of")
-    sees = recipe.vision is not None and semantics.sees
+    sees = recipe.vision is not None and semantics.is_multimodal
     if sees and semantics.placeholder_attention == "own":
         _check_slots(recipe, tokenizer, semantics.visual_prompt_length)
     return LlamaAdapterProcessor(
-        load_image_processor(locate(recipe.vision.model, what="vision tower"))
+        load_image_processor(locate(recipe.vision.model, what="vision encoder"))
         if sees and recipe.vision is not None
         else None,
         tokenizer,
@@ -189,7 +189,7 @@ def _vision(recipe: Recipe, device: torch.device) -> nn.Module:
     assert recipe.vision is not None
     if not recipe.vision.random_weights and device != META:
         return load_vision(recipe.vision.model, device=device)
-    config = read_config(recipe.vision.model, "vision tower")
+    config = read_config(recipe.vision.model, "vision encoder")
     with seeded(recipe.seed, device), META if device == META else nullcontext():
         model = AutoModel.from_config(config)
     model.config._name_or_path = ""

@@ -127,7 +127,7 @@ class Replicated(Rendezvous):
 class Sharded(Rendezvous):
     """Every decoder layer is spread over the processes and gathered where it computes (FSDP2).
 
-    The vision tower stays whole: no gradient passes it, and not every pass has pictures.
+    The vision encoder stays whole: no gradient passes it, and not every pass has pictures.
     """
 
     def __init__(self, model: LlamaAdapterForConditionalGeneration, device: torch.device) -> None:

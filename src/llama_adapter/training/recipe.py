@@ -75,7 +75,7 @@ class BaseSection(Section):
 
 
 class VisionSection(Section):
-    """The frozen vision tower."""
+    """The frozen vision encoder."""
 
     model: str
     """Name or path of a CLIP or SigLIP model, or `package:NAME/PATH`."""
@@ -342,8 +342,8 @@ class Recipe(Section):
                     f"one kind must have {key}: {least}"
                 )
         if self.captions is not None and self.vision is None:
-            raise ValueError("captions need a vision tower: give vision.model")
-        blind = self.adapter.start is None and not self.adapter.semantics().sees
+            raise ValueError("captions need a vision encoder: give vision.model")
+        blind = self.adapter.start is None and not self.adapter.semantics().is_multimodal
         if self.captions is not None and blind:
             raise ValueError("captions are of no use to an adapter with fusion 'none'")
         if self.evaluation is not None:

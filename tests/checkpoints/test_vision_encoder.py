@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from llama_adapter.checkpoints.torch_files import read_torchscript
-from llama_adapter.checkpoints.vision_tower import read_openai_clip
+from llama_adapter.checkpoints.vision_encoder import read_openai_clip
 from llama_adapter.errors import CheckpointError
 
 BLOCK = "transformer.resblocks.0."
@@ -111,7 +111,7 @@ def test_code_in_an_archive_is_refused(tmp_path: Path) -> None:
 def test_a_residual_network_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "RN50.pt"
     torch.save({"visual.layer1.0.conv1.weight": torch.zeros(2, 2)}, path)
-    with pytest.raises(CheckpointError, match="is no CLIP vision tower of OpenAI"):
+    with pytest.raises(CheckpointError, match="is no CLIP vision encoder of OpenAI"):
         read_openai_clip(path)
 
 

@@ -1,4 +1,4 @@
-"""OpenAI's CLIP vision tower as a Hugging Face one."""
+"""OpenAI's CLIP vision encoder as a Hugging Face one."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ _BLOCK = {
 }
 
 HEAD_SIZE = 64
-"""Every head of OpenAI's towers is 64 wide; their files do not say."""
+"""Every head of OpenAI's encoders is 64 wide; their files do not say."""
 
 
 def read_openai_clip(path: Path) -> CLIPVisionModelWithProjection:
-    """The vision tower of OpenAI's CLIP from a state dict, TorchScript archive or safetensors.
+    """The vision encoder of OpenAI's CLIP from a state dict, TorchScript archive or safetensors.
 
     Raises CheckpointError naming the tensor that is missing or misshapen.
     """
@@ -53,7 +53,7 @@ def read_openai_clip(path: Path) -> CLIPVisionModelWithProjection:
     lacks = [f"visual.{name}" for name in _NEEDED if name not in tensors]
     if lacks:
         raise CheckpointError(
-            f"{path} is no CLIP vision tower of OpenAI (a transformer): it lacks {lacks[0]}, "
+            f"{path} is no CLIP vision encoder of OpenAI (a transformer): it lacks {lacks[0]}, "
             f"found {len(tensors)} tensors under 'visual.'"
         )
     for name, tensor in tensors.items():
@@ -135,7 +135,7 @@ def _convert(path: Path, name: str, tensor: Tensor) -> dict[str, Tensor]:
             return {f"{prefix}self_attn.{p}_proj.{kind}": t.contiguous() for p, t in thirds}
         if inner in _BLOCK:
             return {f"{prefix}{_BLOCK[inner]}.{kind}": tensor}
-    raise CheckpointError(f"{path}: unexpected tensor visual.{name} in a CLIP vision tower")
+    raise CheckpointError(f"{path}: unexpected tensor visual.{name} in a CLIP vision encoder")
 
 
 def _load(path: Path, model: Any, converted: dict[str, Tensor]) -> None:
@@ -154,7 +154,7 @@ def _load(path: Path, model: Any, converted: dict[str, Tensor]) -> None:
             f"{path} has a tensor that becomes {unexpected[0]:.80}, which its other tensors leave "
             "no place for"
         )
-    # an index of positions is a buffer without weights: made anew where there is memory
+    # an index of positions is a buffer without weights: made again where there is memory
     model.to_empty(device="cpu")
     embeddings = model.vision_model.embeddings
     if hasattr(embeddings, "position_ids"):
