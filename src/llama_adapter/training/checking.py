@@ -18,6 +18,7 @@ from llama_adapter.data import (
     SampleEncoder,
     Source,
 )
+from llama_adapter.data.packing import pack
 from llama_adapter.errors import DataError, LlamaAdapterError
 from llama_adapter.processing.encoding import Encoded
 from llama_adapter.processing.processor import LlamaAdapterProcessor
@@ -34,7 +35,8 @@ SMALL = 1 << 29
 """Bytes of frozen weights up to which checking reads them."""
 ANSWER_MARKS = ("⟦", "⟧")
 """What stands around answer tokens in the example."""
-_PACKED_FILL = 0.97
+_MOST_PACKED = 20_000
+"""Pieces that are laid into rows to see how full these become."""
 _BAR = 40
 
 
@@ -118,7 +120,7 @@ def check_recipe(
     world: int = 1,
     score_captions: CaptionScorer | None = None,
 ) -> CheckReport:
-    """Read some samples of each source, spread over it, and reckon up steps and memory.
+    """Read some samples of each source, spread over it, and estimate steps and memory.
 
     A model that is small is built with its weights, as training would do it.
 
@@ -132,9 +134,9 @@ def check_recipe(
             _check_source(recipe, kind, number, encoder, types=types, samples=samples)
             for number in range(len(section.sources))
         ]
-        sources += found
-        if all(source.pieces for source in found):
-            kinds[kind] = _reckon(recipe, section, found)
+        sources += [source for source, _ in found]
+        if all(len(lengths) for _, lengths in found):
+            kinds[kind] = _estimate(recipe, section, found)
     errors = [f"{s.place}: {s.error}" for s in sources if s.error is not None]
     sizes = None
     try:
@@ -174,14 +176,16 @@ def _check_source(
     *,
     types: SourceTypes,
     samples: int,
-) -> SourceReport:
+) -> tuple[SourceReport, np.ndarray]:
+    """What was found in a source, and the lengths of the pieces."""
     described = recipe.streams[kind].sources[number]
     place = f"{kind}s.sources.{number}"
     try:
         source = described.options(types).open(kind)
         held_out = len(choose_held_out(source, described.held_out, seed=recipe.seed))
     except LlamaAdapterError as error:
-        return SourceReport(name=described.type, kind=kind, place=place, error=str(error))
+        report = SourceReport(name=described.type, kind=kind, place=place, error=str(error))
+        return report, np.zeros(0, dtype=np.int64)
     count = min(samples, len(source))
     indices = np.unique(np.linspace(0, len(source) - 1, count).astype(int))
     lengths: list[int] = []
@@ -200,7 +204,7 @@ def _check_source(
         lengths += [cut.tokens for cut in cuts]
         answers += sum(cut.answer_tokens for cut in cuts)
         example = example or _example(sample, encoded, encoder.processor)
-    return SourceReport(
+    report = SourceReport(
         name=source.name,
         kind=kind,
         place=place,
@@ -215,6 +219,7 @@ def _check_source(
         example=example,
         error=_too_many(source, broken, len(indices), recipe.data.max_invalid),
     )
+    return report, np.array(lengths)
 
 
 def _too_many(source: Source, broken: list[InvalidRecord], read: int, limit: float) -> str | None:
@@ -265,16 +270,28 @@ def _example(sample: Sample, encoded: Encoded, processor: LlamaAdapterProcessor)
     return text
 
 
-def _reckon(recipe: Recipe, section: StreamSection, sources: list[SourceReport]) -> KindReport:
-    pieces = tokens = answers = samples = 0.0
-    for described, source in zip(section.sources, sources, strict=True):
+def _estimate(
+    recipe: Recipe, section: StreamSection, found: list[tuple[SourceReport, np.ndarray]]
+) -> KindReport:
+    pieces = answers = samples = 0.0
+    shares = []
+    for described, (source, _) in zip(section.sources, found, strict=True):
         share = described.weight * (source.samples - source.held_out) / source.read
+        shares.append(share)
         pieces += share * source.pieces
-        tokens += share * source.tokens["sum"]
         answers += share * source.answer_tokens
         samples += share * (source.read - len(source.broken))
     if recipe.data.padding == "packed":
-        rows = max(1, round(tokens / (section.row_length * _PACKED_FILL)))
+        # an epoch as it would be if all pieces were like those that were read
+        scale = min(1.0, _MOST_PACKED / pieces)
+        rng = np.random.default_rng(recipe.seed)
+        drawn = [
+            np.resize(rng.permutation(lengths), max(1, round(scale * share * len(lengths))))
+            for share, (_, lengths) in zip(shares, found, strict=True)
+        ]
+        tokens = np.concatenate(drawn)
+        order = rng.permutation(len(tokens))
+        rows = max(1, round(len(pack(order, tokens, row_length=section.row_length)) / scale))
     else:
         rows = max(1, round(pieces))
     # until the last kind sets in, each that has comes in every step
