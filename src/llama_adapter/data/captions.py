@@ -154,6 +154,14 @@ class CaptionSource:
         """The image's name and one of the record's captions."""
         raise NotImplementedError
 
+    def text(self, index: int) -> str:
+        """A caption by itself; its image is not looked for."""
+        fields = Fields(self.records[int(self._record[index])], ignore=self.options.ignore)
+        _, caption = self._read(fields, int(self._caption[index]))
+        if not isinstance(caption, str) or not caption.strip():
+            raise DataError(f"caption must be text, found {caption!r}")
+        return caption.strip()
+
     def where(self, index: int) -> str:
         return (
             f"{self.records.where(int(self._record[index]))} "
@@ -287,11 +295,17 @@ class CocoCaptions(CaptionSource):
             self._number_of[key] = number
 
     def __getitem__(self, index: int) -> Sample:
+        self._refuse_fault(index)
+        return super().__getitem__(index)
+
+    def text(self, index: int) -> str:
+        self._refuse_fault(index)
+        return super().text(index)
+
+    def _refuse_fault(self, index: int) -> None:
         if index >= len(self.records):
             reason = self._faults[index - len(self.records)][1]
-            where = self.where(index)
-            raise placed(DataError(reason), where)
-        return super().__getitem__(index)
+            raise placed(DataError(reason), self.where(index))
 
     def where(self, index: int) -> str:
         if index >= len(self.records):

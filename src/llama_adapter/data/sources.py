@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from llama_adapter.data.caption_texts import CaptionQuestionOptions, CaptionTaskOptions
 from llama_adapter.data.captions import CocoOptions, PairsOptions
 from llama_adapter.data.conversations import AlpacaOptions, LlavaOptions, ShareGptOptions
 from llama_adapter.data.samples import SourceOptions
@@ -16,6 +17,8 @@ SOURCES: Mapping[str, type[SourceOptions]] = {
     "llava": LlavaOptions,
     "coco_captions": CocoOptions,
     "pairs": PairsOptions,
+    "caption_tasks": CaptionTaskOptions,
+    "caption_questions": CaptionQuestionOptions,
     "webdataset": WebDatasetOptions,
     "vqa": VqaOptions,
 }

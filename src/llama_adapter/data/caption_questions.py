@@ -1,0 +1,188 @@
+"""Questions about captions as text, with short answers, made by rule from what the captions say."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+
+from llama_adapter.data.caption_facts import Action, Facts, Thing, facts_of
+from llama_adapter.data.caption_words import NOUNS, PLURALS, SPORTS
+
+HINTS = (
+    "Answer with one word.",
+    "Answer briefly.",
+    "Answer the question using a single word or phrase.",
+    "Short answer.",
+)
+"""What may stand behind a question to ask for a short answer."""
+_SIMPLE_COLORS = ("black", "white", "red", "blue", "green", "yellow", "brown", "orange", "pink")
+_COMMON_VERBS = (
+    "running", "playing", "standing", "sitting", "jumping", "walking", "swimming", "sleeping",
+    "climbing", "eating", "smiling", "dancing",
+)  # fmt: skip
+
+Asked = tuple[str, str]
+"""A question and its answer."""
+
+
+def ask_about(captions: Sequence[str], rng: random.Random, *, hint_share: float) -> Asked | None:
+    """A question that these captions answer; None where the rules find none.
+
+    Each kind of question is as likely as every other that the captions allow.
+    """
+    facts = [facts_of(caption) for caption in captions]
+    for kind in rng.sample(KINDS, len(KINDS)):
+        asked = list(kind(facts, rng))
+        if asked:
+            question, answer = rng.choice(asked)
+            if rng.random() < hint_share:
+                question = f"{question} {rng.choice(HINTS)}"
+            return question, answer[:1].upper() + answer[1:]
+    return None
+
+
+def _things(facts: Sequence[Facts]) -> list[Thing]:
+    return [thing for each in facts for thing in each.things]
+
+
+def _actions(facts: Sequence[Facts]) -> list[Action]:
+    return [action for each in facts for action in each.actions]
+
+
+def _name(thing: Thing) -> str:
+    return PLURALS.get(thing.noun, thing.noun) if thing.is_plural else thing.noun
+
+
+def _be(thing: Thing) -> str:
+    return "are" if thing.is_plural else "is"
+
+
+def _only(things: Sequence[Thing], thing: Thing) -> bool:
+    """Whether the captions give all things of this name one color."""
+    return len({t.color for t in things if t.noun == thing.noun}) == 1
+
+
+def _color(facts: Sequence[Facts], _: random.Random) -> Iterator[Asked]:
+    for thing in _things(facts):
+        if thing.color and _only(_things(facts), thing):
+            yield f"What color {_be(thing)} the {_name(thing)}?", thing.color
+
+
+def _number(facts: Sequence[Facts], _: random.Random) -> Iterator[Asked]:
+    things = _things(facts)
+    for thing in things:
+        said = {t.number for t in things if t.noun == thing.noun}
+        if thing.number and said == {thing.number} and thing.kind != "place":
+            yield f"How many {PLURALS.get(thing.noun, thing.noun)} are there?", str(thing.number)
+
+
+def _doing(facts: Sequence[Facts], rng: random.Random) -> Iterator[Asked]:
+    for action in _actions(facts):
+        if action.verb != "wearing":
+            who = _name(action.who)
+            wording = rng.choice(
+                ("What {be} the {who} doing?", "What activity {be} the {who} doing?")
+            )
+            yield wording.format(be=_be(action.who), who=who), action.short
+
+
+def _object(facts: Sequence[Facts], _: random.Random) -> Iterator[Asked]:
+    for action in _actions(facts):
+        if action.object is not None:
+            noun = _name(action.object)
+            shown = f"{action.object.color} {noun}" if action.object.color else noun
+            yield f"What {_be(action.who)} the {_name(action.who)} {action.verb}?", shown
+            if action.verb != "wearing":
+                yield f"Who is {action.verb} the {noun}?", _name(action.who)
+
+
+def _sport(facts: Sequence[Facts], _: random.Random) -> Iterator[Asked]:
+    for action in _actions(facts):
+        sport = action.short.rpartition(" ")[2]
+        if sport in SPORTS:
+            yield "What sport is being played?", sport
+            yield "What game is this?", sport
+
+
+def _which(facts: Sequence[Facts], _: random.Random) -> Iterator[Asked]:
+    for thing in _things(facts):
+        match thing.kind:
+            case "animal":
+                yield "What animal is in the image?", _name(thing)
+                yield "What kind of animal is this?", _name(thing)
+            case "vehicle":
+                yield "What vehicle is shown?", _name(thing)
+            case "person":
+                yield "Who is in the image?", _name(thing)
+            case _:
+                pass
+
+
+def _where(facts: Sequence[Facts], _: random.Random) -> Iterator[Asked]:
+    for each in facts:
+        if each.place and each.things and each.things[0].kind in ("person", "animal", "vehicle"):
+            thing = each.things[0]
+            yield f"Where {_be(thing)} the {_name(thing)}?", each.place
+            yield "Where is this?", each.place
+
+
+def _either(facts: Sequence[Facts], rng: random.Random) -> Iterator[Asked]:
+    """A choice between what is said and something else."""
+    things = _things(facts)
+    for thing in things:
+        if thing.color in _SIMPLE_COLORS and _only(things, thing):
+            other = rng.choice([c for c in _SIMPLE_COLORS if c != thing.color])
+            pair = rng.sample([thing.color, other], 2)
+            yield f"{_be(thing).title()} the {_name(thing)} {pair[0]} or {pair[1]}?", thing.color
+        if thing.kind in ("animal", "vehicle"):
+            other = rng.choice(_absent(facts, thing.kind))
+            pair = rng.sample([thing.noun, other], 2)
+            yield f"Is it a {pair[0]} or a {pair[1]}?", thing.noun
+
+
+def _absent(facts: Sequence[Facts], kind: str) -> list[str]:
+    """Nouns of a kind that no caption says."""
+    said = {thing.noun for thing in _things(facts)}
+    return sorted({noun for noun, k, _ in NOUNS.values() if k == kind} - said)
+
+
+def _is_there(facts: Sequence[Facts], rng: random.Random) -> Iterator[Asked]:
+    """As often yes as no, so that the question alone tells nothing."""
+    for thing in _things(facts):
+        noun, answer = thing.noun, "yes"
+        if rng.random() < 0.5:
+            noun, answer = rng.choice(_absent(facts, thing.kind)), "no"
+        wordings = (
+            f"Is there a {noun}?",
+            f"Is there a {noun} in the image?",
+            f"Do you see a {noun}?",
+        )
+        if thing.kind in ("animal", "vehicle", "person"):
+            wordings = (*wordings, f"Are there any {PLURALS.get(noun, noun)}?")
+        yield rng.choice(wordings), answer
+
+
+def _is_color(facts: Sequence[Facts], rng: random.Random) -> Iterator[Asked]:
+    things = _things(facts)
+    for thing in things:
+        if thing.color in _SIMPLE_COLORS and _only(things, thing):
+            color, answer = thing.color, "yes"
+            if rng.random() < 0.5:
+                color, answer = rng.choice([c for c in _SIMPLE_COLORS if c != color]), "no"
+            yield f"{_be(thing).title()} the {_name(thing)} {color}?", answer
+
+
+def _is_doing(facts: Sequence[Facts], rng: random.Random) -> Iterator[Asked]:
+    said = {action.verb for action in _actions(facts)}
+    for action in _actions(facts):
+        phrase, answer = action.short, "yes"
+        if rng.random() < 0.5:
+            phrase, answer = rng.choice([v for v in _COMMON_VERBS if v not in said]), "no"
+        yield f"{_be(action.who).title()} the {_name(action.who)} {phrase}?", answer
+
+
+KINDS: tuple[Callable[[Sequence[Facts], random.Random], Iterator[Asked]], ...] = (
+    _color, _number, _doing, _object, _sport, _which, _where, _either,
+    _is_there, _is_color, _is_doing,
+)  # fmt: skip
+"""Every kind of question."""
