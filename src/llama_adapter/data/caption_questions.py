@@ -152,13 +152,13 @@ def _is_there(facts: Sequence[Facts], rng: random.Random) -> Iterator[Asked]:
         noun, answer = thing.noun, "yes"
         if rng.random() < 0.5:
             noun, answer = rng.choice(_absent(facts, thing.kind)), "no"
-        wordings = (
+        wordings = [
             f"Is there a {noun}?",
             f"Is there a {noun} in the image?",
             f"Do you see a {noun}?",
-        )
+        ]
         if thing.kind in ("animal", "vehicle", "person"):
-            wordings = (*wordings, f"Are there any {PLURALS.get(noun, noun)}?")
+            wordings.append(f"Are there any {PLURALS.get(noun, noun)}?")
         yield rng.choice(wordings), answer
 
 

@@ -1,0 +1,176 @@
+"""Captions made into text instructions and into many ways to describe an image, by rule."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+from tests.data.files import open_source, write_pictures
+
+from llama_adapter.data.caption_facts import facts_of, sentence_of
+from llama_adapter.data.caption_forms import FORMS, write_form
+from llama_adapter.data.caption_questions import ask_about
+from llama_adapter.errors import DataError
+
+CAPTIONS = [
+    "Two brown dogs are running through the grass .",
+    "A man in a red shirt throws a yellow ball .",
+]
+
+
+def write_captions(folder: Path) -> Path:
+    names = write_pictures(folder, 3)
+    records = [
+        {"image": names[0], "captions": CAPTIONS, "split": "train"},
+        {"image": names[1], "captions": ["A white cat sleeps on a bed ."], "split": "train"},
+        {"image": names[2], "captions": ["A boat on the lake ."], "split": "test"},
+    ]
+    path = folder / "captions.json"
+    path.write_text(json.dumps(records))
+    return path
+
+
+def test_what_a_caption_says() -> None:
+    facts = facts_of("Two brown dogs are running through the green grass .")
+    dog, grass = facts.things
+    assert (dog.noun, dog.color, dog.number, dog.phrase) == ("dog", "brown", 2, "two brown dogs")
+    assert (grass.noun, grass.color, grass.number) == ("grass", "green", None)
+    assert facts.place == "through the green grass"
+    [action] = facts.actions
+    assert action.short == "running"
+    assert action.phrase == "running through the green grass"
+
+
+@pytest.mark.parametrize(
+    ("caption", "short"),
+    [
+        ("A boy is riding a red bike .", "riding a red bike"),
+        ("Men play soccer on a field .", "playing soccer"),
+        ("A girl is holding .", None),
+        ("A building with a railing .", None),
+    ],
+)
+def test_what_somebody_does(caption: str, short: str | None) -> None:
+    assert [action.short for action in facts_of(caption).actions] == ([short] if short else [])
+
+
+@pytest.mark.parametrize(
+    ("caption", "color"),
+    [
+        ("a black and white dog", "black and white"),
+        ("a blond haired girl", None),
+        ("a red and a blue ball", "blue"),
+        ("a dog", None),
+    ],
+)
+def test_the_color_of_a_thing(caption: str, color: str | None) -> None:
+    assert facts_of(caption).things[-1].color == color
+
+
+def test_a_caption_as_a_sentence() -> None:
+    assert sentence_of("a man 's dog runs , fast .") == "A man's dog runs, fast."
+
+
+def test_questions_are_answered_by_the_captions() -> None:
+    asked = {ask_about(CAPTIONS, random.Random(n), hint_share=0.0) for n in range(400)}
+    assert {
+        ("What color are the dogs?", "Brown"),
+        ("How many dogs are there?", "2"),
+        ("What is the man throwing?", "Yellow ball"),
+        ("Who is throwing the ball?", "Man"),
+        ("What are the dogs doing?", "Running"),
+        ("Where are the dogs?", "Through the grass"),
+        ("What animal is in the image?", "Dogs"),
+    } <= asked
+    assert ("Is there a dog?", "No") not in asked
+    assert ("Is there a cat?", "Yes") not in asked
+
+
+def test_yes_and_no_are_as_frequent() -> None:
+    given = [ask_about(CAPTIONS, random.Random(n), hint_share=0.0) for n in range(3000)]
+    answers = [answer for _, answer in filter(None, given)]
+    share = answers.count("Yes") / (answers.count("Yes") + answers.count("No"))
+    assert 0.45 < share < 0.55
+
+
+def test_no_question_where_the_rules_understand_nothing() -> None:
+    assert ask_about(["Gorgeous !"], random.Random(0), hint_share=0.0) is None
+
+
+def test_every_form_is_written_from_the_captions() -> None:
+    written = {name: form.write(CAPTIONS[:1], random.Random(0)) for name, form in FORMS.items()}
+    assert written == {
+        "sentence": "Two brown dogs are running through the grass.",
+        "detail": None,  # one caption is no two sentences
+        "main": "Two brown dogs",
+        "things": "Dog, grass",
+        "place": "Through the grass",
+        "doing": "Running through the grass",
+        "colors": "Brown dog",
+        "numbers": "Two dogs",
+    }
+
+
+def test_a_form_that_captions_do_not_say_becomes_a_sentence() -> None:
+    answers = {
+        write_form(["Gorgeous ."], random.Random(n), subject="image", caption_weight=1.0)[1]
+        for n in range(30)
+    }
+    assert answers == {"Gorgeous."}
+
+
+def test_texts_stand_as_context_and_images_are_not_looked_for(tmp_path: Path) -> None:
+    path = write_captions(tmp_path)
+    for image in tmp_path.glob("*.png"):
+        image.unlink()
+    source = open_source("caption_questions", "instruction", path=path, split="train", per_image=9)
+    assert len(source) == 18
+    assert source.groups().tolist() == [0] * 9 + [1] * 9
+    for sample in map(source.__getitem__, range(18)):
+        assert sample.conversation.context
+        assert not sample.conversation.images
+    assert source[3] == source[3]
+
+
+def test_images_are_described_and_never_asked_about(tmp_path: Path) -> None:
+    path = write_captions(tmp_path)
+    source = open_source(
+        "caption_tasks", "caption", path=path, images=tmp_path, split="train", per_image=60
+    )
+    asked = {
+        w.format(subject=s) for f in FORMS.values() for w in f.wordings for s in ("image", "text")
+    }
+    contexts = 0
+    for sample in map(source.__getitem__, range(len(source))):
+        assert len(sample.conversation.images) == 1
+        assert sample.conversation.messages[0].text in asked
+        contexts += sample.conversation.context is not None
+    assert 0 < contexts < 40
+
+
+def test_a_text_next_to_an_image_is_of_another_image(tmp_path: Path) -> None:
+    path = write_captions(tmp_path)
+    source = open_source(
+        "caption_tasks", "caption", path=path, images=tmp_path, split="train", text_share=1.0
+    )
+    of_first = [source[n].conversation for n in range(5)]
+    assert {c.context for c in of_first} == {"Text: A white cat sleeps on a bed."}
+
+
+def test_an_invalid_caption_is_one_refused_sample(tmp_path: Path) -> None:
+    path = tmp_path / "captions.json"
+    path.write_text(json.dumps([{"image": "a.png", "captions": [3]}]))
+    source = open_source("caption_questions", "instruction", path=path)
+    with pytest.raises(DataError, match=r"captions.json.*caption must be text, found 3"):
+        source[0]
+
+
+def test_the_seed_and_the_file_are_part_of_the_fingerprint(tmp_path: Path) -> None:
+    path = write_captions(tmp_path)
+    prints = {
+        open_source("caption_questions", "instruction", path=path, seed=seed).fingerprint()
+        for seed in (0, 1)
+    }
+    assert len(prints) == 2
