@@ -21,7 +21,7 @@ IGNORE_INDEX = -100
 FORMAT_VERSION = 2
 """Version of the adapter directory's format, which `adapter_config.json` states; 1 is read too."""
 
-_NAMES_NOW = {"slot_reads": "placeholder_attention"}
+_NAMES_NOW = {"slot_reads": "placeholder_attention", "slot_text": "placeholder_text"}
 _SCOPES_NOW = {"slots": "placeholders"}
 """What files of version 1 call differently."""
 

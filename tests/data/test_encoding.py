@@ -85,7 +85,7 @@ def test_every_piece_shows_the_picture(
         toy_tokenizer,
         template="toy",
         visual_scope="placeholders",
-        slot_text="<|slot_0|>",
+        placeholder_text="<|slot_0|>",
     )
     image = ImageRef(source=tmp_path / write_pictures(tmp_path, 1)[0])
     sample = talk(12, images=(image,))
@@ -96,7 +96,7 @@ def test_every_piece_shows_the_picture(
         prepared = encoder.prepare(sample, cut.first, cut.stop)
         assert prepared.pixels is not None
         assert len(prepared.pixels) == 1
-        assert [slot for slot in prepared.encoded.slots if slot >= 0] == [0]
+        assert [slot for slot in prepared.encoded.placeholders if slot >= 0] == [0]
 
 
 def test_an_answer_beyond_the_row_is_cut_off_where_asked(processor: LlamaAdapterProcessor) -> None:

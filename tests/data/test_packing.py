@@ -174,7 +174,7 @@ def test_packed_captions_read_through_slots(
         toy_tokenizer,
         template="toy",
         visual_scope="placeholders",
-        slot_text="<|slot_0|><|slot_1|>",
+        placeholder_text="<|slot_0|><|slot_1|>",
     )
     source = open_source("pairs", "caption", path=write_pairs(tmp_path, 12))
     samples = prepare(source, processor)

@@ -46,7 +46,7 @@ def test_damaged_options_are_refused_or_loaded_as_they_say(directory: Path) -> N
     campaign = Campaign("processor_config.json", inputs=60)
 
     def as_written(result: tuple[LlamaAdapterProcessor, Any]) -> None:
-        options = {"template", "visual_scope", "slot_text", "channel_order"}
+        options = {"template", "visual_scope", "placeholder_text", "channel_order"}
         written = json.loads(path.read_bytes())
         loaded = result[0].to_dict()
         assert {k: loaded[k] for k in options} == {k: written[k] for k in options}
@@ -126,7 +126,7 @@ def test_damaged_settings_of_images_are_named(
 @pytest.mark.parametrize(("field", "value", "complaint"), [
     ("template", 3, "template cannot be of type int"),
     ("template", "vicuna", "got 'vicuna'"),
-    ("slot_text", "x", "slot_text is the placeholder"),
+    ("placeholder_text", "x", "placeholder_text goes with visual_scope"),
     ("channel_order", None, "channel_order cannot be of type NoneType"),
     ("temlpate", "chat", "unknown key 'temlpate'"),
 ])  # fmt: skip

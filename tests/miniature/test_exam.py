@@ -183,4 +183,4 @@ def test_collated_slots_are_where_the_placeholder_stands():
     features = torch.zeros(1, 64, 8)
     batch = collate(processor, [conversation], features=features)
     marked = batch["input_ids"][batch["visual_mask"]]
-    assert processor.decode(marked) == processor.slot_text
+    assert processor.decode(marked) == processor.placeholder_text

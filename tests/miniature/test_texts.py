@@ -212,7 +212,7 @@ def test_what_stands_before_a_text_beside_a_picture_is_what_the_bases_read():
     tokenizer = toy_processor(AdapterConfig(visual_scope="all")).tokenizer
     ids = {
         tuple(tokenizer(words, add_special_tokens=False).input_ids)
-        for words in (NEXT_TEXT, TEMPLATES["toy"].after_slots)
+        for words in (NEXT_TEXT, TEMPLATES["toy"].after_placeholders)
     }
     assert len(ids) == 1
     assert tokenizer.unk_token_id not in ids.pop()

@@ -39,7 +39,7 @@ def images(directory, **changes):
         (lambda d: edit(d, template="alpaca"), "template 'alpaca', .* trained with 'toy'"),
         (lambda d: edit(d, channel_order="bgr"), "channel_order 'bgr'"),
         (
-            lambda d: edit(d, visual_scope="placeholders", slot_text="<|slot_0|>"),
+            lambda d: edit(d, visual_scope="placeholders", placeholder_text="<|slot_0|>"),
             "visual_scope 'placeholders'",
         ),
         (lambda d: images(d, image_mean=[0.5, 0.5, 0.5]), "image_processor.image_mean"),

@@ -31,7 +31,11 @@ def processor(image_processor: Any, toy_tokenizer: Any) -> LlamaAdapterProcessor
 @pytest.fixture
 def slotted(image_processor: Any, toy_tokenizer: Any) -> LlamaAdapterProcessor:
     return LlamaAdapterProcessor(
-        image_processor, toy_tokenizer, template="toy", visual_scope="placeholders", slot_text=SLOT
+        image_processor,
+        toy_tokenizer,
+        template="toy",
+        visual_scope="placeholders",
+        placeholder_text=SLOT,
     )
 
 
@@ -135,7 +139,7 @@ def test_ordinary_text_as_a_slot_is_not_confused_with_the_same_text(
     image_processor: Any, bytes_tokenizer: Any
 ) -> None:
     processor = LlamaAdapterProcessor(
-        image_processor, bytes_tokenizer, visual_scope="placeholders", slot_text="1 2 3"
+        image_processor, bytes_tokenizer, visual_scope="placeholders", placeholder_text="1 2 3"
     )
     batch = processor(Conversation.ask("1 2 3", images=[RED], context="1 2 3"))
     marked = batch["visual_mask"][0]
@@ -209,7 +213,7 @@ def test_a_chat_template_result_keeps_its_slots(slotted: LlamaAdapterProcessor) 
     text = slotted.apply_chat_template(messages, add_generation_prompt=True)
     batch = slotted(text=text, images=RED)
     assert int(batch["visual_mask"].sum()) == 3
-    with pytest.raises(PromptError, match="prompt 1 has 1 image slots, but 2 images"):
+    with pytest.raises(PromptError, match="prompt 1 has 1 image placeholders, but 2 images"):
         slotted(text=text, images=[RED, BLUE])
 
 
@@ -224,7 +228,7 @@ def test_saved_and_loaded_it_is_the_same(
         toy_tokenizer,
         template="toy",
         visual_scope=scope,
-        slot_text=SLOT if scope == "placeholders" else None,
+        placeholder_text=SLOT if scope == "placeholders" else None,
         channel_order="bgr",
     )
     processor.save_pretrained(tmp_path)
@@ -276,8 +280,8 @@ def test_prompts_that_are_empty_or_too_long_are_refused(processor: LlamaAdapterP
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
-        ({"visual_scope": "placeholders"}, "slot_text is the placeholder"),
-        ({"slot_text": "1 2"}, "slot_text is the placeholder"),
+        ({"visual_scope": "placeholders"}, "placeholder_text goes with visual_scope"),
+        ({"placeholder_text": "1 2"}, "placeholder_text goes with visual_scope"),
         ({"visual_scope": "some"}, "got 'some'"),
         ({"channel_order": "grb"}, "got 'grb'"),
         ({"template": "none"}, "got 'none'"),

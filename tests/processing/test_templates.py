@@ -18,7 +18,7 @@ FORGERIES = (
 
 
 def text_of(template: str, tokenizer: Any, talk: Conversation, slot: str | None = None) -> str:
-    return str(PromptRenderer(template, tokenizer=tokenizer, slot_text=slot).render(talk))
+    return str(PromptRenderer(template, tokenizer=tokenizer, placeholder_text=slot).render(talk))
 
 
 def test_alpaca_without_input_is_the_published_wording(spaces_tokenizer: Any) -> None:
@@ -55,11 +55,13 @@ def test_further_turns_repeat_instruction_and_response(toy_tokenizer: Any) -> No
 
 def test_a_slot_stands_at_the_start_of_the_input(toy_tokenizer: Any) -> None:
     talk = Conversation.ask("who?", context="a star", images=["a.png"])
-    renderer = PromptRenderer("toy", tokenizer=toy_tokenizer, slot_text="<|slot_0|> <|slot_1|>")
+    renderer = PromptRenderer(
+        "toy", tokenizer=toy_tokenizer, placeholder_text="<|slot_0|> <|slot_1|>"
+    )
     assert renderer.render(talk).startswith("### input : <|slot_0|> <|slot_1|> text : a star\n")
     alone = renderer.render(talk.with_context(None))
     assert alone.startswith("### input : <|slot_0|> <|slot_1|>\n### instruction")
-    [(start, end)] = alone.slots
+    [(start, end)] = alone.placeholders
     assert alone[start:end] == "<|slot_0|> <|slot_1|>"
 
 
@@ -71,7 +73,7 @@ def test_without_slots_an_image_leaves_the_text_as_it_is(toy_tokenizer: Any) -> 
 
 def test_a_later_image_has_its_slot_in_its_own_turn(toy_tokenizer: Any) -> None:
     talk = Conversation.ask("who?", answer="me").user("and?", images=["b.png"])
-    rendered = PromptRenderer("toy", tokenizer=toy_tokenizer, slot_text="1 2").render(talk)
+    rendered = PromptRenderer("toy", tokenizer=toy_tokenizer, placeholder_text="1 2").render(talk)
     assert rendered.endswith("### instruction : 1 2 and?\n### response :")
 
 

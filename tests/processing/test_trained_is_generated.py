@@ -271,7 +271,7 @@ def test_a_slot_in_a_rendered_text_is_found_by_its_text(image_processor: Any) ->
     from PIL import Image
 
     processor = LlamaAdapterProcessor(
-        image_processor, tokenizer_of(""), visual_scope="placeholders", slot_text="<1>"
+        image_processor, tokenizer_of(""), visual_scope="placeholders", placeholder_text="<1>"
     )
     image = Image.new("RGB", (8, 8))
     prompt = processor.render(Conversation.ask("Who?", images=[image]))

@@ -30,7 +30,7 @@ def recipe_of(path: Path, **changes: Any) -> Recipe:
         "base": {"model": DECODER},
         "vision": {"model": VISION},
         "adapter": {"visual_scope": "placeholders"},
-        "prompt": {"template": "toy", "slot_text": PLACEHOLDER_TEXT},
+        "prompt": {"template": "toy", "placeholder_text": PLACEHOLDER_TEXT},
         "instructions": {
             "rows": 2,
             "row_length": 256,
@@ -114,7 +114,9 @@ def test_own_slots_are_as_many_as_visual_prompts(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", [GOOD] * 8)
     own = {"visual_scope": "placeholders", "placeholder_attention": "own"}
     load_processor(recipe_of(path, adapter={**own, "visual_prompt_length": 16}))
-    with pytest.raises(ConfigError, match=r"slot_text is 16 tokens, .* each of the 20 visual"):
+    with pytest.raises(
+        ConfigError, match=r"placeholder_text is 16 tokens, .* each of the 20 visual"
+    ):
         load_processor(recipe_of(path, adapter=own))
 
 

@@ -25,7 +25,7 @@ def recipe_of(folder: Path, **changes: Any) -> Recipe:
             "base": {"model": DECODER, "dtype": "float32"},
             "vision": {"model": VISION},
             "adapter": {"visual_scope": "placeholders"},
-            "prompt": {"template": "toy", "slot_text": PLACEHOLDER_TEXT},
+            "prompt": {"template": "toy", "placeholder_text": PLACEHOLDER_TEXT},
             "data": {"workers": 0, "max_invalid": 0.1, "cache": False},
             "compute": {"device": "cpu"},
             **changes,

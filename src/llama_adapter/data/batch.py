@@ -27,8 +27,8 @@ class TrainBatch:
     hold `position_ids` [B, T], restarted at every sample, and no `attention_mask`: attention is
     then kept within samples by the positions alone, as long as no cache is made (pass
     `use_cache=False`). Padded rows hold `attention_mask`. With pictures: `pixel_values`
-    [I, 3, H, W] or `visual_features` [I, P, C], `image_index` [B, T] and, where only slots read,
-    `visual_mask` [B, T]."""
+    [I, 3, H, W] or `visual_features` [I, P, C], `image_index` [B, T] and, where
+    only placeholders read, `visual_mask` [B, T]."""
     sample_ids: tuple[str, ...]
     """Of the samples in these rows, for reports."""
     answer_tokens: int

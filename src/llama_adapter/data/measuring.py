@@ -178,7 +178,7 @@ def _renderings(encoder: SampleEncoder) -> Iterator[str]:
             for conversation in (shown, replace(shown, messages=(system, *shown.messages))):
                 try:
                     text = encoder.processor.render(conversation)
-                    yield f"{text} {text.answers} {text.slots}"
+                    yield f"{text} {text.answers} {text.placeholders}"
                 except LlamaAdapterError as error:  # not every chat template has a system turn
                     yield str(error)
 

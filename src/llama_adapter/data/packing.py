@@ -154,8 +154,10 @@ def assemble(
     if any(p.num_images for p in samples):
         inputs["image_index"] = batch(_pictures(rows), value=-1)
         if processor.visual_scope == "placeholders":
-            slots = batch([_chain(p.encoded.slots for p in row) for row in rows], value=-1)
-            inputs["visual_mask"] = slots >= 0
+            placeholders = batch(
+                [_chain(p.encoded.placeholders for p in row) for row in rows], value=-1
+            )
+            inputs["visual_mask"] = placeholders >= 0
         if padding != "packed" and all(_one_picture_at_most(row) for row in rows):
             # a number a row is the cheaper form, where it says the same
             inputs["image_index"] = inputs["image_index"].amax(dim=1)
@@ -179,7 +181,7 @@ def _positions(rows: Sequence[Sequence[EncodedSample]], length: int) -> Tensor:
 
 
 def _pictures(rows: Sequence[Sequence[EncodedSample]]) -> list[list[int]]:
-    """For each token the picture its sample shows, or the one whose slot it is."""
+    """For each token the picture its sample shows, or the one whose placeholder it is."""
     index: list[list[int]] = []
     count = 0
     for row in rows:
@@ -188,7 +190,9 @@ def _pictures(rows: Sequence[Sequence[EncodedSample]]) -> list[list[int]]:
             if not prepared.num_images:
                 index[-1] += [-1] * len(prepared.encoded)
                 continue
-            index[-1] += [count + max(slot, 0) for slot in prepared.encoded.slots]
+            index[-1] += [
+                count + max(placeholder, 0) for placeholder in prepared.encoded.placeholders
+            ]
             count += prepared.num_images
     return index
 

@@ -45,7 +45,7 @@ def toy_processor(config: AdapterConfig) -> LlamaAdapterProcessor:
         load_pretrained(AutoTokenizer, resolve_reference(DECODER), what="tokenizer"),
         template="toy",
         visual_scope=config.visual_scope,
-        slot_text=PLACEHOLDER_TEXT if config.visual_scope == "placeholders" else None,
+        placeholder_text=PLACEHOLDER_TEXT if config.visual_scope == "placeholders" else None,
     )
 
 

@@ -188,12 +188,12 @@ def write_captions(
     for start in range(0, len(features_NPC), batch_size):
         features = features_NPC[start : start + batch_size].float()
         ids_BT = torch.tensor([prompt.input_ids] * len(features))
-        slots_BT = torch.tensor([prompt.slots] * len(features)) >= 0
+        placeholders_BT = torch.tensor([prompt.placeholders] * len(features)) >= 0
         tokens = model.generate(
             input_ids=ids_BT,
             attention_mask=torch.ones_like(ids_BT),
             visual_features=features,
-            visual_mask=slots_BT if processor.visual_scope == "placeholders" else None,
+            visual_mask=placeholders_BT if processor.visual_scope == "placeholders" else None,
             max_new_tokens=max_new_tokens,
             do_sample=False,
         )

@@ -43,8 +43,10 @@ def collate(
         batch["visual_features"] = features
         if processor.visual_scope == "placeholders":
             length = batch["input_ids"].shape[1]
-            slots_BT = pad([r.slots for r in rows], value=-1, side="right", length=length)
-            batch["visual_mask"] = slots_BT >= 0
+            placeholders_BT = pad(
+                [r.placeholders for r in rows], value=-1, side="right", length=length
+            )
+            batch["visual_mask"] = placeholders_BT >= 0
     return batch
 
 

@@ -24,7 +24,7 @@ V2 = AdapterConfig.preset(
     placeholder_attention="own",
     **PROJECTOR,
 )
-"""The paper's V2 at toy size; K = N/2 layers read the picture, through placeholder slots."""
+"""The paper's V2 at toy size; K = N/2 layers read the picture, through placeholders."""
 
 CAPTION = AdapterConfig.preset(
     "v1-multimodal",

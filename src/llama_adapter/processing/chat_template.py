@@ -22,7 +22,7 @@ from llama_adapter.errors import ConfigError, LlamaAdapterError, PromptError
 from llama_adapter.pretrained import explain
 from llama_adapter.processing.jinja import compile_template
 from llama_adapter.processing.markers import any_of, marker_expressions, special_tokens
-from llama_adapter.processing.pieces import Kind, Piece, slot_pieces
+from llama_adapter.processing.pieces import Kind, Piece, placeholder_pieces
 
 _STAND_IN = "\ue000{}\ue001"
 _FIND = re.compile("\ue000(\\d+)\ue001")
@@ -110,7 +110,7 @@ class ChatTemplate:
         }
 
     def lay_out(
-        self, conversation: Conversation, *, slot_text: str | None, opens_answer: bool
+        self, conversation: Conversation, *, placeholder_text: str | None, opens_answer: bool
     ) -> list[Piece]:
         """The pieces of the conversation."""
         system = conversation.system
@@ -128,7 +128,7 @@ class ChatTemplate:
                 continue
             if index == 0 and system is not None and not with_system:
                 pieces += [Piece(Kind.CONTENT, system), Piece(Kind.TEMPLATE, "\n\n")]
-            pieces += slot_pieces(message, slot_text, after="\n")
+            pieces += placeholder_pieces(message, placeholder_text, after="\n")
             if index == 0 and conversation.context:
                 # Not the system turn: what an expert read off an image is no instruction.
                 pieces.append(Piece(Kind.CONTENT, conversation.context))

@@ -1,4 +1,4 @@
-"""From a rendered prompt to token ids, labels and slot marks, and from rows to a batch.
+"""From a rendered prompt to token ids, labels and placeholders, and from rows to a batch.
 
 A talk is tokenised once, as a whole; what each token is follows from its character offsets. What
 generation reads has to be the beginning of it, token by token, at every answer. Where a tokenizer
@@ -34,8 +34,8 @@ class Encoded:
     input_ids: tuple[int, ...]
     labels: tuple[int, ...]
     """The token where it belongs to an answer, else `IGNORE_INDEX`."""
-    slots: tuple[int, ...]
-    """Which image's slot the token belongs to, counted within the conversation; -1: none."""
+    placeholders: tuple[int, ...]
+    """Which image's placeholder the token belongs to, counted within the conversation; -1: none."""
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -49,7 +49,7 @@ class Encoded:
         return Encoded(
             input_ids=self.input_ids[:length],
             labels=self.labels[:length],
-            slots=self.slots[:length],
+            placeholders=self.placeholders[:length],
         )
 
 
@@ -82,7 +82,7 @@ def encode(text: Rendered, *, tokenizer: Any, opening: tuple[int, ...]) -> Encod
     return Encoded(
         input_ids=(*opening, *ids),
         labels=(*((IGNORE_INDEX,) * len(opening)), *labels),
-        slots=(*unmarked, *_spans_of(offsets, text.slots)),
+        placeholders=(*unmarked, *_spans_of(offsets, text.placeholders)),
     )
 
 

@@ -26,7 +26,7 @@ class Kind(Enum):
     GAP = auto()
     ANSWER = auto()
     END = auto()
-    SLOT = auto()
+    PLACEHOLDER = auto()
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,11 +38,11 @@ class Piece:
 
 
 class Rendered(str):
-    """A prompt's text, and where in it the answers, the image slots and untrusted texts are."""
+    """A prompt's text, and where in it answers, placeholders and untrusted texts are."""
 
     answers: tuple[Span, ...]
     """Each answer that is scored, with its end-of-turn token."""
-    slots: tuple[Span, ...]
+    placeholders: tuple[Span, ...]
     """Each image's placeholder, in the order of the images."""
     openings: tuple[int, ...]
     """Where the prompt ends that each answer was given to; what the model writes follows."""
@@ -51,7 +51,7 @@ class Rendered(str):
     continues: bool
     """Whether it stands behind another text, so that no bos token opens it."""
 
-    __slots__ = ("answers", "continues", "openings", "said", "slots")
+    __slots__ = ("answers", "continues", "openings", "placeholders", "said")
 
     def __new__(
         cls,
@@ -59,14 +59,14 @@ class Rendered(str):
         *,
         answers: Sequence[Span] = (),
         openings: Sequence[int] = (),
-        slots: Sequence[Span] = (),
+        placeholders: Sequence[Span] = (),
         said: Sequence[Span] = (),
         continues: bool = False,
     ) -> Self:
         rendered = super().__new__(cls, text)
         rendered.answers = tuple(answers)
         rendered.openings = tuple(openings)
-        rendered.slots = tuple(slots)
+        rendered.placeholders = tuple(placeholders)
         rendered.said = tuple(said)
         rendered.continues = continues
         return rendered
@@ -83,17 +83,19 @@ class Rendered(str):
             text,
             answers=moved(self.answers),
             openings=[at + bisect_left(places, at) for at in self.openings],
-            slots=moved(self.slots),
+            placeholders=moved(self.placeholders),
             said=moved(self.said),
             continues=self.continues,
         )
 
 
-def slot_pieces(message: Message, slot_text: str | None, *, after: str) -> list[Piece]:
-    """A slot for each image of the message, where images have slots at all."""
-    if slot_text is None or not message.images:
+def placeholder_pieces(
+    message: Message, placeholder_text: str | None, *, after: str
+) -> list[Piece]:
+    """One for each image of the message, where images have placeholders at all."""
+    if placeholder_text is None or not message.images:
         return []
     pieces: list[Piece] = []
     for _ in message.images:
-        pieces += [Piece(Kind.SLOT, slot_text), Piece(Kind.TEMPLATE, " ")]
+        pieces += [Piece(Kind.PLACEHOLDER, placeholder_text), Piece(Kind.TEMPLATE, " ")]
     return [*pieces[:-1], *([Piece(Kind.TEMPLATE, after)] if after else [])]

@@ -53,14 +53,14 @@ _CHAT_TEMPLATE = (
 _SWITCHES = ("enable_thinking", "thinking", "reasoning_effort")
 """Switches of chat templates that callers pass whatever the template is."""
 PROCESSOR_FILE = "processor_config.json"
-_OPTIONS = ("template", "visual_scope", "slot_text", "channel_order")
+_OPTIONS = ("template", "visual_scope", "placeholder_text", "channel_order")
 # What a stored processor holds, and of which type.
 _STORED: dict[str, Any] = {
     "processor_class": str,
     "image_processor": dict | None,
     "template": str,
     "visual_scope": str,
-    "slot_text": str | None,
+    "placeholder_text": str | None,
     "channel_order": str,
 }
 # Adapters of version 0.1 do not have it: what it says is found by trying.
@@ -71,7 +71,7 @@ _NO_LIMIT = 10**9
 
 
 def check_options(
-    *, template: str, visual_scope: str, slot_text: str | None, channel_order: str
+    *, template: str, visual_scope: str, placeholder_text: str | None, channel_order: str
 ) -> None:
     """ConfigError for options that no processor takes."""
     if template not in TEMPLATES:
@@ -80,17 +80,17 @@ def check_options(
         raise ConfigError(f"visual_scope must be 'all' or 'placeholders', got {visual_scope!r}")
     if channel_order not in {"rgb", "bgr"}:
         raise ConfigError(f"channel_order must be 'rgb' or 'bgr', got {channel_order!r}")
-    if (visual_scope == "placeholders") != bool(slot_text):
+    if (visual_scope == "placeholders") != bool(placeholder_text):
         raise ConfigError(
-            "slot_text is the placeholder of visual_scope 'placeholders' and of nothing else, "
-            f"got visual_scope {visual_scope!r} and slot_text {slot_text!r}"
+            "placeholder_text goes with visual_scope 'placeholders' and with nothing else, "
+            f"got visual_scope {visual_scope!r} and placeholder_text {placeholder_text!r}"
         )
 
 
 class LlamaAdapterProcessor(ProcessorMixin):
     """Turns conversations with images into what `LlamaAdapterForConditionalGeneration` takes.
 
-    Untrusted text can forge neither turns nor special tokens nor image slots; see
+    Untrusted text can forge neither turns nor special tokens nor image placeholders; see
     `processing.templates`. Every option is stored with the adapter, since an adapter only works
     with the prompts that it was trained on.
     """
@@ -102,7 +102,7 @@ class LlamaAdapterProcessor(ProcessorMixin):
         *,
         template: str = "alpaca",
         visual_scope: str = "all",
-        slot_text: str | None = None,
+        placeholder_text: str | None = None,
         channel_order: str = "rgb",
         chat_switches: Mapping[str, Any] | None = None,
     ) -> None:
@@ -113,7 +113,7 @@ class LlamaAdapterProcessor(ProcessorMixin):
             tokenizer: a fast Hugging Face tokenizer, the base model's own.
             template: a name in `processing.templates.TEMPLATES`.
             visual_scope: `all`, or `placeholders` where only placeholder tokens read the image.
-            slot_text: the placeholder, with `placeholders`; special tokens or ordinary text.
+            placeholder_text: the placeholder, with `placeholders`; special tokens or ordinary text.
             channel_order: `rgb`, or `bgr` for adapters trained on swapped channels.
             chat_switches: variables of the tokenizer's chat template, such as
                 `{"enable_thinking": False}`, with template `chat`; None: those under which prompts
@@ -124,14 +124,14 @@ class LlamaAdapterProcessor(ProcessorMixin):
         check_options(
             template=template,
             visual_scope=visual_scope,
-            slot_text=slot_text,
+            placeholder_text=placeholder_text,
             channel_order=channel_order,
         )
         self.image_processor = image_processor
         self.tokenizer = tokenizer
         self.template = template
         self.visual_scope = visual_scope
-        self.slot_text = slot_text
+        self.placeholder_text = placeholder_text
         self.channel_order = channel_order
         self.rendered: bool | None = None
         """What plain strings are where a call does not say; see `__call__`. It is not stored."""
@@ -139,7 +139,10 @@ class LlamaAdapterProcessor(ProcessorMixin):
         if chat_switches and template != CHAT:
             raise ConfigError(f"chat_switches are of template 'chat', got template {template!r}")
         self._renderer = PromptRenderer(
-            template, tokenizer=tokenizer, slot_text=slot_text, chat_switches=chat_switches
+            template,
+            tokenizer=tokenizer,
+            placeholder_text=placeholder_text,
+            chat_switches=chat_switches,
         )
 
     @property
@@ -210,7 +213,7 @@ class LlamaAdapterProcessor(ProcessorMixin):
         add_generation_prompt: bool | None = None,
         continue_final_message: bool = False,
     ) -> Rendered:
-        """The prompt's text with the places of answers and slots; see `PromptRenderer.render`.
+        """The prompt's text and where answers and placeholders are; see `PromptRenderer.render`.
 
         Answers that are not to be scored are left out of the places.
         """
@@ -224,13 +227,17 @@ class LlamaAdapterProcessor(ProcessorMixin):
             return text
         answers = [span for span, keep in zip(text.answers, scored, strict=False) if keep]
         return Rendered(
-            text, answers=answers, openings=text.openings, slots=text.slots, said=text.said
+            text,
+            answers=answers,
+            openings=text.openings,
+            placeholders=text.placeholders,
+            said=text.said,
         )
 
     def encode(
         self, prompt: Prompt, *, max_length: int | None = None, rendered: bool | None = None
     ) -> Encoded:
-        """Token ids, labels and slot marks of one prompt; `rendered` as in `__call__`.
+        """Token ids, labels and placeholders of one prompt; `rendered` as in `__call__`.
 
         Raises `PromptError` where it does not fit into `max_length` or the context.
         """
@@ -247,10 +254,14 @@ class LlamaAdapterProcessor(ProcessorMixin):
         if not isinstance(prompt, str) or (isinstance(prompt, Rendered) and rendered is not False):
             return prompt
         if rendered:
-            slots = re.finditer(re.escape(self.slot_text), prompt) if self.slot_text else ()
+            marks = (
+                re.finditer(re.escape(self.placeholder_text), prompt)
+                if self.placeholder_text
+                else ()
+            )
             return Rendered(
                 prompt,
-                slots=[slot.span() for slot in slots],
+                placeholders=[mark.span() for mark in marks],
                 continues=is_bare and not self._renderer.begins(prompt),
             )
         if rendered is None and self._renderer.looks_rendered(prompt):
@@ -375,7 +386,8 @@ class LlamaAdapterProcessor(ProcessorMixin):
             `input_ids` and `attention_mask` (B, T); with images `pixel_values` (I, 3, H, W), or
             (I, F, 3, H, W) where an image has frames, and `image_index`: the row of
             `pixel_values` that each row sees, -1 for none, (B,), or (B, T) where rows hold
-            several slots; with slots `visual_mask` (B, T); with `labels=True` `labels` (B, T).
+            several placeholders; with placeholders `visual_mask` (B, T); with `labels=True`
+            `labels` (B, T).
 
         Raises ConfigError for a keyword that is not honoured.
         """
@@ -466,9 +478,11 @@ class LlamaAdapterProcessor(ProcessorMixin):
             "attention_mask": pad(ones, value=0, side=side, length=length),
         }
         if any(images):
-            slots_BT = pad([r.slots for r in rows], value=-1, side=side, length=length)
+            placeholders_BT = pad(
+                [r.placeholders for r in rows], value=-1, side=side, length=length
+            )
             reader = image_processor or self.image_processor
-            data |= self._visual(images, slots_BT, reader, visual_features)
+            data |= self._visual(images, placeholders_BT, reader, visual_features)
         if labels:
             targets = [r.labels for r in rows]
             data["labels"] = pad(targets, value=IGNORE_INDEX, side=side, length=length)
@@ -477,7 +491,7 @@ class LlamaAdapterProcessor(ProcessorMixin):
     def _visual(
         self,
         images: Sequence[Sequence[ImageRef]],
-        slots_BT: Tensor,
+        placeholders_BT: Tensor,
         image_processor: Any,
         features: Tensor | None,
     ) -> dict[str, Tensor]:
@@ -495,16 +509,17 @@ class LlamaAdapterProcessor(ProcessorMixin):
             clips = ([f for ref in refs for f in frames_of(ref)] for refs in images if refs)
             index = torch.where(counts > 0, (counts > 0).cumsum(0) - 1, -1)
             return {**seen(clips), "image_index": index}
-        found = slots_BT.amax(dim=1) + 1
+        found = placeholders_BT.amax(dim=1) + 1
         if not torch.equal(found, counts):
             row = int((found != counts).nonzero()[0, 0])
             raise PromptError(
-                f"prompt {row + 1} has {int(found[row])} image slots, but {int(counts[row])} images"
+                f"prompt {row + 1} has {int(found[row])} image placeholders, "
+                f"but {int(counts[row])} images"
             )
         first_B = counts.cumsum(0) - counts
-        mask_BT = slots_BT >= 0
+        mask_BT = placeholders_BT >= 0
         if int(counts.max()) > 1:
-            index = torch.where(mask_BT, first_B[:, None] + slots_BT, -1)
+            index = torch.where(mask_BT, first_B[:, None] + placeholders_BT, -1)
         else:
             index = torch.where(counts > 0, first_B, -1)
         clips = (frames_of(ref) for refs in images for ref in refs)
@@ -570,7 +585,7 @@ class LlamaAdapterProcessor(ProcessorMixin):
         where = pretrained_model_name_or_path
         kwargs.pop("trust_remote_code", None)  # Auto classes hand theirs on
         file = _stored_file(where, **kwargs)
-        stored = from_version_1(read_json_object(file, error=CheckpointError))
+        stored = _read(file)
         options = _options(stored, where=where)
         agreement.check_agreement(Path(where), stored)
         tokenizer = load_pretrained(AutoTokenizer, where, what="tokenizer of", **kwargs)
@@ -612,8 +627,12 @@ def _stored_file(where: Any, *, subfolder: str = "", **kwargs: Any) -> Path:
 
 def read_processor_options(directory: Path) -> dict[str, Any]:
     """The options of a stored processor, without loading its tokenizer."""
-    stored = read_json_object(directory / PROCESSOR_FILE, error=CheckpointError)
-    return _options(stored, where=directory)
+    return _options(_read(directory / PROCESSOR_FILE), where=directory)
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """What a processor's file holds, by the names of today."""
+    return from_version_1(read_json_object(file, error=CheckpointError))
 
 
 def _options(stored: Mapping[str, Any], *, where: Any) -> dict[str, Any]:

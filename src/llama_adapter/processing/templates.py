@@ -2,12 +2,12 @@
 
 A template lays a conversation out as pieces, each of one kind:
 
-    TEMPLATE   wording of the template, trusted: its special tokens count
-    CONTENT    what users and experts wrote, untrusted
-    GAP        white space before an answer, which the model writes: scored with it
-    ANSWER     what the assistant said, untrusted and scored in training
-    END        the end-of-turn token after an answer, trusted and scored
-    SLOT       the placeholder where an image is read, trusted
+    TEMPLATE     wording of the template, trusted: its special tokens count
+    CONTENT      what users and experts wrote, untrusted
+    GAP          white space before an answer, which the model writes: scored with it
+    ANSWER       what the assistant said, untrusted and scored in training
+    END          the end-of-turn token after an answer, trusted and scored
+    PLACEHOLDER  the tokens where an image is read, trusted
 
 Untrusted pieces cannot forge a turn: special tokens and turn markers in them are broken up with
 a space before the pieces are joined. Positions are kept, never searched for afterwards.
@@ -26,7 +26,7 @@ from llama_adapter.conversation import Conversation
 from llama_adapter.errors import ConfigError, PromptError
 from llama_adapter.processing.chat_template import ChatTemplate
 from llama_adapter.processing.markers import any_of, break_up, normalized, special_tokens
-from llama_adapter.processing.pieces import Kind, Piece, Rendered, Span, slot_pieces
+from llama_adapter.processing.pieces import Kind, Piece, Rendered, Span, placeholder_pieces
 
 CHAT = "chat"
 """The name of the chat template that comes with a tokenizer."""
@@ -40,13 +40,13 @@ class PromptRenderer:
         template: str,
         *,
         tokenizer: Any,
-        slot_text: str | None = None,
+        placeholder_text: str | None = None,
         chat_switches: Mapping[str, Any] | None = None,
     ) -> None:
         if template not in TEMPLATES:
             raise ConfigError(f"template must be one of {', '.join(TEMPLATES)}, got {template!r}")
         self._tokenizer = tokenizer
-        self._slot_text = slot_text
+        self._placeholder_text = placeholder_text
         self._specials = special_tokens(tokenizer)
         made = TEMPLATES[template]
         self.template: LineTemplate | ChatTemplate = (
@@ -119,12 +119,12 @@ class PromptRenderer:
     def _lay_out(self, conversation: Conversation, *, opens_answer: bool) -> list[Piece]:
         if isinstance(self.template, ChatTemplate):
             return self.template.lay_out(
-                conversation, slot_text=self._slot_text, opens_answer=opens_answer
+                conversation, placeholder_text=self._placeholder_text, opens_answer=opens_answer
             )
         return self.template.lay_out(
             conversation,
             end=self.template.end_for(self._tokenizer),
-            slot_text=self._slot_text,
+            placeholder_text=self._placeholder_text,
             opens_answer=opens_answer,
         )
 
@@ -133,7 +133,7 @@ class PromptRenderer:
         length = 0
         answers: list[Span] = []
         openings: list[int] = []
-        slots: list[Span] = []
+        placeholders: list[Span] = []
         said: list[Span] = []
         for index, piece in enumerate(pieces):
             text = piece.text
@@ -157,9 +157,11 @@ class PromptRenderer:
                     openings.append(start - len(parts[-2]) if follows_gap else start)
                 case Kind.END:
                     answers[-1] = (answers[-1][0], length)
-                case Kind.SLOT:
-                    slots.append((start, length))
-        return Rendered("".join(parts), answers=answers, openings=openings, slots=slots, said=said)
+                case Kind.PLACEHOLDER:
+                    placeholders.append((start, length))
+        return Rendered(
+            "".join(parts), answers=answers, openings=openings, placeholders=placeholders, said=said
+        )
 
 
 def _trusted_after(pieces: Sequence[Piece], index: int) -> Iterator[str]:
@@ -191,7 +193,7 @@ class LineTemplate:
     """A regular expression for what untrusted text must not contain."""
     end: str | None = None
     """What ends an answer, and generation with it; None: the tokenizer's eos_token."""
-    after_slots: str = " "
+    after_placeholders: str = " "
     """What parts placeholders of pictures from a context that follows them."""
 
     def lay_out(
@@ -199,7 +201,7 @@ class LineTemplate:
         conversation: Conversation,
         *,
         end: str,
-        slot_text: str | None,
+        placeholder_text: str | None,
         opens_answer: bool,
     ) -> list[Piece]:
         """The pieces of the conversation; `end` stands behind each answer."""
@@ -210,10 +212,10 @@ class LineTemplate:
                 pieces.append(Piece(Kind.GAP, self.before_answer))
                 pieces += [Piece(Kind.ANSWER, message.text), Piece(Kind.END, end)]
             elif index == 0:
-                pieces += self._first(conversation, slot_text)
+                pieces += self._first(conversation, placeholder_text)
             else:
-                slots = slot_pieces(message, slot_text, after=" ")
-                question = [*slots, Piece(Kind.CONTENT, message.text)]
+                placeholders = placeholder_pieces(message, placeholder_text, after=" ")
+                question = [*placeholders, Piece(Kind.CONTENT, message.text)]
                 pieces += _fill(self.later, {"question": question})
         if opens_answer:
             pieces.append(Piece(Kind.TEMPLATE, self.respond))
@@ -232,14 +234,16 @@ class LineTemplate:
         """Regular expressions for what untrusted text must not contain, besides special tokens."""
         return [self.marker]
 
-    def _first(self, conversation: Conversation, slot_text: str | None) -> Iterator[Piece]:
+    def _first(self, conversation: Conversation, placeholder_text: str | None) -> Iterator[Piece]:
         first = conversation.turns[0]
         texts = [conversation.context]
         if self.system_with_context is None:
             texts.insert(0, conversation.system)
         context = "\n".join(text for text in texts if text)
-        slots = slot_pieces(first, slot_text, after=self.after_slots if context else "")
-        has_context = bool(context or slots)
+        placeholders = placeholder_pieces(
+            first, placeholder_text, after=self.after_placeholders if context else ""
+        )
+        has_context = bool(context or placeholders)
         default = self.system_with_context if has_context else self.system_without_context
         if conversation.system is not None:
             system = Piece(Kind.CONTENT, conversation.system)
@@ -248,7 +252,7 @@ class LineTemplate:
         fields = {
             "system": [system],
             "question": [Piece(Kind.CONTENT, first.text)],
-            "context": [*slots, Piece(Kind.CONTENT, context)],
+            "context": [*placeholders, Piece(Kind.CONTENT, context)],
         }
         return _fill(self.with_context if has_context else self.without_context, fields)
 
@@ -310,7 +314,7 @@ TEMPLATES: dict[str, LineTemplate | type[ChatTemplate]] = {
         system_without_context=None,
         marker=_HEADINGS,
         # a picture is a text of its own; the bases know the word for what comes after one
-        after_slots=" text : ",
+        after_placeholders=" text : ",
     ),
     CHAT: ChatTemplate,
 }

@@ -50,7 +50,7 @@ def load_processor(recipe: Recipe) -> LlamaAdapterProcessor:
     tokenizer = load_pretrained(AutoTokenizer, base, what="tokenizer of")
     sees = recipe.vision is not None and semantics.is_multimodal
     if sees and semantics.placeholder_attention == "own":
-        _check_slots(recipe, tokenizer, semantics.visual_prompt_length)
+        _check_placeholders(recipe, tokenizer, semantics.visual_prompt_length)
     return LlamaAdapterProcessor(
         load_image_processor(locate(recipe.vision.model, what="vision encoder"))
         if sees and recipe.vision is not None
@@ -58,18 +58,18 @@ def load_processor(recipe: Recipe) -> LlamaAdapterProcessor:
         tokenizer,
         template=recipe.prompt.template,
         visual_scope=semantics.visual_scope if sees else "all",
-        slot_text=recipe.prompt.slot_text if sees else None,
+        placeholder_text=recipe.prompt.placeholder_text if sees else None,
         channel_order=semantics.channel_order,
     )
 
 
-def _check_slots(recipe: Recipe, tokenizer: Any, length: int) -> None:
-    text = recipe.prompt.slot_text or ""
+def _check_placeholders(recipe: Recipe, tokenizer: Any, length: int) -> None:
+    text = recipe.prompt.placeholder_text or ""
     found = len(tokenizer(text, add_special_tokens=False)["input_ids"])
     if found != length:
         raise ConfigError(
-            f"prompt.slot_text is {found} tokens, but with adapter.placeholder_attention 'own' "
-            f"there must be one for each of the {length} visual prompts"
+            f"prompt.placeholder_text is {found} tokens, but with adapter.placeholder_attention "
+            f"'own' there must be one for each of the {length} visual prompts"
         )
 
 

@@ -196,7 +196,7 @@ def _check_source(
         try:
             sample = source[index]
             cuts = encoder.cut(sample)
-            # pictures are decoded here, and slots counted
+            # pictures are decoded here, and placeholders counted
             encoded = encoder.prepare(sample, cuts[0].first, cuts[0].stop).encoded
         except LlamaAdapterError as error:
             broken.append(InvalidRecord(where=source.where(index), reason=str(error)))

@@ -89,7 +89,16 @@ class VisionSection(Section):
     """Share of each image's feature channels that training sets to zero, other ones each step."""
 
 
-class AdapterSection(Section):
+class _RenamedSection(Section):
+    """A section that takes the names of version 1 too."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_version_1(cls, values: Any) -> Any:
+        return from_version_1(values) if isinstance(values, dict) else values
+
+
+class AdapterSection(_RenamedSection):
     """A preset of `AdapterConfig` with changes, or an adapter to go on from."""
 
     model_config = ConfigDict(extra="allow", frozen=True, use_attribute_docstrings=True)
@@ -97,11 +106,6 @@ class AdapterSection(Section):
     preset: str = "v2"
     start: Path | None = None
     """An adapter directory whose numbers and semantics training starts from, LoRA included."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _of_version_1(cls, values: Any) -> Any:
-        return from_version_1(values) if isinstance(values, dict) else values
 
     @model_validator(mode="after")
     def _known(self) -> Self:
@@ -133,12 +137,12 @@ class AdapterSection(Section):
             raise ValueError(str(error)) from error
 
 
-class PromptSection(Section):
+class PromptSection(_RenamedSection):
     """How conversations become text; stored with the adapter."""
 
     template: str = "alpaca"
     """`alpaca`, `chat` (the tokenizer's own), `human-assistant` or `toy`."""
-    slot_text: str | None = None
+    placeholder_text: str | None = None
     """The placeholder of adapters whose `visual_scope` is `placeholders`."""
 
 

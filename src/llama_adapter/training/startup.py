@@ -109,7 +109,7 @@ def check_tokens(processor: LlamaAdapterProcessor, sizes: Sizes) -> None:
     special = {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
     used = {*range(rows, len(tokenizer))} - special
     used |= {tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id} - {None}
-    used |= set(tokenizer(processor.slot_text or "", add_special_tokens=False)["input_ids"])
+    used |= set(tokenizer(processor.placeholder_text or "", add_special_tokens=False)["input_ids"])
     text = processor.render(Conversation.ask("a", answer="a"))
     used |= set(encode(text, tokenizer=tokenizer, opening=opening_ids(tokenizer)).input_ids)
     if used and max(used) >= rows:
