@@ -150,3 +150,13 @@ def test_a_batch_without_answers_has_loss_zero_with_a_gradient(build, ids, kept_
     loss.backward()
     assert loss == 0
     assert all((p.grad == 0).all() for p in model.group_parameters("language"))
+
+
+def test_a_function_applied_to_the_model_reaches_every_tensor_once(build):
+    model = build("v2")
+    model.add_adapter(model.config, "second")
+    reached = []
+    model._apply(lambda tensor: reached.append(id(tensor)) or tensor)
+    assert len(reached) == len(set(reached))
+    for name in model.adapters:
+        assert {id(p) for _, p in model._adapters[name].named_parameters()} <= set(reached)

@@ -508,10 +508,13 @@ class LlamaAdapterForConditionalGeneration(
         self, fn: Callable[[Tensor], Tensor], recurse: bool = True
     ) -> LlamaAdapterForConditionalGeneration:
         super()._apply(fn, recurse)
-        # `to`, `cuda` and the like reach adapters that are off, and modules that are folded away
+        # `to`, `cuda` and the like reach adapters that are off, and modules that are merged away
+        reached = set(self.modules())
         for adapter in self._adapters.values():
             for _, module in adapter.modules():
-                module._apply(fn, recurse)
+                for part in set(module.modules()) - reached:
+                    part._apply(fn, recurse=False)
+                reached.update(module.modules())
         return self
 
     # --- what transformers asks of a model --------------------------------------------------

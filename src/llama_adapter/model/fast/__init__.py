@@ -8,8 +8,7 @@ runs; `switched_off` turns all of them off. What each does, when, and its gain:
                         and 0.62 of the memory of peft's LoRA (benchmarks/step.py, hidden 1024).
 `attention`             PyTorch's kernel; on a CPU plain products in half types and where few keys
                         learn (up to 4 to 10 and 3 times as fast), and one product for a head's
-                        tokens where rows share their keys (1.2 to 3.3 of 5 to 7 ms a layer less in
-                        training, hidden 1024).
+                        tokens where rows share their keys.
 `rms_norm`              A backward pass from the input alone. In training, for norms that compute
                         just that: 2.5 for 5.2 ms (512 tokens of width 1024, both passes).
 `summed_cross_entropy`  Keeps its gradient, not log-probabilities. In training: two float32 copies

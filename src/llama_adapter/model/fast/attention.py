@@ -6,11 +6,8 @@ M keys.
 
 from __future__ import annotations
 
-from typing import Any, cast
-
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from llama_adapter.model.fast.switch import is_on, records_gradients
@@ -88,42 +85,11 @@ def _attend_together(
 ) -> Tensor:
     """Attention of all rows to the same keys: one product for a head's tokens."""
     scale = query_BHTD.shape[-1] ** -0.5 if scale is None else scale
-    if softcap is None and _is_plain_float32(query_BHTD) and records_gradients(query_BHTD):
-        return cast(Tensor, _AttendTogether.apply(query_BHTD, keys_HMD, values_HMD, scale))
     scores_HMN = (keys_HMD * scale) @ _by_head(query_BHTD).transpose(1, 2)
     if softcap is not None:
         scores_HMN = torch.tanh(scores_HMN / softcap) * softcap
     weights_HMN = scores_HMN.float().softmax(1).to(query_BHTD.dtype)
     return _by_row(weights_HMN.transpose(1, 2) @ values_HMD, query_BHTD)
-
-
-class _AttendTogether(torch.autograd.Function):
-    """The same, with a backward pass whose products read and write the layouts they are given."""
-
-    @staticmethod
-    def forward(ctx: Any, query: Tensor, keys_HMD: Tensor, values_HMD: Tensor, scale: float) -> Any:
-        scaled_HMD, query_HND = keys_HMD * scale, _by_head(query)
-        weights_HMN = (scaled_HMD @ query_HND.transpose(1, 2)).softmax(1)
-        ctx.save_for_backward(query, scaled_HMD, values_HMD, weights_HMN)
-        ctx.scale = scale
-        return _by_row(weights_HMN.transpose(1, 2) @ values_HMD, query)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        query, scaled_HMD, values_HMD, weights_HMN = ctx.saved_tensors
-        grad_query = grad_keys = grad_values = None
-        query_HND, grad_HND = _by_head(query), _by_head(grad)
-        grad_scores = torch.ops.aten._softmax_backward_data(
-            values_HMD @ grad_HND.transpose(1, 2), weights_HMN, 1, weights_HMN.dtype
-        )
-        if ctx.needs_input_grad[0]:
-            grad_query = _by_row(grad_scores.transpose(1, 2) @ scaled_HMD, query)
-        if ctx.needs_input_grad[1]:
-            grad_keys = (grad_scores @ query_HND).mul_(ctx.scale)
-        if ctx.needs_input_grad[2]:
-            grad_values = weights_HMN @ grad_HND
-        return grad_query, grad_keys, grad_values, None
 
 
 def _by_head(x_BHTD: Tensor) -> Tensor:

@@ -55,21 +55,9 @@ class _ScaleAndShift(torch.autograd.Function):
         size = scale.shape[0]
         grad_NC, out_NC = grad.reshape(-1, size), out.reshape(-1, size)
         scale_C = scale.to(torch.promote_types(grad.dtype, torch.float32))
-        by_scale, by_shift = _summed_over_tokens(grad_NC, out_NC, scale_C)
+        by_scale = (grad_NC * out_NC).sum(0, dtype=scale_C.dtype)
+        by_shift = grad_NC.sum(0, dtype=scale_C.dtype)
         by_scale = by_scale.div_(scale_C).masked_fill_(scale_C == 0, 0.0).to(scale.dtype)
         by_shift = by_shift.mul_(scale_C).to(scale.dtype)
         grad_y = (grad * scale_C).to(grad.dtype) if ctx.needs_input_grad[0] else None
         return grad_y, by_scale, by_shift
-
-
-def _summed_over_tokens(grad_NC: Tensor, out_NC: Tensor, scale_C: Tensor) -> tuple[Tensor, Tensor]:
-    """Σ grad ⊙ out and Σ grad, in the dtype of the scale."""
-    if grad_NC.device.type == "cpu" and len(grad_NC):
-        zero_C, one_C = torch.zeros_like(scale_C), torch.ones_like(scale_C)
-        # a batch norm with fixed statistics has these gradients; in one pass over activations
-        _, by_scale, by_shift = torch.ops.aten.native_batch_norm_backward(
-            grad_NC, out_NC, scale_C, zero_C, one_C, None, None, False, 0.0, [False, True, True]
-        )
-        return by_scale, by_shift
-    by_scale = (grad_NC * out_NC).sum(0, dtype=scale_C.dtype)
-    return by_scale, grad_NC.sum(0, dtype=scale_C.dtype)
