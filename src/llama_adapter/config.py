@@ -11,7 +11,7 @@ import difflib
 import reprlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 from llama_adapter.errors import ConfigError
 
@@ -28,15 +28,24 @@ _SCOPES_NOW = {"slots": "placeholders"}
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 100
 
+Fusion = Literal["early", "late", "none"]
+VisualScope = Literal["all", "placeholders"]
+PlaceholderAttention = Literal["all", "own"]
+Projector = Literal["query_transformer", "linear", "mlp"]
+Gate = Literal["tanh", "raw"]
+ScaleSide = Literal["output", "input"]
+ChannelOrder = Literal["rgb", "bgr"]
+FrameRule = Literal["mean", "concat", "late-mean"]
+
 CHOICES: dict[str, tuple[str, ...]] = {
-    "fusion": ("early", "late", "none"),
-    "visual_scope": ("all", "placeholders"),
-    "placeholder_attention": ("all", "own"),
-    "projector": ("query_transformer", "linear", "mlp"),
-    "gate": ("tanh", "raw"),
-    "scale_side": ("output", "input"),
-    "channel_order": ("rgb", "bgr"),
-    "frame_rule": ("mean", "concat", "late-mean"),
+    "fusion": get_args(Fusion),
+    "visual_scope": get_args(VisualScope),
+    "placeholder_attention": get_args(PlaceholderAttention),
+    "projector": get_args(Projector),
+    "gate": get_args(Gate),
+    "scale_side": get_args(ScaleSide),
+    "channel_order": get_args(ChannelOrder),
+    "frame_rule": get_args(FrameRule),
 }
 
 BOUNDS = {
@@ -74,19 +83,19 @@ class AdapterConfig:
     prompt_layers: int | None = None
     """How many of the last decoder layers carry static prompts; None: all that read no visual
     prompts of their own."""
-    fusion: str = "early"
+    fusion: Fusion = "early"
     """`early`: visual prompts of their own in the first layers (V2 §4.3); `late`: the visual
     prompt is added to every static prompt (V1, released V2); `none`: text only."""
     visual_prompt_length: int = 20
     """Visual prompts per picture; with late fusion it must be 1 or `prompt_length`."""
     visual_layers: int = 1
     """How many of the first decoder layers read visual prompts (early fusion)."""
-    visual_scope: str = "all"
+    visual_scope: VisualScope = "all"
     """Which positions attend to visual prompts: `all` text tokens, or only `placeholders`."""
-    placeholder_attention: str = "all"
+    placeholder_attention: PlaceholderAttention = "all"
     """What a placeholder attends to: `all` visual prompts of its image, or its `own` alone, the
     i-th placeholder the i-th prompt. Which object belongs to which need then not be learned."""
-    projector: str = "query_transformer"
+    projector: Projector = "query_transformer"
     """How vision features become visual prompts; see `model.projection.PROJECTORS`."""
     projector_width: int = 512
     """Width inside the `query_transformer` and `mlp` projectors."""
@@ -99,14 +108,14 @@ class AdapterConfig:
     vision_feature: int | str = -1
     """Which tokens of the vision encoder are read: an index into its hidden states (-1: its own
     output), or `projected` (CLIP: final norm and projection on every token)."""
-    frame_rule: str = "late-mean"
+    frame_rule: FrameRule = "late-mean"
     """How several frames or pictures become one set of visual prompts: `mean` of features,
     `concat` of per-frame prompts, `late-mean` of per-frame prompts."""
     bias_targets: Targets = "all"
     """Linears with a learned bias (V2 §4.1)."""
     scale_targets: Targets = "all"
     """Linears with a learned scale (V2 §4.1)."""
-    scale_side: str = "output"
+    scale_side: ScaleSide = "output"
     """`output`: s ⊙ (W x + b₀ + b), the paper; `input`: W (s ⊙ x) + b₀ + b, the released chat
     model."""
     train_norms: bool = True
@@ -115,11 +124,11 @@ class AdapterConfig:
     """Rank of LoRA (no alpha); prompts bypass it. 0 switches it off."""
     lora_targets: Targets = "all"
     """Linears with LoRA, where `lora_rank` is not 0."""
-    gate: str = "tanh"
+    gate: Gate = "tanh"
     """`tanh(g)` or the `raw` gate in front of prompt attention."""
     gate_scale: bool = False
     """A further learned scalar per layer times the gate (released LORA-BIAS checkpoints)."""
-    channel_order: str = "rgb"
+    channel_order: ChannelOrder = "rgb"
     """Channel order the adapter was trained with; the released multimodal models used `bgr`."""
     caption_instruction: str = ""
     """The instruction that asks for a caption, for adapters trained with a fixed one."""
