@@ -1,16 +1,13 @@
-"""`llama-adapter demo`: what the shipped adapters can do, and a fresh one trained live."""
+"""`llama-adapter demo`: what the bundled adapters can do, and a fresh one trained live."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Any
 
 import typer
 
 from llama_adapter.cli.numbers import MAX_SEED, between
-
-if TYPE_CHECKING:
-    from llama_adapter.miniature.demo import DemoResult
 
 
 def demo(
@@ -25,7 +22,7 @@ def demo(
         typer.Option(help="How long the live training may take.", callback=between(0.01, 10_000)),
     ] = 6.0,
     quick: Annotated[
-        bool, typer.Option("--quick", help="One minute of training and a smaller exam.")
+        bool, typer.Option("--quick", help="One minute of training and a smaller test.")
     ] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the results as one JSON object.")
@@ -33,8 +30,9 @@ def demo(
 ) -> None:
     """Watch a frozen text model learn to see, on this machine.
 
-    Measures the shipped adapters, trains a fresh one on captions and text instructions, and
-    measures that too; writes report.html, pictures.png, results.json and the adapter.
+    Measures the bundled adapters, trains a fresh one on captions and text instructions, and
+    measures that too; writes report.html, results.json and the adapter. The training is that of
+    recipes/miniature-v2.yaml, for minutes; the measuring is `llama-adapter eval miniature`.
 
     \b
     Examples:
@@ -44,17 +42,19 @@ def demo(
     """
     from llama_adapter.cli.output import json_only
     from llama_adapter.cli.progress import stages
-    from llama_adapter.miniature.demo import DemoSettings, run_demo, save_demo
+    from llama_adapter.cli.train import watching
+    from llama_adapter.miniature.demo import demo_recipe, run_demo
+    from llama_adapter.miniature.task import TestSet
 
-    settings = DemoSettings.quick(seed=seed) if quick else DemoSettings(minutes=minutes, seed=seed)
+    recipe = demo_recipe(out, minutes=1.0 if quick else minutes, seed=seed)
+    test = TestSet.draw(images=150, questions=220) if quick else TestSet.draw()
     with json_only(as_json) as emit:
-        with stages() as stage:
-            result = run_demo(settings, stage=stage)
-            save_demo(result, out)
+        with stages() as stage, watching(recipe, stage=stage) as watcher:
+            results = run_demo(out, recipe, test, stage=stage, watcher=watcher)
         if as_json:
-            emit(result.to_dict())
+            emit(results)
         else:
-            _print_table(result)
+            _print_table(results)
     typer.echo(f"\nreport:  {out / 'report.html'}", err=True)
     typer.echo(f"adapter: {out / 'adapter'}", err=True)
     typer.echo(
@@ -63,23 +63,23 @@ def demo(
     )
 
 
-def _print_table(result: DemoResult) -> None:
+def _print_table(results: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from llama_adapter.miniature.measure import CLAIMS
+    from llama_adapter.miniature.task import METRICS
 
     table = Table(title="On held-out scenes, % right (95% interval)")
-    for heading in ("", "claim", "shipped", "trained live"):
+    for heading in ("metric", "", "bundled", "trained live"):
         table.add_column(heading)
-    for name, text in CLAIMS.items():
+    for name, text in METRICS.items():
         cells = []
-        for measured in (result.shipped, result.trained):
-            found = measured.claims.get(name)
+        for side in ("bundled", "trained"):
+            found = results[side]["metrics"].get(name)
             if found is None:
                 cells.append("–")
             else:
-                low, high = found.interval()
-                cells.append(f"{100 * found.value:5.1f}  ({100 * low:.0f}–{100 * high:.0f})")
+                low, high = 100 * found["low"], 100 * found["high"]
+                cells.append(f"{100 * found['value']:5.1f}  ({low:.0f}–{high:.0f})")
         table.add_row(name, text, *cells)
     Console().print(table)

@@ -23,6 +23,8 @@ from llama_adapter.processing.processor import LlamaAdapterProcessor
 DECODER = "package:llama_adapter/miniature/bases/decoder"
 VISION = "package:llama_adapter/miniature/bases/vision"
 ADAPTERS = "package:llama_adapter/miniature/adapters"
+RECIPES = Path(__file__).parent / "recipes"
+"""How the adapters are trained; `recipes/` of the repository links to them."""
 SLOTS = tuple(f"<|slot_{i}|>" for i in range(16))
 PLACEHOLDER_TEXT = "".join(SLOTS)
 """What stands where a picture is read, in scope `placeholders`: the tokenizer's reserved tokens."""

@@ -1,79 +1,71 @@
-"""The demonstration's report: one self-contained HTML page with pictures and curves."""
+"""The demonstration's report: one self-contained HTML page with scores, curves and images."""
 
 from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Iterator
+import random
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from jinja2 import Environment, PackageLoader, select_autoescape
 from PIL import Image
 
 from llama_adapter.files import write_atomically
-from llama_adapter.miniature.measure import CLAIMS
-from llama_adapter.miniature.sheet import show
+from llama_adapter.miniature.questions import ask
+from llama_adapter.miniature.task import METRICS, SEEN_TYPES, TestSet, write_answers
+from llama_adapter.model import LlamaAdapterForConditionalGeneration
+from llama_adapter.processing.processor import LlamaAdapterProcessor
 
-if TYPE_CHECKING:
-    from llama_adapter.miniature.demo import DemoResult
-
-SHOWN_PICTURES = 8
+SHOWN_IMAGES = 8
+QUESTIONS_EACH = 3
 
 
-def write_report(result: DemoResult, path: Path) -> None:
+def write_report(
+    path: Path, results: Mapping[str, Any], *, curve: Path, gallery: Sequence[Mapping[str, Any]]
+) -> None:
     """Write the page; nothing in it is fetched from anywhere."""
     environment = Environment(
         loader=PackageLoader("llama_adapter.miniature", "templates"),
         autoescape=select_autoescape(["html", "j2"]),
     )
     page = environment.get_template("report.html.j2").render(
-        claims=CLAIMS,
-        shipped=result.shipped.to_dict(),
-        trained=result.trained.to_dict(),
-        summary=result.to_dict(),
-        questions=sorted(result.shipped.by_question["C1"]),
-        curve=_data_url(_curve(result.school.history.rows)),
-        gallery=list(_gallery(result)),
+        texts=METRICS,
+        results=results,
+        measured=[results["bundled"], results["trained"]],
+        questions=sorted(SEEN_TYPES),
+        curve=_data_url(curve.read_bytes()),
+        gallery=gallery,
     )
     write_atomically(path, page)
 
 
-def _gallery(result: DemoResult) -> Iterator[dict[str, Any]]:
-    from llama_adapter.miniature.demo import TEST_SEED
-
-    school = result.school
-    shown = show(school.model, school.processor, result.test, count=SHOWN_PICTURES, seed=TEST_SEED)
-    for index, one in enumerate(shown):
-        yield {
-            "image": _data_url(_png(one.image)),
-            "shipped": result.shipped.captions[index],
-            "expert": result.expert_captions[index],
-            "trained": result.trained.captions[index],
-            "answers": one.answers,
-        }
-
-
-def _curve(rows: list[dict[str, Any]]) -> bytes:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 3), layout="constrained")
-    axes = figure.subplots()
-    for kind in ("instruction", "caption"):
-        points = [(row["step"], row[kind]) for row in rows if kind in row]
-        if points:
-            smooth, values = points[0][1], []
-            for _, loss in points:
-                smooth = 0.95 * smooth + 0.05 * loss
-                values.append(smooth)
-            axes.plot([step for step, _ in points], values, label=f"{kind} loss")
-    axes.set_yscale("log")
-    axes.set_xlabel("step")
-    axes.legend()
-    axes.grid(alpha=0.3)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120)
-    return buffer.getvalue()
+def gallery(
+    model: LlamaAdapterForConditionalGeneration,
+    processor: LlamaAdapterProcessor,
+    test: TestSet,
+    *,
+    captions: Mapping[str, Sequence[str]],
+) -> list[dict[str, Any]]:
+    """The first test images with captions, and answers of a model beside the references."""
+    rng = random.Random("gallery")
+    cards = []
+    for index, image in enumerate(test.images[:SHOWN_IMAGES]):
+        scene = test.scenes[index]
+        drawn = [a for kind in rng.sample(SEEN_TYPES, 5) if (a := ask(scene, rng, kind))]
+        asked = drawn[:QUESTIONS_EACH]
+        answers = write_answers(model, processor, [(a.question, image) for a in asked])
+        cards.append(
+            {
+                "image": _data_url(_png(test.draw_large(index))),
+                "captions": {name: said[index] for name, said in captions.items()},
+                "answers": [
+                    (a.question, answer, a.answer) for a, answer in zip(asked, answers, strict=True)
+                ],
+            }
+        )
+    return cards
 
 
 def _png(image: Image.Image) -> bytes:
