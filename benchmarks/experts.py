@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 
 from benchmarks.measuring import report
 from benchmarks.receipts import measure_receipts
@@ -35,10 +36,10 @@ from llama_adapter.experts import (
 from llama_adapter.experts.cache import ReportCache
 from llama_adapter.generation import GenerationSettings
 from llama_adapter.miniature.bundled import bundled_adapter
-from llama_adapter.miniature.exam import Exam, Score, score
-from llama_adapter.miniature.pictures import make_pool, picture
 from llama_adapter.miniature.questions import ask
+from llama_adapter.miniature.rendering import SceneImage
 from llama_adapter.miniature.scenes import SIGN_WORDS, Scene, Split, scene_stream
+from llama_adapter.miniature.task import HeldOutScenes, Score, answer_questions
 from llama_adapter.model import LlamaAdapterForConditionalGeneration
 from llama_adapter.processing.processor import LlamaAdapterProcessor
 
@@ -48,6 +49,10 @@ OCR = "ocr,languages=en,wording=a sign says {}."
 """The toy decoder knows signs by this sentence."""
 CHANCE = 0.5 / len(SIGN_WORDS) + 0.5 / 100
 """Half of the signs hold one of the words, half a number below 100."""
+
+
+def picture(scene: Scene, *, seed: int, index: int, size: int = 64) -> Image.Image:
+    return SceneImage(scene=scene, seed=seed, index=index, size=size)()
 
 
 def load(directory: Path) -> Loaded:
@@ -117,23 +122,18 @@ def measure_signs(loaded: Loaded, options: argparse.Namespace) -> dict[str, Any]
 
 def measure_captions(loaded: Loaded, options: argparse.Namespace) -> dict[str, Any]:
     """Visual questions and text questions, without and with the caption expert, seed by seed."""
-    model, processor = loaded
-    context = ExpertContext(model=model)
+    context = ExpertContext(model=loaded[0])
     pool = ExpertPool(make_experts([f"caption={options.caption}"], context), timeout=600)
-    assert model.vision is not None
     seeds: dict[str, Any] = {}
     for seed in options.seeds:
-        pool = make_pool(
-            model.vision,
-            processor,
-            model.adapter_config,
-            count=options.pictures,
+        test = HeldOutScenes.draw(
+            images=options.pictures,
+            questions=options.questions,
             seed=9_000 + seed,
-            split=Split.TEST,
+            question_seed=seed,
         )
-        exam = Exam(pool, count=options.questions, seed=seed)
-        captions = captions_of(pool, pool.scenes, seed=9_000 + seed)
-        seeds[str(seed)] = _take(loaded, exam, captions, pool)
+        captions = captions_of(pool, test.scenes, seed=9_000 + seed)
+        seeds[str(seed)] = _take(loaded, test, captions, pool)
     gains = [s["gain"] for s in seeds.values()]
     harm = [
         s["text_alone_with_experts"]["value"] - s["text_alone"]["value"] for s in seeds.values()
@@ -159,25 +159,32 @@ def captions_of(
     return captions
 
 
-def _take(loaded: Loaded, exam: Exam, captions: Sequence[str], pool: ExpertPool) -> dict[str, Any]:
+def _take(
+    loaded: Loaded, test: HeldOutScenes, captions: Sequence[str], pool: ExpertPool
+) -> dict[str, Any]:
     def without_picture(question: str, passage: str) -> str:
         """What a session would put before a question that comes without a picture."""
         return "\n".join(t for t in (*map(report_text, pool.consult([], question)), passage) if t)
 
-    marks = {
-        "picture": exam.take(*loaded, picture=lambda item: item.scene),
-        "picture_with_caption": exam.take(
-            *loaded, picture=lambda item: item.scene, context=lambda item: captions[item.scene]
-        ),
-        "text_alone": exam.take(*loaded, context=lambda item: item.passage),
-        "text_alone_with_experts": exam.take(
-            *loaded, context=lambda item: without_picture(item.asked.question, item.passage)
-        ),
-        "text_beside_unrelated_picture": exam.take(
-            *loaded, context=lambda item: item.passage, picture=exam.unrelated
-        ),
+    ways: dict[str, dict[str, Any]] = {
+        "picture": {"image": lambda q: q.scene},
+        "picture_with_caption": {
+            "image": lambda q: q.scene,
+            "context": lambda q: captions[q.scene],
+        },
+        "text_alone": {"context": lambda q: q.passage},
+        "text_alone_with_experts": {
+            "context": lambda q: without_picture(q.asked.question, q.passage)
+        },
+        "text_beside_unrelated_picture": {
+            "context": lambda q: q.passage,
+            "image": lambda q: test.unrelated(q.scene),
+        },
     }
-    scores: dict[str, Any] = {name: score(taken).to_dict() for name, taken in marks.items()}
+    scores: dict[str, Any] = {}
+    for name, way in ways.items():
+        exact = [mark.exact for mark in answer_questions(*loaded, test, **way)]
+        scores[name] = Score(right=sum(exact), total=len(exact)).to_dict()
     gain = scores["picture_with_caption"]["value"] - scores["picture"]["value"]
     return {**scores, "gain": round(gain, 4)}
 

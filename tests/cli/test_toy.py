@@ -7,7 +7,6 @@ import random
 
 import pytest
 
-from llama_adapter.miniature.ablation import variants
 from llama_adapter.miniature.rendering import render
 from llama_adapter.miniature.scenes import Scene, Thing
 
@@ -52,11 +51,6 @@ def test_info_knows_the_built_in_model(cli):
     done = cli("info", "toy", "--json")
     assert done.status == 0, done.stderr
     assert json.loads(done.stdout)
-
-
-def test_every_variant_of_the_ablation_is_named_in_its_help(cli):
-    said = " ".join(cli("ablate", "--help").stdout.split())
-    assert [name for name in variants() if name not in said] == []
 
 
 def test_a_folder_that_is_no_adapter_is_called_that(cli, tmp_path):

@@ -15,7 +15,7 @@ from llama_adapter.experts import ExpertPool, Request
 from llama_adapter.experts.ocr import OcrExpert, OcrOptions
 from llama_adapter.experts.ocr_engine import _spans, _tiles
 from llama_adapter.experts.wording import report_text
-from llama_adapter.miniature.pictures import picture
+from llama_adapter.miniature.rendering import SceneImage
 from llama_adapter.miniature.scenes import Scene, Thing
 
 LINES = ["CORNER SHOP", "TEA 9.00", "COFFEE 12.50", "TOTAL 21.50"]
@@ -118,7 +118,7 @@ def test_a_strip_too_thin_for_letters_is_said(reader):
 
 def test_a_sign_of_the_miniature_world_is_read_and_its_cross_is_not():
     things = (Thing(shape="cross", color="orange", size="large", place="north"),)
-    image = picture(Scene(things=things, sign="hotel"), seed=1, index=0, size=256)
+    image = SceneImage(scene=Scene(things=things, sign="hotel"), seed=1, index=0, size=256)()
     expert = OcrExpert(OcrOptions(languages=["en"], wording="a sign says {}."))
     assert report_text(read(expert, image)).lower() == "a sign says hotel."
 

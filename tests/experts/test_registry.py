@@ -22,7 +22,7 @@ from llama_adapter.experts import (
 )
 from llama_adapter.experts.auto import AutoRouter, text_likelihood
 from llama_adapter.experts.wording import report_text
-from llama_adapter.miniature.pictures import picture
+from llama_adapter.miniature.rendering import SceneImage
 from llama_adapter.miniature.scenes import Scene, Thing
 
 STAR = Thing(shape="star", color="red", size="large", place="north")
@@ -139,7 +139,7 @@ def test_importing_experts_needs_no_extra(monkeypatch):
 
 
 def scene(sign):
-    return picture(Scene(things=(STAR,), sign=sign), seed=3, index=0, size=256)
+    return SceneImage(scene=Scene(things=(STAR,), sign=sign), seed=3, index=0, size=256)()
 
 
 def test_text_is_noticed():

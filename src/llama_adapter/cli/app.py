@@ -8,7 +8,6 @@ from typing import Annotated
 
 import typer
 
-from llama_adapter.cli.ablate import ablate
 from llama_adapter.cli.chat import chat
 from llama_adapter.cli.demo import demo
 from llama_adapter.cli.eval import eval_
@@ -39,7 +38,6 @@ app.command("get")(get)
 app.command("train")(train)
 app.command("plot")(plot)
 app.command("chat")(chat)
-app.command("ablate")(ablate)
 app.command("import")(import_)
 app.command("export")(export)
 app.command("info")(info)

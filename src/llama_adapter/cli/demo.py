@@ -42,15 +42,14 @@ def demo(
     """
     from llama_adapter.cli.output import json_only
     from llama_adapter.cli.progress import stages
-    from llama_adapter.cli.train import watching
     from llama_adapter.miniature.demo import demo_recipe, run_demo
-    from llama_adapter.miniature.task import TestSet
+    from llama_adapter.miniature.task import HeldOutScenes
 
     recipe = demo_recipe(out, minutes=1.0 if quick else minutes, seed=seed)
-    test = TestSet.draw(images=150, questions=220) if quick else TestSet.draw()
+    test = HeldOutScenes.draw(images=150, questions=220) if quick else HeldOutScenes.draw()
     with json_only(as_json) as emit:
-        with stages() as stage, watching(recipe, stage=stage) as watcher:
-            results = run_demo(out, recipe, test, stage=stage, watcher=watcher)
+        with stages() as stage:
+            results = run_demo(out, recipe, test, stage=stage)
         if as_json:
             emit(results)
         else:

@@ -28,7 +28,9 @@ if TYPE_CHECKING:
 
 SCORE_FILE = "score.json"
 
-_Task = Annotated[str, typer.Argument(help=TASK_HELP, metavar="TASK", show_default=False)]
+MINIATURE = "miniature"
+_EVAL_HELP = f"{TASK_HELP[:-1]}; or {MINIATURE}, which draws its own data."
+_Task = Annotated[str, typer.Argument(help=_EVAL_HELP, metavar="TASK", show_default=False)]
 _Out = Annotated[Path, Option(help="Folder of the run.", metavar="DIR")]
 _Model = Annotated[str | None, Option(help=f"{MODEL_HELP} With --endpoint, its name there.")]
 _Data = Annotated[Path | None, Option(help="The benchmark's own file or folder.", metavar="PATH")]
@@ -140,6 +142,7 @@ def eval_(
 
     \b
     Examples:
+      llama-adapter eval miniature --model toy --out runs/miniature
       llama-adapter eval mme --model toy --expert ocr --data MME/ --out runs/mme
       llama-adapter eval msvd-qa --model runs/mine/adapter --data msvd/ --out runs/msvd \\
           --judge-url http://localhost:8000/v1 --judge-model grader
@@ -147,6 +150,22 @@ def eval_(
           --judge-url http://localhost:8000/v1 --judge-model grader
     """
     # what is wrong in the options is said before a model is loaded
+    if task == MINIATURE:
+        others = {
+            "--data": data,
+            "--predictions": predictions,
+            "--endpoint": endpoint,
+            "--expert": expert,
+            "--judge": judge,
+            "--judge-url": judge_url,
+            "--shard": shard,
+            "--merge": merge,
+        }
+        for option, value in others.items():
+            if value:
+                raise ConfigError(f"miniature draws its own data and has no use for {option}")
+        _eval_miniature(model, out, limit=limit, device=device, as_json=as_json)
+        return
     chosen = JudgeChoice(
         kind=judge,
         url=judge_url,
@@ -178,6 +197,66 @@ def eval_(
             answerer = _answerer(opened, model, endpoint, device=device, experts=experts)
             plan.answer(answerer, inputs, media=media)
         plan.judge_and_score(chosen, merge=merge, device=device, emit=emit if as_json else None)
+
+
+def _eval_miniature(
+    model: str | None, out: Path, *, limit: int | None, device: str | None, as_json: bool
+) -> None:
+    from llama_adapter.cli.models import load
+    from llama_adapter.cli.progress import stages
+    from llama_adapter.cli.score import print_report
+    from llama_adapter.evaluation.score import ScoreReport
+    from llama_adapter.files import write_atomically
+    from llama_adapter.miniature.task import (
+        METRICS,
+        HeldOutScenes,
+        bundled_expert_captions,
+        evaluate,
+        num_answers,
+    )
+
+    if model is None:
+        raise ConfigError("--model is needed: an adapter directory or `toy`")
+    test = HeldOutScenes.draw() if limit is None else HeldOutScenes.draw(questions=limit)
+    with json_only(as_json) as emit:
+        loaded, processor = load(model, device=device)
+        with stages() as stage:
+            expert = bundled_expert_captions(
+                test, progress=stage("the caption expert", len(test.images))
+            )
+            total = num_answers(test, is_multimodal=loaded.adapter_config.sees)
+            results = evaluate(
+                loaded,
+                processor,
+                test,
+                expert_captions=expert,
+                progress=stage("miniature: answers", total),
+            )
+        report = ScoreReport(
+            task=MINIATURE,
+            n=len(test.questions),
+            unanswered=0,
+            unparsed=0,
+            unjudged=0,
+            metrics={name: 100 * score.value for name, score in results.metrics.items()},
+            intervals={
+                name: (100 * score.interval()[0], 100 * score.interval()[1])
+                for name, score in results.metrics.items()
+            },
+            protocol={"metrics": METRICS, "model": model},
+        )
+        splits = results.to_dict()
+        result = {
+            **report.as_json(),
+            "by_objects": splits["by_objects"],
+            "by_question": splits["by_question"],
+        }
+        out.mkdir(parents=True, exist_ok=True)
+        write_atomically(out / SCORE_FILE, json.dumps(result, indent=2) + "\n")
+        if as_json:
+            emit({**result, "out": str(out)})
+        else:
+            print_report(report)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

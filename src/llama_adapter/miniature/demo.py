@@ -9,7 +9,6 @@ import json
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,8 @@ from llama_adapter.miniature.bundled import RECIPES, load_bundled
 from llama_adapter.miniature.report import gallery, write_report
 from llama_adapter.miniature.sources import SOURCES_WITH_MINIATURES
 from llama_adapter.miniature.task import (
+    HeldOutScenes,
     Results,
-    TestSet,
     bundled_expert_captions,
     evaluate,
     num_answers,
@@ -61,82 +60,68 @@ def demo_recipe(out: Path, *, minutes: float, seed: int) -> Recipe:
     return load_recipe(path, overrides, types=SOURCES_WITH_MINIATURES)
 
 
-@dataclass(kw_only=True, slots=True)
-class DemoResult:
-    """What the demonstration measured."""
-
-    bundled: Results
-    trained: Results
-    summary: dict[str, Any]
-
-    def to_dict(self) -> dict[str, Any]:
-        """The content of `results.json`."""
-        return {
-            "bundled": self.bundled.to_dict(),
-            "trained": self.trained.to_dict(),
-            **self.summary,
-        }
-
-
-def run_demo(
-    out: Path, recipe: Recipe, test: TestSet, *, stage: Stage, watcher: Watcher
-) -> DemoResult:
+def run_demo(out: Path, recipe: Recipe, test: HeldOutScenes, *, stage: Stage) -> dict[str, Any]:
     """Measure the bundled adapters, train a fresh one, measure it too, and write it all to `out`.
 
     `report.html`, `results.json`, the adapter, and the run's directory; what an earlier
-    demonstration left there is replaced.
+    demonstration left there is replaced. Returns the content of `results.json`.
     """
     started = time.perf_counter()
     for earlier in (TRAINING, ADAPTER):
         shutil.rmtree(out / earlier, ignore_errors=True)
-    tick = stage("the caption expert", len(test.images))
-    expert = bundled_expert_captions(test, progress=tick)
+    expert = bundled_expert_captions(test, progress=stage("the caption expert", len(test.images)))
 
     def measured(
         label: str, model: LlamaAdapterForConditionalGeneration, processor: LlamaAdapterProcessor
     ) -> Results:
-        tick = stage(label, num_answers(test))
+        tick = stage(f"measuring {label}", num_answers(test))
         return evaluate(model, processor, test, expert_captions=expert, progress=tick)
 
     bundled = measured("the bundled adapter", *load_bundled())
     training_started = time.perf_counter()
-    outcome = train(recipe, types=SOURCES_WITH_MINIATURES, watcher=watcher)
+    outcome = train(recipe, types=SOURCES_WITH_MINIATURES, watcher=_watcher(recipe, stage))
     training_seconds = time.perf_counter() - training_started
     outcome.adapter.rename(out / ADAPTER)
     model = LlamaAdapterForConditionalGeneration.from_pretrained(out / ADAPTER)
     processor = LlamaAdapterProcessor.from_pretrained(out / ADAPTER)
     trained = measured("the fresh adapter", model, processor)
-    result = DemoResult(
-        bundled=bundled,
-        trained=trained,
-        summary={
-            "seconds": round(time.perf_counter() - started, 1),
-            "training_seconds": round(training_seconds, 1),
-            "steps": outcome.steps,
-            "trainable": {
-                group.value: sum(p.numel() for p in model.group_parameters(group))
-                for group in Group
-            },
-            "seed": recipe.seed,
-            "versions": {
-                name: version(name) for name in ("llama-adapter", "torch", "transformers")
-            },
+    captions = {
+        "bundled": bundled.captions,
+        "caption expert": expert,
+        "trained live": trained.captions,
+    }
+    results = {
+        "bundled": bundled.to_dict(),
+        "trained": trained.to_dict(),
+        "seconds": round(time.perf_counter() - started, 1),
+        "training_seconds": round(training_seconds, 1),
+        "steps": outcome.steps,
+        "trainable": {
+            group.value: sum(p.numel() for p in model.group_parameters(group)) for group in Group
         },
-    )
-    write_atomically(out / "results.json", json.dumps(result.to_dict(), indent=2) + "\n")
+        "seed": recipe.seed,
+        "versions": {name: version(name) for name in ("llama-adapter", "torch", "transformers")},
+    }
+    write_atomically(out / "results.json", json.dumps(results, indent=2) + "\n")
     write_report(
         out / "report.html",
-        result.to_dict(),
+        results,
         curve=plot_run(out / TRAINING)[0],
-        gallery=gallery(
-            model,
-            processor,
-            test,
-            captions={
-                "bundled": bundled.captions,
-                "caption expert": expert,
-                "trained live": trained.captions,
-            },
-        ),
+        gallery=gallery(model, processor, test, captions=captions),
     )
-    return result
+    return results
+
+
+def _watcher(recipe: Recipe, stage: Stage) -> Watcher:
+    """A bar of the seconds that the training takes."""
+    assert recipe.minutes is not None
+    tick = stage("training a fresh adapter (seconds)", round(recipe.minutes * 60))
+    began, shown = time.perf_counter(), 0
+
+    def step(_row: Any) -> None:
+        nonlocal shown
+        now = int(time.perf_counter() - began)
+        tick(now - shown)
+        shown = now
+
+    return Watcher(step=step)

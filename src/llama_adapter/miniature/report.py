@@ -14,7 +14,7 @@ from PIL import Image
 
 from llama_adapter.files import write_atomically
 from llama_adapter.miniature.questions import ask
-from llama_adapter.miniature.task import METRICS, SEEN_TYPES, TestSet, write_answers
+from llama_adapter.miniature.task import METRICS, SEEN_TYPES, HeldOutScenes, write_answers
 from llama_adapter.model import LlamaAdapterForConditionalGeneration
 from llama_adapter.processing.processor import LlamaAdapterProcessor
 
@@ -44,7 +44,7 @@ def write_report(
 def gallery(
     model: LlamaAdapterForConditionalGeneration,
     processor: LlamaAdapterProcessor,
-    test: TestSet,
+    test: HeldOutScenes,
     *,
     captions: Mapping[str, Sequence[str]],
 ) -> list[dict[str, Any]]:

@@ -90,7 +90,7 @@ class Score:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class TestQuestion:
+class Question:
     """A question about a scene, with a text that answers it."""
 
     scene: int
@@ -99,16 +99,23 @@ class TestQuestion:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class TestSet:
+class HeldOutScenes:
     """Held-out scenes with their images, and questions about them."""
 
     scenes: tuple[Scene, ...]
     images: tuple[ImageRef, ...]
-    questions: tuple[TestQuestion, ...]
+    questions: tuple[Question, ...]
     seed: int
 
     @classmethod
-    def draw(cls, *, images: int = 400, questions: int = 660, seed: int = TEST_SEED) -> TestSet:
+    def draw(
+        cls,
+        *,
+        images: int = 400,
+        questions: int = 660,
+        seed: int = TEST_SEED,
+        question_seed: int = 0,
+    ) -> HeldOutScenes:
         """The same set for the same numbers; the types of questions take turns."""
         if not (images >= 2 and questions >= 1):
             raise EvaluationError(
@@ -116,15 +123,15 @@ class TestSet:
             )
         scenes = tuple(islice(scene_stream(seed, split=Split.TEST), images))
         drawn = [SceneImage(scene=s, seed=seed, index=i) for i, s in enumerate(scenes)]
-        rng = random.Random("exam/0")
-        chosen: list[TestQuestion] = []
+        rng = random.Random(f"exam/{question_seed}")
+        chosen: list[Question] = []
         while len(chosen) < questions:
             kind = SEEN_TYPES[len(chosen) % len(SEEN_TYPES)]
             index = rng.randrange(images)
             asked = ask(scenes[index], rng, kind)
             if asked is not None:
                 text = passage(scenes[index], rng)
-                chosen.append(TestQuestion(scene=index, asked=asked, passage=text))
+                chosen.append(Question(scene=index, asked=asked, passage=text))
         return cls(
             scenes=scenes,
             images=tuple(ImageRef(source=p(), name=f"test image {p.index}") for p in drawn),
@@ -145,7 +152,7 @@ class TestSet:
 class Mark:
     """How one question was answered."""
 
-    question: TestQuestion
+    question: Question
     num_objects: int
     exact: bool
     key: bool
@@ -204,9 +211,7 @@ def _score(right: Sequence[tuple[Mark, bool]]) -> Score:
     return Score(right=sum(is_right for _, is_right in right), total=len(right))
 
 
-def _split(
-    right: Sequence[tuple[Mark, bool]], part: Callable[[Mark], str]
-) -> dict[str, Score]:
+def _split(right: Sequence[tuple[Mark, bool]], part: Callable[[Mark], str]) -> dict[str, Score]:
     names = sorted({part(mark) for mark, _ in right})
     return {name: _score([r for r in right if part(r[0]) == name]) for name in names}
 
@@ -214,7 +219,7 @@ def _split(
 def evaluate(
     model: LlamaAdapterForConditionalGeneration,
     processor: LlamaAdapterProcessor,
-    test: TestSet,
+    test: HeldOutScenes,
     *,
     expert_captions: Sequence[str] | None = None,
     progress: Progress = lambda _: None,
@@ -227,13 +232,13 @@ def evaluate(
     def marks(**given: Any) -> list[Mark]:
         return answer_questions(model, processor, test, progress=progress, **given)
 
-    def own(question: TestQuestion) -> int:
+    def own(question: Question) -> int:
         return question.scene
 
-    def other(question: TestQuestion) -> int:
+    def other(question: Question) -> int:
         return test.unrelated(question.scene)
 
-    def text(question: TestQuestion) -> str:
+    def text(question: Question) -> str:
         return question.passage
 
     out.take("text_qa", marks(context=text))
@@ -253,18 +258,20 @@ def evaluate(
     return out
 
 
-def num_answers(test: TestSet, *, sees: bool = True) -> int:
+def num_answers(test: HeldOutScenes, *, is_multimodal: bool = True) -> int:
     """How many answers `evaluate` reports to `progress`, the expert's metrics included."""
-    return 6 * len(test.questions) + len(test.images) if sees else 2 * len(test.questions)
+    if not is_multimodal:
+        return 2 * len(test.questions)
+    return 6 * len(test.questions) + len(test.images)
 
 
 def answer_questions(
     model: LlamaAdapterForConditionalGeneration,
     processor: LlamaAdapterProcessor,
-    test: TestSet,
+    test: HeldOutScenes,
     *,
-    context: Callable[[TestQuestion], str] | None = None,
-    image: Callable[[TestQuestion], int] | None = None,
+    context: Callable[[Question], str] | None = None,
+    image: Callable[[Question], int] | None = None,
     progress: Progress = lambda _: None,
 ) -> list[Mark]:
     """Mark the answers to every question, with a text, one of the test's images, or neither."""
@@ -340,7 +347,7 @@ def write_answers(
 
 
 def bundled_expert_captions(
-    test: TestSet, *, progress: Progress = lambda _: None
+    test: HeldOutScenes, *, progress: Progress = lambda _: None
 ) -> list[str]:
     """What the bundled caption expert says of each test image."""
     return write_captions(*load_bundled("caption"), test.images, progress=progress)

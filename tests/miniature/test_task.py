@@ -1,0 +1,121 @@
+"""The task `miniature` marks what greedy decoding would do, and the demonstration is made of it."""
+
+from __future__ import annotations
+
+import json
+import random
+
+import pytest
+
+from llama_adapter.chat import ChatSession
+from llama_adapter.errors import EvaluationError
+from llama_adapter.generation import GenerationSettings
+from llama_adapter.miniature.bundled import load_bundled
+from llama_adapter.miniature.captions import CAPTION_TASK
+from llama_adapter.miniature.demo import demo_recipe, run_demo
+from llama_adapter.miniature.scenes import HELD_OUT
+from llama_adapter.miniature.task import METRICS, HeldOutScenes, Results, Score, answer_questions
+
+
+@pytest.fixture(scope="module")
+def small():
+    return HeldOutScenes.draw(images=24, questions=11, seed=99)
+
+
+def quiet(label, total):
+    return lambda count: None
+
+
+def test_wilson_interval_of_known_cases():
+    low, high = Score(right=8, total=10).interval()
+    assert low == pytest.approx(0.4902, abs=1e-4)
+    assert high == pytest.approx(0.9433, abs=1e-4)
+    assert Score(right=0, total=20).interval()[0] == 0.0
+
+
+def test_every_test_scene_has_a_held_out_combination(small):
+    for scene in small.scenes:
+        assert any((t.shape, t.color) in HELD_OUT for t in scene.things)
+    assert HeldOutScenes.draw(images=24, questions=11, seed=99).questions == small.questions
+
+
+def test_a_set_without_questions_is_refused():
+    with pytest.raises(EvaluationError, match="2 images and a question at least"):
+        HeldOutScenes.draw(images=1)
+
+
+def test_an_exact_mark_is_what_generation_says(small):
+    model, processor = load_bundled()
+    session = ChatSession(model, processor, settings=GenerationSettings(max_new_tokens=40))
+    for mark in answer_questions(model, processor, small, image=lambda question: question.scene):
+        session.reset()
+        asked = mark.question.asked
+        said = session.ask(asked.question, images=[small.images[mark.question.scene]]).text
+        assert (said == asked.answer) == mark.exact
+        assert mark.key or not mark.exact
+
+
+def test_captions_that_say_everything_score_one_and_shuffled_ones_less(small):
+    rng = random.Random(0)
+    right = [CAPTION_TASK.write(scene, rng) for scene in small.scenes]
+    results = Results()
+    results.take_captions("caption", right, small.scenes)
+    results.take_captions("shuffled", right[1:] + right[:1], small.scenes)
+    assert results.metrics["caption"].value == 1.0
+    assert set(results.by_objects["caption"]) <= {"1", "2", "3"}
+    assert results.metrics["shuffled"].value < 0.2
+
+
+def test_eval_prints_and_stores_every_metric(cli, tmp_path):
+    out = tmp_path / "eval"
+    done = cli("eval", "miniature", "--model", "toy", "--limit", 11, "--out", out, "--json")
+    assert done.status == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert list(found["metrics"]) == list(METRICS)
+    assert found["metrics"]["text_qa"] > 80
+    assert found["metrics"]["caption"] > 95
+    assert found["metrics"]["vqa_blind"] < 60
+    for name, (low, high) in found["intervals"].items():
+        assert 0 <= low <= found["metrics"][name] <= high <= 100
+    assert json.loads((out / "score.json").read_text())["metrics"] == found["metrics"]
+
+
+def test_eval_refuses_what_the_task_has_no_use_for(cli, tmp_path):
+    refused = cli("eval", "miniature", "--model", "toy", "--data", tmp_path, "--out", tmp_path)
+    assert refused.status == 2
+    assert "no use for --data" in refused.stderr
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    out = tmp_path_factory.mktemp("demo")
+    recipe = demo_recipe(out, minutes=0.2, seed=1)
+    captions, instructions = recipe.captions.sources[0], recipe.instructions.sources[0]
+    captions.model_extra.update(count=96, images=48)
+    instructions.model_extra.update(count=64)
+    run_demo(out, recipe, HeldOutScenes.draw(images=12, questions=11), stage=quiet)
+    return out
+
+
+def test_the_demonstration_measures_both_sides_and_writes_a_page(demo):
+    results = json.loads((demo / "results.json").read_text())
+    for side in ("bundled", "trained"):
+        assert list(results[side]["metrics"]) == list(METRICS)
+        for score in results[side]["metrics"].values():
+            assert 0 <= score["low"] <= score["value"] <= score["high"] <= 1
+    assert results["steps"] > 0
+    assert set(results["trainable"]) == {"vision", "language"}
+    page = (demo / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 9
+    assert "http" not in page.replace("http-equiv", "")
+    for name in METRICS:
+        assert f"<td>{name}</td>" in page
+
+
+def test_the_fresh_adapter_loads_and_answers(demo):
+    from llama_adapter import LlamaAdapterForConditionalGeneration, LlamaAdapterProcessor
+
+    model = LlamaAdapterForConditionalGeneration.from_pretrained(demo / "adapter")
+    processor = LlamaAdapterProcessor.from_pretrained(demo / "adapter")
+    session = ChatSession(model, processor, settings=GenerationSettings(max_new_tokens=3))
+    assert session.ask("what do you see?").tokens <= 3
