@@ -20,6 +20,8 @@ SHIPPED = (
     "v1-alpaca",
     "caption-expert",
     "llava-finetune",
+    "miniature-caption-expert",
+    "miniature-v2",
     "qwen3-siglip",
     "4bit-7b",
     "toy",

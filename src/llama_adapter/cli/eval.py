@@ -224,7 +224,7 @@ def _eval_miniature(
             expert = bundled_expert_captions(
                 test, progress=stage("the caption expert", len(test.images))
             )
-            total = num_answers(test, is_multimodal=loaded.adapter_config.sees)
+            total = num_answers(test, is_multimodal=loaded.adapter_config.is_multimodal)
             results = evaluate(
                 loaded,
                 processor,

@@ -226,7 +226,7 @@ def evaluate(
 ) -> Results:
     """All metrics of one adapter; those with an expert need its captions of the test images."""
     model.eval()
-    sees = model.adapter_config.sees
+    sees = model.adapter_config.is_multimodal
     out = Results()
 
     def marks(**given: Any) -> list[Mark]:
