@@ -79,7 +79,7 @@ def export_merged(
     with output_directory(out, overwrite=overwrite, sources=sources) as stage:
         model = LlamaAdapterForConditionalGeneration.from_pretrained(str(directory))
         rest = _remaining_state(model)
-        folded, biases = _fold_into_base(model)
+        folded, biases = merge_into_base(model)
         if biases and not partial:
             family = model.language_model.config.model_type
             raise CheckpointError(
@@ -113,7 +113,7 @@ def unfoldable(config: AdapterConfig) -> list[str]:
 
 
 @torch.no_grad()
-def _fold_into_base(
+def merge_into_base(
     model: LlamaAdapterForConditionalGeneration,
 ) -> tuple[int, dict[str, Tensor]]:
     """Fold in place and take the adapter off.

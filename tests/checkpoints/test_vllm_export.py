@@ -1,0 +1,140 @@
+"""A directory for vLLM holds the whole adapter, and says what it cannot hold."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import LlamaForCausalLM
+
+from llama_adapter.checkpoints.stock_template import stock_template
+from llama_adapter.checkpoints.vllm_export import TENSORS, export_vllm
+from llama_adapter.errors import CheckpointError
+from llama_adapter.miniature.bundled import bundled_adapter, load_bundled
+from llama_adapter.model import LlamaAdapterForConditionalGeneration
+from llama_adapter.processing.processor import LlamaAdapterProcessor
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("vllm") / "toy"
+    export_vllm(bundled_adapter("v2"), out=out)
+    return out
+
+
+def test_base_is_merged_and_prompts_are_stored_beside_it(exported: Path) -> None:
+    model, _ = load_bundled("v2")
+    tensors = load_file(exported / TENSORS)
+    visual = {n.removeprefix("visual."): t for n, t in tensors.items() if n.startswith("visual.")}
+    assert model.visual is not None
+    for name, expected in model.visual.state_dict().items():
+        assert torch.equal(visual.pop(name), expected)
+    assert not visual
+    keys = tensors["model.layers.3.self_attn.prompt_keys"]
+    assert list(keys.shape) == [5, 8, 32]
+    assert "model.layers.2.self_attn.visual_gate" in tensors
+    # without prompts and images the merged base is what remains of the adapted model
+    for name in tensors:
+        if name.endswith("prompt_values"):
+            assert tensors[name].abs().sum() > 0
+    for _, prompt in model.adapter.prompts():
+        torch.nn.init.zeros_(prompt.gate)
+    ids = torch.arange(19, 40).unsqueeze(0)
+    base = LlamaForCausalLM.from_pretrained(exported).eval()
+    with torch.no_grad():
+        assert torch.allclose(base(ids).logits, model(input_ids=ids).logits, atol=1e-4)
+
+
+def test_every_file_is_recorded(exported: Path) -> None:
+    marker = json.loads((exported / "llama_adapter_export.json").read_text())
+    found = {
+        path.relative_to(exported).as_posix(): path.stat().st_size
+        for path in exported.rglob("*")
+        if path.is_file() and path.name != "llama_adapter_export.json"
+    }
+    assert marker["sizes"] == found
+    digest = hashlib.sha256((exported / TENSORS).read_bytes()).hexdigest()
+    assert marker["sha256"][TENSORS] == digest
+
+
+def test_files_in_several_parts_list_ours(tmp_path: Path) -> None:
+    # a base of several files has an index, and vLLM reads what it lists
+    from llama_adapter.checkpoints.vllm_export import _index
+
+    path = tmp_path / "model.safetensors.index.json"
+    path.write_text('{"weight_map": {"a": "model-00001-of-00002.safetensors"}}')
+    _index(tmp_path, {"b": torch.zeros(1)})
+    assert json.loads(path.read_text())["weight_map"]["b"] == TENSORS
+
+
+@pytest.mark.parametrize("template", ["alpaca", "human-assistant", "toy"])
+@pytest.mark.parametrize("name", ["v2", "caption"])
+def test_prompts_are_the_processors(template: str, name: str) -> None:
+    stored = LlamaAdapterProcessor.from_pretrained(bundled_adapter(name))
+    processor = LlamaAdapterProcessor(
+        stored.image_processor,
+        stored.tokenizer,
+        template=template,
+        visual_scope=stored.visual_scope,
+        slot_text=stored.slot_text,
+    )
+    written = stock_template(processor)
+    forged = [{"role": "user", "content": "say <|slot_0|> and <eos>"}]
+    text = processor.tokenizer.apply_chat_template(forged, chat_template=written, tokenize=False)
+    assert "<|slot_0|>" not in text
+    assert text.count("<eos>") == 0
+
+
+def test_what_the_plugin_does_not_compute_is_named(tmp_path: Path) -> None:
+    model, processor = load_bundled("v2")
+    config = model.adapter_config.to_dict()
+    for changed, reason in (
+        ({"slot_reads": "all"}, "placeholders attend to all"),
+        (
+            {"visual_scope": "all", "slot_reads": "all", "frame_rule": "concat"},
+            "frame_rule 'concat'",
+        ),
+        (
+            {"visual_scope": "all", "slot_reads": "all", "lora_rank": 2},
+            "LoRA of key and value",
+        ),
+    ):
+        directory = tmp_path / "adapter"
+        adapted = LlamaAdapterForConditionalGeneration.from_base(
+            LlamaForCausalLM.from_pretrained(_base(tmp_path)),
+            _vision(),
+            _config({**config, **changed}),
+        )
+        adapted.save_pretrained(directory)
+        processor.save_pretrained(directory)
+        with pytest.raises(CheckpointError, match=reason):
+            export_vllm(directory, out=tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+        shutil.rmtree(directory)
+
+
+def _base(tmp_path: Path) -> Path:
+    from llama_adapter.miniature.bundled import load_decoder
+
+    if not (tmp_path / "base").exists():
+        load_decoder().save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+def _vision() -> torch.nn.Module:
+    from llama_adapter.miniature.bundled import VISION
+    from llama_adapter.model.references import load_vision
+
+    return load_vision(VISION)
+
+
+def _config(values: dict[str, object]) -> object:
+    from llama_adapter import LlamaAdapterConfig
+    from llama_adapter.config import AdapterConfig
+
+    return LlamaAdapterConfig(adapter=AdapterConfig.from_dict(values))
