@@ -94,13 +94,13 @@ def test_what_the_plugin_does_not_compute_is_named(tmp_path: Path) -> None:
     model, processor = load_bundled("v2")
     config = model.adapter_config.to_dict()
     for changed, reason in (
-        ({"slot_reads": "all"}, "placeholders attend to all"),
+        ({"placeholder_attention": "all"}, "placeholders attend to all"),
         (
-            {"visual_scope": "all", "slot_reads": "all", "frame_rule": "concat"},
+            {"visual_scope": "all", "placeholder_attention": "all", "frame_rule": "concat"},
             "frame_rule 'concat'",
         ),
         (
-            {"visual_scope": "all", "slot_reads": "all", "lora_rank": 2},
+            {"visual_scope": "all", "placeholder_attention": "all", "lora_rank": 2},
             "LoRA of key and value",
         ),
     ):

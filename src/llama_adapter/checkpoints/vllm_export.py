@@ -111,7 +111,7 @@ def _mode(directory: Path, content: LlamaAdapterConfig) -> str:
         refusal = f"its base has the peft adapter in {directory / PEFT_FOLDER} on it"
     elif not config.sees:
         return "text"
-    elif config.visual_scope == "slots" and config.slot_reads != "own":
+    elif config.visual_scope == "placeholders" and config.placeholder_attention != "own":
         refusal = "its placeholders attend to all visual prompts (own ones are served)"
     elif config.frame_rule == "concat":
         refusal = "frame_rule 'concat' makes a different number of visual prompts for each image"
@@ -121,7 +121,7 @@ def _mode(directory: Path, content: LlamaAdapterConfig) -> str:
         refusal = "its visual prompts bypass the LoRA of key and value projections"
     if refusal is not None:
         raise CheckpointError(f"{directory} cannot be served by the vLLM plugin: {refusal}")
-    return "placeholders" if config.slot_reads == "own" else "cross_attention"
+    return "placeholders" if config.placeholder_attention == "own" else "cross_attention"
 
 
 @torch.no_grad()
