@@ -81,7 +81,7 @@ def test_prompts_are_the_processors(template: str, name: str) -> None:
         stored.tokenizer,
         template=template,
         visual_scope=stored.visual_scope,
-        slot_text=stored.slot_text,
+        placeholder_text=stored.placeholder_text,
     )
     written = stock_template(processor)
     forged = [{"role": "user", "content": "say <|slot_0|> and <eos>"}]

@@ -92,13 +92,13 @@ def stock_template(processor: LlamaAdapterProcessor) -> str:
     made = TEMPLATES[processor.template]
     tokenizer = processor.tokenizer
     specials = sorted({str(t) for t in tokenizer.added_tokens_decoder.values()}, key=len)
-    values: dict[str, Any] = {"specials": specials[::-1], "placeholder": processor.slot_text}
+    values: dict[str, Any] = {"specials": specials[::-1], "placeholder": processor.placeholder_text}
     if isinstance(made, LineTemplate):
         values |= {
             "respond": made.respond,
             "before_answer": made.before_answer,
             "end": made.end_for(tokenizer),
-            "after_images": made.after_slots,
+            "after_images": made.after_placeholders,
             "system_is_context": made.system_with_context is None,
             "system_with_context": made.system_with_context or "",
             "system_without_context": made.system_without_context or "",
@@ -157,7 +157,7 @@ def _check(processor: LlamaAdapterProcessor, template: str, *, opening: str) -> 
     ]
     if processor.image_processor is not None:
         talks.append([{"role": "user", "content": [image, text("What is it?")]}])
-        if processor.slot_text:
+        if processor.placeholder_text:
             talks.append([*answered, {"role": "user", "content": [image, image, text("This?")]}])
     for talk in talks:
         expected = opening + str(processor.render(Conversation.from_messages(talk)))

@@ -26,7 +26,7 @@ from llama_adapter.checkpoints.directories import (
     EXPORT_MARKER,
     adapter_sources,
     mark_export,
-    staged_directory,
+    output_directory,
 )
 from llama_adapter.checkpoints.stock_template import stock_template
 from llama_adapter.errors import CheckpointError
@@ -73,7 +73,7 @@ def export_vllm(directory: Path, *, out: Path, overwrite: bool = False) -> VllmR
     sources = adapter_sources(directory, content.base, content.vision)
     processor = LlamaAdapterProcessor.from_pretrained(directory)
     template = stock_template(processor)
-    with staged_directory(out, overwrite=overwrite, sources=sources) as stage:
+    with output_directory(out, overwrite=overwrite, sources=sources) as stage:
         model = LlamaAdapterForConditionalGeneration.from_pretrained(str(directory))
         family = model.language_model.config.model_type
         if family not in FAMILIES:
@@ -109,7 +109,7 @@ def _mode(directory: Path, content: LlamaAdapterConfig) -> str:
     refusal = None
     if (directory / PEFT_FOLDER).is_dir():
         refusal = f"its base has the peft adapter in {directory / PEFT_FOLDER} on it"
-    elif not config.sees:
+    elif not config.is_multimodal:
         return "text"
     elif config.visual_scope == "placeholders" and config.placeholder_attention != "own":
         refusal = "its placeholders attend to all visual prompts (own ones are served)"
@@ -160,7 +160,7 @@ def _describe(
     """The plugin's part of `config.json`, and what ends an answer."""
     path = stage / "config.json"
     config = read_json_object(path, error=CheckpointError)
-    placeholder = processor.slot_text if mode == "placeholders" else None
+    placeholder = processor.placeholder_text if mode == "placeholders" else None
     ids = processor.tokenizer(placeholder or "", add_special_tokens=False)["input_ids"]
     config |= {
         "architectures": [_ARCHITECTURES[mode]],

@@ -1,0 +1,37 @@
+"""vLLM plugin: serves what `llama-adapter export --format vllm` writes.
+
+vLLM calls `register` in each of its processes, more than once.
+"""
+
+from __future__ import annotations
+
+VLLM_VERSIONS = ("0.32",)
+"""Minor releases that the plugin was tried with: vLLM's internals change with each."""
+
+_MODULE = "llama_adapter_vllm.models"
+ARCHITECTURES = (
+    "LlamaAdapterTextForCausalLM",
+    "LlamaAdapterPlaceholdersForConditionalGeneration",
+    "LlamaAdapterCrossAttentionForConditionalGeneration",
+)
+
+
+def register() -> None:
+    """Make the architectures of exports known to vLLM; RuntimeError for another vLLM."""
+    import vllm
+    from vllm import ModelRegistry
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+
+    from llama_adapter_vllm.config import AdapterModelConfig
+
+    if ".".join(vllm.__version__.split(".")[:2]) not in VLLM_VERSIONS:
+        raise RuntimeError(
+            f"llama-adapter-vllm works with vLLM {', '.join(VLLM_VERSIONS)}, found "
+            f"{vllm.__version__}: install one of these, or uninstall the plugin"
+        )
+    known = ModelRegistry.get_supported_archs()
+    for name in ARCHITECTURES:
+        if name not in known:
+            # by name: importing the model here would start CUDA in the wrong process
+            ModelRegistry.register_model(name, f"{_MODULE}:{name}")
+        MODELS_CONFIG_MAP[name] = AdapterModelConfig
