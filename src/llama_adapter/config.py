@@ -87,7 +87,7 @@ class AdapterConfig:
     """`early`: visual prompts of their own in the first layers (V2 §4.3); `late`: the visual
     prompt is added to every static prompt (V1, released V2); `none`: text only."""
     visual_prompt_length: int = 20
-    """Visual prompts per picture; with late fusion it must be 1 or `prompt_length`."""
+    """Visual prompts per image; with late fusion it must be 1 or `prompt_length`."""
     visual_layers: int = 1
     """How many of the first decoder layers read visual prompts (early fusion)."""
     visual_scope: VisualScope = "all"
@@ -109,7 +109,7 @@ class AdapterConfig:
     """Which tokens of the vision encoder are read: an index into its hidden states (-1: its own
     output), or `projected` (CLIP: final norm and projection on every token)."""
     frame_rule: FrameRule = "late-mean"
-    """How several frames or pictures become one set of visual prompts: `mean` of features,
+    """How several frames or images become one set of visual prompts: `mean` of features,
     `concat` of per-frame prompts, `late-mean` of per-frame prompts."""
     bias_targets: Targets = "all"
     """Linears with a learned bias (V2 §4.1)."""
@@ -218,7 +218,7 @@ class AdapterConfig:
 
     @property
     def is_multimodal(self) -> bool:
-        """Whether pictures have any influence."""
+        """Whether images have any influence."""
         return self.fusion != "none"
 
     @property

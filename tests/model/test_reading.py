@@ -321,7 +321,7 @@ def test_frames(build, ids, pictures, rule):
 
 def test_several_pictures_need_an_index(build, ids, pictures):
     model = build()
-    with pytest.raises(ConfigError, match="2 pictures for 3 rows"):
+    with pytest.raises(ConfigError, match="2 images for 3 rows"):
         model(ids, pixel_values=pictures[:2])
 
 

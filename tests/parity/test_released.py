@@ -124,7 +124,7 @@ def test_the_same_after_folding_for_inference(case: Case) -> None:
 
 def test_features_and_visual_prompts(case: Case) -> None:
     if "clip_features" not in case.expected:
-        pytest.skip("this variant reads no pictures")
+        pytest.skip("this variant reads no images")
     model, pixels = case.model, case.inputs["pixel_values"]
     from llama_adapter.families.vision import vision_features
 
@@ -223,7 +223,7 @@ def test_nothing_can_be_dropped(case: Case) -> None:
 @pytest.mark.parametrize("what", ["image", "channel swap", "other image", "projector"])
 def test_the_picture_cannot_be_dropped(case: Case, what: str) -> None:
     if not case.visual:
-        pytest.skip("this variant reads no pictures")
+        pytest.skip("this variant reads no images")
     reference, pixels = case.logits(), case.inputs["pixel_values"]
     with torch.no_grad():
         if what == "image":

@@ -156,7 +156,7 @@ def _open_vision(
 ) -> _Vision | None:
     if not config.is_multimodal:
         if vision is not None:
-            warnings.append(f"{released.path} reads no pictures; {vision} is not used")
+            warnings.append(f"{released.path} reads no images; {vision} is not used")
         return None
     if vision is None:
         raise ConfigError(

@@ -92,7 +92,7 @@ def _own_keys_values(
 
 @torch.no_grad()
 def check_visual_route(language_model: PreTrainedModel, *, visual_prompts: object) -> None:
-    """Refuse a family that drops keywords on the way to attention: pictures would do nothing.
+    """Refuse a family that drops keywords on the way to attention: images would do nothing.
 
     Raises UnsupportedModelError that names the family. Costs the layers before the first prompts.
     """

@@ -48,7 +48,7 @@ from llama_adapter.pretrained import seeded
 class LlamaAdapterForConditionalGeneration(
     TrainerCheckpoints, VisualGenerationMixin, PreTrainedModel
 ):
-    """A frozen text LLM that reads pictures through a small adapter.
+    """A frozen text LLM that reads images through a small adapter.
 
     Build one with `from_base`, or load one with `from_pretrained`. The base's numbers never
     change; `disable_adapters` gives it back exactly.
@@ -339,7 +339,7 @@ class LlamaAdapterForConditionalGeneration(
         visual_features: Tensor | None = None,
         cache: bool = False,
     ) -> VisualPrompts | None:
-        """Visual prompts of pictures; None if the active adapter reads none.
+        """Visual prompts of images; None if the active adapter reads none.
 
         `cache` also makes the keys and gated values of every layer that reads them alone, for
         many forward passes with the same numbers: for inference only.
@@ -349,7 +349,7 @@ class LlamaAdapterForConditionalGeneration(
             return None
         if visual_features is None:
             if self.vision is None:
-                raise ConfigError("pictures were given, but this model has no vision encoder")
+                raise ConfigError("images were given, but this model has no vision encoder")
             assert pixel_values is not None
             visual_features = vision_features(
                 self.vision, pixel_values.to(execution_device(self.vision)), self.adapter_config

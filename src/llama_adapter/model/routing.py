@@ -64,7 +64,7 @@ def route(
     """
     if image_index is None and num_images != num_rows:
         raise ConfigError(
-            f"{num_images} pictures for {num_rows} rows: image_index must say which row reads which"
+            f"{num_images} images for {num_rows} rows: image_index must say which row reads which"
         )
 
     def here(said_BS: Tensor, name: str) -> Tensor:
