@@ -15,6 +15,7 @@ from llama_adapter.training.recipe import Recipe, load_recipe, parse_recipe
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 SHIPPED = (
     "paper-7b",
+    "photos",
     "chat-7b",
     "chat-70b-fsdp",
     "v1-alpaca",
