@@ -52,7 +52,7 @@ def quick(
     )
 
 
-def ours(task: str, answers: Sequence[tuple[str, str]], **facts: Any) -> list[dict[str, Any]]:
+def ours(task: str, answers: Sequence[tuple[str, str]], **metadata: Any) -> list[dict[str, Any]]:
     """Lines of a predictions.jsonl."""
     return [
         {
@@ -61,7 +61,7 @@ def ours(task: str, answers: Sequence[tuple[str, str]], **facts: Any) -> list[di
             "questions": ["what?"],
             "gold": "x",
             "answers": [answer],
-            "facts": facts,
+            "facts": metadata,
         }
         for id_, answer in answers
     ]

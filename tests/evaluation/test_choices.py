@@ -51,7 +51,7 @@ def test_a_limit_takes_as_many_of_each_part(bench: Path, limit: int) -> None:
     records = task.read(Inputs(data=bench))
     chosen = Selection(limit=limit).of(task, records)
     assert len(chosen) == min(limit, 30)
-    counts = Counter(record.facts["part"] for record in chosen)
+    counts = Counter(record.metadata["part"] for record in chosen)
     assert counts["generic"] - counts["temporal"] <= max(1, limit - 15)
     # in the benchmark's order, and the first ones of each part
     places = [records.index(record) for record in chosen]
@@ -118,8 +118,8 @@ def test_what_judging_took_stands_in_the_result(
 def test_stored_answers_are_judged_as_the_note_says(cli: Any, write: Any, tmp_path: Path) -> None:
     pytest.importorskip("openai")
     said = [{"question_id": f"v{i}", "pred": "a dog", "question": "what?"} for i in range(3)]
-    gold = [{"question_id": f"v{i}", "answer": "dog", "question": "what?"} for i in range(3)]
-    data = write("test_qa.json", [{**item, "video_name": "x"} for item in gold])
+    reference = [{"question_id": f"v{i}", "answer": "dog", "question": "what?"} for i in range(3)]
+    data = write("test_qa.json", [{**item, "video_name": "x"} for item in reference])
     given = ("eval", "msvd-qa", "--predictions", write("answers.json", said))
     out = tmp_path / "out"
     with serving(lambda *_: "Yes, score: 4") as served:

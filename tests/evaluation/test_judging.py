@@ -35,7 +35,10 @@ GOOD = '{"pred": "yes", "score": 4}'
 
 def rows(count: int) -> list[Row]:
     return [
-        Row(record=Record(id=str(i), questions=(f"question {i}?",), gold="dog"), answers=("a dog",))
+        Row(
+            record=Record(id=str(i), questions=(f"question {i}?",), reference="dog"),
+            answers=("a dog",),
+        )
         for i in range(count)
     ]
 
@@ -167,7 +170,7 @@ def test_nobody_there(tmp_path: Path) -> None:
 
 def test_prompts_show_question_gold_and_answer_as_they_are(tmp_path: Path) -> None:
     odd = Row(
-        record=Record(id="1", questions=("what is {gold}?",), gold="{answer} & {x}"),
+        record=Record(id="1", questions=("what is {gold}?",), reference="{answer} & {x}"),
         answers=("{0} {question}",),
     )
     with serving(lambda *_: GOOD) as served, a_judge(served.url) as judge:
@@ -191,8 +194,8 @@ def test_published_prompts_may_replace_ours(tmp_path: Path) -> None:
 
 
 def test_both_orders_are_judged_and_put_back(tmp_path: Path) -> None:
-    facts = {"category": "math", "baseline": "BASE"}
-    row = Row(record=Record(id="1", questions=("?",), facts=facts), answers=("MINE",))
+    metadata = {"category": "math", "baseline": "BASE"}
+    row = Row(record=Record(id="1", questions=("?",), metadata=metadata), answers=("MINE",))
 
     def behave(prompt: str, _: int) -> str:
         return "8 3\nBecause." if prompt.index("BASE") < prompt.index("MINE") else "5 9\nSo."
@@ -200,7 +203,7 @@ def test_both_orders_are_judged_and_put_back(tmp_path: Path) -> None:
     with serving(behave) as served, a_judge(served.url) as judge:
         judge_rows(find_task("vicuna-80"), [row], judge, tmp_path)
     predictions = tmp_path / "predictions.jsonl"
-    predictions.write_text(json.dumps(ours("vicuna-80", [("1", "MINE")], **facts)[0]) + "\n")
+    predictions.write_text(json.dumps(ours("vicuna-80", [("1", "MINE")], **metadata)[0]) + "\n")
     found = quick("vicuna-80", predictions)
     assert len(served.asked) == 2
     assert (found.metrics["total_1"], found.metrics["total_2"]) == (8.5, 4)
@@ -212,7 +215,7 @@ def test_word_judges_are_named_as_another_measure(tmp_path: Path) -> None:
     predictions = tmp_path / "predictions.jsonl"
     predictions.write_text("".join(json.dumps(line) + "\n" for line in lines))
     answered = [
-        Row(record=Record(id=x["id"], questions=("?",), gold="x"), answers=tuple(x["answers"]))
+        Row(record=Record(id=x["id"], questions=("?",), reference="x"), answers=tuple(x["answers"]))
         for x in lines
     ]
     compare_words(find_task("msvd-qa"), answered, "exact-match", tmp_path)
@@ -224,7 +227,7 @@ def test_word_judges_are_named_as_another_measure(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("gold", "answer", "exact", "synonym"),
+    ("reference", "answer", "exact", "synonym"),
     [
         ("man", "A man.", True, True),
         ("man", "a guy is running", False, True),
@@ -235,8 +238,8 @@ def test_word_judges_are_named_as_another_measure(tmp_path: Path) -> None:
         ("cat", "category", False, False),
     ],
 )
-def test_word_judges(gold: str, answer: str, exact: bool, synonym: bool) -> None:
-    row = Row(record=Record(id="1", questions=("?",), gold=gold), answers=(answer,))
+def test_word_judges(reference: str, answer: str, exact: bool, synonym: bool) -> None:
+    row = Row(record=Record(id="1", questions=("?",), reference=reference), answers=(answer,))
     assert exact_verdict(row)["pred"] == ("yes" if exact else "no")
     assert synonym_verdict(row)["pred"] == ("yes" if synonym else "no")
 

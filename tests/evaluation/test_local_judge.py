@@ -19,7 +19,8 @@ from .byheart import fresh, learn
 
 GOOD = "Yes, score: 4"
 ROWS = [
-    Row(record=Record(id=str(i), questions=("who?",), gold="a"), answers=("a",)) for i in (0, 1)
+    Row(record=Record(id=str(i), questions=("who?",), reference="a"), answers=("a",))
+    for i in (0, 1)
 ]
 
 

@@ -129,11 +129,13 @@ def test_a_verdict_that_is_denied_is_not_read(write: Any, said: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("gold", "said", "accuracy"),
+    ("reference", "said", "accuracy"),
     [("a", "A", 100), ("the", "The.", 100), ("+", "+", 100), ("a", ".", 0), ("+", "-", 0)],
 )
-def test_what_is_exact_is_a_synonym_too(write: Any, gold: str, said: str, accuracy: float) -> None:
-    path = write("out.json", [{"id": 1, "question": "?", "answer": gold, "pred": said}])
+def test_what_is_exact_is_a_synonym_too(
+    write: Any, reference: str, said: str, accuracy: float
+) -> None:
+    path = write("out.json", [{"id": 1, "question": "?", "answer": reference, "pred": said}])
     metrics = quick("msvd-qa", path).metrics
     assert metrics["exact-match:accuracy"] == metrics["synonym-match:accuracy"] == accuracy
 
@@ -171,14 +173,14 @@ def test_several_questions_under_one_video(write: Any) -> None:
 @pytest.mark.parametrize("task", TASKS)
 def test_unjudged_is_not_zero(write: Any, task: str) -> None:
     """No number without judged records, and none without answers, for every task."""
-    facts = {"subtask": "count", "image": "1", "part": "generic", "complexity": "high"}
-    given = write("predictions.jsonl", ours(task, [("1", "well")], **facts))
+    metadata = {"subtask": "count", "image": "1", "part": "generic", "complexity": "high"}
+    given = write("predictions.jsonl", ours(task, [("1", "well")], **metadata))
     if TASKS[task].judging is not None:
         found = quick(task, given)
         published = {name: v for name, v in found.metrics.items() if ":" not in name}
         assert (published, found.unjudged, found.intervals) == ({}, 1, {})
         assert any(f"llama-adapter eval {task} --predictions" in note for note in found.notes)
-    blank = write("predictions.jsonl", ours(task, [("1", " ")], **facts))
+    blank = write("predictions.jsonl", ours(task, [("1", " ")], **metadata))
     if task == "coco-caption":
         with pytest.raises(EvaluationError, match="none of 1 images has a caption"):
             quick(task, blank)
@@ -221,7 +223,9 @@ def test_videoinstruct_files_of_two_models(write: Any, tmp_path: Path) -> None:
 
 def mme(folder: Path, image: str, lines: int = 2) -> Path:
     folder.mkdir()
-    text = [f"{image}\tIs it{i}?\t{gold}\t{gold}" for i, gold in enumerate(("Yes", "No"))]
+    text = [
+        f"{image}\tIs it{i}?\t{reference}\t{reference}" for i, reference in enumerate(("Yes", "No"))
+    ]
     (folder / "count.txt").write_text("\n".join(text[:lines]))
     return folder
 
@@ -395,8 +399,12 @@ def sample(number: int, said: Any, target: Any, **doc: Any) -> dict[str, Any]:
 def test_samples_of_lmms_eval(write: Any, n: int) -> None:
     asked = [("v_a_1", "who?", "dog"), ("v_b_2", "where?", "park")][:n]
     lines = [
-        sample(i, said, gold, question_id=id_, question=question, answer=gold, video_name="a")
-        for i, ((id_, question, gold), said) in enumerate(zip(asked, ("dog", "hall"), strict=False))
+        sample(
+            i, said, reference, question_id=id_, question=question, answer=reference, video_name="a"
+        )
+        for i, ((id_, question, reference), said) in enumerate(
+            zip(asked, ("dog", "hall"), strict=False)
+        )
     ]
     path = write("m_samples_activitynetqa.jsonl", lines)
     found = quick("activitynet-qa", path)
@@ -451,7 +459,9 @@ def test_mme_answers_by_line(write: Any, tmp_path: Path, request_: str, is_rever
     data = tmp_path / "data" / "count"
     data.mkdir(parents=True)
     asked = [("Is it a dog?", "Yes"), ("Is it a dog house?", "No")]
-    text = "\n".join(f"{question}  Please answer yes or no.\t{gold}" for question, gold in asked)
+    text = "\n".join(
+        f"{question}  Please answer yes or no.\t{reference}" for question, reference in asked
+    )
     for image in ("1", "2"):
         (data / f"{image}.jpg").touch()
         (data / f"{image}.txt").write_text(text)
@@ -472,8 +482,8 @@ def test_mme_answers_by_line(write: Any, tmp_path: Path, request_: str, is_rever
     with pytest.raises(EvaluationError, match="line 1: 'cats' is not a subtask of MME"):
         quick("mme", write("odd.jsonl", [{**lines[0], "question_id": "cats/1.png"}]))
     samples = [
-        sample(i, said, gold, question_id="count/1.png", question=question, category="count")
-        for i, ((question, gold), said) in enumerate(zip(asked, ("Yes", "Yes"), strict=True))
+        sample(i, said, reference, question_id="count/1.png", question=question, category="count")
+        for i, ((question, reference), said) in enumerate(zip(asked, ("Yes", "Yes"), strict=True))
     ]
     for given_data in (None, data.parent):
         found = quick("mme", write("samples.jsonl", samples), given_data)

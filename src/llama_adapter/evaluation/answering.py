@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Answered:
+class Prediction:
     """An answer, or why there is none."""
 
     text: str | None = None
@@ -36,7 +36,7 @@ class Answerer(Protocol):
 
     def answer(
         self, conversations: Sequence[Conversation], generation: Generation, *, seed: int
-    ) -> list[Answered]:
+    ) -> list[Prediction]:
         """One result for each conversation, in order."""
         ...
 
@@ -61,15 +61,15 @@ class LocalAnswerer:
 
     def answer(
         self, conversations: Sequence[Conversation], generation: Generation, *, seed: int
-    ) -> list[Answered]:
+    ) -> list[Prediction]:
         """A batch at once; where one prompt spoils it, each alone."""
         from llama_adapter.generation.answer import answer_each
 
         found = answer_each(self._model, self._processor, conversations, generation, seed=seed)
         return [
-            Answered(problem=str(one))
+            Prediction(problem=str(one))
             if isinstance(one, LlamaAdapterError)
-            else Answered(text=one.text)
+            else Prediction(text=one.text)
             for one in found
         ]
 
@@ -106,12 +106,12 @@ class EndpointAnswerer:
 
     def answer(
         self, conversations: Sequence[Conversation], generation: Generation, *, seed: int
-    ) -> list[Answered]:
+    ) -> list[Prediction]:
         """All at once, each in its own request."""
         with ThreadPoolExecutor(max_workers=max(1, len(conversations))) as pool:
             return list(pool.map(lambda c: self._one(c, generation, seed), conversations))
 
-    def _one(self, conversation: Conversation, generation: Generation, seed: int) -> Answered:
+    def _one(self, conversation: Conversation, generation: Generation, seed: int) -> Prediction:
         openai = self._openai
         try:
             reply = self._client.chat.completions.create(
@@ -121,15 +121,15 @@ class EndpointAnswerer:
                 temperature=generation.temperature,
                 seed=seed,
             )
-            return Answered(text=(reply.choices[0].message.content or "").strip())
+            return Prediction(text=(reply.choices[0].message.content or "").strip())
         except LlamaAdapterError as error:
-            return Answered(problem=str(error))
+            return Prediction(problem=str(error))
         except openai.APIStatusError as error:
             if error.status_code in {401, 403, 404}:
                 raise EvaluationError(f"{self._url} refuses: {_short(error)}") from error
-            return Answered(problem=_short(error))
+            return Prediction(problem=_short(error))
         except (openai.APIError, ValueError, TypeError, IndexError, AttributeError) as error:
-            return Answered(problem=_short(error))
+            return Prediction(problem=_short(error))
 
     def describe(self) -> dict[str, Any]:
         """The address and the model's name there."""

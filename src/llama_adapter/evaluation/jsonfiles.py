@@ -127,7 +127,7 @@ def _from_samples(line: Any, *, where: str) -> Any:
     """
     if not isinstance(line, dict) or not {_DOC_ID, "filtered_resps"} <= line.keys():
         return line
-    doc, said, gold = line.get("doc"), line["filtered_resps"], line.get("target")
+    doc, said, reference = line.get("doc"), line["filtered_resps"], line.get("target")
     if not isinstance(doc, dict):
         raise EvaluationError(
             f"{where}: is one of lmms-eval's samples and lacks doc, the benchmark's own record"
@@ -139,7 +139,7 @@ def _from_samples(line: Any, *, where: str) -> Any:
             f"{where}: filtered_resps of lmms-eval's samples must hold a text, found {brief(said)}"
         )
     record = {name: value for name, value in doc.items() if name.lower() not in _ANSWERS}
-    right = doc.get("answer", gold)
+    right = doc.get("answer", reference)
     if isinstance(right, str | int | float):
         record["gt"] = right
     return {"id": f"#{line[_DOC_ID]}", **record, "pred": said}

@@ -215,20 +215,22 @@ def _without(word: str, ending: str) -> str:
 
 def exact_verdict(row: Row) -> Verdict:
     """Whether the answer is word for word one of the right ones, articles and case apart."""
-    right = any(plain_words(row.answer) == plain_words(gold) for gold in _golds(row))
+    right = any(plain_words(row.answer) == plain_words(text) for text in _references(row))
     return {"pred": "yes" if right else "no", "score": 5 if right else 0}
 
 
 def synonym_verdict(row: Row) -> Verdict:
     """Whether the answer holds a right answer's words, counting synonyms and inflections."""
     said = set(canonical_words(row.answer))
-    right = any(gold and said.issuperset(gold) for gold in map(canonical_words, _golds(row)))
+    right = any(
+        words and said.issuperset(words) for words in map(canonical_words, _references(row))
+    )
     return {"pred": "yes" if right else "no", "score": 5 if right else 0}
 
 
-def _golds(row: Row) -> list[str]:
-    gold = row.record.gold
-    return [str(g) for g in gold] if isinstance(gold, list) else [str(gold)]
+def _references(row: Row) -> list[str]:
+    reference = row.record.reference
+    return [str(text) for text in reference] if isinstance(reference, list) else [str(reference)]
 
 
 WORD_JUDGES = {"exact-match": exact_verdict, "synonym-match": synonym_verdict}

@@ -44,13 +44,13 @@ class Predictions:
 
 def record_to_json(record: Record) -> dict[str, Any]:
     """The part of a predictions line that comes from the benchmark."""
-    fields = {"id": record.id, "questions": list(record.questions), "gold": record.gold}
+    fields = {"id": record.id, "questions": list(record.questions), "gold": record.reference}
     if record.images:
         fields["images"] = list(record.images)
     if record.video:
         fields["video"] = record.video
-    if record.facts:
-        fields["facts"] = dict(record.facts)
+    if record.metadata:
+        fields["facts"] = dict(record.metadata)
     return fields
 
 
@@ -59,10 +59,10 @@ def record_from_json(line: Mapping[str, Any]) -> Record:
     return Record(
         id=str(line["id"]),
         questions=tuple(line.get("questions") or ("",)),
-        gold=line.get("gold"),
+        reference=line.get("gold"),
         images=tuple(line.get("images") or ()),
         video=line.get("video"),
-        facts=line.get("facts") or {},
+        metadata=line.get("facts") or {},
     )
 
 
@@ -149,7 +149,7 @@ def store_answers(found: Predictions, folder: Path, *, task: str) -> None:
     for row in found.rows:
         if NOT_KEPT in row.answers:
             raise EvaluationError(f"record {brief(row.record.id)}: the answer itself is not kept")
-        if row.is_answered and row.record.gold is None and task != "vicuna-80":
+        if row.is_answered and row.record.reference is None and task != "vicuna-80":
             raise EvaluationError(
                 f"record {brief(row.record.id)}: no right answer to judge by; give --data"
             )
@@ -243,7 +243,7 @@ def unique_records(records: Sequence[Record], *, where: str) -> list[Record]:
 
 
 def _full_name(record: Record) -> str:
-    moment = f" @{record.facts['time']}" if "time" in record.facts else ""
+    moment = f" @{record.metadata['time']}" if "time" in record.metadata else ""
     return f"{record.id}: {_plain(record.question)}{moment}"
 
 
@@ -315,7 +315,7 @@ def _take(by_id: dict[str, Row], names: Iterable[str], record: Record) -> Row | 
 
 def _asks_the_same(record: Record, other: Record) -> bool:
     """Whether one question is in the other: result files may keep a prompt around it."""
-    times = {r.facts["time"] for r in (record, other) if "time" in r.facts}
+    times = {r.metadata["time"] for r in (record, other) if "time" in r.metadata}
     if len(times) > 1:
         return False
     one, two = _plain(record.question), _plain(other.question)

@@ -25,13 +25,13 @@ class Record:
     id: str
     questions: tuple[str, ...]
     """Usually one; VideoInstruct's consistency asks two."""
-    gold: Any = None
+    reference: Any = None
     """The right answer in the benchmark's own form; None where it is not on disk."""
     images: tuple[str, ...] = ()
     """Image names as the benchmark's file gives them."""
     video: str | None = None
     """Video name as the benchmark's file gives it."""
-    facts: Mapping[str, Any] = field(default_factory=dict)
+    metadata: Mapping[str, Any] = field(default_factory=dict)
     """Category, complexity, choices: whatever the task counts by."""
 
     @property
@@ -39,17 +39,17 @@ class Record:
         """The first question."""
         return self.questions[0]
 
-    def fact(self, name: str) -> Any:
+    def required(self, name: str) -> Any:
         """A fact that counting cannot do without."""
-        if self.facts.get(name) is None:
+        if self.metadata.get(name) is None:
             raise EvaluationError(
                 f"record {self.id[:60]!r} lacks {name}: its answers cannot be counted"
             )
-        return self.facts[name]
+        return self.metadata[name]
 
     def texts(self, name: str) -> list[str]:
         """A fact that is a list of texts; none where it is absent."""
-        found = self.facts.get(name) or []
+        found = self.metadata.get(name) or []
         if not isinstance(found, list) or not all(isinstance(text, str) for text in found):
             raise EvaluationError(f"record {self.id[:60]!r}: {name} must be a list of texts")
         return found

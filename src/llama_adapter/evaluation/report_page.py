@@ -157,7 +157,7 @@ def _card(value: float | None, row: Row, folders: MediaFolders) -> str:
     return (
         f'<div class="card">{pictures}{absent}<br><b>{escape(row.record.id)}</b> '
         f"{escape(' / '.join(row.record.questions))}<br><b>answer</b> {escape(answer[:600])}"
-        f"<br><b>known</b> {escape(str(row.record.gold)[:400])}{score}</div>"
+        f"<br><b>known</b> {escape(str(row.record.reference)[:400])}{score}</div>"
     )
 
 

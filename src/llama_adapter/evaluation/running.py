@@ -13,7 +13,7 @@ from typing import Any
 
 from llama_adapter.conversation import Conversation, ImageRef
 from llama_adapter.errors import EvaluationError, ImageError, PromptError, VideoError
-from llama_adapter.evaluation.answering import Answered, Answerer
+from llama_adapter.evaluation.answering import Answerer, Prediction
 from llama_adapter.evaluation.jsonfiles import drop_partial_line, json_line, read_text
 from llama_adapter.evaluation.manifest import make_manifest, read_manifest, start_or_resume
 from llama_adapter.evaluation.media import MediaFolders, media_of
@@ -271,7 +271,7 @@ class _Asker:
         return load_video(path, frames=self._generation.frames).as_image_ref()
 
 
-def _line(answers: Sequence[Answered]) -> dict[str, Any]:
+def _line(answers: Sequence[Prediction]) -> dict[str, Any]:
     problem = next((answer.problem for answer in answers if answer.problem), None)
     if problem is not None:
         return {"answers": [], "problem": problem}

@@ -8,7 +8,7 @@ from typing import Any
 
 from llama_adapter.conversation import Conversation
 from llama_adapter.errors import LlamaAdapterError
-from llama_adapter.evaluation.answering import Answered, Answerer
+from llama_adapter.evaluation.answering import Answerer, Prediction
 from llama_adapter.evaluation.tasks.base import Generation
 from llama_adapter.experts import ExpertPool, Report, report_to_dict
 
@@ -24,7 +24,7 @@ class ExpertAnswerer:
 
     def answer(
         self, conversations: Sequence[Conversation], generation: Generation, *, seed: int
-    ) -> list[Answered]:
+    ) -> list[Prediction]:
         """One result for each conversation, with what the experts reported."""
         helped: list[Conversation] = []
         reports: list[tuple[Report, ...]] = []

@@ -59,9 +59,9 @@ def read(inputs: Inputs) -> list[Record]:
         Record(
             id=key,
             questions=("",),
-            gold=captions,
+            reference=captions,
             images=(_picture(names),),
-            facts={"aliases": [alias for alias in map(image_key, names[1:]) if alias != key]},
+            metadata={"aliases": [alias for alias in map(image_key, names[1:]) if alias != key]},
         )
         for key, (names, captions) in merged.items()
     ]
@@ -167,21 +167,21 @@ def read_public(path: Path) -> Predictions:
 
 
 def _row(names: _Names, captions: Sequence[str]) -> Row:
-    facts = {"aliases": [name for name in map(image_key, names[1:]) if name[:1] != "#"]}
-    record = Record(id=image_key(names[0]), questions=("",), facts=facts)
+    metadata = {"aliases": [name for name in map(image_key, names[1:]) if name[:1] != "#"]}
+    record = Record(id=image_key(names[0]), questions=("",), metadata=metadata)
     return Row(record=record, answers=tuple(captions[:1]))
 
 
 def count(predictions: Predictions, counting: Counting) -> Tally:
     """Corpus metrics over the images that have a caption, as COCO's own code does."""
     answered = [row for row in predictions.rows if row.is_answered]
-    if any(not row.record.gold for row in answered):
+    if any(not row.record.reference for row in answered):
         raise EvaluationError("coco-caption needs the reference captions; give --data")
     if not answered:
         raise EvaluationError(f"none of {len(predictions.rows)} images has a caption")
     sums = caption_sums(
         [row.answer for row in answered],
-        [row.record.gold for row in answered],
+        [row.record.reference for row in answered],
         tokenizer=counting.tokenizer,
     )
     notes = []

@@ -52,14 +52,14 @@ def _tidy(item: dict[str, Any]) -> dict[str, Any]:
     return {_MISSPELT.get(key, key): value for key, value in spelt.items()}
 
 
-def _facts(item: dict[str, Any]) -> dict[str, Any]:
-    facts = {
+def _metadata(item: dict[str, Any]) -> dict[str, Any]:
+    metadata = {
         "category": str(item.get("category") or "").strip().lower() or None,
         "complexity": str(item.get("complexity") or "").strip().lower() or None,
         "counter_intuitive": item.get("counter-intuitive"),
         "steps": item.get("reasoning steps"),
     }
-    return {name: value for name, value in facts.items() if value is not None}
+    return {name: value for name, value in metadata.items() if value is not None}
 
 
 def read(inputs: Inputs) -> list[Record]:
@@ -80,12 +80,12 @@ def read(inputs: Inputs) -> list[Record]:
             Record(
                 id=id_of(item.get("id", n), where=where),
                 questions=(text_of(field_of(item, ("question",), where=where), where=where),),
-                gold=item.get("answer"),
+                reference=item.get("answer"),
                 images=tuple(
                     id_of(image, where=where)
                     for image in (images if isinstance(images, list) else [images])
                 ),
-                facts=_facts(item),
+                metadata=_metadata(item),
             )
         )
     return unique_records(records, where=str(path))
@@ -105,8 +105,8 @@ def read_public(path: Path) -> Predictions:
         record = Record(
             id=id_of(item.get("id", item.get("question id", n)), where=where),
             questions=(text_of(item.get("question"), where=where),),
-            gold=item.get("answer"),
-            facts=_facts(item),
+            reference=item.get("answer"),
+            metadata=_metadata(item),
         )
         answers = () if answer is None else (text_of(answer, where=where),)
         if score is not None and not answers:
@@ -125,7 +125,7 @@ def count(predictions: Predictions, _: Counting) -> Tally:
         verdict = row.verdicts.get(ASPECT)
         score = score_of(verdict, low=0, high=1)
         beyond += score is None and score_of(verdict, low=-math.inf, high=math.inf) is not None
-        complexity = str(row.record.facts.get("complexity") or "")
+        complexity = str(row.record.metadata.get("complexity") or "")
         weight = WEIGHTS.get(complexity, 0)
         unanswered += not row.is_answered
         unjudged += row.is_answered and score is None
@@ -133,7 +133,7 @@ def count(predictions: Predictions, _: Counting) -> Tally:
         value = score if score is not None else 0.0
         judged = score is not None
         line = np.zeros((len(_GROUPS) + 1, 3))
-        for group in (row.record.facts.get("category"), complexity, "overall"):
+        for group in (row.record.metadata.get("category"), complexity, "overall"):
             if group in _GROUPS:
                 line[_GROUPS.index(group)] = weight * value, weight * judged, weight
         line[-1] = value, judged, 1
@@ -168,11 +168,11 @@ def _metrics(totals: Floats) -> dict[str, Floats]:
 
 def judge_questions(row: Row) -> dict[str, dict[str, str]]:
     """The answer beside the reference answer and, where published, its reasoning steps."""
-    given = row.record.facts.get("steps") or []
+    given = row.record.metadata.get("steps") or []
     steps = given if isinstance(given, list) else [given]
     fields = {
         "question": row.record.question,
-        "gold": str(row.record.gold),
+        "gold": str(row.record.reference),
         "steps": "\n".join(f"- {step}" for step in steps) or "- (none given)",
         "answer": row.answer,
     }
@@ -186,7 +186,7 @@ INFIMM_EVAL = Task(
     prompts=lambda record: record.questions,
     count=count,
     read_public=read_public,
-    part=lambda record: str(record.facts.get("category")),
+    part=lambda record: str(record.metadata.get("category")),
     media="image",
     judging=Judging(
         questions=judge_questions,

@@ -136,19 +136,19 @@ class _Namer:
         self._subtask = subtask
         self._asked: dict[str, list[str]] = defaultdict(list)
 
-    def record(self, image: str, question: str, gold: str) -> Record:
+    def record(self, image: str, question: str, reference: str) -> Record:
         """A record named after its right answer: result files differ in the order of the two."""
-        gold = gold.strip().lower()
+        reference = reference.strip().lower()
         earlier = self._asked[image]
-        again = earlier.count(gold)
+        again = earlier.count(reference)
         unit = image if len(earlier) < 2 else f"{image}#{len(earlier) // 2 + 1}"
-        earlier.append(gold)
+        earlier.append(reference)
         return Record(
-            id=f"{self._subtask}/{image}/{gold}" + (f"-{again + 1}" if again else ""),
+            id=f"{self._subtask}/{image}/{reference}" + (f"-{again + 1}" if again else ""),
             questions=(question,),
-            gold=gold,
+            reference=reference,
             images=(f"{self._subtask}/{image}",),
-            facts={"subtask": self._subtask, "image": unit},
+            metadata={"subtask": self._subtask, "image": unit},
         )
 
 
@@ -212,20 +212,24 @@ def _read_lines(path: Path) -> Predictions:
         folder, _, image = name.rpartition("/")
         said = next((key for key in _SAID if key in item), "answer")
         answers = (text_of(field_of(item, (said,), where=where), where=where),)
-        gold = text_of(next((item[k] for k in _GOLD if k in item and k != said), None), where=where)
+        reference = text_of(
+            next((item[k] for k in _GOLD if k in item and k != said), None), where=where
+        )
         category = text_of(item.get("category"), where=where) or folder.split("/")[-1]
         if _plain(category) not in namers:
             raise EvaluationError(f"{where}: {brief(category)} is not a subtask of MME")
         subtask, namer = namers[_plain(category)]
         asked = text_of(next((item[k] for k in _ASKED if k in item), None), where=where)
         asked = _REQUEST.split(asked)[0]
-        if _is_answer(gold):
-            rows.append(_as_answer(Row(record=namer.record(image, asked, gold), answers=answers)))
+        if _is_answer(reference):
+            rows.append(
+                _as_answer(Row(record=namer.record(image, asked, reference), answers=answers))
+            )
             continue
         stem, places = PurePosixPath(image).stem, ("yes", "no", "yes-2", "no-2")
         aliases = [f"{subtask}/{stem}{s}/{place}" for s in ("", *_SUFFIXES) for place in places]
-        facts = {"subtask": subtask, "image": image, "aliases": aliases}
-        record = Record(id=f"{subtask}/{image}", questions=(asked,), facts=facts)
+        metadata = {"subtask": subtask, "image": image, "aliases": aliases}
+        record = Record(id=f"{subtask}/{image}", questions=(asked,), metadata=metadata)
         rows.append(Row(record=record, answers=answers))
     kept, notes = without_repeats(rows, where=str(path))
     cut = ("the last line was cut short and is left out",) if is_cut else ()
@@ -239,11 +243,11 @@ def _as_answer(row: Row) -> Row:
     before it; the question may be worded for the model.
     """
     subtask, _, rest = row.record.id.partition("/")
-    image, _, gold = rest.rpartition("/")
+    image, _, reference = rest.rpartition("/")
     stem = PurePosixPath(image.replace("\\", "/")).stem
-    aliases = [f"{subtask}/{stem}{suffix}/{gold}" for suffix in ("", *_SUFFIXES)]
-    facts = {**row.record.facts, "aliases": aliases}
-    return replace(row, record=replace(row.record, questions=("",), facts=facts))
+    aliases = [f"{subtask}/{stem}{suffix}/{reference}" for suffix in ("", *_SUFFIXES)]
+    metadata = {**row.record.metadata, "aliases": aliases}
+    return replace(row, record=replace(row.record, questions=("",), metadata=metadata))
 
 
 def count(predictions: Predictions, _: Counting) -> Tally:
@@ -251,17 +255,17 @@ def count(predictions: Predictions, _: Counting) -> Tally:
     images: dict[tuple[str, str], list[bool]] = defaultdict(list)
     asked: Counter[str] = Counter()
     unanswered = unparsed = 0
-    if any(row.record.gold is None for row in predictions.rows):
+    if any(row.record.reference is None for row in predictions.rows):
         raise EvaluationError("mme needs the right answers; give --data")
     for row in predictions.rows:
         said = parse_yes_no(row.answer)
         unanswered += not row.is_answered
         unparsed += row.is_answered and said is None
-        subtask, image = row.record.fact("subtask"), row.record.fact("image")
+        subtask, image = row.record.required("subtask"), row.record.required("image")
         if subtask not in SUBTASKS:
             raise EvaluationError(f"{row.record.id[:60]}: {brief(subtask)} is not a subtask of MME")
         asked[subtask] += 1
-        images[subtask, str(image)].append(said == row.record.gold)
+        images[subtask, str(image)].append(said == row.record.reference)
     sums = np.zeros((len(images), len(SUBTASKS), _SUMS))
     odd = 0
     for unit, ((subtask, _image), right) in enumerate(images.items()):
@@ -308,7 +312,7 @@ MME = Task(
     prompts=lambda record: record.questions,
     count=count,
     read_public=read_public,
-    part=lambda record: str(record.facts["subtask"]),
+    part=lambda record: str(record.metadata["subtask"]),
     media="image",
     generation=Generation(max_new_tokens=16),
 )

@@ -64,7 +64,7 @@ def read(inputs: Inputs) -> list[Record]:
         _record(id_, problems.get(id_), letters, position=n, where=f"{inputs.data}: problem {id_}")
         for n, id_ in enumerate(ids)
     ]
-    if all(record.gold is None for record in records):
+    if all(record.reference is None for record in records):
         raise EvaluationError(f"{inputs.data}: lacks problems.json (question, choices, answer)")
     return records
 
@@ -105,9 +105,9 @@ def _record(
     aliases = [f"#{position}"]
     if problem is None:
         known = letters.get(id_, "") in [*LETTERS]
-        gold = LETTERS.index(letters[id_]) if known else None
-        facts = {"subsets": ["IMG"] if known else [], "is_partial": True, "aliases": aliases}
-        return Record(id=id_, questions=("",), gold=gold, facts=facts)
+        reference = LETTERS.index(letters[id_]) if known else None
+        metadata = {"subsets": ["IMG"] if known else [], "is_partial": True, "aliases": aliases}
+        return Record(id=id_, questions=("",), reference=reference, metadata=metadata)
     choices = field_of(problem, ("choices",), where=where)
     answer = field_of(problem, ("answer",), where=where)
     if not isinstance(choices, list) or answer not in range(len(choices)):
@@ -117,9 +117,9 @@ def _record(
     return Record(
         id=id_,
         questions=(text_of(field_of(problem, ("question",), where=where), where=where),),
-        gold=int(answer),
+        reference=int(answer),
         images=tuple(f"{problem.get('split', 'test')}/{id_}/{name}" for name in names),
-        facts={
+        metadata={
             "choices": [text_of(choice, where=where) for choice in choices],
             "hint": text_of(problem.get("hint"), where=where),
             "subsets": subsets_of(problem),
@@ -132,7 +132,7 @@ def prompt(record: Record) -> tuple[str, ...]:
     """Context, question and lettered options, and how to answer."""
     choices = record.texts("choices")
     options = " ".join(f"({LETTERS[i]}) {choice}" for i, choice in enumerate(choices))
-    hint = record.facts.get("hint") or "N/A"
+    hint = record.metadata.get("hint") or "N/A"
     text = f"Context: {hint}\nQuestion: {record.question}\nOptions: {options}\n"
     return (text + 'Reply in the form "The answer is X."',)
 
@@ -243,10 +243,16 @@ def count(predictions: Predictions, _: Counting) -> Tally:
         unanswered += not row.answer.strip()
         unparsed += bool(row.answer.strip()) and parsed is None
         in_other_forms += loose is not None and parsed is None
-        gold = row.record.gold
+        reference = row.record.reference
         line = np.zeros((len(columns), _SUMS))
-        if gold is not None:
-            counted = stored == gold, parsed == gold, loose == gold, row.is_answered, 1
+        if reference is not None:
+            counted = (
+                stored == reference,
+                parsed == reference,
+                loose == reference,
+                row.is_answered,
+                1,
+            )
             for name in {"all", *row.record.texts("subsets")}.intersection(columns):
                 line[columns.index(name)] = counted
         sums.append(line.ravel())
@@ -273,10 +279,10 @@ def _coverage(
     rows: Sequence[Row], stated: Mapping[str, Any] | None
 ) -> tuple[dict[str, float], dict[str, str]]:
     """What cannot be counted from the data at hand, and what the file itself says in its place."""
-    unknown = [row for row in rows if row.record.gold is None]
+    unknown = [row for row in rows if row.record.reference is None]
     if len(unknown) == len(rows):
         raise EvaluationError("scienceqa needs the right answers; give --data")
-    partial = [row for row in rows if row.record.facts.get("is_partial")]
+    partial = [row for row in rows if row.record.metadata.get("is_partial")]
     notes = {}
     if partial:
         text = f"problems of {len(partial)} of {len(rows)} records are not on disk"
@@ -289,7 +295,7 @@ def _coverage(
     count = number(stated.get("count", len(rows))) if stated else None
     correct = _stated_correct(stated, len(rows)) if stated and count == len(rows) else None
     if correct is not None:
-        known_right = sum(_stored_right(row) for row in rows if row.record.gold is not None)
+        known_right = sum(_stored_right(row) for row in rows if row.record.reference is not None)
         if not known_right <= correct <= known_right + len(unknown):
             raise EvaluationError(
                 f"the file states {correct:.0f} correct answers; the data at hand "
@@ -314,7 +320,7 @@ def _stated_correct(stated: Mapping[str, Any], count: int) -> float | None:
 
 def _stored_right(row: Row) -> bool:
     stored = row.verdicts.get("stored", {}).get("index")
-    return bool(stored == row.record.gold)
+    return bool(stored == row.record.reference)
 
 
 def _metrics(

@@ -48,7 +48,7 @@ def read(inputs: Inputs) -> list[Record]:
         Record(
             id=id_,
             questions=(_question(item, where=f"{path}: {brief(id_)}"),),
-            facts={"category": item.get("category", "generic"), "baseline": baseline.get(id_)},
+            metadata={"category": item.get("category", "generic"), "baseline": baseline.get(id_)},
         )
         for id_, item in zip(unique(ids, where=str(path)), items, strict=True)
     ]
@@ -149,12 +149,12 @@ def read_review(reply: str, stored: object) -> Verdict | None:
 
 def judge_questions(row: Row) -> Mapping[str, Mapping[str, str]]:
     """Both orders. Assistant 1 is the baseline, assistant 2 the model, as in published files."""
-    baseline = row.record.facts.get("baseline")
+    baseline = row.record.metadata.get("baseline")
     if baseline is None:
         raise EvaluationError(
             f"question {row.record.id[:60]}: no answer to compare with; give --baseline FILE"
         )
-    kind = _KINDS.get(str(row.record.facts.get("category")), "general")
+    kind = _KINDS.get(str(row.record.metadata.get("category")), "general")
     one, two = ("answer_1", "answer_2")
     fields = {"question": row.record.question}
     given = {**fields, one: baseline, two: row.answer}

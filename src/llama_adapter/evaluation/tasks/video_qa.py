@@ -64,9 +64,9 @@ def read_msvd(inputs: Inputs, *, patterns: Sequence[str], prefix: str = "") -> l
             Record(
                 id=id_of(given, where=where),
                 questions=(text_of(field_of(row, ("question",), where=where), where=where),),
-                gold=text_of(field_of(row, ("answer",), where=where), where=where),
+                reference=text_of(field_of(row, ("answer",), where=where), where=where),
                 video=f"{prefix}{video}" if video.isdigit() else video,
-                facts=moment_of(row),
+                metadata=moment_of(row),
             )
         )
     return unique_records(records, where=str(path))
@@ -95,9 +95,9 @@ def read_activitynet(inputs: Inputs) -> list[Record]:
             Record(
                 id=id_of(id_, where=asked),
                 questions=(text_of(field_of(question, ("question",), where=asked), where=asked),),
-                gold=text_of(field_of(answer, ("answer",), where=given), where=given),
+                reference=text_of(field_of(answer, ("answer",), where=given), where=given),
                 video="v_" + video.removeprefix("v_"),
-                facts={"type": answer.get("type")},
+                metadata={"type": answer.get("type")},
             )
         )
     return unique_records(records, where=str(questions_path))
@@ -211,12 +211,12 @@ def _public_row(key: str, entry: Any, *, where: str) -> Row:
         said = "answer" if "answer" in item else None
         if said is None:
             raise EvaluationError(f"{where}: lacks pred or answer; it has {keys_of(question)}")
-    gold = next((item[name] for name in _GOLD if name in item and name != said), None)
+    reference = next((item[name] for name in _GOLD if name in item and name != said), None)
     record = Record(
         id=key,
         questions=(text_of(asked, where=where),),
-        gold=None if gold is None else text_of(gold, where=where),
-        facts=moment_of(item),
+        reference=None if reference is None else text_of(reference, where=where),
+        metadata=moment_of(item),
     )
     answers = (text_of(item[said], where=where),) if said is not None else ()
     if verdict is not None and not answers:
@@ -283,7 +283,7 @@ def count(predictions: Predictions, _: Counting) -> Tally:
 def _by_words(predictions: Predictions, unanswered: int) -> Tally:
     """Other measures, named apart from the published one: they need no judge."""
     n = len(predictions.rows)
-    known = [row for row in predictions.rows if row.record.gold is not None]
+    known = [row for row in predictions.rows if row.record.reference is not None]
     rows = [
         [*(is_right(row) for is_right in WORD_MEASURES.values()), row.is_answered, 1]
         for row in known
@@ -337,7 +337,7 @@ def judge_questions(row: Row) -> dict[str, dict[str, str]]:
     """One grading of the one answer."""
     fields = {
         "question": row.record.question,
-        "gold": str(row.record.gold),
+        "gold": str(row.record.reference),
         "answer": row.answer,
     }
     return {ASPECT: fields}

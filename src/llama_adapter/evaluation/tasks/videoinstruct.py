@@ -73,9 +73,9 @@ def _record(part: str, number_: int, item: dict[str, Any], *, where: str) -> Rec
     return Record(
         id=f"{part}-{number_}",
         questions=tuple(text_of(field_of(item, (n,), where=where), where=where) for n in names),
-        gold=text_of(field_of(item, ("A",), where=where), where=where),
+        reference=text_of(field_of(item, ("A",), where=where), where=where),
         video=id_of(field_of(item, ("video_name",), where=where), where=where),
-        facts={"part": part},
+        metadata={"part": part},
     )
 
 
@@ -115,8 +115,8 @@ def _public_row(aspect: str, key: str, entry: Any, *, where: str) -> Row:
     record = Record(
         id=f"{aspect}/{key}",
         questions=asked or ("",),
-        gold=text_of(item.get("a", item.get("answer")), where=where),
-        facts={"aspects": [aspect]},
+        reference=text_of(item.get("a", item.get("answer")), where=where),
+        metadata={"aspects": [aspect]},
     )
     return Row(record=record, answers=said, verdicts={} if verdict is None else {aspect: verdict})
 
@@ -153,7 +153,7 @@ def _by_aspect(files: list[Path], *, where: str) -> dict[str, Path]:
 
 def aspects_of(record: Record) -> tuple[str, ...]:
     """The aspects that a record's answers are graded in."""
-    aspects = record.facts.get("aspects") or PARTS.get(str(record.fact("part")), ("?",))
+    aspects = record.metadata.get("aspects") or PARTS.get(str(record.required("part")), ("?",))
     if not isinstance(aspects, list | tuple) or any(name not in ASPECTS for name in aspects):
         raise EvaluationError(
             f"record {brief(record.id)}: is of no part or aspect of VideoInstruct"
@@ -200,7 +200,7 @@ def _metrics(totals: Floats) -> dict[str, Floats]:
 def judge_questions(row: Row) -> Mapping[str, Mapping[str, str]]:
     """The answer is graded in each aspect; consistency shows both answers at once."""
     record = row.record
-    fields = {"question": record.question, "gold": str(record.gold), "answer": row.answer}
+    fields = {"question": record.question, "gold": str(record.reference), "answer": row.answer}
     if len(record.questions) > 1:
         fields |= {"question_2": record.questions[1], "answer_2": row.answers[1]}
     return dict.fromkeys(aspects_of(record), fields)
@@ -213,7 +213,7 @@ VIDEOINSTRUCT = Task(
     prompts=lambda record: record.questions,
     count=count,
     read_public=read_public,
-    part=lambda record: str(record.facts["part"]),
+    part=lambda record: str(record.metadata["part"]),
     media="video",
     judging=Judging(
         questions=judge_questions,

@@ -34,7 +34,7 @@ def read(inputs: Inputs) -> list[Record]:
             Record(
                 id=id_of(given, where=where),
                 questions=(text_of(field_of(item, ("question",), where=where), where=where),),
-                gold=[text_of(answer, where=where) for answer in answers]
+                reference=[text_of(answer, where=where) for answer in answers]
                 if isinstance(answers, list)
                 else text_of(answers, where=where),
                 images=tuple(id_of(image, where=where) for image in images),
