@@ -11,12 +11,13 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from llama_adapter.errors import CheckpointError, LlamaAdapterError
 from llama_adapter.files import open_regular, read_text
+
+if TYPE_CHECKING:
+    import torch
 
 MAX_REASON = 300
 """Characters of transformers' own explanation that an error message keeps."""
@@ -28,6 +29,8 @@ def seeded(seed: int | None, device: torch.device | None = None) -> Iterator[Non
     if seed is None:
         yield
         return
+    import torch  # scores of stored answers need none of it
+
     is_cuda = device is not None and device.type == "cuda"
     with torch.random.fork_rng(devices=[device] if is_cuda else []):
         torch.manual_seed(seed)

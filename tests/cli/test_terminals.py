@@ -126,8 +126,6 @@ def test_messages_cannot_steer_a_terminal() -> None:
         ["chat", "toy", "--prompt", "x", "--expert", "caption", "--expert-timeout"],
         ["demo", "--minutes"],
         ["demo", "--seed"],
-        ["ablate", "--steps"],
-        ["ablate", "--seeds"],
         ["import", "x", "--base", "y", "--out", "z", "--prompt-length"],
         ["eval", "mme", "--out", "z", "--limit"],
         ["eval", "mme", "--out", "z", "--seed"],
@@ -147,15 +145,6 @@ def test_numbers_out_of_range_are_refused(arguments: list[str], value: str, cli:
     assert (done.status, done.stdout) == (2, "")
     assert name.strip("-").replace("-", "_") in done.stderr.replace("-", "_")
     assert re.search(r"got|valid integer", done.stderr)
-
-
-@pytest.mark.parametrize("arguments", [["ablate", "--steps", "0"], ["ablate", "--seeds", "0"]])
-def test_nothing_is_not_a_number_of_runs(arguments: list[str], cli: Cli) -> None:
-    done = cli(*arguments)
-    assert done.status == 2
-    assert done.stderr == f"error: {arguments[1][2:]} must be at least 1 and at most " + (
-        "1,000,000, got 0\n" if "--steps" in arguments else "1,000, got 0\n"
-    )
 
 
 def test_a_frame_limit_is_the_readers() -> None:

@@ -239,6 +239,7 @@ def test_captions_of_shards_in_json(tmp_path: Path, shards: Path) -> None:
 def test_every_type_of_the_design_is_there() -> None:
     assert set(SOURCES) == {
         "alpaca", "sharegpt", "llava", "coco_captions", "pairs", "webdataset", "vqa",
+        "caption_questions", "caption_tasks",
     }  # fmt: skip
 
 

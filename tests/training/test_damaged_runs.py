@@ -39,6 +39,12 @@ def run(*overrides: str, said: list[str] | None = None, **options: Any) -> Outco
     return train(load_recipe(Path("joint.yaml"), overrides), watcher=watcher, **options)
 
 
+def resumed_undamaged() -> str:
+    """How the saved run ends: rounding differs since its first half was computed."""
+    shutil.copytree(SAVED / "joint", "intact")
+    return run("out=intact", resume=True).checksum
+
+
 def flip_middle(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 4
@@ -125,7 +131,7 @@ def test_a_state_of_no_bytes_or_other_bytes_is_refused(saved: Path, content: byt
 
 
 def test_odd_rows_are_left_out_and_counted(saved: Path) -> None:
-    whole = run("out=whole")
+    end = resumed_undamaged()
     metrics = Path("joint/metrics.jsonl")
     first, *rest = metrics.read_text().splitlines(keepends=True)
     odd = '7\n[1]\n{"step": "1"}\n{"step": true}\n{"loss": 1}\n{"step": -1}\nNaN\n\n'
@@ -137,7 +143,7 @@ def test_odd_rows_are_left_out_and_counted(saved: Path) -> None:
     assert said == ["joint/metrics.jsonl: 10 lines are not rows and are left out"]
     resumed = run(said=said, resume=True)
     assert said[-1] == said[0]
-    assert resumed.checksum == whole.checksum
+    assert resumed.checksum == end
     rows = [json.loads(line) for line in metrics.read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 1, 2, 3, 4, 5]
 
@@ -174,12 +180,12 @@ def test_a_pipe_in_a_run_is_not_waited_for(saved: Path) -> None:
     "damage", [shutil.rmtree, lambda best: (best / ADAPTER_WEIGHTS_NAME).write_bytes(b"x")]
 )
 def test_a_best_adapter_that_is_damaged_is_made_again(saved: Path, damage: Any) -> None:
-    whole = run("out=whole")
+    end = resumed_undamaged()
     damage(Path("joint/best"))
     said: list[str] = []
     resumed = run(said=said, resume=True)
     assert any("best adapter so far cannot be kept" in line for line in said)
-    assert resumed.checksum == whole.checksum
+    assert resumed.checksum == end
     assert Path("joint/best", ADAPTER_WEIGHTS_NAME).stat().st_size > 1000
 
 
