@@ -12,6 +12,8 @@
     ├── EvaluationError          a task, its predictions or its judge cannot be scored
     ├── ExpertError              an expert cannot be found or gave no usable text
     ├── ServingError             the server cannot start or a request cannot be served
+    │   ├── QueueFullError       as many requests wait as may; try again later
+    │   └── UnavailableError     the engine is starting, draining or dead
     └── MissingDependencyError   an optional package is not installed
 
 Each message is one line that names the thing, what was found and what was expected.
@@ -67,6 +69,14 @@ class ExpertError(LlamaAdapterError):
 
 class ServingError(LlamaAdapterError):
     """The server cannot start or a request cannot be served."""
+
+
+class QueueFullError(ServingError):
+    """As many requests wait as may; try again later."""
+
+
+class UnavailableError(ServingError):
+    """The engine is starting, draining or dead."""
 
 
 class MissingDependencyError(LlamaAdapterError):
