@@ -172,7 +172,16 @@ def report(
     for what, target in targets.items():
         results[what]["target"] = target
         results[what]["met"] = results[what]["ratio"] <= target
-    document = {
+    text = json.dumps(describe(name, results, options=options), indent=2, default=str)
+    print(text)
+    if options.out is not None:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(text + "\n")
+
+
+def describe(name: str, results: dict[str, Any], *, options: argparse.Namespace) -> dict[str, Any]:
+    """Results with date, device, versions and settings."""
+    return {
         "benchmark": name,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "device": device_name(options.device),
@@ -180,11 +189,6 @@ def report(
         "settings": {k: _anywhere(v) for k, v in vars(options).items() if k != "out"},
         "results": results,
     }
-    text = json.dumps(document, indent=2, default=str)
-    print(text)
-    if options.out is not None:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(text + "\n")
 
 
 def device_name(device: str) -> str:
