@@ -154,7 +154,7 @@ def stream(
     shown = ""
     try:
         while (text := written.texts.get()) is not None:
-            settled = _settled(text, processor.ends)
+            settled = settled_text(text, processor.ends)
             if len(settled) > len(shown):
                 yield settled[len(shown) :]
                 shown = settled
@@ -335,10 +335,11 @@ class _Ends:
 
     def text_before(self, tokens: list[int]) -> str:
         """The text up to the end, of which the last token may hold more than the end."""
-        return _before(self.tokenizer.decode(tokens, skip_special_tokens=True), self.texts)
+        return text_before(self.tokenizer.decode(tokens, skip_special_tokens=True), self.texts)
 
 
-def _before(text: str, ends: Sequence[str]) -> str:
+def text_before(text: str, ends: Sequence[str]) -> str:
+    """The text up to the first of its ends."""
     for end in ends:
         text = text.partition(end)[0]
     return text
@@ -376,13 +377,13 @@ _LAST_WORD = re.compile(r"[^\s\u2e80-\u9fff\uac00-\ud7a3]+$")
 """An unfinished word, of which later tokens may make another; scripts without spaces have none."""
 
 
-def _settled(text: str, ends: Sequence[str]) -> str:
+def settled_text(text: str, ends: Sequence[str]) -> str:
     """What of an unfinished answer stays, however it goes on.
 
-    >>> _settled(" a red # st", ["# #"])
+    >>> settled_text(" a red # st", ["# #"])
     'a red'
     """
-    text = _LAST_WORD.sub("", _before(text, ends)).strip()
+    text = _LAST_WORD.sub("", text_before(text, ends)).strip()
     while held := max((_overlap(text, end) for end in ends), default=0):
         text = text[:-held].rstrip()
     return text
