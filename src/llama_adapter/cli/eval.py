@@ -6,7 +6,7 @@ import contextlib
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from typer import Option
@@ -101,6 +101,10 @@ _MaxNewTokens = Annotated[
 _Temperature = Annotated[
     float | None, Option(help="0: no sampling.", callback=between(0, MAX_TEMPERATURE))
 ]
+_Images = Annotated[
+    Literal["own", "none", "shuffled"] | None,
+    Option(help="Show each record's own images, none, or another record's."),
+]
 _BatchSize = Annotated[int | None, Option(help="Records at once.", callback=between(1, 1_000_000))]
 _Device = Annotated[str | None, Option(help="cpu, cuda, …")]
 _Json = Annotated[bool, Option("--json", help="Print one JSON object.")]
@@ -132,6 +136,7 @@ def eval_(
     seed: _Seed = 0,
     frames: _Frames = None,
     prompt: _Prompt = None,
+    images: _Images = None,
     max_new_tokens: _MaxNewTokens = None,
     temperature: _Temperature = None,
     batch_size: _BatchSize = None,
@@ -185,7 +190,7 @@ def eval_(
         max_tokens=expert_tokens,
     )
     sampling = {"seed": seed, "temperature": temperature, "max_new_tokens": max_new_tokens}
-    asking = {"frames": frames, "prompt": prompt, "batch_size": batch_size}
+    asking = {"frames": frames, "prompt": prompt, "batch_size": batch_size, "images": images}
     plan = _plan(task, out, {**sampling, **asking}, limit=limit, shard=shard)
     with contextlib.ExitStack() as opened:
         emit = opened.enter_context(json_only(as_json))

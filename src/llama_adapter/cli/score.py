@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 TASK_HELP = (
     "msvd-qa, msrvtt-qa, activitynet-qa, videoinstruct, infimm-eval, coco-caption, scienceqa, "
-    "mme, vicuna-80 or vqa."
+    "mme, vicuna-80, vqa or vqav2."
 )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import re
 import time
 from collections import Counter
@@ -111,7 +112,7 @@ def run(
         raise EvaluationError(f"{inputs.data}: selection holds no records")
     folders = MediaFolders.beside(inputs.data, media)
     folder = run_folder(out, selection)
-    paths, missing = _find_media(records, folders)
+    paths, missing = _shown(records, generation, folders)
     asker = _Asker(task, generation, paths)
     manifest = make_manifest(
         task=task.name,
@@ -187,6 +188,47 @@ def _done(folder: Path, task: Task) -> set[str]:
     # what had a problem is tried again: the missing video may be there by now
     rows = read_ours(path, task=task.name).rows
     return {row.record.id for row in rows if row.problem is None}
+
+
+def _shown(
+    records: Sequence[Record], generation: Generation, folders: MediaFolders
+) -> tuple[dict[str, list[Path]], dict[str, str]]:
+    """Files that are shown with each record, by its id, and what is missing."""
+    if generation.images == "none":
+        return {record.id: [] for record in records}, {}
+    paths, missing = _find_media(records, folders)
+    if generation.images == "own":
+        return paths, missing
+    return _exchanged(records, paths, seed=generation.seed), missing
+
+
+def _exchanged(
+    records: Sequence[Record], paths: dict[str, list[Path]], *, seed: int
+) -> dict[str, list[Path]]:
+    """Files of another record that has as many, and others; every file is shown as often as before.
+
+    Ordered by their files and shifted by the size of the largest group that shares them, no record
+    keeps its own.
+    """
+    kinds: dict[tuple[int, bool], list[str]] = {}
+    for record in records:
+        if paths[record.id]:
+            kind = (len(paths[record.id]), record.video is not None)
+            kinds.setdefault(kind, []).append(record.id)
+    exchanged = {record.id: paths[record.id] for record in records}
+    for ids in kinds.values():
+        shuffled = random.Random(seed).sample(ids, len(ids))
+        place = {str(paths[id_]): number for number, id_ in enumerate(shuffled)}
+        ordered = sorted(shuffled, key=lambda id_: place[str(paths[id_])])
+        shift = max(Counter(str(paths[id_]) for id_ in ids).values())
+        if 2 * shift > len(ids):
+            raise EvaluationError(
+                f"--images shuffled: {shift} of {len(ids)} records have the same images, so that "
+                "not everyone can have another's"
+            )
+        for at, id_ in enumerate(ordered):
+            exchanged[id_] = paths[ordered[(at + shift) % len(ordered)]]
+    return exchanged
 
 
 def _find_media(

@@ -12,6 +12,7 @@ from llama_adapter.evaluation.tasks.vicuna import VICUNA_80
 from llama_adapter.evaluation.tasks.video_qa import ACTIVITYNET_QA, MSRVTT_QA, MSVD_QA
 from llama_adapter.evaluation.tasks.videoinstruct import VIDEOINSTRUCT
 from llama_adapter.evaluation.tasks.vqa import VQA
+from llama_adapter.evaluation.tasks.vqav2 import VQAV2
 
 TASKS: dict[str, Task] = {
     task.name: task
@@ -26,6 +27,7 @@ TASKS: dict[str, Task] = {
         MME,
         VICUNA_80,
         VQA,
+        VQAV2,
     )
 }
 """Every task by its name on the command line."""

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from llama_adapter.errors import EvaluationError
 from llama_adapter.evaluation.predictions import Predictions
@@ -24,6 +25,8 @@ class Generation(GenerationSettings):
     prompt: str = "{question}"
     """What is asked, around the task's own question."""
     batch_size: int = 8
+    images: Literal["own", "none", "shuffled"] = "own"
+    """Each record's own images, none, or those of another record: what a blind model would say."""
 
     def __post_init__(self) -> None:
         GenerationSettings.__post_init__(self)  # super() does not work beside slots

@@ -46,6 +46,8 @@ def read(inputs: Inputs) -> list[Record]:
     elif isinstance(content, dict) and isinstance(content.get("images"), list):
         pairs = _from_karpathy(content, split, where=str(path))
     else:
+        if isinstance(content, list):
+            content = [item for item in content if _is_of(item, split)]
         pairs = _pairs(content, ("captions", "caption", "references", "refs"), where=str(path))
     merged: dict[str, tuple[_Names, list[str]]] = {}
     for names, captions in pairs:
@@ -65,6 +67,11 @@ def read(inputs: Inputs) -> list[Record]:
         )
         for key, (names, captions) in merged.items()
     ]
+
+
+def _is_of(item: Any, split: str) -> bool:
+    """Whether an item belongs to the split; one that names none belongs to any."""
+    return not isinstance(item, dict) or item.get("split", split) == split
 
 
 def _picture(names: _Names) -> str:
