@@ -72,7 +72,7 @@ def test_two_shards_learn_what_one_process_learns(
     out = tmp_path / "shards"
     _, said = finish(*start(recipe, f"out={out}", "compute.strategy=fsdp2", processes=2))
     assert "2 process(es)" in said[0]
-    assert "Sharded" in said[0]
+    assert "FSDP" in said[0]
     # perplexities are some hundreds
     assert_close(losses(out), losses(alone), rtol=1e-5, atol=1e-5)
     assert "held_out/pairs.words" in losses(out)[-1]
@@ -117,7 +117,7 @@ def test_replicas_on_two_nodes_learn_what_one_process_learns(
         _, err = node.communicate(timeout=SECONDS)
         assert node.returncode == 0, err[-4000:]
         said.append(err)
-    assert "2 process(es) on cpu, Replicated" in said[0]
+    assert "2 process(es) on cpu, DDP" in said[0]
     unscored = [
         {name: value for name, value in row.items() if not name.startswith("held_out/")}
         for row in losses(alone)

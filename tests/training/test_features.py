@@ -116,7 +116,7 @@ class Rank:
     def __init__(self, rank: int, said: list[Any]) -> None:
         self.rank, self.said = rank, said
 
-    def total(self, values: torch.Tensor) -> torch.Tensor:
+    def all_reduce(self, values: torch.Tensor) -> torch.Tensor:
         return values
 
     def gather(self, value: Any) -> list[Any]:
@@ -137,7 +137,7 @@ def test_every_process_computes_a_share(recipe_file: Write, tmp_path: Path) -> N
         cache = features.open_cache(recipe.vision, model, processor, folder=tmp_path)
         features.fill_cache(
             cache, data.sources, model, processor,
-            meeting=Rank(rank, said), workers=0, stage=lambda _label, _total: lambda _done: None,
+            communicator=Rank(rank, said), workers=0, stage=lambda *_: lambda _done: None,
         )  # fmt: skip
         assert images_of(tmp_path) == count
 

@@ -24,8 +24,8 @@ from llama_adapter.processing.encoding import Encoded
 from llama_adapter.processing.processor import LlamaAdapterProcessor
 from llama_adapter.training.build import build
 from llama_adapter.training.held_out import CaptionScorer
+from llama_adapter.training.memory import Sizes, sizes_of
 from llama_adapter.training.recipe import Recipe, SourceTypes, StreamSection
-from llama_adapter.training.sizes import Sizes, sizes_of
 from llama_adapter.training.startup import check_positions, faults_of
 from llama_adapter.training.streams import choose_held_out, encoder_of
 

@@ -62,8 +62,8 @@ def engine_for(
     if accelerator.num_processes == 1:
         return OneProcess(model)
     if is_sharded(strategy, accelerator):
-        return Sharded(model, accelerator.device)
-    return Replicated(model, accelerator)
+        return FSDP(model, accelerator.device)
+    return DDP(model, accelerator)
 
 
 def is_sharded(strategy: str, accelerator: Accelerator) -> bool:
@@ -73,7 +73,7 @@ def is_sharded(strategy: str, accelerator: Accelerator) -> bool:
     return wanted and accelerator.num_processes > 1
 
 
-class Rendezvous:
+class ProcessGroup:
     """Where processes meet; there may be only one."""
 
     def __init__(self, device: torch.device) -> None:
@@ -81,7 +81,7 @@ class Rendezvous:
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.world_size = dist.get_world_size() if dist.is_initialized() else 1
 
-    def total(self, values: Tensor) -> Tensor:
+    def all_reduce(self, values: Tensor) -> Tensor:
         """The sum of every process's values."""
         summed = values.detach().clone().to(self.device)
         if self.world_size > 1:
@@ -96,7 +96,7 @@ class Rendezvous:
         return values
 
 
-class Replicated(Rendezvous):
+class DDP(ProcessGroup):
     """Every process holds the whole model; gradients are averaged (DDP)."""
 
     def __init__(
@@ -110,21 +110,21 @@ class Replicated(Rendezvous):
                 f"({accelerator.distributed_type})"
             )
 
-    def last_of_its_kind(self, is_last: bool) -> AbstractContextManager[Any]:
+    def sync_gradients(self, is_last: bool) -> AbstractContextManager[Any]:
         assert isinstance(self.module, nn.parallel.DistributedDataParallel)
         return nullcontext() if is_last else self.module.no_sync()
 
-    def gather_root(self) -> None:
+    def unshard_root(self) -> None:
         pass
 
-    def whole(self, tensor: Tensor) -> Tensor:
+    def full_tensor(self, tensor: Tensor) -> Tensor:
         return tensor
 
-    def own_part(self, whole: Tensor, like: Tensor) -> Tensor:
-        return whole.to(like.device)
+    def local_shard(self, full: Tensor, like: Tensor) -> Tensor:
+        return full.to(like.device)
 
 
-class Sharded(Rendezvous):
+class FSDP(ProcessGroup):
     """Every decoder layer is spread over the processes and gathered where it computes (FSDP2).
 
     The vision encoder stays whole: no gradient passes it, and not every pass has pictures.
@@ -157,22 +157,22 @@ class Sharded(Rendezvous):
         # what is not in a layer stays gathered after a forward pass; the trainer wants the shards
         self.sharded.reshard()
 
-    def last_of_its_kind(self, is_last: bool) -> AbstractContextManager[Any]:
+    def sync_gradients(self, is_last: bool) -> AbstractContextManager[Any]:
         # what a pass without gradients left gathered would learn as it did before that pass
         self.sharded.reshard()
         self.sharded.set_requires_gradient_sync(is_last)
         return nullcontext()
 
-    def gather_root(self) -> None:
+    def unshard_root(self) -> None:
         self.sharded.unshard()
 
-    def whole(self, tensor: Tensor) -> Tensor:
+    def full_tensor(self, tensor: Tensor) -> Tensor:
         return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
-    def own_part(self, whole: Tensor, like: Tensor) -> Tensor:
+    def local_shard(self, full: Tensor, like: Tensor) -> Tensor:
         if not isinstance(like, DTensor):
-            return whole.to(like.device)
-        return distribute_tensor(whole.to(like.device), like.device_mesh, like.placements)
+            return full.to(like.device)
+        return distribute_tensor(full.to(like.device), like.device_mesh, like.placements)
 
 
 def decoder_layers(model: LlamaAdapterForConditionalGeneration) -> list[nn.Module]:

@@ -17,13 +17,13 @@ from llama_adapter.errors import LlamaAdapterError
 from llama_adapter.model import LlamaAdapterForConditionalGeneration
 
 
-class Meeting(Protocol):
+class Communicator(Protocol):
     """Where processes meet; every one calls the same methods in the same order."""
 
     rank: int
     world_size: int
 
-    def total(self, values: Tensor) -> Tensor:
+    def all_reduce(self, values: Tensor) -> Tensor:
         """The sum of every process's values."""
         ...
 
@@ -32,25 +32,25 @@ class Meeting(Protocol):
         ...
 
 
-class Engine(Meeting, Protocol):
+class Engine(Communicator, Protocol):
     """Where the passes of a step run."""
 
     module: nn.Module
     """What is called for a forward pass."""
 
-    def last_of_its_kind(self, is_last: bool) -> AbstractContextManager[Any]:
+    def sync_gradients(self, is_last: bool) -> AbstractContextManager[Any]:
         """Surrounds a forward and its backward; gradients need to meet in the last one only."""
         ...
 
-    def gather_root(self) -> None:
+    def unshard_root(self) -> None:
         """Make whole what belongs to no layer, for work outside of a forward pass."""
         ...
 
-    def whole(self, tensor: Tensor) -> Tensor:
+    def full_tensor(self, tensor: Tensor) -> Tensor:
         """A tensor that may be spread over processes, in one piece."""
         ...
 
-    def own_part(self, whole: Tensor, like: Tensor) -> Tensor:
+    def local_shard(self, full: Tensor, like: Tensor) -> Tensor:
         """A whole tensor laid out as `like` is."""
         ...
 
@@ -64,39 +64,39 @@ class OneProcess:
     def __init__(self, model: LlamaAdapterForConditionalGeneration) -> None:
         self.module: nn.Module = model
 
-    def last_of_its_kind(self, is_last: bool) -> AbstractContextManager[Any]:  # noqa: ARG002
+    def sync_gradients(self, is_last: bool) -> AbstractContextManager[Any]:  # noqa: ARG002
         return nullcontext()
 
-    def gather_root(self) -> None:
+    def unshard_root(self) -> None:
         pass
 
-    def total(self, values: Tensor) -> Tensor:
+    def all_reduce(self, values: Tensor) -> Tensor:
         return values
 
-    def whole(self, tensor: Tensor) -> Tensor:
+    def full_tensor(self, tensor: Tensor) -> Tensor:
         return tensor
 
-    def own_part(self, whole: Tensor, like: Tensor) -> Tensor:
-        return whole.to(like.device)
+    def local_shard(self, full: Tensor, like: Tensor) -> Tensor:
+        return full.to(like.device)
 
     def gather(self, value: Any) -> list[Any]:
         return [value]
 
 
-def on_rank_0(meeting: Meeting, work: Callable[[], Any]) -> None:
+def on_rank_0(communicator: Communicator, work: Callable[[], Any]) -> None:
     """Let one process do it; all of them fail if it does."""
     failure: LlamaAdapterError | None = None
-    if meeting.rank == 0:
+    if communicator.rank == 0:
         try:
             work()
         except LlamaAdapterError as error:
             failure = error
-    failure = meeting.gather(failure)[0]
+    failure = communicator.gather(failure)[0]
     if failure is not None:
         raise failure
 
 
-def blank_picture(model: LlamaAdapterForConditionalGeneration, input_ids: Tensor) -> dict[str, Any]:
+def dummy_image(model: LlamaAdapterForConditionalGeneration, input_ids: Tensor) -> dict[str, Any]:
     """Inputs of a picture that no token reads: the same pass as with one, and adds zero."""
     assert model.vision is not None
     size = getattr(model.vision.config, "vision_config", model.vision.config).image_size

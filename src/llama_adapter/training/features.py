@@ -19,7 +19,7 @@ from llama_adapter.families.vision import vision_features
 from llama_adapter.model import LlamaAdapterForConditionalGeneration
 from llama_adapter.model.references import describe_model
 from llama_adapter.processing.processor import LlamaAdapterProcessor
-from llama_adapter.training.engine import Meeting, on_rank_0
+from llama_adapter.training.engine import Communicator, on_rank_0
 from llama_adapter.training.recipe import VisionSection
 
 _SAMPLES = 32
@@ -57,7 +57,7 @@ def fill_cache(
     model: LlamaAdapterForConditionalGeneration,
     processor: LlamaAdapterProcessor,
     *,
-    meeting: Meeting,
+    communicator: Communicator,
     workers: int,
     stage: Stage,
 ) -> None:
@@ -71,9 +71,9 @@ def fill_cache(
         missing.extend(_missing(sources, cache))
         cache.remember_files()
 
-    on_rank_0(meeting, look)
-    missing = meeting.gather(missing)[0]
-    mine = missing[meeting.rank :: meeting.world_size]
+    on_rank_0(communicator, look)
+    missing = communicator.gather(missing)[0]
+    mine = missing[communicator.rank :: communicator.world_size]
     progress = stage("image features", len(mine)) if mine else lambda _done: None
     chunks = [mine[at : at + _SAMPLES] for at in range(0, len(mine), _SAMPLES)]
     loader = DataLoader(
@@ -93,7 +93,7 @@ def fill_cache(
         progress(len(chunk))
     if waiting:
         cache.add(waiting)
-    meeting.gather(None)  # until all have written
+    communicator.gather(None)  # until all have written
     cache.reload()
 
 

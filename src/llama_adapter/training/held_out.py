@@ -80,7 +80,7 @@ class HeldOutScorer:
             for likelihood in found if counts else ():
                 log_probs_A = likelihood.log_probabilities_A.double()
                 sums += torch.stack([-log_probs_A.sum(), sums.new_tensor(len(log_probs_A))])
-        total, tokens = self.engine.total(sums).tolist()
+        total, tokens = self.engine.all_reduce(sums).tolist()
         # of nothing learnt yet it may be beyond any number that is worth writing
         return math.exp(min(total / max(tokens, 1), 50.0))
 
@@ -105,7 +105,7 @@ class HeldOutScorer:
         assert section is not None
         inputs = self._inputs(questions).to(self.model.device)
         # made here, for `generate` would use layers beyond a forward pass, where they are in shards
-        self.engine.gather_root()
+        self.engine.unshard_root()
         inputs["visual_prompts"] = self.model.encode_visual(
             inputs.pop("pixel_values", None), visual_features=inputs.pop("visual_features", None)
         )

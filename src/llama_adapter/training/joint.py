@@ -24,7 +24,7 @@ from llama_adapter.model import (
     answer_mask,
 )
 from llama_adapter.model.groups import Role
-from llama_adapter.training.engine import Engine, OneProcess, blank_picture
+from llama_adapter.training.engine import Engine, OneProcess, dummy_image
 from llama_adapter.training.muon import Muon
 from llama_adapter.training.recipe import OptimizerSection
 from llama_adapter.training.schedule import language_scale, lr_scale
@@ -136,7 +136,7 @@ class JointTrainer:
         for (kind, micro_batches), count in zip(batches.items(), counts, strict=True):
             losses.append(self._backward(micro_batches, GROUP_OF[kind], count, has_pictures.pop(0)))
             report.answer_tokens[kind] = int(count)
-        summed = self.engine.total(torch.stack(losses)).tolist()
+        summed = self.engine.all_reduce(torch.stack(losses)).tolist()
         report.losses = dict(zip(batches, summed, strict=True))
         report.grad_norms = self._clip()
         report.skipped = bool(report.not_finite())
@@ -176,7 +176,7 @@ class JointTrainer:
         ]
         device = self.model.device
         values = torch.stack([n.to(device, torch.int64) for n in (*own, *pictures)])
-        totals = self.engine.total(values)
+        totals = self.engine.all_reduce(values)
         seen = iter((totals[len(own) :] > 0).tolist())
         return totals[: len(own)].clamp(min=1), [[next(seen) for _ in k] for k in batches.values()]
 
@@ -193,10 +193,10 @@ class JointTrainer:
             # without a picture VISION alone would have nothing to differentiate
             needs_picture = has_pictures[index] or moving == {Group.VISION}
             if needs_picture and not _has_pictures(batch):
-                inputs |= blank_picture(self.model, inputs["input_ids"])
+                inputs |= dummy_image(self.model, inputs["input_ids"])
             with (
                 self._only(moving),
-                self.engine.last_of_its_kind(index == len(batches) - 1),
+                self.engine.sync_gradients(index == len(batches) - 1),
                 torch.autocast(device.type, self.autocast_dtype, enabled=enabled),
             ):
                 loss = self.engine.module(
@@ -215,7 +215,7 @@ class JointTrainer:
         for group, parameters in self.parameters.items():
             if any(p.grad is not None for p in parameters):
                 norm = nn.utils.clip_grad_norm_(parameters, self.section.max_grad_norm)
-                norms[group.value] = float(self.engine.whole(norm))
+                norms[group.value] = float(self.engine.full_tensor(norm))
         return norms
 
     @contextmanager
@@ -236,7 +236,7 @@ class JointTrainer:
 
     def parameter_state(self) -> dict[str, Tensor]:
         """Every trained tensor in one piece, by name; all processes must ask together."""
-        return {n: self.engine.whole(p.detach()) for n, p in self._all_named().items()}
+        return {n: self.engine.full_tensor(p.detach()) for n, p in self._all_named().items()}
 
     @torch.no_grad()
     def load_parameter_state(self, state: Mapping[str, Tensor]) -> None:
@@ -249,7 +249,7 @@ class JointTrainer:
         if unknown:
             raise CheckpointError(f"tensors {unknown[:3]}, which this adapter does not have")
         for name, parameter in named.items():
-            parameter.copy_(self.engine.own_part(_of_shape(state, name, parameter), parameter))
+            parameter.copy_(self.engine.local_shard(_of_shape(state, name, parameter), parameter))
 
     def _optimizer_of(self, parameter: nn.Parameter) -> torch.optim.Optimizer:
         last = self.optimizers[-1]
@@ -262,7 +262,7 @@ class JointTrainer:
         for name, parameter in self._all_named().items():
             kept = self._optimizer_of(parameter).state.get(parameter)
             if kept:
-                moments[name] = {key: self.engine.whole(value) for key, value in kept.items()}
+                moments[name] = {key: self.engine.full_tensor(value) for key, value in kept.items()}
         return {"moments": moments, "step_count": self.step_count}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -290,7 +290,7 @@ class JointTrainer:
             optimizer.state[parameter] = {
                 key: _checked(kept[key], key, _STEP_LIKE).clone()
                 if key == "step"
-                else self.engine.own_part(_of_shape(kept, key, parameter), parameter).clone()
+                else self.engine.local_shard(_of_shape(kept, key, parameter), parameter).clone()
                 for key in kept
             }
         self.step_count = step_count

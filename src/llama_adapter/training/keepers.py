@@ -9,7 +9,7 @@ from llama_adapter.data import TrainBatch
 from llama_adapter.errors import CheckpointError, TrainingError
 from llama_adapter.model.persistence import ADAPTER_WEIGHTS_NAME
 from llama_adapter.model.tensor_files import read_tensors
-from llama_adapter.training.engine import Meeting
+from llama_adapter.training.engine import Communicator
 from llama_adapter.training.run_directory import BROKEN, JsonLines
 
 
@@ -20,14 +20,14 @@ class InvalidRecords:
         self.file = JsonLines(directory / BROKEN)
         self.listed: set[str] = set()
 
-    def add(self, batches: Iterable[TrainBatch], *, step: int, meeting: Meeting) -> None:
+    def add(self, batches: Iterable[TrainBatch], *, step: int, communicator: Communicator) -> None:
         """List what is new in a step's batches of all processes."""
         own = [record.to_dict() for batch in batches for record in batch.broken]
         # a sample cut into pieces may turn up twice in one step
-        found = {one["where"]: one for of_rank in meeting.gather(own) for one in of_rank}
+        found = {one["where"]: one for of_rank in communicator.gather(own) for one in of_rank}
         new = {where: one for where, one in found.items() if where not in self.listed}
         self.listed.update(new)
-        if meeting.rank == 0:
+        if communicator.rank == 0:
             for one in new.values():
                 self.file.append({"step": step, **one})
 

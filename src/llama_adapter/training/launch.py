@@ -17,17 +17,17 @@ from llama_adapter.errors import TrainingError
 from llama_adapter.processing.processor import LlamaAdapterProcessor
 from llama_adapter.training.build import Built, build, load_processor
 from llama_adapter.training.distributed import (
-    Rendezvous,
+    ProcessGroup,
     engine_for,
     finish,
     is_sharded,
     start_processes,
 )
-from llama_adapter.training.engine import Engine, Meeting, on_rank_0
+from llama_adapter.training.engine import Communicator, Engine, on_rank_0
 from llama_adapter.training.features import fill_cache, open_cache
 from llama_adapter.training.held_out import CaptionScorer, HeldOutScorer
 from llama_adapter.training.machine import require_tracker, wants_cpu
-from llama_adapter.training.measures import Row
+from llama_adapter.training.metrics import Row
 from llama_adapter.training.recipe import Recipe, SourceTypes
 from llama_adapter.training.run import Outcome, TrainingRun, Watcher
 from llama_adapter.training.run_directory import BROKEN, CACHE, TRACKED, JsonLines, RunDirectory
@@ -55,8 +55,8 @@ def train(
     if recipe.compute.threads is not None:
         torch.set_num_threads(recipe.compute.threads)
     with ExitStack() as held, _processes(recipe) as accelerator:
-        meeting = Rendezvous(accelerator.device)
-        on_rank_0(meeting, lambda: _take_directory(recipe, held, watcher, resume=resume))
+        communicator = ProcessGroup(accelerator.device)
+        on_rank_0(communicator, lambda: _take_directory(recipe, held, watcher, resume=resume))
         processor = load_processor(recipe)
         sizes = refuse_at_start(
             recipe,
@@ -80,7 +80,7 @@ def train(
         with _closing(data):
             sharded = is_sharded(recipe.compute.strategy, accelerator)
             built = build(recipe, device=accelerator.device, on_device=not sharded)
-            _cache_features(recipe, built, processor, data, meeting, watcher)
+            _cache_features(recipe, built, processor, data, communicator, watcher)
             engine = engine_for(built.model, accelerator, strategy=recipe.compute.strategy)
             run = TrainingRun(
                 recipe,
@@ -92,7 +92,7 @@ def train(
                 evaluate=_evaluation(recipe, built.model, processor, engine, data, score_captions),
                 budget=budget,
             )
-            on_rank_0(meeting, lambda: _begin(run.directory, recipe, data, watcher))
+            on_rank_0(communicator, lambda: _begin(run.directory, recipe, data, watcher))
             run.track = _tracking(recipe, accelerator)
             if accelerator.is_main_process:
                 watcher.say(_summary(run, engine, accelerator))
@@ -129,7 +129,7 @@ def _cache_features(
     built: Built,
     processor: LlamaAdapterProcessor,
     data: RecipeData,
-    meeting: Meeting,
+    communicator: Communicator,
     watcher: Watcher,
 ) -> None:
     """Compute the features of all images, where the recipe wants them on disk."""
@@ -143,9 +143,9 @@ def _cache_features(
         data.sources,
         built.model,
         processor,
-        meeting=meeting,
+        communicator=communicator,
         workers=recipe.data.workers,
-        stage=watcher.stage if meeting.rank == 0 else Watcher().stage,
+        stage=watcher.stage if communicator.rank == 0 else Watcher().stage,
     )
     data.use_features(cache)
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from llama_adapter.errors import TrainingError
 from llama_adapter.files import MAX_YAML_BYTES, read_text, write_atomically
-from llama_adapter.training.measures import Row
+from llama_adapter.training.metrics import Row
 from llama_adapter.training.run_directory import METRICS, RECIPE, JsonLines
 
 PNG, HTML = "plot.png", "plot.html"

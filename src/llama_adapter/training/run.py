@@ -23,11 +23,12 @@ from llama_adapter.errors import CheckpointError, TrainingError
 from llama_adapter.model.persistence import ADAPTER_WEIGHTS_NAME
 from llama_adapter.processing.processor import LlamaAdapterProcessor
 from llama_adapter.training.build import Built
+from llama_adapter.training.checkpointing import Checkpointer
 from llama_adapter.training.engine import Engine, on_rank_0
 from llama_adapter.training.joint import JointTrainer, StepReport
 from llama_adapter.training.keepers import BestAdapter, InvalidRecords
 from llama_adapter.training.machine import autocast_dtype
-from llama_adapter.training.measures import Row, gate_sizes, row_of
+from llama_adapter.training.metrics import Row, gate_sizes, row_of
 from llama_adapter.training.micro_batches import drop_channels, split_by_length, with_features
 from llama_adapter.training.recipe import Recipe
 from llama_adapter.training.run_directory import (
@@ -40,7 +41,6 @@ from llama_adapter.training.run_directory import (
     step_of,
 )
 from llama_adapter.training.schedule import StepBudget, kinds_of
-from llama_adapter.training.snapshots import Snapshots
 
 MOST_BAD_STEPS = 3
 """So many steps in a row whose loss is not finite end the run."""
@@ -114,7 +114,7 @@ class TrainingRun:
             lora=None if built.lora is None else built.lora.named_parameters(),
             lora_lr=None if recipe.lora is None else recipe.lora.lr,
         )
-        self.snapshots = Snapshots(self.trainer, built, processor)
+        self.checkpointer = Checkpointer(self.trainer, built, processor)
         self._evaluate = evaluate
         self.track: Callable[[Row, int], None] | None = None
         """What a row goes to, besides metrics.jsonl."""
@@ -183,7 +183,7 @@ class TrainingRun:
         if self._due(step + 1, self.recipe.logging.every):
             row |= gate_sizes(self.trainer)
         if broken:
-            self.invalid.add(every, step=step + 1, meeting=self.engine)
+            self.invalid.add(every, step=step + 1, communicator=self.engine)
         self._watch_losses(row, report, every)
         return row
 
@@ -207,7 +207,7 @@ class TrainingRun:
 
     def _sums(self, batches: Sequence[TrainBatch]) -> tuple[int, int]:
         counts = torch.tensor([sum(b.tokens for b in batches), sum(len(b.broken) for b in batches)])
-        tokens, broken = self.engine.total(counts).tolist()
+        tokens, broken = self.engine.all_reduce(counts).tolist()
         return int(tokens), int(broken)
 
     def _watch_losses(self, row: Row, report: StepReport, batches: Sequence[TrainBatch]) -> None:
@@ -265,7 +265,7 @@ class TrainingRun:
             "best_of": self.best.metric,
             "budget": None if self.recipe.minutes is None else self.budget.state_dict(),
         }
-        write = self.snapshots.checkpoint_writer(own)
+        write = self.checkpointer.checkpoint_writer(own)
         keep = self.recipe.keep_checkpoints
         step = self.trainer.step_count
         on_rank_0(self.engine, lambda: self.directory.save(step, write, keep=keep))
@@ -278,7 +278,7 @@ class TrainingRun:
         return {**state, "broken": [[*key, reason] for key, reason in every.items()]}
 
     def _publish(self, name: str) -> None:
-        write = self.snapshots.adapter_writer()
+        write = self.checkpointer.adapter_writer()
         on_rank_0(self.engine, lambda: self.directory.publish(name, write))
 
     def _restore(self) -> int:
@@ -321,7 +321,7 @@ class TrainingRun:
         """Take a checkpoint over; CheckpointError in all processes where one cannot."""
         failure: CheckpointError | None = None
         try:
-            self._take(self.snapshots.load(checkpoint))
+            self._take(self.checkpointer.load(checkpoint))
         except CheckpointError as error:
             failure = error
         failures = [one for one in self.engine.gather(failure) if one is not None]

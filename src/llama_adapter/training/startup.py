@@ -16,8 +16,8 @@ from llama_adapter.processing.encoding import encode, opening_ids
 from llama_adapter.processing.processor import LlamaAdapterProcessor
 from llama_adapter.training.held_out import CaptionScorer
 from llama_adapter.training.machine import require_quantizer, require_tracker, wants_cpu
+from llama_adapter.training.memory import Sizes, sizes_of
 from llama_adapter.training.recipe import Recipe
-from llama_adapter.training.sizes import Sizes, sizes_of
 
 
 def faults_of(

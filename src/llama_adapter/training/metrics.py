@@ -39,7 +39,7 @@ def gate_sizes(trainer: JointTrainer) -> Row:
     for named in trainer.named.values():
         for name, parameter in named.items():
             if name in gates:
-                gate = trainer.engine.whole(parameter.detach()).float()
+                gate = trainer.engine.full_tensor(parameter.detach()).float()
                 size = (gate.tanh() if is_tanh else gate).abs().mean()
                 sizes[f"gate/{name.removesuffix('.gate')}"] = _finite(float(size))
     return sizes

@@ -69,7 +69,7 @@ class _State(BaseModel):
     beside: _Beside
 
 
-class Snapshots:
+class Checkpointer:
     """Writes and reads the state of one trainer.
 
     Writers are made by all processes together, since tensors may be spread over them, and called
