@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
-from tests.training.workers import SECONDS, finish, free_port, start, words
+from tests.training.workers import finish, free_port, run_nodes, start, words
 from torch.testing import assert_close
 
 from llama_adapter.model.persistence import ADAPTER_WEIGHTS_NAME
@@ -103,20 +102,13 @@ def test_replicas_on_two_nodes_learn_what_one_process_learns(
 ) -> None:
     """The launch recipe of the guide: the same command on every machine but for the rank."""
     out, port = tmp_path / "nodes", free_port()
-    nodes = [
-        subprocess.Popen(
-            [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1",
-             f"--node_rank={rank}", "--master_addr=127.0.0.1", f"--master_port={port}",
-             "-m", "llama_adapter.cli", "train", str(recipe), f"out={out}", "evaluation=null"],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
+    commands = [
+        [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1",
+         f"--node_rank={rank}", "--master_addr=127.0.0.1", f"--master_port={port}",
+         "-m", "llama_adapter.cli", "train", str(recipe), f"out={out}", "evaluation=null"]
         for rank in (0, 1)
     ]  # fmt: skip
-    said = []
-    for node in nodes:
-        _, err = node.communicate(timeout=SECONDS)
-        assert node.returncode == 0, err[-4000:]
-        said.append(err)
+    said = run_nodes(commands, tmp_path)
     assert "2 process(es) on cpu, DDP" in said[0]
     unscored = [
         {name: value for name, value in row.items() if not name.startswith("held_out/")}

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import random
 import socket
+import subprocess
+import time
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from queue import Empty
@@ -23,9 +27,12 @@ def context() -> Any:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port nobody listens on, below those the kernel hands out: nobody is given it by chance."""
+    while True:
+        port = random.SystemRandom().randrange(10_000, 32_000)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("", port))
+            return port
 
 
 def words(captions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
@@ -77,14 +84,45 @@ def start(
 
 
 def finish(started: Sequence[BaseProcess], answers: Any) -> tuple[Any, list[str]]:
-    """Outcome and messages of rank 0, which alone speaks."""
+    """Outcome and messages of rank 0, which alone speaks; the first error ends all processes."""
+    found: list[Any] = []
+    until = time.monotonic() + SECONDS
     try:
-        found = [answers.get(timeout=SECONDS) for _ in started]
-    except Empty:
-        raise AssertionError("a process did not answer") from None
-    errors = [answer for answer in found if isinstance(answer, str)]
-    assert not errors, errors[0]
-    for process in started:
-        process.join(SECONDS)
-        assert process.exitcode == 0
+        while len(found) < len(started):
+            with suppress(Empty):
+                found.append(answers.get(timeout=1))
+                assert not isinstance(found[-1], str), found[-1]
+            codes = [process.exitcode for process in started]
+            assert not any(codes), f"a process ended without an answer, exit codes {codes}"
+            assert time.monotonic() < until, f"no answer, exit codes {codes}"
+        for process in started:
+            process.join(SECONDS)
+            assert process.exitcode == 0
+    finally:
+        for process in started:
+            process.kill()
     return max(found, key=lambda answer: len(answer[1]))
+
+
+def run_nodes(commands: Sequence[Sequence[str]], folder: Path) -> list[str]:
+    """What each command says on stderr; the first that fails ends all of them."""
+    logs = [folder / f"node{rank}.log" for rank in range(len(commands))]
+    nodes = []
+    try:
+        for command, log in zip(commands, logs, strict=True):
+            with log.open("w") as file:  # a pipe that is not read would block the node
+                nodes.append(subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=file))
+        until = time.monotonic() + SECONDS
+        while any(node.poll() is None for node in nodes):
+            time.sleep(0.1)
+            if any(node.poll() for node in nodes) or time.monotonic() > until:
+                break
+        codes = [node.poll() for node in nodes]
+    finally:
+        for node in nodes:
+            node.terminate()  # torchrun then ends its workers
+            node.wait(60)
+    said = [log.read_text() for log in logs]
+    tails = "\n".join(f"node {rank}: {text[-4000:]}" for rank, text in enumerate(said))
+    assert codes == [0] * len(nodes), f"exit codes {codes}\n{tails}"
+    return said
