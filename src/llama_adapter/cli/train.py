@@ -136,15 +136,15 @@ def watching(recipe: Recipe) -> Iterator[Watcher]:
     """A progress bar on a terminal, else a line now and then; on stderr, in one process."""
     from rich.console import Console
 
+    from llama_adapter.cli.progress import bars
     from llama_adapter.training.run import Watcher
 
-    console = Console(stderr=True)
     if os.environ.get("RANK", "0") != "0":
         yield Watcher()
-    elif not console.is_terminal:
+    elif not Console(stderr=True).is_terminal:
         yield Watcher(step=_lines(recipe), say=lambda message: typer.echo(message, err=True))
     else:
-        with _bars(console) as progress:
+        with bars("{task.description}", "{task.fields[speed]}") as progress:
             yield _bar_watcher(progress, recipe)
 
 
@@ -178,27 +178,6 @@ def _losses(row: dict[str, Any]) -> str:
         if part in ("loss", "held_out"):
             shown.append(f"{rest} {'not finite' if value is None else f'{value:.4g}'}")
     return "  ".join(shown)
-
-
-def _bars(console: Any) -> Any:
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[speed]}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=console,
-    )
 
 
 def _bar_watcher(progress: Any, recipe: Recipe) -> Watcher:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from queue import SimpleQueue
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypedDict, Unpack
 
 import torch
 from torch import Tensor
@@ -65,31 +65,33 @@ class Likelihood:
         return torch.equal(self.logits_AV.argmax(-1), self.tokens_A)
 
 
+class Options(TypedDict, total=False):
+    """What may be said of one call, apart from how tokens are chosen."""
+
+    seed: int | None
+    """Sampling starts from it and leaves the random state as it was; None: goes on from there."""
+    deadline: float | None
+    """When all answers end where they are, in the time of `time.monotonic`."""
+    log_probabilities: bool
+    """Whether answers have the log-probabilities of their tokens."""
+    is_cancelled: Callable[[], bool] | None
+    """Asked before each token: whether to end where the answers are."""
+    streamer: BaseStreamer | None
+    """Takes the tokens of a single answer as they are generated."""
+    synced_gpus: bool | None
+    """For a model in shards: no process ends before the last one has."""
+
+
 def answer(
     model: LlamaAdapterForConditionalGeneration,
     processor: LlamaAdapterProcessor,
     conversations: Sequence[Conversation],
     settings: GenerationSettings | None = None,
-    *,
-    seed: int | None = None,
-    deadline: float | None = None,
-    log_probabilities: bool = False,
+    **options: Unpack[Options],
 ) -> list[Answer]:
-    """Answers of one batch, in order.
-
-    Sampling starts from `seed` and leaves the random state as it was; without a seed it goes on
-    from that state. `deadline` (of `time.monotonic`) ends all answers where they are.
-    """
+    """Answers of one batch, in order."""
     inputs = processor(list(conversations)).to(model.device)
-    return answer_inputs(
-        model,
-        processor,
-        inputs,
-        settings,
-        seed=seed,
-        deadline=deadline,
-        log_probabilities=log_probabilities,
-    )
+    return answer_inputs(model, processor, inputs, settings, **options)
 
 
 def answer_each(
@@ -97,19 +99,18 @@ def answer_each(
     processor: LlamaAdapterProcessor,
     conversations: Sequence[Conversation],
     settings: GenerationSettings | None = None,
-    *,
-    seed: int | None = None,
+    **options: Unpack[Options],
 ) -> list[Answer | LlamaAdapterError]:
     """Like `answer`, but a prompt that cannot be answered costs only its own answer.
 
     The batch is tried as a whole; where one prompt spoils it, each is answered alone.
     """
     try:
-        return [*answer(model, processor, conversations, settings, seed=seed)]
+        return [*answer(model, processor, conversations, settings, **options)]
     except LlamaAdapterError as error:
         if len(conversations) == 1:
             return [error]
-    return [answer_each(model, processor, [c], settings, seed=seed)[0] for c in conversations]
+    return [answer_each(model, processor, [c], settings, **options)[0] for c in conversations]
 
 
 def stream(
@@ -117,9 +118,7 @@ def stream(
     processor: LlamaAdapterProcessor,
     conversation: Conversation,
     settings: GenerationSettings | None = None,
-    *,
-    seed: int | None = None,
-    deadline: float | None = None,
+    **options: Unpack[Options],
 ) -> Generator[str, None, Answer]:
     """The text of an answer in pieces as they are generated; returns the whole `Answer`.
 
@@ -128,22 +127,12 @@ def stream(
     inputs = processor([conversation]).to(model.device)
     written = _Written(processor.tokenizer)
     is_closed = threading.Event()
+    options |= {"streamer": written, "is_cancelled": is_closed.is_set}
     found: list[Answer | BaseException] = []
 
     def work() -> None:
         try:
-            found.extend(
-                answer_inputs(
-                    model,
-                    processor,
-                    inputs,
-                    settings,
-                    seed=seed,
-                    deadline=deadline,
-                    streamer=written,
-                    is_cancelled=is_closed.is_set,
-                )
-            )
+            found.extend(answer_inputs(model, processor, inputs, settings, **options))
         except BaseException as error:
             found.append(error)
         finally:
@@ -174,13 +163,12 @@ def complete(
     tokenizer: Any,
     prompt: str,
     settings: GenerationSettings | None = None,
-    *,
-    seed: int | None = None,
+    **options: Unpack[Options],
 ) -> Answer:
     """What any causal language model of transformers writes after a text."""
     inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
     inputs.pop("token_type_ids", None)
-    [found] = _generate(model, tokenizer, inputs, settings or GenerationSettings(), seed=seed)
+    [found] = _generate(model, tokenizer, inputs, settings or GenerationSettings(), **options)
     return found
 
 
@@ -189,30 +177,16 @@ def answer_inputs(
     processor: LlamaAdapterProcessor,
     inputs: Mapping[str, Any],
     settings: GenerationSettings | None = None,
-    *,
-    seed: int | None = None,
-    deadline: float | None = None,
-    log_probabilities: bool = False,
-    streamer: BaseStreamer | None = None,
-    is_cancelled: Callable[[], bool] | None = None,
-    synced_gpus: bool | None = None,
+    **options: Unpack[Options],
 ) -> list[Answer]:
-    """Like `answer`, for inputs that are made already, such as features of images.
-
-    `synced_gpus` is for a model in shards: no process ends before the last one has.
-    """
+    """Like `answer`, for inputs that are made already, such as features of images."""
     return _generate(
         model,
         processor.tokenizer,
         {**inputs, **processor.stop_options},
         settings or GenerationSettings(),
         finished=processor.without_end,
-        seed=seed,
-        deadline=deadline,
-        log_probabilities=log_probabilities,
-        is_cancelled=is_cancelled,
-        streamer=streamer,
-        synced_gpus=synced_gpus,
+        **options,
     )
 
 

@@ -12,7 +12,7 @@ import hashlib
 import json
 import re
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -67,19 +67,25 @@ def fingerprints(model: Any) -> dict[str, Any] | None:
 
     Adapters must be off, and those of peft do not count; what is offloaded is fetched.
     """
-    quantized = is_quantized(model)
     samples = []
-    for plain, name in base_parameters(model):
-        if quantized and not is_never_quantized(plain):
-            continue
-        module = model.get_submodule(name.rpartition(".")[0])
-        with numbers_at_hand(module, recurse=False):
-            values = module.get_parameter(name.rpartition(".")[2]).detach()
-            if values.is_meta:
-                return None
-            if values.is_floating_point():
-                samples.append((plain, tuple(values.shape), sampled(values)))
+    quantized = is_quantized(model)
+    for name, values in base_values(model, unquantized_only=quantized):
+        if values.is_meta:
+            return None
+        if values.is_floating_point():
+            samples.append((name, tuple(values.shape), sampled(values)))
     return fingerprints_of(samples, dtype=model.dtype, quantized=quantized)
+
+
+def base_values(model: Any, *, unquantized_only: bool) -> Iterator[tuple[str, Tensor]]:
+    """The base's parameters by plain name; an offloaded one is fetched until the next is read."""
+    for plain, name in base_parameters(model):
+        if unquantized_only and not is_never_quantized(plain):
+            continue
+        module_name, _, own_name = name.rpartition(".")
+        module = model.get_submodule(module_name)
+        with numbers_at_hand(module, recurse=False):
+            yield plain, module.get_parameter(own_name).detach()
 
 
 def sampled(values: Tensor) -> Tensor:

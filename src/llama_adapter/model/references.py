@@ -13,16 +13,15 @@ from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 from llama_adapter.config import shown
 from llama_adapter.errors import CheckpointError, UnsupportedModelError
-from llama_adapter.families.offloading import numbers_at_hand
 from llama_adapter.families.vision import vision_encoder_of
 from llama_adapter.files import can_be_path
 from llama_adapter.home import HOME_SCHEME, home
 from llama_adapter.model.fingerprints import (
+    base_values,
     check_settings,
     compare_weights,
     fingerprints,
     fingerprints_of_tensors,
-    is_never_quantized,
     is_quantized,
     sampled,
     settings_of,
@@ -32,7 +31,6 @@ from llama_adapter.model.kinds import read_base_config, read_encoder_config
 from llama_adapter.model.loading import folder_of, load_whole
 from llama_adapter.model.peft_base import (
     OnBase,
-    base_parameters,
     on_base,
     put_on,
     read_peft_config,
@@ -152,17 +150,12 @@ def fingerprint(model: nn.Module) -> str | None:
 
     Adapters must be off. None for a model on the meta device; what is offloaded is fetched.
     """
-    sampled = []
-    for plain, name in base_parameters(model):
-        if not is_never_quantized(plain):
-            continue
-        module = model.get_submodule(name.rpartition(".")[0])
-        with numbers_at_hand(module, recurse=False):
-            numbers = module.get_parameter(name.rpartition(".")[2]).detach()
-            if numbers.is_meta:
-                return None
-            sampled.append((plain, tuple(numbers.shape), numbers.reshape(-1)[:256].cpu()))
-    return fingerprint_of(sampled)
+    samples = []
+    for name, values in base_values(model, unquantized_only=True):
+        if values.is_meta:
+            return None
+        samples.append((name, tuple(values.shape), values.reshape(-1)[:256].cpu()))
+    return fingerprint_of(samples)
 
 
 def fingerprint_of(samples: Iterable[tuple[str, tuple[int, ...], Tensor]]) -> str:
@@ -228,27 +221,20 @@ def what_differs(model: Any) -> str | None:
 
     Known only where the files are on this machine. Rounding to another dtype does not count.
     """
-    name = str(getattr(model, "name_or_path", ""))
-    folder = folder_of(name, getattr(model.config, "_commit_hash", None)) if name else None
+    source = str(getattr(model, "name_or_path", ""))
+    folder = folder_of(source, getattr(model.config, "_commit_hash", None)) if source else None
     stored = None if folder is None else stored_tensors(folder)
     if folder is None or stored is None:
         return None
-    quantized = is_quantized(model)
     files = weight_files(folder)
-    for plain, present in base_parameters(model):
-        if quantized and not is_never_quantized(plain):
-            continue
-        module = model.get_submodule(present.rpartition(".")[0])
-        with numbers_at_hand(module, recurse=False):
-            values = module.get_parameter(present.rpartition(".")[2]).detach()
-            known = stored.get(plain)
-            if known is None or known.shape != tuple(values.shape) or values.is_meta:
-                continue  # stored by another name, or in another form
-            ours = sampled(values)
-        theirs = sampled(read_tensor(files[plain], plain))
+    for name, values in base_values(model, unquantized_only=is_quantized(model)):
+        known = stored.get(name)
+        if known is None or known.shape != tuple(values.shape) or values.is_meta:
+            continue  # stored by another name, or in another form
+        ours, theirs = sampled(values), sampled(read_tensor(files[name], name))
         halves = (torch.bfloat16, torch.float16)
         if not any(torch.equal(ours.to(half), theirs.to(half)) for half in halves):
-            return plain
+            return name
     return None
 
 
