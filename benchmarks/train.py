@@ -63,7 +63,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--quantised", action="store_true", help="large: the base in 4 bits")
+    parser.add_argument("--quantized", action="store_true", help="large: the base in 4 bits")
     parser.add_argument("--litgpt-python", help="an interpreter that has litgpt")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -324,7 +324,7 @@ def _large_base(options: argparse.Namespace) -> LlamaForCausalLM:
     dtype = getattr(torch, options.dtype)
     with torch.device(options.device):
         model = LlamaForCausalLM._from_config(_large_config(), dtype=dtype)
-    if not options.quantised:
+    if not options.quantized:
         return model.eval()
     from transformers import BitsAndBytesConfig
 

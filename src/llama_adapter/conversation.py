@@ -165,7 +165,7 @@ class Conversation:
         """The same messages beside another context."""
         return replace(self, context=context)
 
-    def looking_at(self, images: Iterable[Any]) -> Self:
+    def with_images(self, images: Iterable[Any]) -> Self:
         """The conversation with images shown beside its first question."""
         refs = tuple(ImageRef.of(image) for image in images)
         first = self.turns[0]

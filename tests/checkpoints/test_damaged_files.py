@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from llama_adapter.checkpoints import import_released
 from llama_adapter.checkpoints.extras import EXTRAS_NAME
 from llama_adapter.checkpoints.meta_base import MetaBase
-from llama_adapter.checkpoints.settings import Hints
+from llama_adapter.checkpoints.settings import Overrides
 from llama_adapter.errors import CheckpointError
 
 Cli = Callable[..., Any]
@@ -176,18 +176,18 @@ def index(directory: Path, content: Any) -> None:
 def test_descriptions_beside_a_file(content: bytes, says: str, tmp_path: Path) -> None:
     (tmp_path / "meta.json").write_bytes(content)
     with pytest.raises(CheckpointError, match=says) as refused:
-        Hints.beside(tmp_path / "adapter.pth")
+        Overrides.next_to(tmp_path / "adapter.pth")
     assert "meta.json" in str(refused.value)
 
 
 def test_a_chat_adapter_has_no_prompts(tmp_path: Path) -> None:
     (tmp_path / "meta.json").write_text('{"adapter_len": 0}')
-    assert Hints.beside(tmp_path / "adapter.pth") == Hints()
+    assert Overrides.next_to(tmp_path / "adapter.pth") == Overrides()
 
 
 def test_a_description_of_something_else_is_not_read(tmp_path: Path) -> None:
     (tmp_path / "meta.json").write_text('{"title": "my run", "visual": {"size": 224}}')
-    assert Hints.beside(tmp_path / "adapter.pth") == Hints()
+    assert Overrides.next_to(tmp_path / "adapter.pth") == Overrides()
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM
 from llama_adapter import LlamaAdapterConfig, LlamaAdapterForConditionalGeneration
 from llama_adapter.checkpoints import import_released
 from llama_adapter.checkpoints.merging import export_merged
-from llama_adapter.checkpoints.settings import Hints
+from llama_adapter.checkpoints.settings import Overrides
 from llama_adapter.errors import CheckpointError
 
 PLAIN = """
@@ -52,7 +52,7 @@ def bring_in(world: Any, kind: str, out: Path) -> LlamaAdapterForConditionalGene
         base=world.base(),
         vision=world.save_clip() if is_visual else None,
         out=out,
-        hints=Hints(prompt_length=3, projector_heads=4),
+        overrides=Overrides(prompt_length=3, projector_heads=4),
     )
     return LlamaAdapterForConditionalGeneration.from_pretrained(out)
 
@@ -91,7 +91,7 @@ KINDS = ("v1-text", "v2-multimodal-bias", "v2-multimodal-lora-bias", "v2-chat-ad
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_cannot_be_folded_is_named(kind: str, world: Any, tmp_path: Path) -> None:
+def test_what_cannot_be_merged_is_named(kind: str, world: Any, tmp_path: Path) -> None:
     bring_in(world, kind, tmp_path / "in")
     with pytest.raises(CheckpointError, match="static prompts of the last 4 layers") as refused:
         export_merged(tmp_path / "in", out=tmp_path / "out")
@@ -128,7 +128,7 @@ def test_partial_keeps_prompts_as_a_smaller_adapter(kind: str, world: Any, tmp_p
         assert torch.equal(again(**given).logits, smaller(**given).logits)
 
 
-def test_our_own_scale_bias_and_lora_fold_too(world: Any, tmp_path: Path) -> None:
+def test_our_own_scale_bias_and_lora_merge_too(world: Any, tmp_path: Path) -> None:
     world.base()
     import_released(world.save_released("v2-chat"), base=world.root / "base", out=tmp_path / "chat")
     config = LlamaAdapterConfig.preset("v2-chat", prompt_length=0, lora_rank=2)

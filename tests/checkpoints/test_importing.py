@@ -13,12 +13,12 @@ from transformers import AutoModelForImageTextToText, LlamaForCausalLM
 from llama_adapter import LlamaAdapterConfig, LlamaAdapterForConditionalGeneration
 from llama_adapter.checkpoints import import_released
 from llama_adapter.checkpoints.released_export import export_released
-from llama_adapter.checkpoints.settings import Hints
+from llama_adapter.checkpoints.settings import Overrides
 from llama_adapter.checkpoints.vision_encoder import read_openai_clip
 from llama_adapter.errors import CheckpointError
 
 KINDS = ("v1-text", "v2-multimodal-bias", "v2-multimodal-lora-bias", "v2-chat", "v2-chat-adapter")
-HINTS = Hints(prompt_length=3, projector_heads=4)
+OVERRIDES = Overrides(prompt_length=3, projector_heads=4)
 
 
 def bring_in(world: Any, kind: str, out: Path, **options: Any) -> Any:
@@ -30,7 +30,7 @@ def bring_in(world: Any, kind: str, out: Path, **options: Any) -> Any:
         world.save_released(kind),
         vision=world.save_clip() if is_visual else None,
         out=out,
-        hints=HINTS,
+        overrides=OVERRIDES,
         **options,
     )
 
@@ -122,7 +122,7 @@ def test_an_adapter_that_was_trained_on_goes_back_too(world: Any, tmp_path: Path
         base=world.root / "base",
         vision=world.root / "clip.pt",
         out=tmp_path / "again",
-        hints=HINTS,
+        overrides=OVERRIDES,
     )
     given = inputs(world, "v2-multimodal-lora-bias")
     torch.testing.assert_close(
@@ -165,7 +165,7 @@ def test_a_hugging_face_vision_tower_is_referenced(world: Any, tmp_path: Path) -
         base=world.root / "base",
         vision=tower,
         out=tmp_path / "out",
-        hints=HINTS,
+        overrides=OVERRIDES,
     )
     content = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert content["vision"]["name_or_path"] == str(tower)
@@ -189,7 +189,9 @@ def test_tens_of_another_size_are_assumed_aloud(make_world: Any, tmp_path: Path)
     report = import_released(path, base=base, out=tmp_path / "out")
     assert (report.config.prompt_length, report.config.prompt_layers) == (10, 2)
     assert any("assumed 10 prompts in the last 2 layers" in w for w in report.warnings)
-    report = import_released(path, base=base, out=tmp_path / "5", hints=Hints(prompt_length=5))
+    report = import_released(
+        path, base=base, out=tmp_path / "5", overrides=Overrides(prompt_length=5)
+    )
     assert report.config.prompt_layers == 4
     assert not any("--prompt-length" in w for w in report.warnings)
 

@@ -13,12 +13,12 @@ from transformers import AutoTokenizer
 
 from llama_adapter import LlamaAdapterForConditionalGeneration, LlamaAdapterProcessor
 from llama_adapter.checkpoints import import_released
-from llama_adapter.checkpoints.settings import Hints
+from llama_adapter.checkpoints.settings import Overrides
 from llama_adapter.training.joint import JointTrainer
 from llama_adapter.training.recipe import OptimizerSection
 
 TEXTS = ("the quick fox", " two  spaces ", "é 12:\n\n### Response:", "")
-HINTS = Hints(prompt_length=3, projector_heads=4)
+OVERRIDES = Overrides(prompt_length=3, projector_heads=4)
 
 
 def given_for(world: Any) -> dict[str, torch.Tensor]:
@@ -44,14 +44,14 @@ def pair(make_world: Callable[..., Any], sentencepiece_file: Path, tmp_path: Pat
         base=world.base("7B"),
         vision=world.save_clip(),
         out=tmp_path / "v2",
-        hints=HINTS,
+        overrides=OVERRIDES,
     )
     import_released(
         world.save_released("v2-multimodal-bias"),
         base=tmp_path / "v2" / "base",
         vision=tmp_path / "v2" / "vision",
         out=tmp_path / "caption",
-        hints=HINTS,
+        overrides=OVERRIDES,
     )
     return world
 
@@ -67,7 +67,7 @@ def test_an_adapter_with_text(
         base=world.base("7B"),
         vision=world.save_clip(),
         out=tmp_path / "out",
-        hints=HINTS,
+        overrides=OVERRIDES,
     )
     assert not any("tokenizer" in warning for warning in report.warnings)
     processor = LlamaAdapterProcessor.from_pretrained(tmp_path / "out")

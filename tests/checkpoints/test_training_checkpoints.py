@@ -16,11 +16,11 @@ from llama_adapter.checkpoints import import_released
 from llama_adapter.checkpoints.meta_base import MetaBase
 from llama_adapter.checkpoints.released import read_released
 from llama_adapter.checkpoints.released_export import export_released
-from llama_adapter.checkpoints.settings import Hints
+from llama_adapter.checkpoints.settings import Overrides
 from llama_adapter.errors import CheckpointError
 
 Cli = Callable[..., Any]
-HINTS = Hints(prompt_length=3, projector_heads=4)
+OVERRIDES = Overrides(prompt_length=3, projector_heads=4)
 KINDS = ("v1-text", "v2-multimodal-bias", "v2-multimodal-lora-bias", "v2-chat-adapter")
 NORMS = ("attention_norm.weight", "ffn_norm.weight", "norm.weight")
 
@@ -65,7 +65,7 @@ def training_checkpoint(
 def import_file(world: Any, path: Path, out: Path, **options: Any) -> Any:
     is_visual = "multimodal" in path.name
     vision = world.save_clip() if is_visual else None
-    return import_released(path, vision=vision, out=out, hints=HINTS, **options)
+    return import_released(path, vision=vision, out=out, overrides=OVERRIDES, **options)
 
 
 @pytest.mark.parametrize("prefix", ["", "module."])

@@ -22,11 +22,11 @@ from torch import Tensor
 from llama_adapter.checkpoints import import_released
 from llama_adapter.checkpoints.meta_base import MetaBase
 from llama_adapter.checkpoints.released import Released, read_released
-from llama_adapter.checkpoints.settings import Hints
+from llama_adapter.checkpoints.settings import Overrides
 from llama_adapter.checkpoints.tokenizers import convert_tokenizer
 from llama_adapter.checkpoints.vision_encoder import read_openai_clip
 
-HINTS = Hints(prompt_length=2, projector_heads=4)
+OVERRIDES = Overrides(prompt_length=2, projector_heads=4)
 Tensors = dict[str, Tensor]
 
 
@@ -129,7 +129,9 @@ def test_tensors_of_released_files(kind: str, small: World, tmp_path: Path) -> N
 
     def bring_in(given: dict[str, Any]) -> Tensors:
         torch.save({**content, "model": given} if "model" in content else given, path)
-        import_released(path, base=base, vision=vision, out=out, hints=HINTS, overwrite=True)
+        import_released(
+            path, base=base, vision=vision, out=out, overrides=OVERRIDES, overwrite=True
+        )
         return load_file(out / "adapter_model.safetensors")
 
     expected = bring_in(tensors)

@@ -115,7 +115,7 @@ def test_a_base_carries_one_set_of_adapters(build):
         build(language_model=model.language_model)
 
 
-def test_moving_reaches_what_is_folded_or_off(build, ids, pictures):
+def test_moving_reaches_what_is_merged_or_off(build, ids, pictures):
     model = build()
     model.prepare_for_inference()
     model.double()

@@ -45,18 +45,18 @@ def test_bias_and_scale(bias, watched, dtype):
     module = ScaledLinear(base)
     with torch.no_grad():
         module.scale.copy_(_random(5))
-        module.bias_shift.copy_(_random(5, seed=1))
+        module.adapter_bias.copy_(_random(5, seed=1))
     gradient = _random(2, 3, 5, dtype=dtype, seed=3)
     found, expected = [], []
     for results, forward in (
         (found, module),
-        (expected, lambda x: (module.scale * (base(x) + module.bias_shift)).to(dtype)),
+        (expected, lambda x: (module.scale * (base(x) + module.adapter_bias)).to(dtype)),
     ):
         x = _random(2, 3, 6, dtype=dtype, seed=2).requires_grad_()
         # the output is kept: its place must not be written over by the backward pass
         y = forward(x)
         results.append(y.detach())
-        results += torch.autograd.grad(y, (x, module.scale, module.bias_shift), gradient)
+        results += torch.autograd.grad(y, (x, module.scale, module.adapter_bias), gradient)
     for ours, theirs in zip(found, expected, strict=True):
         _close(ours, theirs, dtype)
 
@@ -127,7 +127,7 @@ def test_bias_and_scale_learn_where_a_checkpoint_keeps_products():
         lambda x: checkpoint(lambda v: module(v).sin(), x, use_reentrant=False, context_fn=keeps),
     ):
         x = _random(2, 3, 6).requires_grad_()
-        inputs = (x, module.scale, module.bias_shift)
+        inputs = (x, module.scale, module.adapter_bias)
         gradients.append(torch.autograd.grad(run(x).sum(), inputs))
     for ours, theirs in zip(*gradients, strict=True):
         assert_close(ours, theirs, rtol=0, atol=0)
@@ -152,7 +152,7 @@ def test_bias_and_scale_learn_under_autocast():
         y = module(x)
     assert y.dtype == torch.bfloat16
     y.float().sum().backward()
-    for parameter in (x, module.scale, module.bias_shift):
+    for parameter in (x, module.scale, module.adapter_bias):
         assert parameter.grad.abs().sum() > 0
         assert parameter.grad.dtype == torch.float32
 
@@ -162,7 +162,7 @@ def test_a_scale_of_zero_gets_no_gradient():
     nn.init.zeros_(module.scale)
     module(_random(3, 6).requires_grad_()).sum().backward()
     assert_close(module.scale.grad, torch.zeros(5), rtol=0, atol=0)
-    assert_close(module.bias_shift.grad, torch.zeros(5), rtol=0, atol=0)
+    assert_close(module.adapter_bias.grad, torch.zeros(5), rtol=0, atol=0)
 
 
 def test_an_rms_norm_is_known_by_what_it_computes():
@@ -173,25 +173,25 @@ def test_an_rms_norm_is_known_by_what_it_computes():
 
 
 @pytest.mark.parametrize("norm", [LlamaRMSNorm, Gemma3RMSNorm, nn.LayerNorm])
-def test_a_folded_norm_computes_the_same(norm):
+def test_a_merged_norm_computes_the_same(norm):
     module = LearnedNorm(norm(8))
     with torch.no_grad():
         module.weight.copy_(_random(8))
-    folded = module.merged()
-    assert isinstance(folded, nn.RMSNorm if norm is LlamaRMSNorm else norm)
-    assert not any(p.requires_grad for p in folded.parameters())
+    merged = module.merged()
+    assert isinstance(merged, nn.RMSNorm if norm is LlamaRMSNorm else norm)
+    assert not any(p.requires_grad for p in merged.parameters())
     x = 3 * _random(2, 3, 8, seed=1)
-    assert_close(folded(x), module(x), rtol=1e-6, atol=1e-6)
+    assert_close(merged(x), module(x), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.filterwarnings("error")
-def test_a_folded_norm_takes_what_autocast_gives_it():
+def test_a_merged_norm_takes_what_autocast_gives_it():
     module = LearnedNorm(LlamaRMSNorm(8))
     x = _random(2, 3, 8, dtype=torch.bfloat16)
     assert_close(module.merged()(x), module(x), rtol=0, atol=0)
 
 
-def test_a_folded_norm_goes_on_moving_its_input():
+def test_a_merged_norm_goes_on_moving_its_input():
     class Moved(ModelHook):
         def pre_forward(self, module, *args, **kwargs):
             return tuple(2 * x for x in args), kwargs

@@ -98,11 +98,11 @@ def test_saved_from_disk_and_loaded_to_disk(stored, stir, ids, pictures, device_
             assert_close(loaded(ids, pixel_values=pictures).logits, logits, **SAME)
 
 
-def test_linears_on_disk_fold_as_in_memory(stored, stir):
+def test_linears_on_disk_merge_as_in_memory(stored, stir):
     expected, model = _load(stored, stir, None), _load(stored, stir, {"": "disk"})
     theirs = dict(expected.adapter.modules())
     for name, module in model.adapter.modules():
-        if hasattr(module, "folded_weights"):
+        if hasattr(module, "merged_weights"):
             for ours, other in zip(
                 module.merged_weights(), theirs[name].merged_weights(), strict=True
             ):

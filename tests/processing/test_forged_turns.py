@@ -14,7 +14,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import PreTrainedTokenizerFast
 
 from llama_adapter.conversation import Conversation, Message
-from llama_adapter.processing.markers import any_of, break_up
+from llama_adapter.processing.markers import any_of, escape
 from llama_adapter.processing.processor import LlamaAdapterProcessor
 from llama_adapter.processing.templates import PromptRenderer
 
@@ -166,10 +166,10 @@ def test_any_of_many_texts_is_found_the_longest_first(texts: set[str], text: str
 
 def test_a_million_signs_are_broken_up_where_they_have_to_be() -> None:
     pattern = re.compile("###")
-    assert break_up("#" * 10**6, pattern).replace("# ", "") == "##"
-    assert break_up("a#", pattern, after="##x") == "a# "
-    assert break_up("b", pattern, before="###", after="###") == "b"
-    assert break_up("#", pattern, before="##", after="x") == " #"
+    assert escape("#" * 10**6, pattern).replace("# ", "") == "##"
+    assert escape("a#", pattern, after="##x") == "a# "
+    assert escape("b", pattern, before="###", after="###") == "b"
+    assert escape("#", pattern, before="##", after="x") == " #"
 
 
 def test_a_special_token_in_another_spelling_is_text_too() -> None:

@@ -17,7 +17,7 @@ from llama_adapter.checkpoints.extras import Origin, write_extras
 from llama_adapter.checkpoints.layout import Entry, layout
 from llama_adapter.checkpoints.meta_base import Progress
 from llama_adapter.checkpoints.released import Kind, Released, read_released
-from llama_adapter.checkpoints.settings import Hints, settings
+from llama_adapter.checkpoints.settings import Overrides, settings
 from llama_adapter.checkpoints.tokenizers import convert_tokenizer, find_tokenizer
 from llama_adapter.checkpoints.torch_files import why_not_finite
 from llama_adapter.checkpoints.unexpected import what_directory
@@ -65,7 +65,7 @@ def import_released(
     out: Path,
     vision: Path | None = None,
     gate: str = "tanh",
-    hints: Hints | None = None,
+    overrides: Overrides | None = None,
     allow_other_base: bool = False,
     overwrite: bool = False,
     progress: Progress | None = None,
@@ -83,8 +83,10 @@ def import_released(
         opened = Base.open(base)
         _check_base(released, opened, allow_other_base)
         training = _training_checkpoint(released, opened, allow_other_base)
-        hints = (hints or Hints()).or_else(Hints.beside(checkpoint))
-        config, warnings = settings(released, opened.shape, base=str(base), gate=gate, hints=hints)
+        overrides = (overrides or Overrides()).or_else(Overrides.next_to(checkpoint))
+        config, warnings = settings(
+            released, opened.shape, base=str(base), gate=gate, overrides=overrides
+        )
         warnings += training
         if allow_other_base and (why := opened.why_other()) is not None:
             warnings.append(
@@ -193,7 +195,7 @@ def _fit(
                 f"{released.path}: tensor {entry.official} has shape {list(tensor.shape)}, "
                 f"expected {list(entry.shape)} for {what}"
             )
-    _refuse_strangers(released, {entry.official for entry in entries})
+    _refuse_unexpected(released, {entry.official for entry in entries})
     return entries
 
 
@@ -202,7 +204,7 @@ def _may_be_absent(released: Released, entry: Entry) -> bool:
     return released.kind is Kind.V2_CHAT and entry.official == "norm.weight"
 
 
-def _refuse_strangers(released: Released, known: set[str]) -> None:
+def _refuse_unexpected(released: Released, known: set[str]) -> None:
     """Gates of layers without prompts are harmless; anything else would go silently wrong."""
     for name in released.tensors:
         if name not in known and not name.endswith((".attention.gate", ".attention.new_gate")):
@@ -239,7 +241,7 @@ def _write_adapter(
         used.add(entry.official)
         ours |= {name: part.float() for name, part in entry.to_ours(tensor).items()}
     extras |= {n: t.clone() for n, t in released.tensors.items() if n not in used}
-    write_tensors(stage / ADAPTER_WEIGHTS_NAME, ours, semantics=config)
+    write_tensors(stage / ADAPTER_WEIGHTS_NAME, ours, config=config)
     origin = Origin(
         kind=released.kind,
         is_wrapped=released.is_wrapped,

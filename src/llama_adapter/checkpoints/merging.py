@@ -1,4 +1,4 @@
-"""An adapter folded into its base as a stock Hugging Face checkpoint (`llama-adapter export`)."""
+"""An adapter merged into its base as a stock Hugging Face checkpoint (`llama-adapter export`)."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from llama_adapter.model.persistence import ADAPTER_WEIGHTS_NAME, write_tensors
 from llama_adapter.model.references import resolve_reference
 from llama_adapter.model.scaled_linear import LearnedNorm, ScaledLinear
 
-FOLDED = (Role.BIAS, Role.SCALE, Role.NORM)
+MERGED = (Role.BIAS, Role.SCALE, Role.NORM)
 """What becomes part of the base's weights, always."""
 
 _TOKENIZER_FILES = (
@@ -47,10 +47,10 @@ class MergeReport:
     """What an export did."""
 
     out: Path
-    folded: int
-    """Linears and norms folded into the base."""
+    merged: int
+    """Linears and norms merged into the base."""
     kept: tuple[str, ...]
-    """What could not be folded and stays as a smaller adapter."""
+    """What could not be merged and stays as a smaller adapter."""
 
 
 def export_merged(
@@ -58,28 +58,28 @@ def export_merged(
 ) -> MergeReport:
     """Write a stock checkpoint at `out` that equals the adapted model; whole or not at all.
 
-    With `partial` linears and norms are folded into `out`/base and what remains (prompts, the
+    With `partial` linears and norms are merged into `out`/base and what remains (prompts, the
     visual projection, LoRA that prompts bypass) becomes an adapter on it.
-    Raises CheckpointError naming what cannot be folded without `partial`.
+    Raises CheckpointError naming what cannot be merged without `partial`.
     """
     content = LlamaAdapterConfig.from_pretrained(str(directory))
     if (directory / PEFT_FOLDER).is_dir():
         raise CheckpointError(
             f"{directory} cannot be merged: its base has the peft adapter in "
-            f"{directory / PEFT_FOLDER} on it, which does not fold together with ours"
+            f"{directory / PEFT_FOLDER} on it, which cannot be merged together with ours"
         )
     kept = unfoldable(content.adapter_config)
     if kept and not partial:
         raise CheckpointError(
-            f"{directory} cannot become a stock checkpoint: {'; '.join(kept)} cannot be folded "
-            "into weights (--partial folds the linears and norms and keeps the rest as a smaller "
+            f"{directory} cannot become a stock checkpoint: {'; '.join(kept)} cannot be merged "
+            "into weights (--partial merges the linears and norms and keeps the rest as a smaller "
             "adapter)"
         )
     sources = adapter_sources(directory, content.base, content.vision)
     with output_directory(out, overwrite=overwrite, sources=sources) as stage:
         model = LlamaAdapterForConditionalGeneration.from_pretrained(str(directory))
         rest = _remaining_state(model)
-        folded, biases = merge_into_base(model)
+        merged, biases = merge_into_base(model)
         if biases and not partial:
             family = model.language_model.config.model_type
             raise CheckpointError(
@@ -96,7 +96,7 @@ def export_merged(
         mark_export(stage, kind="merged")
         if kept:
             _write_rest(stage, directory, content, model.adapter_config, {**rest, **biases})
-    return MergeReport(out=out, folded=folded, kept=tuple(kept))
+    return MergeReport(out=out, merged=merged, kept=tuple(kept))
 
 
 def unfoldable(config: AdapterConfig) -> list[str]:
@@ -118,42 +118,42 @@ def merge_into_base(
 ) -> tuple[int, dict[str, Tensor]]:
     """Fold in place and take the adapter off.
 
-    Returns how many modules were folded, and by their names in adapter files the biases that the
+    Returns how many modules were merged, and by their names in adapter files the biases that the
     family's configuration has no place for.
     """
     base = model.language_model
     config, holders = _bias_holders(base, model.adapter_config)
     names = {id(module): name for name, module in base.named_modules()}
     bypassed = _bypassed(model.adapter)
-    homeless: dict[str, Tensor] = {}
-    folded = 0
-    for site in model.adapter.sites:
-        module = site.module
+    unplaceable: dict[str, Tensor] = {}
+    merged = 0
+    for target in model.adapter.targets:
+        module = target.module
         if isinstance(module, ScaledLinear):
-            if site.attribute in bypassed:
+            if target.attribute in bypassed:
                 module.lora_down = module.lora_up = None  # stays in the adapter
-            bias = _fold_linear(module, site.name)
+            bias = _merge_linear(module, target.name)
             if bias is not None and names[id(module)] in holders:
                 dtype = module.base_layer.weight.dtype
                 module.base_layer.bias = nn.Parameter(bias.to(dtype), requires_grad=False)
             elif bias is not None:
-                homeless[f"{site.name}.bias"] = bias
-            folded += 1
+                unplaceable[f"{target.name}.bias"] = bias
+            merged += 1
         elif isinstance(module, LearnedNorm):
             learned = module.norm.parameters()
             for own, new in zip(module.base_layer.parameters(), learned, strict=True):
                 own.copy_(new)
-            folded += 1
+            merged += 1
     model.disable_adapters()
     for name in holders:  # linears for which the flags announce a bias that nobody learned
         linear = base.get_submodule(name)
         if linear.bias is None:
             linear.bias = nn.Parameter(linear.weight.new_zeros(linear.weight.shape[0]))
     base.config = config
-    return folded, homeless
+    return merged, unplaceable
 
 
-def _fold_linear(module: ScaledLinear, name: str) -> Tensor | None:
+def _merge_linear(module: ScaledLinear, name: str) -> Tensor | None:
     """Fold into the frozen weight; returns the bias that goes with it."""
     if type(module.base_layer) is not nn.Linear:
         raise UnsupportedModelError(
@@ -184,23 +184,23 @@ def _bias_holders(base: PreTrainedModel, adapter: AdapterConfig) -> tuple[Any, s
 
 
 def _remaining_state(model: LlamaAdapterForConditionalGeneration) -> dict[str, Tensor]:
-    """What of the adapter is not folded, by its names in adapter files."""
+    """What of the adapter is not merged, by its names in adapter files."""
     bypassed = _bypassed(model.adapter)
-    low_rank = {site.name for site in model.adapter.sites if site.attribute in bypassed}
+    low_rank = {target.name for target in model.adapter.targets if target.attribute in bypassed}
     return {
         f"{name}.{tensor.name}": tensor.parameter.detach().clone()
         for name, module in model.adapter.modules()
         for tensor in module.trainables()
-        if tensor.role not in FOLDED and (tensor.role != Role.LORA or name in low_rank)
+        if tensor.role not in MERGED and (tensor.role != Role.LORA or name in low_rank)
     }
 
 
 def _bypassed(adapter: Adapter) -> set[str]:
-    """Attributes, such as `k_proj`, of the linears whose LoRA prompts bypass; it stays unfolded."""
+    """Attributes, such as `k_proj`, of the linears whose LoRA prompts bypass; it stays unmerged."""
     linears = {
         id(linear) for attention, _ in adapter.prompts() for linear in prompt_linears(attention)
     }
-    return {site.attribute for site in adapter.sites if id(site.module) in linears}
+    return {target.attribute for target in adapter.targets if id(target.module) in linears}
 
 
 def _write_rest(
@@ -233,7 +233,7 @@ def _write_rest(
             vision = {**vision, "name_or_path": "vision"}
     base = describe_stored(stage / REFERENCE, reference=REFERENCE)
     LlamaAdapterConfig(adapter=smaller, base=base, vision=vision).save_pretrained(stage)
-    write_tensors(stage / ADAPTER_WEIGHTS_NAME, rest, semantics=smaller)
+    write_tensors(stage / ADAPTER_WEIGHTS_NAME, rest, config=smaller)
 
 
 def _copy_rest(source: Path, target: Path) -> None:

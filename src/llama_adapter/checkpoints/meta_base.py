@@ -121,7 +121,7 @@ class MetaBase:
         tensors = self._open()
         self.config = self._read_config(tensors)
         self._sources = list(self._plan(tensors))
-        self._refuse_strangers(tensors)
+        self._refuse_unexpected(tensors)
         self._is_checked = False
 
     @staticmethod
@@ -262,7 +262,7 @@ class MetaBase:
             )
         return True
 
-    def _refuse_strangers(self, shards: list[dict[str, Tensor]]) -> None:
+    def _refuse_unexpected(self, shards: list[dict[str, Tensor]]) -> None:
         """A tensor that the layout does not know would be left out: another model."""
         known = {source.name for source in self._sources}
         for path, shard in zip(self.shards, shards, strict=True):

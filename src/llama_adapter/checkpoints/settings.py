@@ -31,7 +31,7 @@ CAPTION_INSTRUCTION = "Generate caption of this image"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Hints:
+class Overrides:
     """What a released file does not say."""
 
     prompt_length: int | None = None
@@ -40,7 +40,7 @@ class Hints:
     """Attention heads of the visual projector's blocks."""
 
     @classmethod
-    def beside(cls, path: Path) -> Hints:
+    def next_to(cls, path: Path) -> Overrides:
         """From a `meta.json` beside the file; nothing if there is none or it says neither.
 
         Raises CheckpointError for one that is damaged or says something impossible.
@@ -57,16 +57,16 @@ class Hints:
             projector_heads=_positive(visual or {}, "v_num_heads", meta),
         )
 
-    def or_else(self, other: Hints) -> Hints:
+    def or_else(self, other: Overrides) -> Overrides:
         """These, and the other's where these say nothing."""
-        return Hints(
+        return Overrides(
             prompt_length=self.prompt_length or other.prompt_length,
             projector_heads=self.projector_heads or other.projector_heads,
         )
 
 
 def settings(
-    released: Released, shape: BaseShape, *, base: str, gate: str, hints: Hints
+    released: Released, shape: BaseShape, *, base: str, gate: str, overrides: Overrides
 ) -> tuple[AdapterConfig, list[str]]:
     """The AdapterConfig of a released file on a base, and warnings about what had to be assumed.
 
@@ -81,19 +81,19 @@ def settings(
     _check_width(released, shape, base)
     warnings: list[str] = []
     if released.kind is Kind.V1:
-        length, layers = _static_prompts(released, shape, hints, warnings)
+        length, layers = _static_prompts(released, shape, overrides, warnings)
         values: dict[str, Any] = {"gate": gate, "prompt_length": length, "prompt_layers": layers}
         return AdapterConfig.preset("released-v1", **values), warnings
     if released.kind is Kind.V2_CHAT:
         values = {}
         if PROMPTS in released.tensors:
-            length, layers = _static_prompts(released, shape, hints, warnings)
+            length, layers = _static_prompts(released, shape, overrides, warnings)
             values = {"prompt_length": length, "prompt_layers": layers}
         return AdapterConfig.preset("released-v2-chat", **values), warnings
-    return _multimodal(released, shape, hints), warnings
+    return _multimodal(released, shape, overrides), warnings
 
 
-def _multimodal(released: Released, shape: BaseShape, hints: Hints) -> AdapterConfig:
+def _multimodal(released: Released, shape: BaseShape, overrides: Overrides) -> AdapterConfig:
     length, width = released.tensors[QUERY].shape
     rows = released.tensors[PROMPTS].shape[0]
     if rows % length or rows // length > shape.num_layers:
@@ -113,7 +113,7 @@ def _multimodal(released: Released, shape: BaseShape, hints: Hints) -> AdapterCo
         "visual_prompt_length": length,
         "projector_width": width,
         "projector_blocks": 1 + max(blocks, default=0),
-        "projector_heads": _projector_heads(released, width, hints),
+        "projector_heads": _projector_heads(released, width, overrides),
         "projector_mlp_ratio": _projector_mlp_ratio(released, width),
         "caption_instruction": CAPTION_INSTRUCTION,
         "gate_scale": any(name.endswith(".attention.new_gate") for name in released.tensors),
@@ -172,7 +172,7 @@ def _check_width(released: Released, shape: BaseShape, base: str) -> None:
 
 
 def _static_prompts(
-    released: Released, shape: BaseShape, hints: Hints, warnings: list[str]
+    released: Released, shape: BaseShape, overrides: Overrides, warnings: list[str]
 ) -> tuple[int, int]:
     """Prompt length and number of layers with prompts."""
     prompts = released.tensors[PROMPTS]
@@ -183,8 +183,8 @@ def _static_prompts(
     if not gated:
         raise CheckpointError(f"{released.path} has {PROMPTS} but lacks layers.N.attention.gate")
     at_most = depth - gated[0]
-    if hints.prompt_length is not None:
-        length = hints.prompt_length
+    if overrides.prompt_length is not None:
+        length = overrides.prompt_length
     elif at_most < depth:  # gates where prompts are, and only there
         length = rows // at_most
         if rows % at_most:
@@ -210,8 +210,8 @@ def _static_prompts(
     return length, rows // length
 
 
-def _projector_heads(released: Released, width: int, hints: Hints) -> int:
-    heads = hints.projector_heads
+def _projector_heads(released: Released, width: int, overrides: Overrides) -> int:
+    heads = overrides.projector_heads
     if heads is None:
         # no tensor depends on it: a wrong guess would answer wrongly without a sign
         if width != AUTHORS_PROJECTOR_WIDTH:

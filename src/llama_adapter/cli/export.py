@@ -40,12 +40,12 @@ def export(
     """Fold an adapter into its base, write it for vLLM, or in the authors' format.
 
     A merged checkpoint needs no code of ours: any engine that serves its family with biases
-    serves it. Prompts and vision cannot be folded; --partial keeps them as a smaller adapter.
+    serves it. Prompts and vision cannot be merged; --partial keeps them as a smaller adapter.
 
     \b
     Examples:
       llama-adapter export chat-65b --out chat-65b-merged
-      llama-adapter export bias-7b --out bias-7b-folded --partial
+      llama-adapter export bias-7b --out bias-7b-merged --partial
       llama-adapter export toy --out toy-vllm --format vllm
       llama-adapter export bias-7b --out released --format released
     """
@@ -100,7 +100,7 @@ def _merged(
     from llama_adapter.checkpoints.merging import export_merged
 
     report = export_merged(directory, out=out, partial=partial, overwrite=overwrite)
-    shown = f"{out}: {report.folded} linears and norms folded"
+    shown = f"{out}: {report.merged} linears and norms merged"
     if report.kept:
         shown += f"; kept as an adapter: {', '.join(report.kept)}"
-    return {"folded": report.folded, "kept": list(report.kept)}, shown
+    return {"merged": report.merged, "kept": list(report.kept)}, shown

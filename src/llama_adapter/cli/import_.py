@@ -84,7 +84,7 @@ def import_(
       llama-adapter import adapter_len10_layer30.pth --base llama/7B --out v1 --gate raw
     """
     from llama_adapter.checkpoints import import_released
-    from llama_adapter.checkpoints.settings import Hints
+    from llama_adapter.checkpoints.settings import Overrides
     from llama_adapter.cli.output import json_only
     from llama_adapter.errors import ConfigError
 
@@ -97,7 +97,7 @@ def import_(
             out=out,
             vision=vision,
             gate=gate,
-            hints=Hints(prompt_length=prompt_length, projector_heads=visual_heads),
+            overrides=Overrides(prompt_length=prompt_length, projector_heads=visual_heads),
             allow_other_base=allow_other_base,
             overwrite=overwrite,
             progress=progress,

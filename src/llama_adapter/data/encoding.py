@@ -175,4 +175,4 @@ def _part(conversation: Conversation, first: int, stop: int) -> Conversation:
     before = conversation.messages[: len(conversation.messages) - len(conversation.turns)]
     part = Conversation(messages=(*before, *turns), context=conversation.context)
     shown = [image for turn in conversation.turns[: 2 * first] for image in turn.images]
-    return part.looking_at(shown) if shown else part
+    return part.with_images(shown) if shown else part

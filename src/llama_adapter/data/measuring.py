@@ -174,7 +174,7 @@ def _renderings(encoder: SampleEncoder) -> Iterator[str]:
     system = Message(role="system", text="s")
     for images in ((), ("i",)):
         for context in (None, "c"):
-            shown = begun.with_context(context).looking_at(images)
+            shown = begun.with_context(context).with_images(images)
             for conversation in (shown, replace(shown, messages=(system, *shown.messages))):
                 try:
                     text = encoder.processor.render(conversation)

@@ -32,7 +32,7 @@ def execution_device(module: nn.Module | Attention) -> torch.device:
 
 
 @contextmanager
-def numbers_at_hand(module: nn.Module, *, recurse: bool = True) -> Iterator[None]:
+def weights_at_hand(module: nn.Module, *, recurse: bool = True) -> Iterator[None]:
     """Inside, the numbers of a module and its parts are where it computes, fetched if need be."""
     with ExitStack() as fetched:
         for part in module.modules() if recurse else (module,):
@@ -53,7 +53,7 @@ def copy_at_home(module: nn.Module) -> nn.Module:
         return copy.deepcopy(module, {id(hook): hook for hook in outer})
     from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 
-    with numbers_at_hand(module):
+    with weights_at_hand(module):
         copied = copy.deepcopy(module, {id(hook): None for hook in outer})
     for part in copied.modules():
         if HOOK in part.__dict__:

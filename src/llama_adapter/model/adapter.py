@@ -39,7 +39,7 @@ PROJECTION = "visual"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Site:
+class Target:
     """One place in the decoder where an adapter module sits."""
 
     parent: nn.Module
@@ -78,7 +78,7 @@ class Adapter:
         attentions = attention_modules(language_model)
         self.num_layers = len(attentions)
         text_config = language_model.config.get_text_config()
-        self.sites: list[Site] = []
+        self.targets: list[Target] = []
         self._merged: dict[str, nn.Module] = {}
         self._add_linears_and_norms(generator)
         self._add_prompts(attentions, text_config, generator)
@@ -164,8 +164,8 @@ class Adapter:
         parent_name, _, attribute = name.rpartition(".")
         parent = self.language_model.get_decoder().get_submodule(parent_name)
         readable = readable_name(parent_name if original is None else name)
-        self.sites.append(
-            Site(
+        self.targets.append(
+            Target(
                 parent=parent,
                 attribute=attribute,
                 original=original,
@@ -183,8 +183,8 @@ class Adapter:
         except UnsupportedModelError:
             self.is_attached = was_attached
             raise
-        for site in self.sites:
-            setattr(site.parent, site.attribute, self._merged.get(site.name, site.module))
+        for target in self.targets:
+            setattr(target.parent, target.attribute, self._merged.get(target.name, target.module))
 
     def check_route(self) -> None:
         """UnsupportedModelError where the base no longer routes attention through ours.
@@ -213,11 +213,11 @@ class Adapter:
 
     def detach(self) -> None:
         """Take every module off; the base computes exactly what it did before."""
-        for site in self.sites:
-            if site.original is None:
-                delattr(site.parent, site.attribute)
+        for target in self.targets:
+            if target.original is None:
+                delattr(target.parent, target.attribute)
             else:
-                setattr(site.parent, site.attribute, site.original)
+                setattr(target.parent, target.attribute, target.original)
         self.is_attached = False
 
     def prepare(self) -> None:
@@ -230,10 +230,10 @@ class Adapter:
             if isinstance(prompt, StaticPrompt):
                 prompt.cache(attention, dtype=self.language_model.dtype)
         self.detach()
-        for site in self.sites:
-            plain = site.module.merged()
+        for target in self.targets:
+            plain = target.module.merged()
             if plain is not None:
-                self._merged[site.name] = plain.train(site.module.training)
+                self._merged[target.name] = plain.train(target.module.training)
         self.is_prepared = True
         if was_attached:
             self.attach()
@@ -250,21 +250,21 @@ class Adapter:
 
     def _prompted(self) -> list[tuple[str, Attention]]:
         return [
-            (site.name, cast(Attention, site.parent))
-            for site in self.sites
-            if isinstance(site.module, GatedPrompt)
+            (target.name, cast(Attention, target.parent))
+            for target in self.targets
+            if isinstance(target.module, GatedPrompt)
         ]
 
     def prompts(self) -> Iterator[tuple[Attention, GatedPrompt]]:
         """Every attention module that carries prompts, with them."""
-        for site in self.sites:
-            if isinstance(site.module, GatedPrompt):
-                yield cast(Attention, site.parent), site.module
+        for target in self.targets:
+            if isinstance(target.module, GatedPrompt):
+                yield cast(Attention, target.parent), target.module
 
     def modules(self) -> Iterator[tuple[str, AdapterModule]]:
         """Every module of this adapter by its readable name, the visual projection last."""
-        for site in self.sites:
-            yield site.name, site.module
+        for target in self.targets:
+            yield target.name, target.module
         if self.projection is not None:
             yield PROJECTION, self.projection
 

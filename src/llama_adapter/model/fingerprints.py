@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from llama_adapter.config import differing, shown
 from llama_adapter.errors import CheckpointError
-from llama_adapter.families.offloading import numbers_at_hand
+from llama_adapter.families.offloading import weights_at_hand
 from llama_adapter.model.peft_base import base_parameters
 
 PLACES = 64
@@ -84,7 +84,7 @@ def base_values(model: Any, *, unquantized_only: bool) -> Iterator[tuple[str, Te
             continue
         module_name, _, own_name = name.rpartition(".")
         module = model.get_submodule(module_name)
-        with numbers_at_hand(module, recurse=False):
+        with weights_at_hand(module, recurse=False):
             yield plain, module.get_parameter(own_name).detach()
 
 

@@ -138,11 +138,11 @@ class LlamaAdapterForConditionalGeneration(
             vision = load_vision(vision, device=home)
         if config is None:
             config = LlamaAdapterConfig()
-        semantics = config.adapter_config
-        if vision is None and semantics.is_multimodal:
-            semantics = AdapterConfig.from_dict({**semantics.to_dict(), "fusion": "none"})
+        adapter_config = config.adapter_config
+        if vision is None and adapter_config.is_multimodal:
+            adapter_config = AdapterConfig.from_dict({**adapter_config.to_dict(), "fusion": "none"})
         config = LlamaAdapterConfig(
-            adapter=semantics,
+            adapter=adapter_config,
             base=describe_model(language_model),
             vision=None if vision is None else describe_model(vision),
         )
@@ -153,12 +153,12 @@ class LlamaAdapterForConditionalGeneration(
         return model
 
     def _new_adapter(
-        self, semantics: AdapterConfig, *, generator: torch.Generator | None = None
+        self, adapter_config: AdapterConfig, *, generator: torch.Generator | None = None
     ) -> Adapter:
         size = None
-        if semantics.is_multimodal and self.vision is not None:
-            size = vision_feature_size(self.vision, semantics)
-        return Adapter(self.language_model, semantics, feature_size=size, generator=generator)
+        if adapter_config.is_multimodal and self.vision is not None:
+            size = vision_feature_size(self.vision, adapter_config)
+        return Adapter(self.language_model, adapter_config, feature_size=size, generator=generator)
 
     # --- the forward pass -------------------------------------------------------------------
 
@@ -388,7 +388,7 @@ class LlamaAdapterForConditionalGeneration(
 
         Same logits to rounding, at the base model's speed; needs memory for a second copy of the
         adapted weights. Undone by `prepare_for_training`; until then nothing learns. Quantized
-        linears stay unfolded.
+        linears stay unmerged.
         """
         self.adapter.prepare()
         self.eval()
@@ -440,15 +440,15 @@ class LlamaAdapterForConditionalGeneration(
         """
         if adapter_name in self._adapters:
             raise ConfigError(f"an adapter named {adapter_name!r} is loaded already")
-        semantics = config.adapter_config if isinstance(config, LlamaAdapterConfig) else config
-        if not isinstance(semantics, AdapterConfig):
+        adapter_config = config.adapter_config if isinstance(config, LlamaAdapterConfig) else config
+        if not isinstance(adapter_config, AdapterConfig):
             raise ConfigError(
                 f"add_adapter takes a LlamaAdapterConfig, got {type(config).__name__} "
                 "(peft's adapters go onto the base before from_base)"
             )
         generator = None if seed is None else torch.Generator().manual_seed(seed)
         with self.adapters_disabled(), seeded(seed):
-            adapter = self._new_adapter(semantics, generator=generator)
+            adapter = self._new_adapter(adapter_config, generator=generator)
             adapter.detach()
         self._adapters[adapter_name] = adapter
 

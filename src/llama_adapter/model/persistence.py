@@ -1,8 +1,8 @@
 """Saving and loading adapter directories, strictly.
 
-adapter_config.json          semantics, base and vision references
-adapter_model.safetensors    the trained numbers and nothing else; its metadata has checksums of
-                             them and of the semantics that they were trained with
+adapter_config.json          the adapter's settings, references to base and vision encoder
+adapter_model.safetensors    the trained weights and nothing else; its metadata has checksums of
+                             them and of the settings that they were trained with
 config.json                  a stub that lets the Auto classes find us
 """
 
@@ -59,7 +59,7 @@ if TYPE_CHECKING:
     from llama_adapter.model.modeling import LlamaAdapterForConditionalGeneration
 
 ADAPTER_WEIGHTS_NAME = "adapter_model.safetensors"
-_TENSORS, _SEMANTICS = "sha256", "adapter_sha256"
+_TENSORS, _CONFIG = "sha256", "adapter_sha256"
 """Keys of the metadata; files of version 0.1 and of other programs have none."""
 LORA_FOLDER = PEFT_FOLDER
 """Where peft's factors lie in an adapter directory that was trained beside them."""
@@ -123,7 +123,7 @@ class AdapterPersistence:
             folder.mkdir(parents=True, exist_ok=True)
             if part is not None and factors is not None:
                 part.save(folder / PEFT_FOLDER, factors)
-            write_tensors(folder / ADAPTER_WEIGHTS_NAME, tensors, semantics=adapter.config)
+            write_tensors(folder / ADAPTER_WEIGHTS_NAME, tensors, config=adapter.config)
             LlamaAdapterConfig(
                 adapter=adapter.config,
                 base=_relative_to(folder, base),
@@ -263,9 +263,9 @@ class AdapterPersistence:
                 check_reference(
                     model.vision, config.vision, what="vision encoder", source=str(directory)
                 )
-                semantics = config.adapter_config
+                adapter_config = config.adapter_config
                 base, vision = model.language_model, model.vision
-                check_projector(header, semantics, base, vision, source=str(path))
+                check_projector(header, adapter_config, base, vision, source=str(path))
             adapter = model._new_adapter(config.adapter_config)
             try:
                 adapter.load_state_dict(read_checked(path), source=str(path))
@@ -336,13 +336,13 @@ def base_to_record(model: LlamaAdapterForConditionalGeneration) -> dict[str, Any
     return {**base, "name_or_path": "", "revision": None}
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], *, semantics: AdapterConfig) -> None:
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], *, config: AdapterConfig) -> None:
     """Write an adapter's tensors, with checksums of them and of what they mean."""
     state = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
     metadata = {
         "format": "pt",
         _TENSORS: tensors_digest(state),
-        _SEMANTICS: settings_digest(json.loads(json.dumps(semantics.to_dict()))),
+        _CONFIG: settings_digest(json.loads(json.dumps(config.to_dict()))),
     }
     written = save(state)
     length = int.from_bytes(written[:8], "little")
@@ -372,8 +372,8 @@ def check_header(path: Path, content: Mapping[str, Any]) -> Header:
     Raises CheckpointError with what was found and what was expected.
     """
     header = read_header(path)
-    semantics = AdapterConfig.from_dict(content["adapter"])
-    stated = header.metadata.get(_SEMANTICS)
+    adapter_config = AdapterConfig.from_dict(content["adapter"])
+    stated = header.metadata.get(_CONFIG)
     if stated is not None and stated != settings_digest(
         content["adapter"], version=content["format_version"]
     ):
@@ -389,8 +389,9 @@ def check_header(path: Path, content: Mapping[str, Any]) -> Header:
         )
     if content["base"] is not None:
         hidden_size = content["base"]["hidden_size"]
-        sides = {".prompt": (0, semantics.prompt_length), ".lora_down": (0, semantics.lora_rank),
-                 ".lora_up": (-1, semantics.lora_rank)}  # fmt: skip
+        rank = adapter_config.lora_rank
+        sides = {".prompt": (0, adapter_config.prompt_length), ".lora_down": (0, rank),
+                 ".lora_up": (-1, rank)}  # fmt: skip
         for ending, (axis, length) in sides.items():
             _check_side(header, ending, axis, length, path=path, hidden_size=hidden_size)
     return header
@@ -416,24 +417,24 @@ def _check_side(
 
 def check_projector(
     header: Header,
-    semantics: AdapterConfig,
+    adapter_config: AdapterConfig,
     language_model: PreTrainedModel,
     vision: nn.Module,
     *,
     source: str,
 ) -> None:
     """CheckpointError where the stored projection has not the shapes that the config asks for."""
-    if not semantics.is_multimodal:
+    if not adapter_config.is_multimodal:
         return
-    if semantics.projector_blocks > len(header.tensors):  # before so many are built
+    if adapter_config.projector_blocks > len(header.tensors):  # before so many are built
         raise CheckpointError(
             f"{source} holds {len(header.tensors)} tensors, too few for projector_blocks "
-            f"{semantics.projector_blocks}"
+            f"{adapter_config.projector_blocks}"
         )
-    feature_size = vision_feature_size(vision, semantics)
+    feature_size = vision_feature_size(vision, adapter_config)
     hidden_size = int(language_model.config.get_text_config().hidden_size)
     with torch.device("meta"):
-        module = VisualProjection(feature_size, hidden_size, config=semantics)
+        module = VisualProjection(feature_size, hidden_size, config=adapter_config)
     expected = {f"visual.{t.name}": tuple(t.parameter.shape) for t in module.trainables()}
     stored = {n: t.shape for n, t in header.tensors.items() if n.startswith("visual.")}
     for name in sorted(expected.keys() | stored.keys()):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from llama_adapter.errors import UnsupportedModelError
-from llama_adapter.families.offloading import HOOK, copy_at_home, execution_device, numbers_at_hand
+from llama_adapter.families.offloading import HOOK, copy_at_home, execution_device, weights_at_hand
 from llama_adapter.model.fast.rms_norm import rms_epsilon, rms_norm
 from llama_adapter.model.fast.scale import scale_and_shift
 from llama_adapter.model.groups import AdapterModule, Group, Role, Trainable
@@ -30,14 +30,14 @@ class ScaledLinear(AdapterModule):
 
     group = Group.LANGUAGE
     tensors: ClassVar = {
-        "bias_shift": ("bias", Role.BIAS),
+        "adapter_bias": ("bias", Role.BIAS),
         "scale": ("scale", Role.SCALE),
         "lora_down": ("lora_down", Role.LORA),
         "lora_up": ("lora_up", Role.LORA),
     }
     base_layer: nn.Linear
     """Or a quantized linear, which has the same attributes."""
-    bias_shift: nn.Parameter | None
+    adapter_bias: nn.Parameter | None
     scale: nn.Parameter | None
     lora_down: nn.Parameter | None
     lora_up: nn.Parameter | None
@@ -59,9 +59,9 @@ class ScaledLinear(AdapterModule):
         self.scale_side = scale_side
         device = execution_device(base_layer)
         scale_size = self.out_features if scale_side == "output" else self.in_features
-        self.bias_shift = self.scale = self.lora_down = self.lora_up = None
+        self.adapter_bias = self.scale = self.lora_down = self.lora_up = None
         if bias:
-            self.bias_shift = nn.Parameter(torch.zeros(self.out_features, device=device))
+            self.adapter_bias = nn.Parameter(torch.zeros(self.out_features, device=device))
         if scale:
             self.scale = nn.Parameter(torch.ones(scale_size, device=device))
         if lora_rank:
@@ -84,7 +84,7 @@ class ScaledLinear(AdapterModule):
 
     def without_lora(self, x: Tensor) -> Tensor:
         """The same linear without LoRA, as prompts see it (released V2)."""
-        scale, shift = self.scale, self.bias_shift
+        scale, shift = self.scale, self.adapter_bias
         if self.scale_side == "input":  # W (s ⊙ x) + b₀ + b
             return scale_and_shift(self.base_layer(scale_and_shift(x, scale, None)), None, shift)
         return scale_and_shift(self.base_layer(x), scale, shift)  # s ⊙ (W x + b₀ + b)
@@ -103,11 +103,11 @@ class ScaledLinear(AdapterModule):
     @torch.no_grad()
     def merged_weights(self) -> tuple[Tensor, Tensor | None]:
         """Weight and bias, in float32, of the single linear that this module equals."""
-        with numbers_at_hand(self.base_layer):
+        with weights_at_hand(self.base_layer):
             weight = self.base_layer.weight.float()
             bias = None if self.base_layer.bias is None else self.base_layer.bias.float()
-        if self.bias_shift is not None:
-            bias = self.bias_shift.clone() if bias is None else bias + self.bias_shift
+        if self.adapter_bias is not None:
+            bias = self.adapter_bias.clone() if bias is None else bias + self.adapter_bias
         if self.scale is not None and self.scale_side == "input":
             weight = weight * self.scale
         elif self.scale is not None:
@@ -119,7 +119,7 @@ class ScaledLinear(AdapterModule):
 
     def extra_repr(self) -> str:
         parts = [f"{self.in_features} -> {self.out_features}"]
-        parts += [n for n in ("bias_shift", "scale", "lora_up") if getattr(self, n) is not None]
+        parts += [n for n in ("adapter_bias", "scale", "lora_up") if getattr(self, n) is not None]
         return ", ".join(parts)
 
 

@@ -39,11 +39,11 @@ def check_agreement(directory: Path, stored: Mapping[str, Any]) -> None:
     if content is None:
         return
     adapter = content.get("adapter")
-    semantics = from_version_1(adapter) if isinstance(adapter, dict) else {"fusion": "none"}
-    if semantics.get("fusion") != "none":
+    adapter_config = from_version_1(adapter) if isinstance(adapter, dict) else {"fusion": "none"}
+    if adapter_config.get("fusion") != "none":
         for name in ("channel_order", "visual_scope"):
-            if name in semantics and semantics[name] != stored.get(name):
-                _refuse(directory, name, stored.get(name), semantics[name])
+            if name in adapter_config and adapter_config[name] != stored.get(name):
+                _refuse(directory, name, stored.get(name), adapter_config[name])
     known = content.get(_RECORD)
     if known is None:
         return

@@ -29,7 +29,7 @@ _LABEL_ENDS = (":", "：", ">", "|")
 _MOST_LABEL_WORDS = 5
 
 
-def break_up(text: str, pattern: re.Pattern[str], *, before: str = "", after: str = "") -> str:
+def escape(text: str, pattern: re.Pattern[str], *, before: str = "", after: str = "") -> str:
     """The text with a space inside whatever the pattern matches, until it matches nowhere.
 
     `before` and `after` are what the text will stand between: a match that reaches over the

@@ -76,7 +76,7 @@ def fill_in(conversation: Conversation, given: tuple[ImageRef, ...]) -> Conversa
     """The conversation with images handed in apart in their places."""
     wanted = sum(ref.source is None for ref in conversation.images)
     if given and not conversation.images:
-        return conversation.looking_at(given)
+        return conversation.with_images(given)
     if wanted != len(given):
         raise PromptError(f"messages leave {wanted} images to be handed in, got {len(given)}")
     return conversation.with_sources(given) if given else conversation

@@ -25,7 +25,7 @@ from typing import Any
 from llama_adapter.conversation import Conversation
 from llama_adapter.errors import ConfigError, PromptError
 from llama_adapter.processing.chat_template import ChatTemplate
-from llama_adapter.processing.markers import any_of, break_up, normalized, special_tokens
+from llama_adapter.processing.markers import any_of, escape, normalized, special_tokens
 from llama_adapter.processing.pieces import Kind, Piece, Rendered, Span, placeholder_pieces
 
 CHAT = "chat"
@@ -103,7 +103,7 @@ class PromptRenderer:
 
     def whole(self, text: str, end: str) -> Rendered:
         """A text by itself, in no template, with what ends it."""
-        kept = break_up(text, self._forbidden, after=end)
+        kept = escape(text, self._forbidden, after=end)
         return Rendered(kept + end, said=[(0, len(kept))])
 
     @cached_property
@@ -142,10 +142,10 @@ class PromptRenderer:
                 before = "".join(parts[-8:])
                 after = "".join(_trusted_after(pieces, index))
                 as_read = normalized(text, tokenizer=self._tokenizer)
-                broken = break_up(as_read, self._forbidden, before=before, after=after)
+                broken = escape(as_read, self._forbidden, before=before, after=after)
                 # texts in which nothing is to be broken keep their spelling
                 text = text if broken == as_read else broken
-                text = break_up(text, self._forbidden, before=before, after=after)
+                text = escape(text, self._forbidden, before=before, after=after)
             start, length = length, length + len(text)
             parts.append(text)
             if is_said:

@@ -52,7 +52,7 @@ def test_a_quantised_base(base, tower, stir, tmp_path, ids, pictures, kind):
     with torch.no_grad():
         learned = model.eval()(ids, pixel_values=pictures).logits
         model.prepare_for_inference()
-        # its linears stay wrapped: there is no plain weight to fold into
+        # its linears stay wrapped: there is no plain weight to merge into
         assert_close(model(ids, pixel_values=pictures).logits, learned, rtol=1e-4, atol=1e-4)
     tokens = model.generate(input_ids=ids, pixel_values=pictures, max_new_tokens=3)
     assert tokens.shape == (3, 10)
