@@ -149,12 +149,12 @@ class AdapterStack:
     def _write(self, adapter: Adapter, index: int) -> None:
         """Fill an adapter's row of every table, of which some may be new."""
         values = {}
-        for site in adapter.sites:
-            place = (id(site.parent), site.attribute)
-            values[place] = site.module
+        for target in adapter.targets:
+            place = (id(target.parent), target.attribute)
+            values[place] = target.module
             if place not in self._modules:
-                module = self._module_for(site.module)
-                self._modules[place] = (site.parent, site.attribute, site.original, module)
+                module = self._module_for(target.module)
+                self._modules[place] = (target.parent, target.attribute, target.original, module)
         for place, (_, _, _, module) in self._modules.items():
             if isinstance(module, StackedModule):
                 module.write(index, values.get(place))
@@ -174,7 +174,7 @@ class AdapterStack:
         alone = next(iter(self._adapters.values())) if len(self._adapters) == 1 else None
         learned = {}
         if alone is not None:
-            learned = {(id(s.parent), s.attribute): s.module for s in alone.adapter.sites}
+            learned = {(id(s.parent), s.attribute): s.module for s in alone.adapter.targets}
         for place, (_, _, _, module) in self._modules.items():
             if isinstance(module, StackedModule):
                 module.unmerge()

@@ -113,7 +113,7 @@ class StackedLinear(StackedModule):
         return self._NEUTRAL.get(name, 0.0)
 
     def values_of(self, module: ScaledLinear) -> Iterator[tuple[str, Tensor]]:
-        scale, bias = module.scale, module.bias_shift
+        scale, bias = module.scale, module.adapter_bias
         is_output = module.scale_side == "output"
         if scale is not None:
             yield ("scale" if is_output else "input_scale"), scale.detach()
