@@ -1,0 +1,234 @@
+"""What an adapter makes of real photographs, beside what costs no training at all.
+
+Captions and questions are measured by `llama-adapter eval` (see docs/photos.md). Here is the rest:
+
+python -m benchmarks.photos retrieval --captions flickr8k/captions.json
+python -m benchmarks.photos perplexity --model runs/photos/adapter --texts dolly.json alpaca.json \
+    --photo unrelated.jpg
+python -m benchmarks.photos compare vqav2 runs/own runs/blind
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from benchmarks.measuring import describe
+from llama_adapter.cli.models import load
+from llama_adapter.config import AdapterConfig
+from llama_adapter.conversation import Conversation, ImageRef
+from llama_adapter.data import SOURCES
+from llama_adapter.evaluation.bootstrap import bootstrap_intervals
+from llama_adapter.evaluation.records import Tally
+from llama_adapter.evaluation.score import read_joined
+from llama_adapter.evaluation.tasks import find_task
+from llama_adapter.evaluation.tasks.base import Counting
+from llama_adapter.families.vision import vision_features
+from llama_adapter.files import write_atomically
+from llama_adapter.generation.answer import log_likelihoods
+from llama_adapter.model.references import resolve_reference
+from llama_adapter.training.streams import choose_held_out
+
+RESAMPLES = 2000
+
+
+def retrieval(options: argparse.Namespace) -> dict[str, Any]:
+    """Captions of the nearest training photo, in COCO's result format, for `eval --predictions`.
+
+    Nearest by the cosine of mean patch features of the layer that the adapter reads. Of that
+    photo's captions the one is taken that has most words in common with the others.
+    """
+    items = json.loads(options.captions.read_text())
+    folder = options.images or options.captions.parent
+    parts = {s: [item for item in items if item["split"] == s] for s in ("train", options.split)}
+    features = {
+        name: _mean_features([folder / item["image"] for item in part], options)
+        for name, part in parts.items()
+    }
+    nearest = (features[options.split] @ features["train"].T).argmax(1).tolist()
+    answers = [
+        {
+            "image_id": Path(item["image"]).stem,
+            "caption": _central(parts["train"][index]["captions"]),
+        }
+        for item, index in zip(parts[options.split], nearest, strict=True)
+    ]
+    write_atomically(options.predictions, json.dumps(answers, indent=1) + "\n")
+    return {"photos": len(answers), "candidates": len(parts["train"])}
+
+
+def _central(captions: Sequence[str]) -> str:
+    words = [set(caption.lower().split()) for caption in captions]
+    common = [sum(len(mine & other) for other in words) / max(1, len(mine)) for mine in words]
+    return captions[int(np.argmax(common))]
+
+
+def _mean_features(photos: Sequence[Path], options: argparse.Namespace) -> Tensor:
+    """Mean patch features of unit length [I, C], kept beside the answers."""
+    from transformers import AutoImageProcessor, AutoModel
+
+    from llama_adapter.processing.images import load_image
+
+    kept = options.predictions.with_name(f"features-{len(photos)}.npy")
+    if kept.exists():
+        return torch.from_numpy(np.load(kept))
+    directory = resolve_reference(options.vision)
+    encoder = AutoModel.from_pretrained(directory).eval()
+    processor = AutoImageProcessor.from_pretrained(directory)
+    config = AdapterConfig(vision_feature=options.layer)
+    means = []
+    for at in tqdm(range(0, len(photos), 16), desc="photos", unit_scale=16):
+        images = [load_image(ImageRef.of(path)) for path in photos[at : at + 16]]
+        pixels = processor(images, return_tensors="pt")["pixel_values"]
+        means.append(vision_features(encoder, pixels, config)[:, 1:].mean(1))
+    found = torch.nn.functional.normalize(torch.cat(means), dim=-1)
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    np.save(kept, found.numpy())
+    return found
+
+
+def perplexity(options: argparse.Namespace) -> dict[str, Any]:
+    """Of answers that training held out: by the base, with the adapter, and next to a photo."""
+    model, processor = load(options.model)
+    photo = ImageRef.of(options.photo)
+    results: dict[str, Any] = {}
+    for path in options.texts:
+        source = SOURCES["alpaca"].model_validate({"path": path}).open("instruction")
+        chosen = choose_held_out(source, options.held_out, seed=options.seed)
+        plain = [source[int(index)].conversation for index in chosen]
+        plain = [one for one in plain if len(processor([one])["input_ids"][0]) <= options.longest]
+        with_photo = [_shown(one, photo) for one in plain]
+        losses = {
+            "adapter": _losses(model, processor, plain),
+            "adapter_with_photo": _losses(model, processor, with_photo),
+        }
+        with model.adapters_disabled():
+            losses["base"] = _losses(model, processor, plain)
+        results[path.stem] = {
+            name: {"perplexity": float(_perplexity(sums)), "interval": _interval(sums)}
+            for name, sums in losses.items()
+        } | {
+            f"{name}/base": _paired(sums, losses["base"])
+            for name, sums in losses.items()
+            if name != "base"
+        }
+        results[path.stem]["answers"] = len(plain)
+    return results
+
+
+def _shown(conversation: Conversation, photo: ImageRef) -> Conversation:
+    first, *rest = conversation.messages
+    return replace(conversation, messages=(replace(first, images=(photo,)), *rest))
+
+
+def _losses(model: Any, processor: Any, conversations: Sequence[Conversation]) -> np.ndarray:
+    """Negative log-likelihood and number of tokens of each answer [N, 2]."""
+
+    def each() -> Iterator[tuple[float, int]]:
+        for conversation in tqdm(conversations, desc="answers"):
+            [found] = log_likelihoods(model, processor, [conversation])
+            yield -float(found.log_probabilities_A.sum()), len(found.tokens_A)
+
+    return np.array(list(each()))
+
+
+def _perplexity(sums: np.ndarray) -> np.ndarray:
+    """Of answers [..., N, 2] together: per token."""
+    return np.exp(sums[..., 0].sum(-1) / sums[..., 1].sum(-1))
+
+
+def _draws(n: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, n, (RESAMPLES, n))
+
+
+def _interval(sums: np.ndarray) -> list[float]:
+    return np.percentile(_perplexity(sums[_draws(len(sums))]), [2.5, 97.5]).tolist()
+
+
+def _paired(sums: np.ndarray, base: np.ndarray) -> dict[str, Any]:
+    """The ratio of perplexities over the same answers."""
+    draws = _draws(len(sums))
+    ratios = _perplexity(sums[draws]) / _perplexity(base[draws])
+    ratio = float(_perplexity(sums) / _perplexity(base))
+    return {"ratio": ratio, "interval": np.percentile(ratios, [2.5, 97.5]).tolist()}
+
+
+def compare(options: argparse.Namespace) -> dict[str, Any]:
+    """First run minus second, over the records that both answered; intervals are paired."""
+    task = find_task(options.task)
+    found = [read_joined(task, run, None) for run in (options.first, options.second)]
+    both = set.intersection(*({row.record.id for row in one.rows} for one in found))
+    tallies = []
+    for one in found:
+        rows = sorted((r for r in one.rows if r.record.id in both), key=lambda r: r.record.id)
+        tallies.append(task.count(replace(one, rows=tuple(rows)), Counting()))
+    first, second = tallies
+    width = first.sums_UC.shape[1]
+
+    def difference(totals: np.ndarray) -> dict[str, np.ndarray]:
+        a, b = first.metrics(totals[..., :width]), second.metrics(totals[..., width:])
+        return {name: a[name] - b[name] for name in a}
+
+    joint = Tally(n=first.n, sums_UC=np.hstack([first.sums_UC, second.sums_UC]), metrics=difference)
+    values = {name: float(value) for name, value in difference(joint.sums_UC.sum(0)).items()}
+    intervals = bootstrap_intervals(joint, resamples=RESAMPLES)
+    return {
+        "records": len(both),
+        "difference": {
+            name: {"value": value, "interval": intervals.get(name)}
+            for name, value in values.items()
+            if not math.isnan(value)
+        },
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, help="also write the JSON there")
+    parser.add_argument("--device", default="cpu", help=argparse.SUPPRESS)
+    commands = parser.add_subparsers(required=True)
+    one = commands.add_parser("retrieval", help=retrieval.__doc__)
+    one.add_argument("--captions", type=Path, required=True)
+    one.add_argument("--images", type=Path, help="their folder, by default that of the captions")
+    one.add_argument("--split", default="test")
+    one.add_argument("--vision", default="home:photos/vision")
+    one.add_argument("--layer", type=int, default=11)
+    one.add_argument("--predictions", type=Path, default=Path("runs/retrieval/captions.json"))
+    one.set_defaults(measure=retrieval)
+    two = commands.add_parser("perplexity", help=perplexity.__doc__)
+    two.add_argument("--model", required=True)
+    two.add_argument("--texts", type=Path, nargs="+", required=True)
+    two.add_argument("--photo", type=Path, required=True)
+    two.add_argument("--held-out", type=int, default=50, help="as in the recipe")
+    two.add_argument("--seed", type=int, default=0, help="the recipe's")
+    two.add_argument("--longest", type=int, default=384, help="tokens; longer ones are left out")
+    two.set_defaults(measure=perplexity)
+    three = commands.add_parser("compare", help=compare.__doc__)
+    three.add_argument("task", choices=["vqav2", "coco-caption"])
+    three.add_argument("first", type=Path)
+    three.add_argument("second", type=Path)
+    three.set_defaults(measure=compare)
+    options = parser.parse_args()
+    results = options.measure(options)
+    settings = {k: v for k, v in vars(options).items() if k != "measure"}
+    about = describe(options.measure.__name__, results, options=argparse.Namespace(**settings))
+    text = json.dumps(about, indent=2, default=str)
+    print(text)
+    if options.out is not None:
+        write_atomically(options.out, text + "\n")
+
+
+if __name__ == "__main__":
+    main()

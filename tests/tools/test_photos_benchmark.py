@@ -1,0 +1,81 @@
+"""What `eval` does not measure of photographs: retrieval, perplexity, paired differences."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from benchmarks import photos
+from PIL import Image
+
+
+def measured(capsys: pytest.CaptureFixture[str], monkeypatch: Any, *arguments: Any) -> Any:
+    monkeypatch.setattr(sys, "argv", ["photos", *map(str, arguments)])
+    photos.main()
+    return json.loads(capsys.readouterr().out)["results"]
+
+
+def test_the_nearest_photo_lends_its_most_central_caption(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    colors = {"red": (220, 20, 20), "green": (20, 220, 20), "blue": (20, 20, 220)}
+    items = []
+    for name, color in colors.items():
+        for split, size in (("train", 40), ("test", 60)):
+            Image.new("RGB", (size, size), color).save(tmp_path / f"{name}-{split}.png")
+            captions = ["odd one out", f"all is {name}", f"all here is {name} now"]
+            items.append({"image": f"{name}-{split}.png", "captions": captions, "split": split})
+    path = tmp_path / "captions.json"
+    path.write_text(json.dumps(items))
+    out = tmp_path / "out" / "answers.json"
+    found = measured(
+        capsys, monkeypatch, "retrieval", "--captions", path, "--predictions", out,
+        "--vision", "package:llama_adapter/miniature/bases/vision", "--layer", "-1",
+    )  # fmt: skip
+    assert found == {"photos": 3, "candidates": 3}
+    said = {line["image_id"]: line["caption"] for line in json.loads(out.read_text())}
+    assert said == {f"{name}-test": f"all is {name}" for name in colors}
+
+
+def test_perplexity_is_compared_with_the_base_on_the_same_answers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = [{"instruction": f"say {w}", "input": "", "output": w} for w in ("red", "blue", "star")]
+    path = tmp_path / "texts.json"
+    path.write_text(json.dumps(texts * 3))
+    photo = tmp_path / "photo.png"
+    Image.new("RGB", (32, 32), "red").save(photo)
+    [found] = measured(
+        capsys, monkeypatch, "perplexity", "--model", "toy", "--texts", path, "--photo", photo,
+        "--held-out", 3,
+    ).values()  # fmt: skip
+    assert found["answers"] == 3
+    base, adapted = found["base"]["perplexity"], found["adapter"]["perplexity"]
+    assert found["adapter/base"]["ratio"] == pytest.approx(adapted / base)
+    assert found["adapter_with_photo"]["perplexity"] != adapted
+
+
+def test_runs_are_compared_over_the_records_that_both_answered(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for run, right, first in (("own", 4, 0), ("blind", 1, 1)):
+        lines = [
+            {
+                "task": "vqav2", "id": str(n), "questions": ["?"], "gold": ["yes"] * 10,
+                "images": [f"{n}.jpg"], "facts": {"answer_type": "yes/no"},
+                "answers": ["yes" if n < right + first else "no"],
+            }
+            for n in range(first, 6)
+        ]  # fmt: skip
+        (tmp_path / run).mkdir()
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (tmp_path / run / "predictions.jsonl").write_text(text)
+    found = measured(capsys, monkeypatch, "compare", "vqav2", tmp_path / "own", tmp_path / "blind")
+    assert found["records"] == 5
+    accuracy = found["difference"]["accuracy"]
+    assert accuracy["value"] == pytest.approx(100 * (3 - 1) / 5)
+    low, high = accuracy["interval"]
+    assert low <= accuracy["value"] <= high
