@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -47,7 +48,7 @@ def test_it_survives_a_change_of_dtype(base, tmp_path, stored, loaded):
     described = describe_model(model)
     model.save_pretrained(tmp_path)
     again = reload(tmp_path, dtype=loaded)
-    check_reference(again, json.loads(json.dumps(described)), what="base", source="x")
+    check_reference(again, json.loads(json.dumps(described)), what="base", directory=Path("x"))
 
 
 def test_between_half_types_of_one_file(base, tmp_path):
@@ -55,7 +56,9 @@ def test_between_half_types_of_one_file(base, tmp_path):
     noisy(base()).save_pretrained(tmp_path)
     described = describe_model(reload(tmp_path, dtype=torch.bfloat16))
     with pytest.warns(UserWarning, match="saved in bfloat16 cannot be compared in float16"):
-        check_reference(reload(tmp_path, dtype=torch.float16), described, what="base", source="x")
+        check_reference(
+            reload(tmp_path, dtype=torch.float16), described, what="base", directory=Path("x")
+        )
 
 
 @pytest.mark.parametrize("part", ["q_proj.weight", "o_proj.weight", "up_proj.weight",
@@ -128,7 +131,7 @@ def test_settings_are_the_same_before_and_after_saving(config, tmp_path):
     model = AutoModelForCausalLM.from_config(config)
     described = describe_model(model)
     model.save_pretrained(tmp_path / "model")
-    check_reference(reload(tmp_path / "model"), described, what="base", source="x")
+    check_reference(reload(tmp_path / "model"), described, what="base", directory=Path("x"))
 
 
 def test_a_large_base_is_sampled(base):

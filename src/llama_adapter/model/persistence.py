@@ -216,7 +216,7 @@ class AdapterPersistence:
             if (directory / PEFT_FOLDER).is_dir():
                 put_on(language_model, directory / PEFT_FOLDER)
         check_peft_folder(directory, config.base)
-        check_reference(language_model, config.base or {}, what="base", source=str(directory))
+        check_reference(language_model, config.base or {}, what="base", directory=directory)
         if config.vision is not None:
             if vision is None:
                 name = _reference(config.vision, "vision encoder", directory)
@@ -225,7 +225,7 @@ class AdapterPersistence:
                     revision=revision_at_hand(name, config.vision.get("revision")),
                     device=execution_device(language_model.get_input_embeddings()),
                 )
-            check_reference(vision, config.vision, what="vision encoder", source=str(directory))
+            check_reference(vision, config.vision, what="vision encoder", directory=directory)
             check_projector(header, config.adapter_config, language_model, vision, source=str(path))
         model = cls(config, language_model=language_model, vision=vision)  # type: ignore[call-arg]
         model.adapter.load_state_dict(read_checked(path), source=str(path))  # type: ignore[attr-defined]
@@ -257,11 +257,11 @@ class AdapterPersistence:
             )
         with model.adapters_disabled():
             check_reference(
-                model.language_model, config.base or {}, what="base", source=str(directory)
+                model.language_model, config.base or {}, what="base", directory=directory
             )
             if config.vision is not None and model.vision is not None:
                 check_reference(
-                    model.vision, config.vision, what="vision encoder", source=str(directory)
+                    model.vision, config.vision, what="vision encoder", directory=directory
                 )
                 adapter_config = config.adapter_config
                 base, vision = model.language_model, model.vision

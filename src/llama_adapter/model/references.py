@@ -16,6 +16,7 @@ from llama_adapter.errors import CheckpointError, UnsupportedModelError
 from llama_adapter.families.vision import vision_encoder_of
 from llama_adapter.files import can_be_path
 from llama_adapter.home import HOME_SCHEME, home
+from llama_adapter.model.equivalence import is_equivalent
 from llama_adapter.model.fingerprints import (
     base_values,
     check_settings,
@@ -168,11 +169,14 @@ def fingerprint_of(samples: Iterable[tuple[str, tuple[int, ...], Tensor]]) -> st
     return digest.hexdigest()[:32]
 
 
-def check_reference(model: nn.Module, expected: dict[str, Any], *, what: str, source: str) -> None:
-    """Refuse another base (or encoder) than the adapter was trained on.
+def check_reference(
+    model: nn.Module, expected: dict[str, Any], *, what: str, directory: Path
+) -> None:
+    """Refuse another base (or encoder) than the adapter was trained on, or one declared equivalent.
 
     Raises CheckpointError with what was found and what was expected.
     """
+    source = str(directory)
     found = describe_model(model)
     for key in ("model_type", "num_hidden_layers", "hidden_size"):
         if found[key] != expected.get(key):
@@ -187,6 +191,8 @@ def check_reference(model: nn.Module, expected: dict[str, Any], *, what: str, so
     if None not in (found["weights"], expected.get("weights")):
 
         def refuse(ours: str, theirs: str) -> None:
+            if what == "base" and is_equivalent(model, directory):
+                return
             raise CheckpointError(
                 f"{source} was saved for another {what} of the same shape: its fingerprint is "
                 f"{theirs}, this {what} has {ours}"
