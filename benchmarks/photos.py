@@ -28,6 +28,7 @@ from llama_adapter.cli.models import load
 from llama_adapter.config import AdapterConfig
 from llama_adapter.conversation import Conversation, ImageRef
 from llama_adapter.data import SOURCES
+from llama_adapter.data.feature_cache import FeatureCache
 from llama_adapter.evaluation.bootstrap import bootstrap_intervals
 from llama_adapter.evaluation.records import Tally
 from llama_adapter.evaluation.score import read_joined
@@ -86,11 +87,16 @@ def _mean_features(photos: Sequence[Path], options: argparse.Namespace) -> Tenso
     encoder = AutoModel.from_pretrained(directory).eval()
     processor = AutoImageProcessor.from_pretrained(directory)
     config = AdapterConfig(vision_feature=options.layer)
+    cache = None if options.cache is None else FeatureCache(options.cache, dtype=torch.float16)
     means = []
-    for at in tqdm(range(0, len(photos), 16), desc="photos", unit_scale=16):
-        images = [load_image(ImageRef.of(path)) for path in photos[at : at + 16]]
-        pixels = processor(images, return_tensors="pt")["pixel_values"]
-        means.append(vision_features(encoder, pixels, config)[:, 1:].mean(1))
+    for path in tqdm(photos, desc="photos"):
+        ref = ImageRef.of(path)
+        if cache is not None and cache.key(ref) in cache:
+            patches = cache.read([ref])
+        else:
+            pixels = processor([load_image(ref)], return_tensors="pt")["pixel_values"]
+            patches = vision_features(encoder, pixels, config)
+        means.append(patches[:, 1:].mean(1))
     found = torch.nn.functional.normalize(torch.cat(means), dim=-1)
     kept.parent.mkdir(parents=True, exist_ok=True)
     np.save(kept, found.numpy())
@@ -204,6 +210,7 @@ def main() -> None:
     one.add_argument("--images", type=Path, help="their folder, by default that of the captions")
     one.add_argument("--split", default="test")
     one.add_argument("--vision", default="home:photos/vision")
+    one.add_argument("--cache", type=Path, help="features that training kept")
     one.add_argument("--layer", type=int, default=11)
     one.add_argument("--predictions", type=Path, default=Path("runs/retrieval/captions.json"))
     one.set_defaults(measure=retrieval)
