@@ -83,7 +83,7 @@ def test_eval_prints_and_stores_every_metric(cli, tmp_path):
 def test_eval_refuses_what_the_task_has_no_use_for(cli, tmp_path):
     refused = cli("eval", "miniature", "--model", "toy", "--data", tmp_path, "--out", tmp_path)
     assert refused.status == 2
-    assert "no use for --data" in refused.stderr
+    assert "--data has no effect: the task miniature does not read it" in refused.stderr
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from llama_adapter.cli.experts import ExpertSettings
 from llama_adapter.cli.models import MODEL_HELP
 from llama_adapter.cli.numbers import MAX_FRAMES, MAX_NEW_TOKENS, MAX_TEMPERATURE, between
 from llama_adapter.cli.output import one_line
@@ -17,7 +18,6 @@ from llama_adapter.errors import ImageError, PromptError
 
 if TYPE_CHECKING:
     from llama_adapter.chat import ChatAnswer, ChatSession
-    from llama_adapter.cli.experts import ExpertChoice
 
 _HELP = "/image FILE shows a picture with the next question, /reset forgets, /quit leaves."
 
@@ -34,24 +34,8 @@ _Images = Annotated[
 _Video = Annotated[
     Path | None, typer.Option(help="A video to look at.", metavar="FILE", show_default=False)
 ]
-_Experts = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--expert",
-        help="An expert that describes the picture in words: caption, ocr, detection=MODEL, "
-        "search=FOLDER, web=URL or auto; may be repeated. Options follow after commas.",
-        metavar="NAME[=VALUE]",
-        show_default=False,
-    ),
-]
 _Frames = Annotated[
     int, typer.Option(help="Frames to take from the video.", callback=between(1, MAX_FRAMES))
-]
-_ExpertTokens = Annotated[
-    int, typer.Option(help="Most tokens of what all experts say in a prompt.")
-]
-_ExpertCache = Annotated[
-    bool, typer.Option(help="Remember on disk what experts found in a picture.")
 ]
 _Context = Annotated[
     str | None, typer.Option(help="Text that the answer may draw on.", show_default=False)
@@ -86,10 +70,8 @@ def chat(
     image: _Images = None,
     video: _Video = None,
     frames: _Frames = 8,
-    expert: _Experts = None,
-    expert_timeout: Annotated[float, typer.Option(help="Seconds that each expert has.")] = 30.0,
-    expert_tokens: _ExpertTokens = 512,
-    expert_cache: _ExpertCache = True,
+    *,
+    experts: ExpertSettings,
     context: _Context = None,
     prompt: _Prompt = None,
     max_new_tokens: _MaxNewTokens = 256,
@@ -108,20 +90,13 @@ def chat(
       llama-adapter chat toy --video clip.mp4 --prompt "What happens?"
       llama-adapter chat runs/mine/adapter --prompt "Describe the picture." --image a.jpg --json
     """
-    from llama_adapter.cli.experts import ExpertChoice
     from llama_adapter.cli.output import json_only
 
     if as_json and prompt is None:
         raise typer.BadParameter("--json answers once and needs --prompt")
     if prompt is not None and not prompt.strip():
         raise PromptError("--prompt is empty")
-    experts = ExpertChoice(
-        model=model,
-        names=tuple(expert or ()),
-        timeout=expert_timeout,
-        max_tokens=expert_tokens,
-        cache=expert_cache,
-    )
+    experts.check(model)
     images = _shown(image or (), video, frames=frames)
     with json_only(as_json) as emit:
         session = _open_session(
@@ -169,7 +144,7 @@ def _frames_of(path: Path, count: int) -> Any:
 def _open_session(
     model: str,
     *,
-    experts: ExpertChoice,
+    experts: ExpertSettings,
     context: str | None,
     device: str | None,
     seed: int,
@@ -185,7 +160,7 @@ def _open_session(
     return ChatSession(
         loaded,
         processor,
-        experts=experts.open(loaded=loaded, processor=processor, device=device),
+        experts=experts.open(model, loaded=loaded, processor=processor, device=device),
         context=context,
         settings=settings,
         seed=seed,

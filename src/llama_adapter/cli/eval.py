@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import json
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import typer
 from typer import Option
 
-from llama_adapter.cli.experts import ExpertChoice
-from llama_adapter.cli.judges import JudgeChoice, judge_answers
+from llama_adapter.cli.experts import ExpertSettings
+from llama_adapter.cli.judges import JudgeSettings, judge_answers
 from llama_adapter.cli.models import MODEL_HELP
 from llama_adapter.cli.numbers import MAX_FRAMES, MAX_NEW_TOKENS, MAX_SEED, MAX_TEMPERATURE, between
 from llama_adapter.cli.output import json_only
 from llama_adapter.cli.score import TASK_HELP
+from llama_adapter.cli.settings import given_options
 from llama_adapter.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -32,115 +34,146 @@ MINIATURE = "miniature"
 _EVAL_HELP = f"{TASK_HELP[:-1]}; or {MINIATURE}, which draws its own data."
 _Task = Annotated[str, typer.Argument(help=_EVAL_HELP, metavar="TASK", show_default=False)]
 _Out = Annotated[Path, Option(help="Folder of the run.", metavar="DIR")]
-_Model = Annotated[str | None, Option(help=f"{MODEL_HELP} With --endpoint, its name there.")]
-_Data = Annotated[Path | None, Option(help="The benchmark's own file or folder.", metavar="PATH")]
-_Predictions = Annotated[
-    Path | None,
-    Option(help="Have these stored answers judged instead of asking a model.", metavar="FILE"),
-]
-_Media = Annotated[
-    Path | None,
-    Option(help="Folder of pictures or videos; by default around --data.", metavar="DIR"),
-]
-_Baseline = Annotated[
-    Path | None, Option(help="Answers to compare with (vicuna-80).", metavar="FILE")
-]
-_Split = Annotated[str | None, Option(help="Split of the data.")]
-_Endpoint = Annotated[
-    str | None, Option(help="Evaluate an OpenAI-compatible server instead.", metavar="URL")
-]
-_Experts = Annotated[
-    list[str] | None,
-    Option(
-        help="An expert that describes pictures in words, as in `chat`; may be repeated.",
-        metavar="NAME[=VALUE]",
-    ),
-]
-_ExpertTimeout = Annotated[float, Option(help="Seconds that each expert has.")]
-_ExpertTokens = Annotated[int, Option(help="Most tokens of what experts say.")]
-_Judge = Annotated[str | None, Option(help="local, exact-match or synonym-match.", metavar="KIND")]
-_JudgeUrl = Annotated[
-    str | None, Option(help="OpenAI-compatible judge; key from the environment.", metavar="URL")
-]
-_JudgeModel = Annotated[
-    str | None, Option(help="Its model, or with --judge local a model's directory.")
-]
-_JudgePrompts = Annotated[
-    Path | None, Option(help="JSON of prompts instead of ours.", metavar="FILE")
-]
-_PRICES = between(0, 1e9)
-_JudgeConcurrency = Annotated[
-    int, Option(help="Prompts to a judge at once.", callback=between(1, 1000))
-]
-_PriceIn = Annotated[
-    float | None, Option(help="Of a million tokens that the judge reads.", callback=_PRICES)
-]
-_PriceOut = Annotated[
-    float | None, Option(help="Of a million tokens that it writes.", callback=_PRICES)
-]
-_Limit = Annotated[
-    int | None,
-    Option(help="Only so many records, as many of each part.", callback=between(1, 10**12)),
-]
-_Shard = Annotated[
-    str | None, Option(help="i/n: every n-th record from the i-th on.", metavar="I/N")
-]
-_Merge = Annotated[bool, Option("--merge", help="Put finished shards together.")]
-_Seed = Annotated[
-    int, Option(help="For sampled answers and the bootstrap.", callback=between(0, MAX_SEED))
-]
-_Frames = Annotated[
-    int | None, Option(help="Frames from a video.", callback=between(1, MAX_FRAMES))
-]
-_Prompt = Annotated[
-    str | None, Option(help="What is asked, with {question} for the task's question.")
-]
-_MaxNewTokens = Annotated[
-    int | None, Option(help="Longest answer.", callback=between(1, MAX_NEW_TOKENS))
-]
-_Temperature = Annotated[
-    float | None, Option(help="0: no sampling.", callback=between(0, MAX_TEMPERATURE))
-]
-_Images = Annotated[
-    Literal["own", "none", "shuffled"] | None,
-    Option(help="Show each record's own images, none, or another record's."),
-]
-_BatchSize = Annotated[int | None, Option(help="Records at once.", callback=between(1, 1_000_000))]
-_Device = Annotated[str | None, Option(help="cpu, cuda, …")]
 _Json = Annotated[bool, Option("--json", help="Print one JSON object.")]
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AnswererSettings:
+    """Who answers."""
+
+    section: ClassVar[str] = "Answers"
+
+    model: Annotated[str | None, Option(help=f"{MODEL_HELP} With --endpoint, its name there.")] = (
+        None
+    )
+    endpoint: Annotated[
+        str | None, Option(help="Evaluate an OpenAI-compatible server instead.", metavar="URL")
+    ] = None
+    predictions: Annotated[
+        Path | None,
+        Option(help="Have these stored answers judged instead of asking a model.", metavar="FILE"),
+    ] = None
+    device: Annotated[str | None, Option(help="cpu, cuda, …")] = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataSettings:
+    """What is asked about."""
+
+    section: ClassVar[str] = "Data"
+
+    data: Annotated[
+        Path | None, Option(help="The benchmark's own file or folder.", metavar="PATH")
+    ] = None
+    media: Annotated[
+        Path | None,
+        Option(help="Folder of images or videos; by default around --data.", metavar="DIR"),
+    ] = None
+    baseline: Annotated[
+        Path | None, Option(help="Answers to compare with (vicuna-80).", metavar="FILE")
+    ] = None
+    split: Annotated[str | None, Option(help="Split of the data.")] = None
+    limit: Annotated[
+        int | None,
+        Option(help="Only so many records, as many of each part.", callback=between(1, 10**12)),
+    ] = None
+    shard: Annotated[
+        str | None, Option(help="i/n: every n-th record from the i-th on.", metavar="I/N")
+    ] = None
+    merge: Annotated[bool, Option("--merge", help="Put finished shards together.")] = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AskingSettings:
+    """How it is asked; what is not given is the task's own."""
+
+    section: ClassVar[str] = "Generation"
+
+    prompt: Annotated[
+        str | None, Option(help="What is asked, with {question} for the task's question.")
+    ] = None
+    images: Annotated[
+        Literal["own", "none", "shuffled"] | None,
+        Option(help="Show each record's own images, none, or another record's."),
+    ] = None
+    frames: Annotated[
+        int | None, Option(help="Frames from a video.", callback=between(1, MAX_FRAMES))
+    ] = None
+    max_new_tokens: Annotated[
+        int | None, Option(help="Longest answer.", callback=between(1, MAX_NEW_TOKENS))
+    ] = None
+    temperature: Annotated[
+        float | None, Option(help="0: no sampling.", callback=between(0, MAX_TEMPERATURE))
+    ] = None
+    seed: Annotated[
+        int, Option(help="For sampled answers and the bootstrap.", callback=between(0, MAX_SEED))
+    ] = 0
+    batch_size: Annotated[
+        int | None, Option(help="Records at once.", callback=between(1, 1_000_000))
+    ] = None
+
+    def changed(self) -> dict[str, Any]:
+        """What differs from the task's own."""
+        given = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in given.items() if value is not None}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvalSettings:
+    """All that `eval` is told."""
+
+    answerer: AnswererSettings
+    data: DataSettings
+    asking: AskingSettings
+    experts: ExpertSettings
+    judge: JudgeSettings
+
+    def unread(self, task: str, options: frozenset[str]) -> Iterator[tuple[frozenset[str], str]]:
+        """Options that would have no effect here, and why; `options` are those of the task."""
+        every = {
+            field.name for group in fields(self) for field in fields(getattr(self, group.name))
+        }
+        yield frozenset(every - options), f"the task {task} does not read it"
+        whose, data, judge = self.answerer, self.data, self.judge
+        asking = frozenset((
+            "model", "endpoint", "media", "limit", "shard",
+            "prompt", "images", "frames", "max_new_tokens", "temperature", "batch_size",
+            "expert", "expert_timeout", "expert_tokens", "expert_cache",
+        ))  # fmt: skip
+        if whose.predictions is not None:
+            yield asking | {"merge"}, "--predictions are answers already"
+            if data.data is None:
+                yield frozenset(("baseline", "split")), "it needs --data"
+        if self.asking.images == "none":
+            yield frozenset(("media", "frames")), "no image is shown"
+        if data.merge:
+            yield asking | {"data", "baseline", "split"}, "--merge only puts answers together"
+        if not self.experts.expert:
+            yield (
+                frozenset(("expert_timeout", "expert_tokens", "expert_cache")),
+                "it needs --expert",
+            )
+        if not judge.is_model:
+            prices = ("judge_price_in", "judge_price_out")
+            yield frozenset(("judge_prompts", *prices)), "it needs --judge-url or --judge local"
+        if judge.judge_url is None:
+            yield frozenset(("judge_concurrency",)), "it needs --judge-url"
+        is_elsewhere = whose.endpoint is not None and not self.experts.expert
+        is_local = judge.judge == "local"
+        if (is_elsewhere or whose.predictions is not None or data.merge) and not is_local:
+            yield frozenset(("device",)), "no model runs here"
+
+
 def eval_(
+    context: typer.Context,
     task: _Task,
     out: _Out,
-    model: _Model = None,
-    data: _Data = None,
-    predictions: _Predictions = None,
-    media: _Media = None,
-    baseline: _Baseline = None,
-    split: _Split = None,
-    endpoint: _Endpoint = None,
-    expert: _Experts = None,
-    expert_timeout: _ExpertTimeout = 30.0,
-    expert_tokens: _ExpertTokens = 512,
-    judge: _Judge = None,
-    judge_url: _JudgeUrl = None,
-    judge_model: _JudgeModel = None,
-    judge_prompts: _JudgePrompts = None,
-    judge_concurrency: _JudgeConcurrency = 8,
-    judge_price_in: _PriceIn = None,
-    judge_price_out: _PriceOut = None,
-    limit: _Limit = None,
-    shard: _Shard = None,
-    merge: _Merge = False,
-    seed: _Seed = 0,
-    frames: _Frames = None,
-    prompt: _Prompt = None,
-    images: _Images = None,
-    max_new_tokens: _MaxNewTokens = None,
-    temperature: _Temperature = None,
-    batch_size: _BatchSize = None,
-    device: _Device = None,
+    answerer: AnswererSettings,
+    data: DataSettings,
+    asking: AskingSettings,
+    experts: ExpertSettings,
+    judge: JudgeSettings,
+    *,
     as_json: _Json = False,
 ) -> None:
     """Evaluate a model on a benchmark; run it again to go on where it stopped.
@@ -155,64 +188,50 @@ def eval_(
           --judge-url http://localhost:8000/v1 --judge-model grader
     """
     # what is wrong in the options is said before a model is loaded
+    settings = EvalSettings(
+        answerer=answerer, data=data, asking=asking, experts=experts, judge=judge
+    )
+    given = given_options(context)
     if task == MINIATURE:
-        others = {
-            "--data": data,
-            "--predictions": predictions,
-            "--endpoint": endpoint,
-            "--expert": expert,
-            "--judge": judge,
-            "--judge-url": judge_url,
-            "--shard": shard,
-            "--merge": merge,
-        }
-        for option, value in others.items():
-            if value:
-                raise ConfigError(f"miniature draws its own data and has no use for {option}")
-        _eval_miniature(model, out, limit=limit, device=device, as_json=as_json)
+        from llama_adapter.miniature import EVAL_OPTIONS
+
+        refuse_unread(given, settings.unread(task, EVAL_OPTIONS))
+        _eval_miniature(settings, out, as_json=as_json)
         return
-    chosen = JudgeChoice(
-        kind=judge,
-        url=judge_url,
-        model=judge_model,
-        prompts=judge_prompts,
-        concurrency=judge_concurrency,
-        prices=(judge_price_in, judge_price_out),
-    )
-    if predictions is not None and (model or endpoint or merge or limit or shard):
-        raise ConfigError(
-            "--predictions are answers already: no --model, --limit, --shard, --merge"
-        )
-    experts = ExpertChoice(
-        model=model,
-        names=tuple(expert or ()),
-        timeout=expert_timeout,
-        max_tokens=expert_tokens,
-    )
-    sampling = {"seed": seed, "temperature": temperature, "max_new_tokens": max_new_tokens}
-    asking = {"frames": frames, "prompt": prompt, "batch_size": batch_size, "images": images}
-    plan = _plan(task, out, {**sampling, **asking}, limit=limit, shard=shard)
+    from llama_adapter.evaluation.tasks import find_task
+
+    found = find_task(task)
+    refuse_unread(given, settings.unread(task, found.options))
+    judge.check(found)
+    experts.check(answerer.model)
+    plan = _plan(found, out, settings)
     with contextlib.ExitStack() as opened:
         emit = opened.enter_context(json_only(as_json))
-        if predictions is not None:
-            known = plan.inputs(data, baseline=baseline, split=split) if data is not None else None
-            plan.take(predictions, known)
-        elif not merge:
-            inputs = plan.inputs(data, baseline=baseline, split=split)
-            answerer = _answerer(opened, model, endpoint, device=device, experts=experts)
-            plan.answer(answerer, inputs, media=media)
-        plan.judge_and_score(chosen, merge=merge, device=device, emit=emit if as_json else None)
+        if answerer.predictions is not None:
+            plan.take(answerer.predictions, plan.inputs(data) if data.data is not None else None)
+        elif not data.merge:
+            inputs = plan.inputs(data)
+            plan.answer(_answerer(opened, settings), inputs, media=data.media)
+        plan.judge_and_score(
+            judge, merge=data.merge, device=answerer.device, emit=emit if as_json else None
+        )
 
 
-def _eval_miniature(
-    model: str | None, out: Path, *, limit: int | None, device: str | None, as_json: bool
-) -> None:
+def refuse_unread(given: dict[str, str], unread: Iterator[tuple[frozenset[str], str]]) -> None:
+    """`ConfigError` for an option on the command line that would have no effect."""
+    for names, why in unread:
+        if found := [written for name, written in given.items() if name in names]:
+            raise ConfigError(f"{found[0]} has no effect: {why}")
+
+
+def _eval_miniature(settings: EvalSettings, out: Path, *, as_json: bool) -> None:
     from llama_adapter.cli.models import load
     from llama_adapter.cli.progress import stages
     from llama_adapter.cli.score import print_report
     from llama_adapter.evaluation.score import ScoreReport
     from llama_adapter.files import write_atomically
     from llama_adapter.miniature.task import (
+        BATCH_SIZE,
         METRICS,
         HeldOutScenes,
         bundled_expert_captions,
@@ -220,14 +239,18 @@ def _eval_miniature(
         num_answers,
     )
 
+    model, limit = settings.answerer.model, settings.data.limit
     if model is None:
         raise ConfigError("--model is needed: an adapter directory or `toy`")
     test = HeldOutScenes.draw() if limit is None else HeldOutScenes.draw(questions=limit)
+    batch_size = settings.asking.batch_size or BATCH_SIZE
     with json_only(as_json) as emit:
-        loaded, processor = load(model, device=device)
+        loaded, processor = load(model, device=settings.answerer.device)
         with stages() as stage:
             expert = bundled_expert_captions(
-                test, progress=stage("the caption expert", len(test.images))
+                test,
+                batch_size=batch_size,
+                progress=stage("the caption expert", len(test.images)),
             )
             total = num_answers(test, is_multimodal=loaded.adapter_config.is_multimodal)
             results = evaluate(
@@ -235,6 +258,7 @@ def _eval_miniature(
                 processor,
                 test,
                 expert_captions=expert,
+                batch_size=batch_size,
                 progress=stage("miniature: answers", total),
             )
         report = ScoreReport(
@@ -273,16 +297,16 @@ class _Plan:
     generation: Generation
     selection: Selection
 
-    def inputs(self, data: Path | None, *, baseline: Path | None, split: str | None) -> Inputs:
+    def inputs(self, given: DataSettings) -> Inputs:
         """What the task reads."""
         from llama_adapter.evaluation.tasks.base import Inputs
 
-        if data is None:
+        if given.data is None:
             raise ConfigError("--data is needed: the benchmark's own file or folder")
-        for path in (data, baseline):
+        for path in (given.data, given.baseline):
             if path is not None and not path.exists():
                 raise ConfigError(f"{path} does not exist")
-        return Inputs(data=data, baseline=baseline, split=split)
+        return Inputs(data=given.data, baseline=given.baseline, split=given.split)
 
     @property
     def folder(self) -> Path:
@@ -333,7 +357,7 @@ class _Plan:
 
     def judge_and_score(
         self,
-        choice: JudgeChoice,
+        judge: JudgeSettings,
         *,
         merge: bool,
         device: str | None,
@@ -346,7 +370,7 @@ class _Plan:
         from llama_adapter.files import write_atomically
 
         folder = merge_shards(self.task, self.out).parent if merge else self.folder
-        usage = judge_answers(self.task, folder, choice, device=device)
+        usage = judge_answers(self.task, folder, judge, device=device)
         report = score(self.task.name, folder, seed=self.generation.seed)
         result = {**report.as_json(), **({} if usage is None else {"judging": usage})}
         write_atomically(folder / SCORE_FILE, json.dumps(result, indent=2) + "\n")
@@ -358,47 +382,38 @@ class _Plan:
             typer.echo(f"judging cost {usage['cost']:.4f} for {usage['replies']} replies")
 
 
-def _plan(
-    task: str, out: Path, settings: dict[str, Any], *, limit: int | None, shard: str | None
-) -> _Plan:
+def _plan(task: Task, out: Path, settings: EvalSettings) -> _Plan:
     from llama_adapter.evaluation.running import Selection, parse_shard
-    from llama_adapter.evaluation.tasks import find_task
 
-    found = find_task(task)
-    changed = {name: value for name, value in settings.items() if value is not None}
+    shard = settings.data.shard
     return _Plan(
-        task=found,
+        task=task,
         out=out,
-        generation=replace(found.generation, **changed),
-        selection=Selection(limit=limit, shard=parse_shard(shard) if shard else None),
+        generation=replace(task.generation, **settings.asking.changed()),
+        selection=Selection(limit=settings.data.limit, shard=parse_shard(shard) if shard else None),
     )
 
 
-def _answerer(
-    opened: contextlib.ExitStack,
-    model: str | None,
-    endpoint: str | None,
-    *,
-    device: str | None,
-    experts: ExpertChoice,
-) -> Answerer:
+def _answerer(opened: contextlib.ExitStack, settings: EvalSettings) -> Answerer:
     from llama_adapter.evaluation.answering import EndpointAnswerer, LocalAnswerer
 
+    model, device = settings.answerer.model, settings.answerer.device
     if model is None:
         raise ConfigError("--model is needed: an adapter directory, `toy`, or a name at --endpoint")
     loaded = processor = None
     answerer: Answerer
-    if endpoint is not None:
-        remote = EndpointAnswerer(url=endpoint, model=model)
+    if settings.answerer.endpoint is not None:
+        remote = EndpointAnswerer(url=settings.answerer.endpoint, model=model)
         answerer = opened.enter_context(contextlib.closing(remote))
     else:
         from llama_adapter.cli.models import adapter_directory, load
 
         loaded, processor = load(model, device=device)
         answerer = LocalAnswerer(loaded, processor, directory=adapter_directory(model))
-    if not experts.names:
+    named = settings.experts.expert
+    if not named:
         return answerer
     from llama_adapter.evaluation.with_experts import ExpertAnswerer
 
-    pool = experts.open(loaded=loaded, processor=processor, device=device)
-    return ExpertAnswerer(answerer, pool, named=experts.names)
+    pool = settings.experts.open(model, loaded=loaded, processor=processor, device=device)
+    return ExpertAnswerer(answerer, pool, named=named)

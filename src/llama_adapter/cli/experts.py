@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from threading import TIMEOUT_MAX
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import typer
+from typer import Option
 
 from llama_adapter.cli.models import TOY
 from llama_adapter.cli.output import one_line
@@ -20,31 +21,47 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ExpertChoice:
-    """Which experts to ask, and how, as the options say; refused before a model is loaded."""
+class ExpertSettings:
+    """Which experts to ask, and how."""
 
-    model: str | None
-    """MODEL, for what experts are told by default."""
-    names: tuple[str, ...] = ()
-    timeout: float = 30.0
-    max_tokens: int = 512
-    cache: bool = True
+    section: ClassVar[str] = "Experts"
+
+    expert: Annotated[
+        list[str] | None,
+        Option(
+            help="An expert that describes the image in words: caption, ocr, detection=MODEL, "
+            "search=FOLDER, web=URL or auto; may be repeated. Options follow after commas.",
+            metavar="NAME[=VALUE]",
+            show_default=False,
+        ),
+    ] = None
+    expert_timeout: Annotated[float, Option(help="Seconds that each expert has.")] = 30.0
+    expert_tokens: Annotated[
+        int, Option(help="Most tokens of what all experts say in a prompt.")
+    ] = 512
+    expert_cache: Annotated[
+        bool, Option(help="Remember on disk what experts found in an image.")
+    ] = True
 
     def __post_init__(self) -> None:
-        if not 0 < self.timeout <= TIMEOUT_MAX:
+        if not 0 < self.expert_timeout <= TIMEOUT_MAX:
             raise ConfigError(
                 f"--expert-timeout must be above 0 seconds and at most {TIMEOUT_MAX:.0f}, "
-                f"got {self.timeout:g}"
+                f"got {self.expert_timeout:g}"
             )
-        if self.max_tokens < 1:
-            raise ConfigError(f"--expert-tokens must be at least 1, got {self.max_tokens}")
-        if self.names:
+        if self.expert_tokens < 1:
+            raise ConfigError(f"--expert-tokens must be at least 1, got {self.expert_tokens}")
+
+    def check(self, model: str | None) -> None:
+        """Refuse what is wrong in an expert's options, before MODEL is loaded."""
+        if self.expert:
             from llama_adapter.experts.registry import read_options
 
-            read_options(self.names, _defaults(self.model))
+            read_options(self.expert, _defaults(model))
 
     def open(
         self,
+        model: str | None,
         *,
         loaded: LlamaAdapterForConditionalGeneration | None,
         processor: LlamaAdapterProcessor | None,
@@ -54,15 +71,14 @@ class ExpertChoice:
         from llama_adapter.experts import ExpertContext, make_pool
         from llama_adapter.experts.cache import ReportCache, default_cache_file
 
-        cache = ReportCache(default_cache_file()) if self.cache and self.names else None
-        context = ExpertContext(model=loaded, device=device, defaults=_defaults(self.model))
+        named = self.expert or ()
         return make_pool(
-            self.names,
-            context,
+            named,
+            ExpertContext(model=loaded, device=device, defaults=_defaults(model)),
             processor=processor,
-            timeout=self.timeout,
-            max_tokens=self.max_tokens,
-            cache=cache,
+            timeout=self.expert_timeout,
+            max_tokens=self.expert_tokens,
+            cache=ReportCache(default_cache_file()) if self.expert_cache and named else None,
         )
 
 

@@ -1,14 +1,16 @@
-"""`--judge…`: from what a user writes to verdicts beside the answers."""
+"""`--judge…`: from what a user writes to verdicts next to the answers."""
 
 from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import typer
+from typer import Option
 
+from llama_adapter.cli.numbers import between
 from llama_adapter.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -19,81 +21,114 @@ if TYPE_CHECKING:
 KINDS = ("local", "exact-match", "synonym-match")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class JudgeChoice:
-    """Who judges, as the options say; refused before a model is loaded."""
+_PRICE = between(0, 1e9)
 
-    kind: str | None = None
-    url: str | None = None
-    model: str | None = None
-    prompts: Path | None = None
-    concurrency: int = 8
-    prices: tuple[float | None, float | None] = (None, None)
-    """For a million tokens that a judge reads, and writes."""
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JudgeSettings:
+    """Who judges; refused before a model is loaded."""
+
+    section: ClassVar[str] = "Judge"
+
+    judge: Annotated[
+        str | None, Option(help="local, exact-match or synonym-match.", metavar="KIND")
+    ] = None
+    judge_url: Annotated[
+        str | None, Option(help="OpenAI-compatible judge; key from the environment.", metavar="URL")
+    ] = None
+    judge_model: Annotated[
+        str | None, Option(help="Its model, or with --judge local a model's directory.")
+    ] = None
+    judge_prompts: Annotated[
+        Path | None, Option(help="JSON of prompts instead of ours.", metavar="FILE")
+    ] = None
+    judge_concurrency: Annotated[
+        int, Option(help="Prompts to a judge at once.", callback=between(1, 1000))
+    ] = 8
+    judge_price_in: Annotated[
+        float | None, Option(help="Of a million tokens that the judge reads.", callback=_PRICE)
+    ] = None
+    judge_price_out: Annotated[
+        float | None, Option(help="Of a million tokens that it writes.", callback=_PRICE)
+    ] = None
 
     def __post_init__(self) -> None:
-        if (self.url is not None or self.kind == "local") and not self.model:
+        if (self.judge_url is not None or self.judge == "local") and not self.judge_model:
             raise ConfigError("a judge is named with --judge-model, and none is given")
-        if self.model and self.url is None and self.kind != "local":
+        if self.judge_model and not self.is_model:
             raise ConfigError("--judge-model needs --judge-url, or --judge local")
-        if self.kind is not None and self.kind not in KINDS:
-            raise ConfigError(f"--judge must be one of {', '.join(KINDS)}, got {self.kind!r}")
-        if self.kind is not None and self.url is not None:
-            raise ConfigError(f"--judge {self.kind} and --judge-url are two judges; give one")
-        if self.concurrency < 1:
-            raise ConfigError(f"--judge-concurrency must be at least 1, got {self.concurrency}")
-        if (self.prices[0] is None) != (self.prices[1] is None):
+        if self.judge is not None and self.judge not in KINDS:
+            raise ConfigError(f"--judge must be one of {', '.join(KINDS)}, got {self.judge!r}")
+        if self.judge is not None and self.judge_url is not None:
+            raise ConfigError(f"--judge {self.judge} and --judge-url are two judges; give one")
+        if (self.judge_price_in is None) != (self.judge_price_out is None):
             raise ConfigError("--judge-price-in and --judge-price-out are needed together")
 
     @property
     def is_given(self) -> bool:
         """Whether anybody judges."""
-        return self.kind is not None or self.url is not None
+        return self.judge is not None or self.judge_url is not None
+
+    @property
+    def is_model(self) -> bool:
+        """Whether a model judges, not a comparison of words."""
+        return self.judge_url is not None or self.judge == "local"
+
+    def check(self, task: Task) -> None:
+        """Refuse a comparison of words for a task of long answers."""
+        if self.judge is not None and not self.is_model:
+            from llama_adapter.evaluation.judging import check_word_judge
+
+            check_word_judge(task, self.judge)
 
     def open(self, *, device: str | None = None) -> Judge:
         """The judge: a model here, or one behind an endpoint."""
         from llama_adapter.evaluation.judges import EndpointJudge, LocalJudge
 
-        if self.kind == "local":
+        if self.judge == "local":
             from llama_adapter.cli.models import torch_device
 
-            return LocalJudge(str(self.model), device=torch_device(device))
-        return EndpointJudge(url=str(self.url), model=str(self.model), concurrency=self.concurrency)
+            return LocalJudge(str(self.judge_model), device=torch_device(device))
+        return EndpointJudge(
+            url=str(self.judge_url),
+            model=str(self.judge_model),
+            concurrency=self.judge_concurrency,
+        )
 
 
 def judge_answers(
-    task: Task, folder: Path, choice: JudgeChoice, *, device: str | None = None
+    task: Task, folder: Path, settings: JudgeSettings, *, device: str | None = None
 ) -> dict[str, Any] | None:
     """Have the answers in a folder judged; what that took, in tokens and money."""
     from llama_adapter.evaluation.costs import Prices, judge_usage
-    from llama_adapter.evaluation.judges import WORD_JUDGES
     from llama_adapter.evaluation.judging import compare_words
     from llama_adapter.evaluation.score import read_predictions
 
-    if not choice.is_given:
+    if not settings.is_given:
         if task.judging is not None:
             typer.echo("answers are stored but not judged: give --judge-url or --judge", err=True)
         return None
-    prices = Prices(prompt=choice.prices[0], completion=choice.prices[1])
+    prices = Prices(prompt=settings.judge_price_in, completion=settings.judge_price_out)
     rows = read_predictions(task, folder).rows
-    if choice.kind in WORD_JUDGES:
-        compare_words(task, rows, str(choice.kind), folder)
-    else:
-        report = _ask(task, folder, choice, rows, device=device)
+    if settings.is_model:
+        report = _ask(task, folder, settings, rows, device=device)
         listed = {"unreadable": report.unreadable, "unavailable": report.unavailable}
         usage = judge_usage(folder, prices=prices) or {}
         return {**usage, **{name: list(labels) for name, labels in listed.items()}}
+    compare_words(task, rows, str(settings.judge), folder)
     return judge_usage(folder, prices=prices)
 
 
 def _ask(
-    task: Task, folder: Path, choice: JudgeChoice, rows: Any, *, device: str | None
+    task: Task, folder: Path, settings: JudgeSettings, rows: Any, *, device: str | None
 ) -> JudgeReport:
     from llama_adapter.cli.progress import stages
     from llama_adapter.evaluation.judging import judge_rows, read_judge_prompts
 
-    judging = read_judge_prompts(task, choice.prompts) if choice.prompts else None
-    with contextlib.closing(choice.open(device=device)) as judge, stages() as stage:
+    judging = None
+    if settings.judge_prompts:
+        judging = read_judge_prompts(task, settings.judge_prompts)
+    with contextlib.closing(settings.open(device=device)) as judge, stages() as stage:
         advance = stage(f"{task.name}: verdicts", len(rows))
         report = judge_rows(task, rows, judge, folder, judging=judging, progress=advance)
     typer.echo(

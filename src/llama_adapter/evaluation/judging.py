@@ -98,9 +98,7 @@ def judge_rows(
 
 def compare_words(task: Task, rows: Sequence[Row], name: str, folder: Path) -> JudgeReport:
     """Verdicts of a judge that needs no model, for tasks of short answers."""
-    judging = _judging_of(task)
-    if not judging.is_one_word:
-        raise EvaluationError(f"{name} is for one-word answers; {task.name} needs a judge")
+    check_word_judge(task, name)
     path = folder / JUDGEMENTS
     drop_partial_line(path)
     answered = [row for row in rows if row.is_answered]
@@ -116,6 +114,12 @@ def compare_words(task: Task, rows: Sequence[Row], name: str, folder: Path) -> J
         unreadable=(),
         unavailable=(),
     )
+
+
+def check_word_judge(task: Task, name: str) -> None:
+    """Refuse to compare words for a task whose answers are longer than one."""
+    if not _judging_of(task).is_one_word:
+        raise EvaluationError(f"{name} is for one-word answers; {task.name} needs a judge")
 
 
 def read_judge_prompts(task: Task, path: Path) -> Judging:

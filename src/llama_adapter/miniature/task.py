@@ -51,7 +51,8 @@ METRICS: dict[str, str] = {
 SEEN_TYPES = tuple(kind for kind in QUESTION_TYPES if kind != "sign")
 """Types of the test's questions: the vision encoder cannot read signs, the OCR expert can."""
 
-_BATCH_SIZE = 64
+BATCH_SIZE = 64
+"""Questions or images at once."""
 _ANSWER_TOKENS = 72
 
 Progress = Callable[[int], None]
@@ -222,6 +223,7 @@ def evaluate(
     test: HeldOutScenes,
     *,
     expert_captions: Sequence[str] | None = None,
+    batch_size: int = BATCH_SIZE,
     progress: Progress = lambda _: None,
 ) -> Results:
     """All metrics of one adapter; those with an expert need its captions of the test images."""
@@ -229,8 +231,10 @@ def evaluate(
     sees = model.adapter_config.is_multimodal
     out = Results()
 
+    how: Any = {"batch_size": batch_size, "progress": progress}
+
     def marks(**given: Any) -> list[Mark]:
-        return answer_questions(model, processor, test, progress=progress, **given)
+        return answer_questions(model, processor, test, **given, **how)
 
     def own(question: Question) -> int:
         return question.scene
@@ -243,7 +247,7 @@ def evaluate(
 
     out.take("text_qa", marks(context=text))
     if sees:
-        out.captions = write_captions(model, processor, test.images, progress=progress)
+        out.captions = write_captions(model, processor, test.images, **how)
         out.take_captions("caption", out.captions, test.scenes)
         out.take("vqa_zero_shot", marks(image=own), with_key=True)
         out.take("vqa_blind", marks(), with_key=True)
@@ -272,12 +276,13 @@ def answer_questions(
     *,
     context: Callable[[Question], str] | None = None,
     image: Callable[[Question], int] | None = None,
+    batch_size: int = BATCH_SIZE,
     progress: Progress = lambda _: None,
 ) -> list[Mark]:
     """Mark the answers to every question, with a text, one of the test's images, or neither."""
     marks: list[Mark] = []
-    for start in range(0, len(test.questions), _BATCH_SIZE):
-        questions = test.questions[start : start + _BATCH_SIZE]
+    for start in range(0, len(test.questions), batch_size):
+        questions = test.questions[start : start + batch_size]
         conversations = [
             Conversation.ask(
                 question.asked.question,
@@ -323,12 +328,13 @@ def write_captions(
     processor: LlamaAdapterProcessor,
     images: Sequence[ImageRef],
     *,
+    batch_size: int = BATCH_SIZE,
     progress: Progress = lambda _: None,
 ) -> list[str]:
     """The model's own captions of images, greedily."""
     captions: list[str] = []
-    for start in range(0, len(images), _BATCH_SIZE):
-        batch = images[start : start + _BATCH_SIZE]
+    for start in range(0, len(images), batch_size):
+        batch = images[start : start + batch_size]
         asked = [(CAPTION_TASK.instructions[0], image) for image in batch]
         captions += write_answers(model, processor, asked)
         progress(len(batch))
@@ -347,7 +353,8 @@ def write_answers(
 
 
 def bundled_expert_captions(
-    test: HeldOutScenes, *, progress: Progress = lambda _: None
+    test: HeldOutScenes, *, batch_size: int = BATCH_SIZE, progress: Progress = lambda _: None
 ) -> list[str]:
     """What the bundled caption expert says of each test image."""
-    return write_captions(*load_bundled("caption"), test.images, progress=progress)
+    loaded = load_bundled("caption")
+    return write_captions(*loaded, test.images, batch_size=batch_size, progress=progress)

@@ -70,6 +70,17 @@ class Judging:
     """Whether answers are so short that comparing words can stand in for a judge."""
 
 
+_SETTINGS = frozenset((
+    "data", "model", "endpoint", "device", "predictions", "limit", "shard", "merge",
+    "prompt", "max_new_tokens", "temperature", "seed", "batch_size",
+    "expert", "expert_timeout", "expert_tokens", "expert_cache",
+))  # fmt: skip
+_JUDGE_SETTINGS = frozenset((
+    "judge", "judge_url", "judge_model", "judge_prompts", "judge_concurrency",
+    "judge_price_in", "judge_price_out",
+))  # fmt: skip
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Task:
     """A benchmark."""
@@ -90,6 +101,16 @@ class Task:
     """`image`, `video`, `any` or `none`."""
     judging: Judging | None = None
     generation: Generation = field(default_factory=Generation)
+    inputs: tuple[str, ...] = ()
+    """Which fields of `Inputs` it reads besides `data`."""
+
+    @property
+    def options(self) -> frozenset[str]:
+        """The options of `llama-adapter eval` that it reads; any other is refused."""
+        shown = ("media", "images", "frames")
+        media = {"none": (), "image": shown[:2]}.get(self.media, shown)
+        judged = _JUDGE_SETTINGS if self.judging else ()
+        return _SETTINGS.union(self.inputs, media, judged)
 
 
 def fill(template: str, fields: Mapping[str, str]) -> str:

@@ -219,5 +219,6 @@ COCO_CAPTION = Task(
     count=count,
     read_public=read_public,
     media="image",
+    inputs=("split",),
     generation=Generation(max_new_tokens=32),
 )

@@ -349,5 +349,6 @@ SCIENCEQA = Task(
     count=count,
     read_public=read_public,
     media="image",
+    inputs=("split",),
     generation=Generation(max_new_tokens=128),
 )

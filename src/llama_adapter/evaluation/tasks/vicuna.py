@@ -239,6 +239,7 @@ VICUNA_80 = Task(
     prompts=lambda record: record.questions,
     count=count,
     read_public=read_public,
+    inputs=("baseline",),
     judging=Judging(
         questions=judge_questions,
         prompts={f"{order}:{kind}": PAIRWISE[kind] for order in ORDERS for kind in PAIRWISE},

@@ -381,4 +381,5 @@ ACTIVITYNET_QA = _task(
     name="activitynet-qa",
     summary="8,000 questions about 800 long videos",
     read=read_activitynet,
+    inputs=("split",),
 )

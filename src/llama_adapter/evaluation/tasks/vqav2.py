@@ -125,6 +125,7 @@ VQAV2 = Task(
     read_public=read_public,
     part=lambda record: str(record.metadata.get("answer_type")),
     media="image",
+    inputs=("split",),
     generation=Generation(
         max_new_tokens=16, prompt="{question} Answer the question using a single word or phrase."
     ),
