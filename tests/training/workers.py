@@ -53,6 +53,8 @@ def work(
 
     os.environ.update(environment)
     torch.set_num_threads(1)
+    # as in a run that a user starts; data workers of a server would outlive a kill
+    multiprocessing.set_start_method("fork", force=True)
     said: list[str] = []
     try:
         settings = load_recipe(Path(recipe), overrides)
