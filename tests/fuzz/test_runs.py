@@ -13,14 +13,14 @@ from tests.fuzzing import HOSTILE_VALUES, Campaign, mutated_bytes, mutated_json_
 from llama_adapter.training.launch import train
 from llama_adapter.training.plot import plot_run
 from llama_adapter.training.recipe import load_recipe
-from llama_adapter.training.run import Outcome
+from llama_adapter.training.run import TrainingResult
 from llama_adapter.training.run_directory import write_checksums
 
 SAVED = Path(__file__).resolve().parents[1] / "saved/runs"
 RUN, CHECKPOINT = Path("joint"), Path("joint/checkpoints/step-00000002")
 
 
-def resume(out: str = "joint") -> Outcome:
+def resume(out: str = "joint") -> TrainingResult:
     return train(load_recipe(Path("joint.yaml"), [f"out={out}"]), resume=True)
 
 
@@ -74,8 +74,8 @@ def test_damaged_runs_are_resumed_or_refused(
         if rng.random() < 0.5:
             campaign.attempt(lambda: plot_run(RUN, Path("drawn")))
 
-        def right(outcome: Outcome, is_other: bool = is_other) -> None:
-            assert is_other or outcome.checksum == end
+        def right(result: TrainingResult, is_other: bool = is_other) -> None:
+            assert is_other or result.checksum == end
 
         campaign.attempt(resume, accepted=right)
         assert not list(tmp_path.rglob("*.partial*"))

@@ -28,9 +28,9 @@ from transformers import (
     SiglipVisionModel,
 )
 
+from llama_adapter.training.callbacks import Callbacks
 from llama_adapter.training.launch import train
 from llama_adapter.training.recipe import parse_recipe
-from llama_adapter.training.run import Watcher
 
 WORDS = "<pad> <s> </s> <unk> instruction response say the number a red blue picture 1 2 3 : # ."
 STOPS_AFTER = 3
@@ -140,7 +140,7 @@ def main(out: Path) -> None:
         shutil.copy(whole.adapter / "adapter_model.safetensors", f"ends/{name}.safetensors")
         shutil.rmtree(f"{name}-whole")
         try:
-            train(parse_recipe({"out": name, **values}), watcher=Watcher(step=stop))
+            train(parse_recipe({"out": name, **values}), callbacks=Callbacks(step=stop))
         except Stopped:
             Path(name, ".lock").unlink()
 

@@ -12,9 +12,10 @@ import pytest
 from llama_adapter.data import TrainBatch
 from llama_adapter.errors import TrainingError
 from llama_adapter.training.build import build, load_processor
-from llama_adapter.training.engine import OneProcess
+from llama_adapter.training.callbacks import Callbacks
+from llama_adapter.training.parallel import SingleProcess
 from llama_adapter.training.recipe import load_recipe
-from llama_adapter.training.run import TrainingRun, Watcher
+from llama_adapter.training.run import TrainingRun
 from llama_adapter.training.run_directory import RunDirectory
 from llama_adapter.training.streams import open_data
 
@@ -52,7 +53,7 @@ def run(path: Path, bad: Iterable[int]) -> list[str]:
 
     recipe = load_recipe(path)
     said: list[str] = []
-    with RunDirectory(recipe.out).held(recipe, resume=False):
+    with RunDirectory(recipe.out).acquire(recipe, resume=False):
         processor = load_processor(recipe)
         streams = dict(open_data(recipe, processor).streams)
         built = build(recipe, device=torch.device("cpu"))
@@ -61,8 +62,8 @@ def run(path: Path, bad: Iterable[int]) -> list[str]:
             built,
             processor=processor,
             streams={**streams, "caption": Spoilt(streams["caption"], bad)},
-            engine=OneProcess(built.model),
-            watcher=Watcher(say=said.append),
+            engine=SingleProcess(built.model),
+            callbacks=Callbacks(message=said.append),
         ).run()
     return said
 

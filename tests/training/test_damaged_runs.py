@@ -15,10 +15,11 @@ import torch
 
 from llama_adapter.errors import CheckpointError, ConfigError, DataError, TrainingError
 from llama_adapter.model.persistence import ADAPTER_WEIGHTS_NAME
+from llama_adapter.training.callbacks import Callbacks
 from llama_adapter.training.launch import train
 from llama_adapter.training.plot import plot_run
 from llama_adapter.training.recipe import load_recipe
-from llama_adapter.training.run import Outcome, Watcher
+from llama_adapter.training.run import TrainingResult
 from llama_adapter.training.run_directory import CHECKSUMS
 
 SAVED = Path(__file__).resolve().parents[1] / "saved/runs"
@@ -33,10 +34,10 @@ def saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def run(*overrides: str, said: list[str] | None = None, **options: Any) -> Outcome:
+def run(*overrides: str, said: list[str] | None = None, **options: Any) -> TrainingResult:
     say = (lambda _: None) if said is None else said.append
-    watcher = options.pop("watcher", Watcher(say=say))
-    return train(load_recipe(Path("joint.yaml"), overrides), watcher=watcher, **options)
+    callbacks = options.pop("callbacks", Callbacks(message=say))
+    return train(load_recipe(Path("joint.yaml"), overrides), callbacks=callbacks, **options)
 
 
 def resumed_undamaged() -> str:
@@ -218,13 +219,18 @@ def test_a_run_without_a_checkpoint_begins_anew(saved: Path) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run("out=new", watcher=Watcher(step=stop))
+        run("out=new", callbacks=Callbacks(step=stop))
     for resume, rate in ((False, 0.5), (True, 0.25)):
         with pytest.raises(KeyboardInterrupt):
-            run("out=new", f"optimizer.gate_lr={rate}", watcher=Watcher(step=stop), resume=resume)
+            run(
+                "out=new",
+                f"optimizer.gate_lr={rate}",
+                callbacks=Callbacks(step=stop),
+                resume=resume,
+            )
     assert "gate_lr: 0.25" in Path("new/recipe.yaml").read_text()
-    outcome = run("out=new")
-    assert outcome.checksum == run("out=whole").checksum
+    result = run("out=new")
+    assert result.checksum == run("out=whole").checksum
     # a folder with a recipe that somebody wrote there is no such run
     Path("mine").mkdir()
     Path("mine/recipe.yaml").write_text("mine")

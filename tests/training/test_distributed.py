@@ -14,9 +14,9 @@ from torch.testing import assert_close
 
 from llama_adapter.model.persistence import ADAPTER_WEIGHTS_NAME
 from llama_adapter.model.tensor_files import read_tensors
+from llama_adapter.training.callbacks import Callbacks
 from llama_adapter.training.launch import train
 from llama_adapter.training.recipe import load_recipe
-from llama_adapter.training.run import Watcher
 
 pytestmark = pytest.mark.slow
 # sums are rounded in another order; without dropout, which every process draws for itself
@@ -87,11 +87,11 @@ def test_a_run_of_one_process_goes_on_in_shards(
     with pytest.raises(Stop):
         train(
             load_recipe(recipe, [f"out={out}"]),
-            watcher=Watcher(step=stop_at(3)),
+            callbacks=Callbacks(step=stop_at(3)),
             score_captions=words,
         )
-    outcome, said = finish(*start(recipe, *sharded, resume=True, processes=2))
-    assert outcome.started_at == 2
+    result, said = finish(*start(recipe, *sharded, resume=True, processes=2))
+    assert result.started_at == 2
     assert any("not bit for bit" in message for message in said)
     assert_close(losses(out), losses(alone), rtol=1e-5, atol=1e-5)
     assert_close(tensors(out), tensors(alone), **CLOSE)

@@ -18,6 +18,7 @@ from llama_adapter.data.feature_cache import Computed, FeatureCache
 from llama_adapter.errors import DataError, TrainingError
 from llama_adapter.training import features
 from llama_adapter.training.build import build, load_processor
+from llama_adapter.training.callbacks import silent
 from llama_adapter.training.launch import train
 from llama_adapter.training.recipe import Recipe, load_recipe
 from llama_adapter.training.run import TrainingRun
@@ -137,7 +138,7 @@ def test_every_process_computes_a_share(recipe_file: Write, tmp_path: Path) -> N
         cache = features.open_cache(recipe.vision, model, processor, folder=tmp_path)
         features.fill_cache(
             cache, data.sources, model, processor,
-            communicator=Rank(rank, said), workers=0, stage=lambda *_: lambda _done: None,
+            communicator=Rank(rank, said), workers=0, progress=silent,
         )  # fmt: skip
         assert images_of(tmp_path) == count
 

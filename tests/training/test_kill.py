@@ -35,10 +35,10 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(
         kills += process.is_alive()
         process.kill()
         process.join()
-    outcome, said = finish(*start(path, f"out={run}", resume=True))
+    result, said = finish(*start(path, f"out={run}", resume=True))
     assert kills, "the run was over before it could be killed"
     assert any("resumed at step" in message for message in said)
-    assert outcome.checksum == whole.checksum
+    assert result.checksum == whole.checksum
     assert losses(run) == losses(tmp_path / "whole")
 
 

@@ -8,8 +8,8 @@ from torch import nn
 from torch.testing import assert_close
 
 from llama_adapter.training import muon
-from llama_adapter.training.machine import fast_dtype
-from llama_adapter.training.muon import Muon, orthogonalised
+from llama_adapter.training.device import fast_dtype
+from llama_adapter.training.muon import Muon, orthogonalized
 
 SHAPES = [(6, 6), (12, 5), (5, 12)]
 
@@ -45,7 +45,7 @@ def test_moves_as_torchs_own(
 def test_singular_vectors_stay_and_values_come_near_one(shape: tuple[int, int]) -> None:
     left, _, right = torch.linalg.svd(matrices(3)[SHAPES.index(shape)], full_matrices=False)
     x = left * torch.linspace(0.3, 2, min(shape)) @ right
-    found = orthogonalised(x, dtype=torch.float32)
+    found = orthogonalized(x, dtype=torch.float32)
     assert found.shape == x.shape
     assert found.dtype == torch.float32
     values = torch.linalg.svdvals(found)
@@ -60,7 +60,7 @@ def test_multiplies_in_what_the_machine_is_fast_at(
     fast: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(muon, "fast_dtype", lambda _device: fast)
-    assert orthogonalised(matrices(0)[0]).dtype == (fast or torch.float32)
+    assert orthogonalized(matrices(0)[0]).dtype == (fast or torch.float32)
 
 
 def test_a_cpu_is_fast_at_bfloat16_if_it_has_instructions_for_it(

@@ -61,7 +61,7 @@ def test_every_recipe_file_is_listed() -> None:
 
 def test_the_papers_setting() -> None:
     recipe = load_recipe(RECIPES / "paper-7b.yaml")
-    semantics = recipe.adapter.semantics()
+    semantics = recipe.adapter.adapter_config()
     assert (semantics.visual_layers, semantics.prompt_layers) == (1, 31)
     assert semantics.visual_prompt_length == 20
     assert semantics.prompt_layer_indices(32) == range(1, 32)
@@ -90,7 +90,7 @@ def test_overrides_change_single_values(tmp_path: Path) -> None:
     assert recipe.optimizer.vision_lr == 1e-4
     assert recipe.instructions is not None
     assert recipe.instructions.sources[0].model_extra == {"path": "other.json"}
-    assert recipe.adapter.semantics().visual_layers == 2
+    assert recipe.adapter.adapter_config().visual_layers == 2
     assert recipe.data.padding == "max_length"
 
 

@@ -20,15 +20,16 @@ from llama_adapter import LlamaAdapterForConditionalGeneration, LlamaAdapterProc
 from llama_adapter.errors import CheckpointError, ConfigError, TrainingError
 from llama_adapter.model.persistence import ADAPTER_WEIGHTS_NAME
 from llama_adapter.model.tensor_files import read_tensors
+from llama_adapter.training.callbacks import Callbacks
 from llama_adapter.training.launch import train
 from llama_adapter.training.plot import plot_run
 from llama_adapter.training.recipe import load_recipe
-from llama_adapter.training.run import Outcome, Watcher
+from llama_adapter.training.run import TrainingResult
 
 Recipe = Callable[..., Path]
 
 
-def run(path: Path, *overrides: str, **options: Any) -> Outcome:
+def run(path: Path, *overrides: str, **options: Any) -> TrainingResult:
     return train(load_recipe(path, overrides), **options)
 
 
@@ -36,18 +37,18 @@ class Stop(Exception):
     pass
 
 
-def stop_at(step: int) -> Watcher:
+def stop_at(step: int) -> Callbacks:
     def watch(row: dict[str, Any]) -> None:
         if row["step"] == step:
             raise Stop
 
-    return Watcher(step=watch)
+    return Callbacks(step=watch)
 
 
 def test_a_run_leaves_an_adapter_metrics_and_checkpoints(
     recipe_file: Recipe, losses: Any, tmp_path: Path
 ) -> None:
-    outcome = run(recipe_file())
+    result = run(recipe_file())
     rows = losses(tmp_path / "run")
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
     assert all(row["loss/caption"] > 0 and row["loss/instruction"] > 0 for row in rows)
@@ -57,9 +58,9 @@ def test_a_run_leaves_an_adapter_metrics_and_checkpoints(
     assert rows[-1]["lr/vision"] < rows[1]["lr/vision"]
     kept = sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir())
     assert kept == ["step-00000004", "step-00000006"]
-    model = LlamaAdapterForConditionalGeneration.from_pretrained(outcome.adapter)
-    LlamaAdapterProcessor.from_pretrained(outcome.adapter)
-    assert outcome.trained == {
+    model = LlamaAdapterForConditionalGeneration.from_pretrained(result.adapter)
+    LlamaAdapterProcessor.from_pretrained(result.adapter)
+    assert result.trained == {
         "adapter": sum(p.numel() for _, p in model.adapter.named_parameters())
     }
 
@@ -73,10 +74,10 @@ def test_stopped_and_resumed_equals_uninterrupted(
 
     out = f"out={tmp_path}/parts"
     with pytest.raises(Stop):
-        run(path, out, watcher=stop_at(1))
+        run(path, out, callbacks=stop_at(1))
     for step in (3, 5):
         with pytest.raises(Stop):
-            run(path, out, resume=True, watcher=stop_at(step))
+            run(path, out, resume=True, callbacks=stop_at(step))
     parts = run(path, out, resume=True)
     assert parts.started_at == 4
     assert parts.checksum == whole.checksum
@@ -113,7 +114,7 @@ def test_two_runs_in_one_directory_are_refused(recipe_file: Recipe, tmp_path: Pa
             raise Stop
 
     with pytest.raises(Stop):
-        run(path, out, watcher=Watcher(step=intrude))
+        run(path, out, callbacks=Callbacks(step=intrude))
     # let go by the first run, although that failed
     assert run(path, out, resume=True).checksum == whole.checksum
 
@@ -133,7 +134,7 @@ def test_a_full_disk_leaves_the_checkpoint_before_it_whole(
         with pytest.raises(
             CheckpointError, match=r"cannot write .*step-00000004.*00000002 is whole"
         ):
-            run(path, f"out={tmp_path}/run", watcher=Watcher(step=fill_up))
+            run(path, f"out={tmp_path}/run", callbacks=Callbacks(step=fill_up))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, most))
     assert [p.name for p in (tmp_path / "run/checkpoints").iterdir()] == ["step-00000002"]
@@ -209,12 +210,12 @@ def test_broken_pictures_are_counted_once_over_a_resume(
             raise Stop
 
     with pytest.raises(Stop):
-        run(path, watcher=Watcher(step=spoil_then_stop))
-    outcome = run(path, resume=True)
+        run(path, callbacks=Callbacks(step=spoil_then_stop))
+    result = run(path, resume=True)
     listed = [json.loads(line) for line in (tmp_path / "run/broken.jsonl").read_text().splitlines()]
     where = [row["where"] for row in listed]
     assert sorted(where) == sorted(f"{data / 'captions.tsv'}:{n + 2}" for n in broken)
-    assert outcome.broken == len(broken)
+    assert result.broken == len(broken)
 
 
 def test_another_metric_of_the_best_begins_anew(recipe_file: Recipe, tmp_path: Path) -> None:
@@ -239,7 +240,7 @@ def test_another_metric_of_the_best_begins_anew(recipe_file: Recipe, tmp_path: P
         run(
             *arguments,
             "evaluation.best=pairs.perplexity",
-            watcher=stop_at(5),
+            callbacks=stop_at(5),
             score_captions=score,
         )
     before = (tmp_path / "run/best" / ADAPTER_WEIGHTS_NAME).read_bytes()
@@ -275,7 +276,7 @@ def test_lora_beside_the_adapter(recipe_file: Recipe, workshop: Path, tmp_path: 
         load(whole.adapter, language_model=merged)
     path = recipe_file(lora__rank=2, lora__targets=["q_proj", "v_proj"], steps=4)
     with pytest.raises(Stop):
-        run(path, f"out={tmp_path}/parts", watcher=stop_at(3))
+        run(path, f"out={tmp_path}/parts", callbacks=stop_at(3))
     torn = tmp_path / "parts/checkpoints/step-00000002/adapter/lora/adapter_model.safetensors"
     content = torn.read_bytes()
     torn.write_bytes(content[:50])
@@ -319,8 +320,8 @@ def test_a_start_brings_its_lora(recipe_file: Recipe, tmp_path: Path) -> None:
 
 
 def test_bfloat16_autocast_keeps_trainables_in_float32(recipe_file: Recipe) -> None:
-    outcome = run(recipe_file(steps=2), "compute.autocast=bfloat16", "base.dtype=bfloat16")
-    tensors = read_tensors(outcome.adapter / ADAPTER_WEIGHTS_NAME)
+    result = run(recipe_file(steps=2), "compute.autocast=bfloat16", "base.dtype=bfloat16")
+    tensors = read_tensors(result.adapter / ADAPTER_WEIGHTS_NAME)
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
 
 

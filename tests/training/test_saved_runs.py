@@ -34,11 +34,11 @@ def test_a_saved_run_ends_as_when_it_was_saved(
     assert resumed.steps == 5
     whole = train(load_recipe(Path(f"{name}.yaml"), ["compute.threads=1", "out=whole"]))
     found, expected = (
-        read_tensors(outcome.adapter / ADAPTER_WEIGHTS_NAME) for outcome in (resumed, whole)
+        read_tensors(result.adapter / ADAPTER_WEIGHTS_NAME) for result in (resumed, whole)
     )
     exact = all(torch.equal(expected[key], end[key]) for key in end)
     for tensors in (found, expected):
         assert_close(tensors, end, **({"rtol": 0, "atol": 0} if exact else {}))
     if name == "lora":
-        ends = (outcome.adapter / "lora" / ADAPTER_WEIGHTS_NAME for outcome in (resumed, whole))
+        ends = (result.adapter / "lora" / ADAPTER_WEIGHTS_NAME for result in (resumed, whole))
         assert_close(*map(read_tensors, ends))

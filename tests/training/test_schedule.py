@@ -11,10 +11,10 @@ import pytest
 
 from llama_adapter.data import Kind
 from llama_adapter.errors import TrainingError
+from llama_adapter.training.callbacks import Callbacks
 from llama_adapter.training.joint import JointTrainer
 from llama_adapter.training.launch import train
 from llama_adapter.training.recipe import StreamSection, load_recipe
-from llama_adapter.training.run import Watcher
 from llama_adapter.training.schedule import StepBudget, kinds_of
 
 Recipe = Callable[..., Path]
@@ -122,7 +122,7 @@ def test_a_run_by_minutes_goes_on_to_the_bit(
             recipe_file(steps=None, minutes=0.2, captions__start=0.2, checkpoint_every=4),
             [f"out={tmp_path}/{out}"],
         )
-        return train(recipe, resume=resume, watcher=Watcher(step=step), clock=clock)
+        return train(recipe, resume=resume, callbacks=Callbacks(step=step), clock=clock)
 
     whole = run("whole")
     assert 20 <= whole.steps <= 25

@@ -34,7 +34,7 @@ def recipe_of(folder: Path, **changes: Any) -> Recipe:
 
 
 def opened(recipe: Recipe) -> RecipeData:
-    return open_data(recipe, toy_processor(recipe.adapter.semantics()))
+    return open_data(recipe, toy_processor(recipe.adapter.adapter_config()))
 
 
 @pytest.fixture
@@ -90,8 +90,8 @@ def test_broken_records_are_left_out_and_listed(
     recipe = recipe_of(tmp_path, instructions=instructions)
     data = opened(recipe)
     assert [fault.where for fault in data.broken] == [f"{tmp_path / 'a.jsonl'}:30"]
-    outcome = train(recipe)
-    assert outcome.broken == 1
+    result = train(recipe)
+    assert result.broken == 1
     (row,) = map(json.loads, (tmp_path / "run" / "broken.jsonl").read_text().splitlines())
     assert row["where"].endswith("a.jsonl:30")
     assert "lacks 'output'" in row["reason"]

@@ -44,12 +44,12 @@ def words(captions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[
 def work(
     environment: dict[str, str], recipe: str, overrides: list[str], resume: bool, answers: Any
 ) -> None:
-    """What one process does: its outcome and what it said, or its error."""
+    """What one process does: its result and what it said, or its error."""
     import torch
 
+    from llama_adapter.training.callbacks import Callbacks
     from llama_adapter.training.launch import train
     from llama_adapter.training.recipe import load_recipe
-    from llama_adapter.training.run import Watcher
 
     os.environ.update(environment)
     torch.set_num_threads(1)
@@ -58,12 +58,12 @@ def work(
     said: list[str] = []
     try:
         settings = load_recipe(Path(recipe), overrides)
-        watcher = Watcher(say=said.append)
-        outcome = train(settings, resume=resume, watcher=watcher, score_captions=words)
+        callbacks = Callbacks(message=said.append)
+        result = train(settings, resume=resume, callbacks=callbacks, score_captions=words)
     except Exception:
         answers.put(traceback.format_exc())
         raise
-    answers.put((outcome, said))
+    answers.put((result, said))
 
 
 def start(
@@ -86,7 +86,7 @@ def start(
 
 
 def finish(started: Sequence[BaseProcess], answers: Any) -> tuple[Any, list[str]]:
-    """Outcome and messages of rank 0, which alone speaks; the first error ends all processes."""
+    """The result and messages of rank 0; the first error ends all processes."""
     found: list[Any] = []
     until = time.monotonic() + SECONDS
     try:

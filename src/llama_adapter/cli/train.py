@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from llama_adapter.training.callbacks import Callbacks
     from llama_adapter.training.recipe import Recipe, SourceTypes
-    from llama_adapter.training.run import Outcome, Watcher
+    from llama_adapter.training.run import TrainingResult
 
 
 def train(
@@ -57,30 +58,30 @@ def train(
             return
         from llama_adapter.training.launch import train as run_recipe
 
-        with watching(settings) as watcher:
-            outcome = run_recipe(
+        with watching(settings) as callbacks:
+            result = run_recipe(
                 settings,
                 resume=resume,
                 types=types,
-                watcher=watcher,
+                callbacks=callbacks,
                 score_captions=score_captions,
             )
         if os.environ.get("RANK", "0") != "0":
             return
         if as_json:
-            emit(_as_json(outcome))
+            emit(_as_json(result))
         else:
-            typer.echo(f"{outcome.adapter}  sha256 {outcome.checksum}")
+            typer.echo(f"{result.adapter}  sha256 {result.checksum}")
 
 
-def _as_json(outcome: Outcome) -> dict[str, Any]:
+def _as_json(result: TrainingResult) -> dict[str, Any]:
     return {
-        "adapter": str(outcome.adapter),
-        "checksum": outcome.checksum,
-        "steps": outcome.steps,
-        "started_at": outcome.started_at,
-        "broken": outcome.broken,
-        "trained": outcome.trained,
+        "adapter": str(result.adapter),
+        "checksum": result.checksum,
+        "steps": result.steps,
+        "started_at": result.started_at,
+        "broken": result.broken,
+        "trained": result.trained,
     }
 
 
@@ -116,7 +117,7 @@ def _check(
     settings: Recipe, types: SourceTypes, *, resume: bool, emit: Callable[[Any], None] | None
 ) -> None:
     from llama_adapter.training.build import load_processor
-    from llama_adapter.training.checking import check_recipe
+    from llama_adapter.training.dry_run import check_recipe
     from llama_adapter.training.run_directory import RunDirectory
 
     world = int(os.environ.get("WORLD_SIZE", "1"))
@@ -132,20 +133,20 @@ def _check(
 
 
 @contextmanager
-def watching(recipe: Recipe) -> Iterator[Watcher]:
+def watching(recipe: Recipe) -> Iterator[Callbacks]:
     """A progress bar on a terminal, else a line now and then; on stderr, in one process."""
     from rich.console import Console
 
     from llama_adapter.cli.progress import bars
-    from llama_adapter.training.run import Watcher
+    from llama_adapter.training.callbacks import Callbacks
 
     if os.environ.get("RANK", "0") != "0":
-        yield Watcher()
+        yield Callbacks()
     elif not Console(stderr=True).is_terminal:
-        yield Watcher(step=_lines(recipe), say=lambda message: typer.echo(message, err=True))
+        yield Callbacks(step=_lines(recipe), message=lambda message: typer.echo(message, err=True))
     else:
-        with bars("{task.description}", "{task.fields[speed]}") as progress:
-            yield _bar_watcher(progress, recipe)
+        with bars("{task.description}", "{task.fields[speed]}") as display:
+            yield _bar_callbacks(display, recipe)
 
 
 def _lines(recipe: Recipe) -> Callable[[dict[str, Any]], None]:
@@ -180,16 +181,16 @@ def _losses(row: dict[str, Any]) -> str:
     return "  ".join(shown)
 
 
-def _bar_watcher(progress: Any, recipe: Recipe) -> Watcher:
-    from llama_adapter.training.run import Watcher
+def _bar_callbacks(display: Any, recipe: Recipe) -> Callbacks:
+    from llama_adapter.training.callbacks import Callbacks
 
     training: list[Any] = []
 
     def step(row: dict[str, Any]) -> None:
         if not training:
-            training.append(progress.add_task("train", total=None, speed=""))
+            training.append(display.add_task("train", total=None, speed=""))
         speed = row["tokens"] / max(row["seconds"], 1e-9)
-        progress.update(
+        display.update(
             training[0],
             completed=row["step"],
             total=_total(row, recipe),
@@ -197,8 +198,8 @@ def _bar_watcher(progress: Any, recipe: Recipe) -> Watcher:
             speed=f"{speed:,.0f} tokens/s",
         )
 
-    def stage(label: str, total: int) -> Callable[[int], None]:
-        task = progress.add_task(label, total=total, speed="")
-        return lambda done: progress.advance(task, done)
+    def progress(label: str, total: int) -> Callable[[int], None]:
+        task = display.add_task(label, total=total, speed="")
+        return lambda done: display.advance(task, done)
 
-    return Watcher(step=step, say=progress.console.print, stage=stage)
+    return Callbacks(step=step, message=display.console.print, progress=progress)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -26,17 +25,14 @@ from llama_adapter.miniature.task import (
 )
 from llama_adapter.model import Group, LlamaAdapterForConditionalGeneration
 from llama_adapter.processing.processor import LlamaAdapterProcessor
+from llama_adapter.training.callbacks import Callbacks, Progress
 from llama_adapter.training.launch import train
 from llama_adapter.training.plot import plot_run
 from llama_adapter.training.recipe import Recipe, load_recipe
-from llama_adapter.training.run import Watcher
 
 TRAINING = "training"
 """The run directory of the training, within the demonstration's own."""
 ADAPTER = "adapter"
-
-Stage = Callable[[str, int], Callable[[int], None]]
-"""Opens a progress bar (label, total); what it returns takes the number of things just done."""
 
 
 def demo_recipe(out: Path, *, minutes: float, seed: int) -> Recipe:
@@ -60,7 +56,7 @@ def demo_recipe(out: Path, *, minutes: float, seed: int) -> Recipe:
     return load_recipe(path, overrides, types=SOURCES_WITH_MINIATURES)
 
 
-def run_demo(out: Path, recipe: Recipe, test: HeldOutScenes, *, stage: Stage) -> dict[str, Any]:
+def run_demo(out: Path, recipe: Recipe, test: HeldOutScenes, *, stage: Progress) -> dict[str, Any]:
     """Measure the bundled adapters, train a fresh one, measure it too, and write it all to `out`.
 
     `report.html`, `results.json`, the adapter, and the run's directory; what an earlier
@@ -79,9 +75,9 @@ def run_demo(out: Path, recipe: Recipe, test: HeldOutScenes, *, stage: Stage) ->
 
     bundled = measured("the bundled adapter", *load_bundled())
     training_started = time.perf_counter()
-    outcome = train(recipe, types=SOURCES_WITH_MINIATURES, watcher=_watcher(recipe, stage))
+    result = train(recipe, types=SOURCES_WITH_MINIATURES, callbacks=_callbacks(recipe, stage))
     training_seconds = time.perf_counter() - training_started
-    outcome.adapter.rename(out / ADAPTER)
+    result.adapter.rename(out / ADAPTER)
     model = LlamaAdapterForConditionalGeneration.from_pretrained(out / ADAPTER)
     processor = LlamaAdapterProcessor.from_pretrained(out / ADAPTER)
     trained = measured("the fresh adapter", model, processor)
@@ -95,7 +91,7 @@ def run_demo(out: Path, recipe: Recipe, test: HeldOutScenes, *, stage: Stage) ->
         "trained": trained.to_dict(),
         "seconds": round(time.perf_counter() - started, 1),
         "training_seconds": round(training_seconds, 1),
-        "steps": outcome.steps,
+        "steps": result.steps,
         "trainable": {
             group.value: sum(p.numel() for p in model.group_parameters(group)) for group in Group
         },
@@ -112,7 +108,7 @@ def run_demo(out: Path, recipe: Recipe, test: HeldOutScenes, *, stage: Stage) ->
     return results
 
 
-def _watcher(recipe: Recipe, stage: Stage) -> Watcher:
+def _callbacks(recipe: Recipe, stage: Progress) -> Callbacks:
     """A bar of the seconds that the training takes."""
     assert recipe.minutes is not None
     tick = stage("training a fresh adapter (seconds)", round(recipe.minutes * 60))
@@ -124,4 +120,4 @@ def _watcher(recipe: Recipe, stage: Stage) -> Watcher:
         tick(now - shown)
         shown = now
 
-    return Watcher(step=step)
+    return Callbacks(step=step)

@@ -21,9 +21,9 @@ from llama_adapter.model.references import base_below, load_language_model, load
 from llama_adapter.pretrained import explain, load_pretrained, seeded
 from llama_adapter.processing.image_processors import load_image_processor
 from llama_adapter.processing.processor import LlamaAdapterProcessor
+from llama_adapter.training.device import autocast_dtype
 from llama_adapter.training.distributed import decoder_layers
 from llama_adapter.training.lora import Lora, add_lora, continue_lora
-from llama_adapter.training.machine import autocast_dtype
 from llama_adapter.training.recipe import Recipe
 
 
@@ -41,25 +41,25 @@ def load_processor(recipe: Recipe) -> LlamaAdapterProcessor:
     start = recipe.adapter.start
     if start is not None:
         if not start.is_dir():
-            raise CheckpointError(f"adapter.start: {start} is no adapter directory")
+            raise CheckpointError(f"adapter.start: {start} is not an adapter directory")
         return LlamaAdapterProcessor.from_pretrained(start)
-    semantics = recipe.adapter.semantics()
+    config = recipe.adapter.adapter_config()
     base = locate(recipe.base.model, what="base")
     if not (Path(base) / "tokenizer_config.json").is_file():
         base = base_below(base)
     tokenizer = load_pretrained(AutoTokenizer, base, what="tokenizer of")
-    sees = recipe.vision is not None and semantics.is_multimodal
-    if sees and semantics.placeholder_attention == "own":
-        _check_placeholders(recipe, tokenizer, semantics.visual_prompt_length)
+    is_multimodal = recipe.vision is not None and config.is_multimodal
+    if is_multimodal and config.placeholder_attention == "own":
+        _check_placeholders(recipe, tokenizer, config.visual_prompt_length)
     return LlamaAdapterProcessor(
         load_image_processor(locate(recipe.vision.model, what="vision encoder"))
-        if sees and recipe.vision is not None
+        if is_multimodal and recipe.vision is not None
         else None,
         tokenizer,
         template=recipe.prompt.template,
-        visual_scope=semantics.visual_scope if sees else "all",
-        placeholder_text=recipe.prompt.placeholder_text if sees else None,
-        channel_order=semantics.channel_order,
+        visual_scope=config.visual_scope if is_multimodal else "all",
+        placeholder_text=recipe.prompt.placeholder_text if is_multimodal else None,
+        channel_order=config.channel_order,
     )
 
 
@@ -80,7 +80,7 @@ META = torch.device("meta")
 def build(recipe: Recipe, *, device: torch.device, on_device: bool = True) -> Built:
     """The model of a recipe, in training mode.
 
-    With `on_device` false an unquantised base stays on the CPU, from where sharding takes it. On
+    With `on_device` false an unquantized base stays on the CPU, from where sharding takes it. On
     the device `META` nothing is read but configs.
     Raises ConfigError for settings that the base cannot carry, such as more layers than it has.
     """
@@ -94,7 +94,7 @@ def build(recipe: Recipe, *, device: torch.device, on_device: bool = True) -> Bu
         )
     else:
         model = LlamaAdapterForConditionalGeneration.from_base(
-            base, vision, LlamaAdapterConfig(adapter=_semantics(recipe)), seed=recipe.seed
+            base, vision, LlamaAdapterConfig(adapter=_adapter_config(recipe)), seed=recipe.seed
         )
     if lora is not None:
         for factor in lora.named_parameters().values():
@@ -111,10 +111,10 @@ def build(recipe: Recipe, *, device: torch.device, on_device: bool = True) -> Bu
     return Built(model=model, lora=lora)
 
 
-def _semantics(recipe: Recipe) -> AdapterConfig:
+def _adapter_config(recipe: Recipe) -> AdapterConfig:
     start = recipe.adapter.start
     if start is None:
-        return recipe.adapter.semantics()
+        return recipe.adapter.adapter_config()
     config = LlamaAdapterConfig.from_dict(read_adapter_config(start))
     assert isinstance(config, LlamaAdapterConfig)
     return config.adapter_config
@@ -130,7 +130,7 @@ def _lora(recipe: Recipe, base: PreTrainedModel) -> Lora | None:
             )
         return None
     if start is not None and (start / LORA_FOLDER).is_dir():
-        # the adapter's numbers mean something beside these factors alone
+        # the adapter was trained together with these factors
         return continue_lora(base, start, section=recipe.lora, seed=recipe.seed)
     return None if recipe.lora is None else add_lora(base, recipe.lora, seed=recipe.seed)
 
@@ -169,7 +169,7 @@ def _quantization(recipe: Recipe, device: torch.device) -> Any:
 
 
 def _random_decoder(recipe: Recipe, device: torch.device, attention: str | None) -> PreTrainedModel:
-    """Random numbers in the shape of the base, for measuring; its adapters name no base."""
+    """Random weights in the shape of the base, for measuring speed; its adapters name no base."""
     config = read_config(recipe.base.model, "base")
     options: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
     if recipe.base.dtype != "auto":
@@ -197,6 +197,6 @@ def _vision(recipe: Recipe, device: torch.device) -> nn.Module:
 
 
 def read_config(name: str, what: str) -> Any:
-    """The config of a base or tower by name or path; CheckpointError if it cannot be read."""
+    """The config of a base or vision encoder; CheckpointError if it cannot be read."""
     path = base_below(locate(name, what=what))
     return load_pretrained(AutoConfig, path, what=f"config of the {what}")

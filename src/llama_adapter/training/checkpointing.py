@@ -1,4 +1,4 @@
-"""What a checkpoint holds: a loadable adapter, and everything that moves beside it."""
+"""What a checkpoint holds: a loadable adapter, and everything else that changes during training."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from llama_adapter.training.run_directory import ADAPTER, STATE, step_of
 
 
 class _Position(BaseModel):
-    """Where a stream stands; what else it says is compared with the data."""
+    """The position of a stream; its other values are compared with the data."""
 
     model_config = ConfigDict(strict=True)
 
@@ -48,8 +48,8 @@ class _Budget(BaseModel):
     saving: Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
-class _Beside(BaseModel):
-    """The plain values of a checkpoint; those with defaults are younger than the others."""
+class _Extra(BaseModel):
+    """The plain values of a checkpoint; those with defaults were added later."""
 
     model_config = ConfigDict(strict=True)
 
@@ -66,14 +66,14 @@ class _State(BaseModel):
     model_config = ConfigDict(strict=True)
 
     trainer: dict[str, Any]
-    beside: _Beside
+    extra: _Extra
 
 
 class Checkpointer:
     """Writes and reads the state of one trainer.
 
     Writers are made by all processes together, since tensors may be spread over them, and called
-    by one. Nothing in a snapshot depends on how many processes there were.
+    by one. Nothing in a checkpoint depends on the number of processes.
     """
 
     def __init__(
@@ -93,10 +93,10 @@ class Checkpointer:
 
         return write
 
-    def checkpoint_writer(self, beside: Mapping[str, Any]) -> Callable[[Path], None]:
-        """What writes the adapter, the optimizer, and plain values `beside` them."""
+    def checkpoint_writer(self, extra: Mapping[str, Any]) -> Callable[[Path], None]:
+        """What writes the adapter, the optimizer, and the plain values `extra`."""
         write_adapter = self.adapter_writer()
-        state = {"trainer": self.trainer.state_dict(), "beside": dict(beside)}
+        state = {"trainer": self.trainer.state_dict(), "extra": dict(extra)}
 
         def write(directory: Path) -> None:
             write_adapter(directory / ADAPTER)
@@ -108,12 +108,14 @@ class Checkpointer:
         return write
 
     def load(self, checkpoint: Path) -> Mapping[str, Any]:
-        """Take everything back; the values that were written beside it.
+        """Restore everything; returns the `extra` values that were written.
 
         Raises CheckpointError for a checkpoint that is damaged or of another adapter.
         """
         path = checkpoint / STATE
         state = read_torch_file(path)
+        if isinstance(state, dict) and "beside" in state:  # its name up to version 0.2
+            state["extra"] = state.pop("beside")
         try:
             _State.model_validate(state)
         except ValidationError as error:
@@ -129,5 +131,5 @@ class Checkpointer:
             raise CheckpointError(
                 f"{path} is of step {self.trainer.step_count}, not of {checkpoint.name}"
             )
-        beside: Mapping[str, Any] = state["beside"]
-        return beside
+        extra: Mapping[str, Any] = state["extra"]
+        return extra

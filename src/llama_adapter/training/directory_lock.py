@@ -18,21 +18,21 @@ from llama_adapter.errors import TrainingError
 
 LOCK = ".lock"
 _UNKNOWN_HERE = frozenset({errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK})
-"""What file systems answer that know no locks."""
+"""What file systems without locks answer."""
 
 
 @contextmanager
 def locked(directory: Path) -> Iterator[bool]:
-    """Hold a directory within a block; False where its file system knows no locks.
+    """Lock a directory within a block; yields False where its file system has no locks.
 
-    Raises TrainingError, with who it is, while another run holds it.
+    Raises TrainingError, with who it is, while another run has locked it.
     """
     path = directory / LOCK
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
         raise TrainingError(f"cannot write {path}: {error.strerror}") from error
-    held = _Held(descriptor)
+    lock = _Lock(descriptor)
     try:
         is_locked = _lock(descriptor, path)
         if is_locked:
@@ -40,15 +40,15 @@ def locked(directory: Path) -> Iterator[bool]:
             os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
         yield is_locked
     finally:
-        held.close()
+        lock.close()
 
 
 def refuse_locked(directory: Path) -> None:
-    """TrainingError, with who it is, where another run holds the directory now."""
+    """TrainingError, with who it is, where another run has locked the directory."""
     path = directory / LOCK
     try:
         descriptor = os.open(path, os.O_RDWR)
-    except OSError:  # nobody ever held it, or it is not ours to write: said when that is tried
+    except OSError:  # never locked, or not ours to write, which is reported when that is tried
         return
     try:
         _lock(descriptor, path, shared=True)  # so that two who look do not refuse one another
@@ -75,8 +75,8 @@ def _lock(descriptor: int, path: Path, *, shared: bool = False) -> bool:
     return True
 
 
-class _Held:
-    """An open lock file that forked processes let go of.
+class _Lock:
+    """An open lock file that forked processes close.
 
     Workers that read data outlive a killed run by seconds, and would keep it locked so long.
     """
@@ -86,14 +86,14 @@ class _Held:
         if hasattr(os, "register_at_fork"):
             reference = weakref.ref(self)  # what is registered stays so for ever
 
-            def let_go() -> None:
-                if (held := reference()) is not None:
-                    held.close()
+            def release() -> None:
+                if (lock := reference()) is not None:
+                    lock.close()
 
-            os.register_at_fork(after_in_child=let_go)
+            os.register_at_fork(after_in_child=release)
 
     def close(self) -> None:
-        """Close without unlocking: a lock is shared with whoever has the file open still."""
+        """Close without unlocking: every process that has the file open shares the lock."""
         if self.descriptor is not None:
             os.close(self.descriptor)
             self.descriptor = None

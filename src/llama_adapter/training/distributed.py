@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from llama_adapter.errors import TrainingError
 from llama_adapter.model import LlamaAdapterForConditionalGeneration
-from llama_adapter.training.engine import Engine, OneProcess
+from llama_adapter.training.parallel import Engine, SingleProcess
 
 STRATEGIES = ("auto", "ddp", "fsdp2")
 """`auto` shards where `accelerate launch --use_fsdp` asks for it, and replicates otherwise."""
@@ -60,7 +60,7 @@ def engine_for(
 ) -> Engine:
     """How this model trains in these processes; parameters may be other objects afterwards."""
     if accelerator.num_processes == 1:
-        return OneProcess(model)
+        return SingleProcess(model)
     if is_sharded(strategy, accelerator):
         return FSDP(model, accelerator.device)
     return DDP(model, accelerator)
@@ -74,7 +74,7 @@ def is_sharded(strategy: str, accelerator: Accelerator) -> bool:
 
 
 class ProcessGroup:
-    """Where processes meet; there may be only one."""
+    """The processes of this run; there may be only one."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -127,15 +127,15 @@ class DDP(ProcessGroup):
 class FSDP(ProcessGroup):
     """Every decoder layer is spread over the processes and gathered where it computes (FSDP2).
 
-    The vision encoder stays whole: no gradient passes it, and not every pass has pictures.
+    The vision encoder stays whole: no gradient passes it, and not every pass has images.
     """
 
     def __init__(self, model: LlamaAdapterForConditionalGeneration, device: torch.device) -> None:
         super().__init__(device)
-        quantised = getattr(model.language_model, "quantization_method", None)
-        if quantised is not None:
+        quantization = getattr(model.language_model, "quantization_method", None)
+        if quantization is not None:
             raise TrainingError(
-                f"a base quantised by {quantised} cannot be sharded; train replicas: "
+                f"a base quantized by {quantization} cannot be sharded; train replicas: "
                 "compute.strategy=ddp"
             )
         mesh = init_device_mesh(device.type, (self.world_size,))
@@ -144,13 +144,13 @@ class FSDP(ProcessGroup):
             model.vision.to(device)
         for layer in decoder_layers(model):
             fully_shard(layer, mesh=mesh)
-        # the very same object, of another class
+        # the same object, of another class
         self.sharded = fully_shard(model, mesh=mesh, ignored_params=ignored)
         self.module: nn.Module = model
-        self._settle(model)
+        self._warm_up(model)
 
     @torch.no_grad()
-    def _settle(self, model: LlamaAdapterForConditionalGeneration) -> None:
+    def _warm_up(self, model: LlamaAdapterForConditionalGeneration) -> None:
         """One pass in which everything may learn: a first pass fixes what FSDP2 believes of it."""
         ids = torch.zeros(1, 2, dtype=torch.int64, device=self.device)
         model(input_ids=ids, use_cache=False)

@@ -1,10 +1,10 @@
-"""The frozen vision encoder looks at every image once, before the first step."""
+"""Features of every image, computed once by the frozen vision encoder before the first step."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +19,15 @@ from llama_adapter.families.vision import vision_features
 from llama_adapter.model import LlamaAdapterForConditionalGeneration
 from llama_adapter.model.references import describe_model
 from llama_adapter.processing.processor import LlamaAdapterProcessor
-from llama_adapter.training.engine import Communicator, on_rank_0
+from llama_adapter.training.callbacks import Progress
+from llama_adapter.training.parallel import Communicator, on_rank_0
 from llama_adapter.training.recipe import VisionSection
 
 _SAMPLES = 32
-"""Whose images the encoder sees at a time."""
+"""Samples whose images are encoded together."""
 _FRAMES = 64
 _FILE_BYTES = 1 << 26
 """Of features in memory before they are written: so much is lost by a kill at most."""
-
-Stage = Callable[[str, int], Callable[[int], None]]
 
 
 def open_cache(
@@ -59,7 +58,7 @@ def fill_cache(
     *,
     communicator: Communicator,
     workers: int,
-    stage: Stage,
+    progress: Progress,
 ) -> None:
     """Compute what the cache lacks of the sources' images; every process takes a share.
 
@@ -74,7 +73,7 @@ def fill_cache(
     on_rank_0(communicator, look)
     missing = communicator.gather(missing)[0]
     mine = missing[communicator.rank :: communicator.world_size]
-    progress = stage("image features", len(mine)) if mine else lambda _done: None
+    advance = progress("image features", len(mine)) if mine else lambda _done: None
     chunks = [mine[at : at + _SAMPLES] for at in range(0, len(mine), _SAMPLES)]
     loader = DataLoader(
         _Decoder(sources, cache, processor),
@@ -90,7 +89,7 @@ def fill_cache(
         if sum(c.features.nbytes for c in waiting) >= _FILE_BYTES:
             cache.add(waiting)
             waiting = []
-        progress(len(chunk))
+        advance(len(chunk))
     if waiting:
         cache.add(waiting)
     communicator.gather(None)  # until all have written
@@ -98,7 +97,7 @@ def fill_cache(
 
 
 def _missing(sources: Sequence[Source], cache: FeatureCache) -> Iterator[tuple[int, int]]:
-    """Numbers of source and sample whose images have no features yet; each image once."""
+    """Indices of source and sample whose images have no features yet; each image once."""
     seen: set[str] = set()
     for number, source in enumerate(sources):
         groups = source.groups()

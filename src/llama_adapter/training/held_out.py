@@ -18,8 +18,8 @@ from llama_adapter.generation.answer import answer_inputs, log_likelihoods_of_in
 from llama_adapter.model import LlamaAdapterForConditionalGeneration
 from llama_adapter.processing.processor import LlamaAdapterProcessor
 from llama_adapter.processing.prompts import frames_of
-from llama_adapter.training.engine import Engine
-from llama_adapter.training.machine import autocast_dtype
+from llama_adapter.training.device import autocast_dtype
+from llama_adapter.training.parallel import Engine
 from llama_adapter.training.recipe import Recipe
 from llama_adapter.training.streams import HeldOut
 
@@ -32,7 +32,7 @@ _ROWS = 8
 class HeldOutScorer:
     """Scores every source's held-out samples; called by all processes together.
 
-    Works on the model as it trains: nothing is folded or cached that training would trip over.
+    Works on the model as it trains: nothing is merged or cached that would disturb training.
     """
 
     recipe: Recipe
@@ -81,23 +81,23 @@ class HeldOutScorer:
                 log_probs_A = likelihood.log_probabilities_A.double()
                 sums += torch.stack([-log_probs_A.sum(), sums.new_tensor(len(log_probs_A))])
         total, tokens = self.engine.all_reduce(sums).tolist()
-        # of nothing learnt yet it may be beyond any number that is worth writing
+        # before anything is learned it can be larger than is worth writing
         return math.exp(min(total / max(tokens, 1), 50.0))
 
     def _captions(self, held_out: HeldOut) -> Mapping[str, float]:
         section = self.recipe.evaluation
         assert section is not None
         assert self.score_captions is not None
-        pictures = self._images(held_out, section.samples)
+        images = self._images(held_out, section.samples)
         own: list[tuple[int, str]] = []
-        numbered = list(enumerate(samples[0] for samples in pictures))
+        numbered = list(enumerate(samples[0] for samples in images))
         for some, counts in self._shares(numbered):
             texts = self._generate([_question(sample) for _, sample in some])
             if counts:
                 own += [(number, text) for (number, _), text in zip(some, texts, strict=True)]
         found = dict(pair for of_rank in self.engine.gather(own) for pair in of_rank)
-        captions = [found[number] for number in range(len(pictures))]
-        references = [[sample.conversation.turns[-1].text for sample in some] for some in pictures]
+        captions = [found[number] for number in range(len(images))]
+        references = [[sample.conversation.turns[-1].text for sample in some] for some in images]
         return self.score_captions(captions, references)
 
     def _generate(self, questions: Sequence[Conversation]) -> list[str]:

@@ -24,8 +24,8 @@ from llama_adapter.model import (
     answer_mask,
 )
 from llama_adapter.model.groups import Role
-from llama_adapter.training.engine import Engine, OneProcess, dummy_image
 from llama_adapter.training.muon import Muon
+from llama_adapter.training.parallel import Engine, SingleProcess, dummy_image
 from llama_adapter.training.recipe import OptimizerSection
 from llama_adapter.training.schedule import language_scale, lr_scale
 
@@ -87,7 +87,7 @@ class JointTrainer:
         self.section = optimizer
         self.steps = steps
         self.autocast_dtype = autocast_dtype
-        self.engine: Engine = OneProcess(model) if engine is None else engine
+        self.engine: Engine = SingleProcess(model) if engine is None else engine
         self.step_count = 0
         # held here: a sharded model shows other tensors under these names during a pass
         self.named = {group: dict(model.adapter.named_parameters(group)) for group in Group}
@@ -131,10 +131,10 @@ class JointTrainer:
             raise TrainingError("a step needs a caption batch, an instruction batch, or both")
         report = StepReport()
         self.model.train()
-        counts, has_pictures = self._agree(batches)
+        counts, has_images = self._agree(batches)
         losses = []
         for (kind, micro_batches), count in zip(batches.items(), counts, strict=True):
-            losses.append(self._backward(micro_batches, GROUP_OF[kind], count, has_pictures.pop(0)))
+            losses.append(self._backward(micro_batches, GROUP_OF[kind], count, has_images.pop(0)))
             report.answer_tokens[kind] = int(count)
         summed = self.engine.all_reduce(torch.stack(losses)).tolist()
         report.losses = dict(zip(batches, summed, strict=True))
@@ -163,7 +163,7 @@ class JointTrainer:
         return {Group.VISION: scale, Group.LANGUAGE: scale * language}
 
     def _agree(self, batches: Mapping[str, Sequence[Batch]]) -> tuple[Tensor, list[list[bool]]]:
-        """Answer tokens of the whole step by kind, and which micro-batches have pictures.
+        """Answer tokens of the whole step by kind, and which micro-batches have images.
 
         Of all processes together: they must all run the same kind of pass.
         """
@@ -171,17 +171,15 @@ class JointTrainer:
             torch.stack([(batch["labels"][:, 1:] != IGNORE_INDEX).sum() for batch in of_kind]).sum()
             for of_kind in batches.values()
         ]
-        pictures = [
-            torch.tensor(_has_pictures(batch)) for kind in batches.values() for batch in kind
-        ]
+        images = [torch.tensor(_has_images(batch)) for kind in batches.values() for batch in kind]
         device = self.model.device
-        values = torch.stack([n.to(device, torch.int64) for n in (*own, *pictures)])
+        values = torch.stack([n.to(device, torch.int64) for n in (*own, *images)])
         totals = self.engine.all_reduce(values)
         seen = iter((totals[len(own) :] > 0).tolist())
         return totals[: len(own)].clamp(min=1), [[next(seen) for _ in k] for k in batches.values()]
 
     def _backward(
-        self, batches: Sequence[Batch], group: Group, num_tokens: Tensor, has_pictures: list[bool]
+        self, batches: Sequence[Batch], group: Group, num_tokens: Tensor, has_images: list[bool]
     ) -> Tensor:
         """Accumulate gradients of one loss; this process's share of it."""
         moving = set(Group) if self.section.joint == "naive" else {group}
@@ -190,9 +188,9 @@ class JointTrainer:
         losses = []
         for index, batch in enumerate(batches):
             inputs = {name: t.to(device, non_blocking=True) for name, t in batch.items()}
-            # without a picture VISION alone would have nothing to differentiate
-            needs_picture = has_pictures[index] or moving == {Group.VISION}
-            if needs_picture and not _has_pictures(batch):
+            # without an image VISION alone would have nothing to differentiate
+            needs_image = has_images[index] or moving == {Group.VISION}
+            if needs_image and not _has_images(batch):
                 inputs |= dummy_image(self.model, inputs["input_ids"])
             with (
                 self._only(moving),
@@ -257,7 +255,7 @@ class JointTrainer:
         return last if held else self.optimizers[0]
 
     def state_dict(self) -> dict[str, Any]:
-        """What must be kept to go on later, besides the adapter; in one piece, by name."""
+        """What must be kept to go on later, in addition to the adapter; full tensors by name."""
         moments = {}
         for name, parameter in self._all_named().items():
             kept = self._optimizer_of(parameter).state.get(parameter)
@@ -302,7 +300,7 @@ def _as_list(batches: Batches | None) -> list[Batch]:
     return [batches] if isinstance(batches, Mapping) else list(batches)
 
 
-def _has_pictures(batch: Batch) -> bool:
+def _has_images(batch: Batch) -> bool:
     return batch.get("pixel_values") is not None or batch.get("visual_features") is not None
 
 

@@ -9,7 +9,7 @@ from llama_adapter.data import TrainBatch
 from llama_adapter.errors import CheckpointError, TrainingError
 from llama_adapter.model.persistence import ADAPTER_WEIGHTS_NAME
 from llama_adapter.model.tensor_files import read_tensors
-from llama_adapter.training.engine import Communicator
+from llama_adapter.training.parallel import Communicator
 from llama_adapter.training.run_directory import BROKEN, JsonLines
 
 

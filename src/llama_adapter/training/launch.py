@@ -16,6 +16,8 @@ from llama_adapter.data.feature_cache import FEATURES
 from llama_adapter.errors import TrainingError
 from llama_adapter.processing.processor import LlamaAdapterProcessor
 from llama_adapter.training.build import Built, build, load_processor
+from llama_adapter.training.callbacks import Callbacks, silent
+from llama_adapter.training.device import require_tracker, wants_cpu
 from llama_adapter.training.distributed import (
     ProcessGroup,
     engine_for,
@@ -23,13 +25,12 @@ from llama_adapter.training.distributed import (
     is_sharded,
     start_processes,
 )
-from llama_adapter.training.engine import Communicator, Engine, on_rank_0
 from llama_adapter.training.features import fill_cache, open_cache
 from llama_adapter.training.held_out import CaptionScorer, HeldOutScorer
-from llama_adapter.training.machine import require_tracker, wants_cpu
 from llama_adapter.training.metrics import Row
+from llama_adapter.training.parallel import Communicator, Engine, on_rank_0
 from llama_adapter.training.recipe import Recipe, SourceTypes
-from llama_adapter.training.run import Outcome, TrainingRun, Watcher
+from llama_adapter.training.run import TrainingResult, TrainingRun
 from llama_adapter.training.run_directory import BROKEN, CACHE, TRACKED, JsonLines, RunDirectory
 from llama_adapter.training.schedule import Clock, StepBudget
 from llama_adapter.training.startup import check_positions, refuse_at_start
@@ -41,22 +42,22 @@ def train(
     *,
     resume: bool = False,
     types: SourceTypes = SOURCES,
-    watcher: Watcher | None = None,
+    callbacks: Callbacks | None = None,
     score_captions: CaptionScorer | None = None,
     clock: Clock = time.perf_counter,
-) -> Outcome:
-    """Train a recipe to its end, from the start or from where its directory stands.
+) -> TrainingResult:
+    """Train a recipe to its end, from the start or from its newest checkpoint.
 
     Started by `torchrun` or `accelerate launch`, every process calls this.
     Raises a LlamaAdapterError that says what is wrong with recipe, data, base or directory.
     """
-    watcher = watcher or Watcher()
+    callbacks = callbacks or Callbacks()
     budget = StepBudget(recipe.streams, steps=recipe.steps, minutes=recipe.minutes, clock=clock)
     if recipe.compute.threads is not None:
         torch.set_num_threads(recipe.compute.threads)
-    with ExitStack() as held, _processes(recipe) as accelerator:
+    with ExitStack() as locks, _processes(recipe) as accelerator:
         communicator = ProcessGroup(accelerator.device)
-        on_rank_0(communicator, lambda: _take_directory(recipe, held, watcher, resume=resume))
+        on_rank_0(communicator, lambda: _acquire_directory(recipe, locks, callbacks, resume=resume))
         processor = load_processor(recipe)
         sizes = refuse_at_start(
             recipe,
@@ -72,7 +73,7 @@ def train(
                 rank=accelerator.process_index,
                 world=accelerator.num_processes,
                 pin_memory=accelerator.device.type == "cuda",
-                opened=watcher.stage if accelerator.is_main_process else None,
+                progress=callbacks.progress if accelerator.is_main_process else silent,
             )
         for part in (part for stream in data.streams.values() for part in stream.parts):
             longest = int(part.pieces.column("tokens").max(initial=0))
@@ -80,7 +81,7 @@ def train(
         with _closing(data):
             sharded = is_sharded(recipe.compute.strategy, accelerator)
             built = build(recipe, device=accelerator.device, on_device=not sharded)
-            _cache_features(recipe, built, processor, data, communicator, watcher)
+            _cache_features(recipe, built, processor, data, communicator, callbacks)
             engine = engine_for(built.model, accelerator, strategy=recipe.compute.strategy)
             run = TrainingRun(
                 recipe,
@@ -88,26 +89,28 @@ def train(
                 processor=processor,
                 streams=data.streams,
                 engine=engine,
-                watcher=watcher,
+                callbacks=callbacks,
                 evaluate=_evaluation(recipe, built.model, processor, engine, data, score_captions),
                 budget=budget,
             )
-            on_rank_0(communicator, lambda: _begin(run.directory, recipe, data, watcher))
+            on_rank_0(communicator, lambda: _begin(run.directory, recipe, data, callbacks))
             run.track = _tracking(recipe, accelerator)
             if accelerator.is_main_process:
-                watcher.say(_summary(run, engine, accelerator))
-            outcome = run.run(resume=resume)
-            return replace(outcome, broken=outcome.broken + len(data.broken))
+                callbacks.message(_summary(run, engine, accelerator))
+            result = run.run(resume=resume)
+            return replace(result, broken=result.broken + len(data.broken))
 
 
-def _take_directory(recipe: Recipe, held: ExitStack, watcher: Watcher, *, resume: bool) -> None:
-    if not held.enter_context(RunDirectory(recipe.out).held(recipe, resume=resume)):
-        watcher.say(f"{recipe.out} cannot be locked: see that no other run writes there")
+def _acquire_directory(
+    recipe: Recipe, locks: ExitStack, callbacks: Callbacks, *, resume: bool
+) -> None:
+    if not locks.enter_context(RunDirectory(recipe.out).acquire(recipe, resume=resume)):
+        callbacks.message(f"{recipe.out} cannot be locked: no other run may write there")
 
 
-def _begin(directory: RunDirectory, recipe: Recipe, data: RecipeData, watcher: Watcher) -> None:
+def _begin(directory: RunDirectory, recipe: Recipe, data: RecipeData, callbacks: Callbacks) -> None:
     directory.begin(recipe)
-    _list_broken(recipe, data, watcher)
+    _list_broken(recipe, data, callbacks)
 
 
 @contextmanager
@@ -130,7 +133,7 @@ def _cache_features(
     processor: LlamaAdapterProcessor,
     data: RecipeData,
     communicator: Communicator,
-    watcher: Watcher,
+    callbacks: Callbacks,
 ) -> None:
     """Compute the features of all images, where the recipe wants them on disk."""
     section = recipe.vision
@@ -145,7 +148,7 @@ def _cache_features(
         processor,
         communicator=communicator,
         workers=recipe.data.workers,
-        stage=watcher.stage if communicator.rank == 0 else Watcher().stage,
+        progress=callbacks.progress if communicator.rank == 0 else silent,
     )
     data.use_features(cache)
 
@@ -205,17 +208,19 @@ def _flat(values: Any, key: str = "") -> Iterator[tuple[str, Any]]:
         yield key, values
 
 
-def _list_broken(recipe: Recipe, data: RecipeData, watcher: Watcher) -> None:
+def _list_broken(recipe: Recipe, data: RecipeData, callbacks: Callbacks) -> None:
     """Write down once which records are in no row; those that break later are added there."""
     listed = JsonLines(recipe.out / BROKEN)
     if data.broken and not any(listed.rows()):
         for fault in data.broken:
             listed.append({"step": 0, **fault.to_dict()})
     if data.broken:
-        watcher.say(f"{len(data.broken)} broken records are left out, listed in {listed.path}")
+        callbacks.message(
+            f"{len(data.broken)} invalid records are left out, listed in {listed.path}"
+        )
 
 
 def _summary(run: TrainingRun, engine: Engine, accelerator: Accelerator) -> str:
     counts = ", ".join(f"{part} {count:,}" for part, count in run.trained().items())
     where = f"{engine.world_size} process(es) on {accelerator.device.type}"
-    return f"{where}, {type(engine).__name__}; trained numbers: {counts}"
+    return f"{where}, {type(engine).__name__}; trained parameters: {counts}"

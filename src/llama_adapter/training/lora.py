@@ -85,7 +85,7 @@ def add_lora(language_model: PreTrainedModel, section: LoraSection, *, seed: int
 def continue_lora(
     language_model: PreTrainedModel, start: Path, *, section: LoraSection | None, seed: int
 ) -> Lora:
-    """Put the LoRA of an adapter directory into its base, with the numbers it has there.
+    """Put the LoRA of an adapter directory into its base, with the weights it has there.
 
     Raises ConfigError where `section` asks for another one than that, and CheckpointError where
     it is damaged or does not fit the base.

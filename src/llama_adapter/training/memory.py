@@ -14,16 +14,16 @@ from llama_adapter.training.build import META, build
 from llama_adapter.training.recipe import Recipe
 
 _BYTES = {"float32": 4.0, "float16": 2.0, "bfloat16": 2.0}
-_QUANTISED_BYTES = {"nf4": 0.53, "int8": 1.0}
+_QUANTIZED_BYTES = {"nf4": 0.53, "int8": 1.0}
 _TABLES = re.compile(r"(^|\.)(wpe|embed_positions|position_embeddings?|pos_embeddings?)(\.|$)")
 """What decoders call their embeddings of positions, learned or computed once."""
 _TRAINED_BYTES = 16
-"""Of a trained number: itself, its gradient and two moments of AdamW, in float32."""
+"""Of a trained parameter: itself, its gradient and two moments of AdamW, in float32."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sizes:
-    """Numbers and bytes of one process, before sharding."""
+    """Parameters and bytes of one process, before sharding."""
 
     base_parameters: int
     vision_parameters: int
@@ -54,7 +54,7 @@ class Sizes:
 
 
 def sizes_of(recipe: Recipe, *, world: int = 1) -> Sizes:
-    """Build the recipe's model without numbers, and count.
+    """Build the recipe's model without weights, and count.
 
     Raises what `build` does, for all that needs no weights.
     """
@@ -66,12 +66,12 @@ def sizes_of(recipe: Recipe, *, world: int = 1) -> Sizes:
     }
     if built.lora is not None:
         trained["lora"] = sum(p.numel() for p in built.lora.named_parameters().values())
-    learns = {id(p) for _, p in model.adapter.named_parameters()}
-    learns |= {id(p) for p in (built.lora.named_parameters().values() if built.lora else ())}
-    base_count = sum(p.numel() for p in base.parameters() if id(p) not in learns)
+    trained_ids = {id(p) for _, p in model.adapter.named_parameters()}
+    trained_ids |= {id(p) for p in (built.lora.named_parameters().values() if built.lora else ())}
+    base_count = sum(p.numel() for p in base.parameters() if id(p) not in trained_ids)
     vision_count = 0 if model.vision is None else _count(model.vision)
     text = base.config.get_text_config()
-    per_number = _base_bytes(recipe, text)
+    per_parameter = _base_bytes(recipe, text)
     rows = max(-(-section.rows // world) for section in recipe.streams.values())
     length = max(section.row_length for section in recipe.streams.values())
     half = recipe.compute.autocast == "bfloat16" or recipe.base.dtype in ("bfloat16", "float16")
@@ -83,7 +83,7 @@ def sizes_of(recipe: Recipe, *, world: int = 1) -> Sizes:
         context=getattr(text, "max_position_embeddings", None),
         positions=_positions(base, text),
         embedding_rows=base.get_input_embeddings().weight.shape[0],
-        frozen_bytes=int(base_count * per_number + vision_count * 4),
+        frozen_bytes=int(base_count * per_parameter + vision_count * 4),
         trained_bytes=_TRAINED_BYTES * sum(trained.values()),
         activation_bytes=_activations(
             text,
@@ -112,7 +112,7 @@ def _activations(text: Any, *, tokens: int, width: int, checkpointing: bool) -> 
 
 def _base_bytes(recipe: Recipe, text: Any) -> float:
     if recipe.base.quantization != "none":
-        return _QUANTISED_BYTES[recipe.base.quantization]
+        return _QUANTIZED_BYTES[recipe.base.quantization]
     name: str = recipe.base.dtype
     if name == "auto":
         name = str(getattr(text, "dtype", None) or "float32").removeprefix("torch.")
@@ -128,5 +128,5 @@ def _positions(base: nn.Module, text: Any) -> int | None:
     tables: Iterator[tuple[str, Tensor]] = chain(base.named_parameters(), base.named_buffers())
     found = [table.shape[0] for name, table in tables if _TABLES.search(name) and table.ndim == 2]
     known = getattr(text, "max_position_embeddings", None)
-    # some tables have rows beside those of positions, such as OPT's for padding
+    # some tables have additional rows, such as OPT's for padding
     return min([*found, *([known] if isinstance(known, int) else [])]) if found else None

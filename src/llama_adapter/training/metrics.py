@@ -1,4 +1,4 @@
-"""What a step is measured by, as one flat row of numbers."""
+"""What a step measured, as one flat row of numbers."""
 
 from __future__ import annotations
 

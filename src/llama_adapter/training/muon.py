@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llama_adapter.training.machine import fast_dtype
+from llama_adapter.training.device import fast_dtype
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Of the quintic iteration: steepest at 0, since few iterations must do."""
@@ -66,16 +66,16 @@ class Muon(torch.optim.Optimizer):
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(gradient)
         average = state["momentum_buffer"].lerp_(gradient, 1 - group["momentum"])
-        update = orthogonalised(gradient.lerp(average, group["momentum"]))
+        update = orthogonalized(gradient.lerp(average, group["momentum"]))
         rows, columns = parameter.shape
         rate = group["lr"] * math.sqrt(max(1.0, rows / columns))
         parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-rate)
 
 
-def orthogonalised(matrix: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
+def orthogonalized(matrix: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
     """A matrix with the same singular vectors and singular values near 1.
 
-    Between about 0.7 and 1.2, those that were tiny beside the others below. Computed, and
+    Between about 0.7 and 1.2, those that were tiny compared with the others below. Computed, and
     returned, in `dtype`; None: bfloat16 where the device is fast at it, else float32.
     """
     dtype = dtype or fast_dtype(matrix.device) or torch.float32

@@ -1,4 +1,4 @@
-"""What a run measured, drawn: one PNG, and one HTML page that needs nothing beside itself."""
+"""What a run measured, drawn: one PNG, and one self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def _colours(count: int) -> list[Any]:
 
 
 def _log_scale(axes: Any) -> None:
-    """Logarithmic, if every value can stand on such an axis."""
+    """Logarithmic, if such an axis can show every value."""
     values = [value for line in axes.get_lines() for value in line.get_ydata()]
     if min(values) > 0 and max(values) > 3 * min(values):
         axes.set_yscale("log")
@@ -170,7 +170,7 @@ def _smooth(series: Series) -> Series:
 
 def _page(run: Path, rows: Sequence[Row], png: bytes) -> str:
     name = escape(_shown(run.name))
-    picture = base64.b64encode(png).decode()
+    image = base64.b64encode(png).decode()
     try:
         shown = escape(read_text(run / RECIPE, error=TrainingError, limit=MAX_YAML_BYTES))
     except TrainingError as error:
@@ -180,7 +180,7 @@ def _page(run: Path, rows: Sequence[Row], png: bytes) -> str:
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{name}'
         f"</title><style>{_STYLE}</style></head><body><h1>{name}</h1>"
-        f'<img alt="curves" src="data:image/png;base64,{picture}">{notes}'
+        f'<img alt="curves" src="data:image/png;base64,{image}">{notes}'
         f"<h2>First and last values</h2>{_table(rows)}<h2>Recipe</h2><pre>{shown}</pre>"
         "</body></html>\n"
     )

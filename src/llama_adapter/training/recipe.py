@@ -71,7 +71,7 @@ class BaseSection(Section):
     attention: Literal["eager", "sdpa", "flex_attention", "flash_attention_2"] | None = None
     """None: what transformers chooses."""
     random_weights: bool = False
-    """Random numbers in the shape of the model's config: for measuring speed only."""
+    """Random weights in the shape of the model's config: for measuring speed only."""
 
 
 class VisionSection(Section):
@@ -105,7 +105,7 @@ class AdapterSection(_RenamedSection):
 
     preset: str = "v2"
     start: Path | None = None
-    """An adapter directory whose numbers and semantics training starts from, LoRA included."""
+    """An adapter directory whose weights and config training starts from, LoRA included."""
 
     @model_validator(mode="after")
     def _known(self) -> Self:
@@ -113,12 +113,12 @@ class AdapterSection(_RenamedSection):
             if self.changes or "preset" in self.model_fields_set:
                 raise ValueError("start brings its own settings; preset and others cannot be set")
         else:
-            self.semantics()
+            self.adapter_config()
         return self
 
     @model_serializer(mode="wrap")
     def _as_given(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Beside `start` a preset would be refused when it is read back."""
+        """Together with `start` a preset would be refused when it is read back."""
         values: dict[str, Any] = dump(self)
         if self.start is not None:
             del values["preset"]
@@ -129,8 +129,8 @@ class AdapterSection(_RenamedSection):
         """Settings that differ from the preset's."""
         return dict(self.model_extra or {})
 
-    def semantics(self) -> AdapterConfig:
-        """The adapter's semantics; those of `start` are in its directory instead."""
+    def adapter_config(self) -> AdapterConfig:
+        """The adapter's config; that of `start` is in its directory instead."""
         try:
             return AdapterConfig.preset(self.preset, **self.changes)
         except ConfigError as error:
@@ -147,7 +147,7 @@ class PromptSection(_RenamedSection):
 
 
 class SourceSection(Section):
-    """One source of samples. Keys beside these belong to its `type`."""
+    """One source of samples. Other keys belong to its `type`."""
 
     model_config = ConfigDict(extra="allow", frozen=True, use_attribute_docstrings=True)
 
@@ -155,7 +155,7 @@ class SourceSection(Section):
     weight: float = Field(default=1.0, gt=0, le=MOST_WEIGHT)
     """How many times an epoch goes through the source; 0.5 takes another half each epoch."""
     held_out: int = Field(default=0, ge=0, lt=_LARGEST)
-    """Samples kept out of training, for evaluation; all captions of a picture or none."""
+    """Samples kept out of training, for evaluation; all captions of an image or none."""
 
     def options(self, types: SourceTypes) -> SourceOptions:
         """What the type makes of the other keys."""
@@ -259,7 +259,7 @@ class OptimizerSection(Section):
 
 
 class LoraSection(Section):
-    """LoRA on the base through `peft`, beside our groups; it learns with LANGUAGE."""
+    """LoRA on the base through `peft`, in addition to our groups; trained with LANGUAGE."""
 
     rank: int = Field(ge=1, le=MOST_RANK)
     alpha: float | None = Field(default=None, gt=0, allow_inf_nan=False)
@@ -299,7 +299,7 @@ class EvaluationSection(Section):
 
 
 class LoggingSection(Section):
-    """What is written beside metrics.jsonl, which always is."""
+    """What is written in addition to metrics.jsonl."""
 
     every: int = Field(default=10, ge=1, le=MOST_STEPS)
     """Steps between rows of trackers, and between rows of metrics.jsonl that hold the gates."""
@@ -347,7 +347,7 @@ class Recipe(Section):
                 )
         if self.captions is not None and self.vision is None:
             raise ValueError("captions need a vision encoder: give vision.model")
-        blind = self.adapter.start is None and not self.adapter.semantics().is_multimodal
+        blind = self.adapter.start is None and not self.adapter.adapter_config().is_multimodal
         if self.captions is not None and blind:
             raise ValueError("captions are of no use to an adapter with fusion 'none'")
         if self.evaluation is not None:

@@ -1,8 +1,8 @@
 """A training run: steps, what they measured, checkpoints, and going on after a kill.
 
 What a step computes depends on the recipe, the step's number and the state of the checkpoint it
-follows, and on nothing else: a run that was killed and resumed in one process ends with the very
-numbers of one that was not.
+follows, and on nothing else: a run that was killed and resumed in one process ends with the
+same losses and weights, bit for bit, as one that was not.
 """
 
 from __future__ import annotations
@@ -23,13 +23,14 @@ from llama_adapter.errors import CheckpointError, TrainingError
 from llama_adapter.model.persistence import ADAPTER_WEIGHTS_NAME
 from llama_adapter.processing.processor import LlamaAdapterProcessor
 from llama_adapter.training.build import Built
+from llama_adapter.training.callbacks import Callbacks
 from llama_adapter.training.checkpointing import Checkpointer
-from llama_adapter.training.engine import Engine, on_rank_0
+from llama_adapter.training.device import autocast_dtype
 from llama_adapter.training.joint import JointTrainer, StepReport
 from llama_adapter.training.keepers import BestAdapter, InvalidRecords
-from llama_adapter.training.machine import autocast_dtype
 from llama_adapter.training.metrics import Row, gate_sizes, row_of
 from llama_adapter.training.micro_batches import drop_channels, split_by_length, with_features
+from llama_adapter.training.parallel import Engine, on_rank_0
 from llama_adapter.training.recipe import Recipe
 from llama_adapter.training.run_directory import (
     ADAPTER,
@@ -51,19 +52,7 @@ Evaluate = Callable[[], Mapping[str, float]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Watcher:
-    """What a run tells while it goes; nothing by default."""
-
-    step: Callable[[Row], None] = lambda _row: None
-    """After each step, in the process of rank 0."""
-    say: Callable[[str], None] = lambda _message: None
-    """A sentence for the user."""
-    stage: Callable[[str, int], Callable[[int], None]] = lambda _label, _total: lambda _done: None
-    """Preparations with a label and a size; what it returns is called with how much is done."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Outcome:
+class TrainingResult:
     """How a run ended."""
 
     steps: int
@@ -75,11 +64,11 @@ class Outcome:
     broken: int
     """Records that could not be learned from, over the whole run."""
     trained: dict[str, int]
-    """How many numbers were trained: `adapter`, and `lora` where the recipe has it."""
+    """How many parameters were trained: `adapter`, and `lora` where the recipe has it."""
 
 
 class TrainingRun:
-    """One run of a recipe; `run` takes it to its end from wherever its directory stands."""
+    """One run of a recipe; `run` continues from what its directory holds to the end."""
 
     def __init__(
         self,
@@ -89,7 +78,7 @@ class TrainingRun:
         processor: LlamaAdapterProcessor,
         streams: Mapping[Kind, Batches],
         engine: Engine,
-        watcher: Watcher | None = None,
+        callbacks: Callbacks | None = None,
         evaluate: Evaluate | None = None,
         budget: StepBudget | None = None,
     ) -> None:
@@ -98,7 +87,7 @@ class TrainingRun:
         self.processor = processor
         self.streams = streams
         self.engine = engine
-        self.watcher = watcher or Watcher()
+        self.callbacks = callbacks or Callbacks()
         self.directory = RunDirectory(recipe.out)
         self.metrics = JsonLines(recipe.out / METRICS)
         self.invalid = InvalidRecords(recipe.out)
@@ -117,11 +106,11 @@ class TrainingRun:
         self.checkpointer = Checkpointer(self.trainer, built, processor)
         self._evaluate = evaluate
         self.track: Callable[[Row, int], None] | None = None
-        """What a row goes to, besides metrics.jsonl."""
+        """Where rows go in addition to metrics.jsonl."""
         self._bad_steps = 0
         self.best = BestAdapter(None if recipe.evaluation is None else recipe.evaluation.best)
 
-    def run(self, *, resume: bool = False) -> Outcome:
+    def run(self, *, resume: bool = False) -> TrainingResult:
         """Train to the last step and write the final adapter.
 
         Raises TrainingError where the loss stays not finite, DataError where too many records are
@@ -219,7 +208,7 @@ class TrainingRun:
         samples = [one for of_rank in self.engine.gather(own) for one in of_rank]
         row["samples"] = samples
         what = ", ".join(report.not_finite())
-        self._say(f"step {row['step']}: {what} not finite; the step is skipped")
+        self._tell(f"step {row['step']}: {what} not finite; the step is skipped")
         if self._bad_steps >= MOST_BAD_STEPS:
             self._write(row)
             shown = ", ".join(samples[:_SHOWN_IDS])
@@ -243,7 +232,7 @@ class TrainingRun:
     def _write(self, row: Row) -> None:
         if self.engine.rank == 0:
             self.metrics.append(row)
-            self.watcher.step(row)
+            self.callbacks.step(row)
         if self.track is not None and self._due(row["step"], self.recipe.logging.every):
             self.track(row, row["step"])
 
@@ -271,7 +260,7 @@ class TrainingRun:
         on_rank_0(self.engine, lambda: self.directory.save(step, write, keep=keep))
 
     def _position(self, stream: Batches) -> dict[str, Any]:
-        """Where a stream stands, with the broken samples that any process found."""
+        """A stream's position, with the invalid samples that any process found."""
         state = stream.state_dict()
         of_ranks = self.engine.gather(state.get("broken", []))
         every = {(part, where): reason for of_rank in of_ranks for part, where, reason in of_rank}
@@ -288,14 +277,14 @@ class TrainingRun:
         """
         saved = self.directory.saved()
         step = self._newest_whole(saved) if saved else 0
-        self._say(
+        self._tell(
             f"resumed at step {step}" if saved else "no checkpoint yet: starting at the beginning"
         )
         factors = {} if self.built.lora is None else self.built.lora.factors
         named = [pair for some in self.trainer.named.values() for pair in some.items()]
         shapes = {name: tuple(p.shape) for name, p in named if name not in factors}
-        self.best.check(self.directory.path / BEST, shapes, self._say)
-        on_rank_0(self.engine, lambda: self._forget_after(step))
+        self.best.check(self.directory.path / BEST, shapes, self._tell)
+        on_rank_0(self.engine, lambda: self._truncate_after(step))
         return step
 
     def _newest_whole(self, saved: Sequence[Path]) -> int:
@@ -309,11 +298,11 @@ class TrainingRun:
                     raise CheckpointError(
                         f"cannot resume, no checkpoint of {self.directory.path} is whole: {error}"
                     ) from error
-                self._say(f"{checkpoint.name} is left out: {error}")
+                self._tell(f"{checkpoint.name} is left out: {error}")
                 damaged.append(checkpoint)
                 continue
             for one in damaged:
-                on_rank_0(self.engine, partial(self.directory.put_aside, one))
+                on_rank_0(self.engine, partial(self.directory.set_aside, one))
             return step_of(checkpoint)
         raise AssertionError("there is at least one")
 
@@ -328,11 +317,11 @@ class TrainingRun:
         if failures:
             raise failures[0]
 
-    def _forget_after(self, step: int) -> None:
+    def _truncate_after(self, step: int) -> None:
         for file in (self.metrics, self.invalid.file):
-            file.forget_after(step)
+            file.truncate_after(step)
             if file.invalid:
-                self._say(f"{file.path}: {file.invalid} lines are not rows and are left out")
+                self._tell(f"{file.path}: {file.invalid} lines are not rows and are left out")
 
     def _take(self, own: Mapping[str, Any]) -> None:
         for kind, stream in self.streams.items():
@@ -345,20 +334,21 @@ class TrainingRun:
         if (budget := own.get("budget")) is not None:
             self.budget.load_state_dict(budget)
         if own["world_size"] != self.engine.world_size:
-            self._say(
+            self._tell(
                 f"the checkpoint is of {own['world_size']} process(es), this run has "
                 f"{self.engine.world_size}: the same samples in the same order, but sums are "
-                "rounded in another order and dropout draws anew, so not bit for bit the same"
+                "rounded in another order and dropout draws other values, so the result is not bit "
+                "for bit the same"
             )
 
-    def _finish(self, began: int) -> Outcome:
+    def _finish(self, began: int) -> TrainingResult:
         step = self.trainer.step_count
         if began < step and not self._due(step, self.recipe.checkpoint_every):
             self._save()
         self._publish(ADAPTER)  # also of a run that was over: it may have been damaged since
         adapter = self.recipe.out / ADAPTER
         content = (adapter / ADAPTER_WEIGHTS_NAME).read_bytes()
-        return Outcome(
+        return TrainingResult(
             steps=self.trainer.step_count,
             adapter=adapter,
             checksum=hashlib.sha256(content).hexdigest(),
@@ -368,7 +358,7 @@ class TrainingRun:
         )
 
     def trained(self) -> dict[str, int]:
-        """How many numbers learn, LoRA apart."""
+        """How many parameters are trained, LoRA counted separately."""
         counts = {"adapter": 0}
         factors = {} if self.built.lora is None else self.built.lora.factors
         for named in self.trainer.named.values():
@@ -377,6 +367,6 @@ class TrainingRun:
                 counts[part] = counts.get(part, 0) + parameter.numel()
         return counts
 
-    def _say(self, message: str) -> None:
+    def _tell(self, message: str) -> None:
         if self.engine.rank == 0:
-            self.watcher.say(message)
+            self.callbacks.message(message)

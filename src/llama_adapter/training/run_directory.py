@@ -1,4 +1,4 @@
-"""A run's directory: recipe, metrics, checkpoints that appear whole or not at all, adapters.
+"""A run's directory: recipe, metrics, adapters, and checkpoints that are complete or absent.
 
 recipe.yaml            the resolved recipe
 metrics.jsonl          a row for each step
@@ -53,12 +53,12 @@ _WITHOUT_RESULTS = frozenset({RECIPE, METRICS, BROKEN, CACHE, CHECKPOINTS, TRACK
 _LONGEST_ROW = 1 << 24
 _MOST_STEPS = 10**12
 _STEP = re.compile(r"step-(\d{1,12})")
-_FREE = (
+_MAY_CHANGE = (
     "out", "checkpoint_every", "keep_checkpoints", "logging", "evaluation", "data.workers",
     "data.cache", "data.max_invalid", "vision.cache_folder", "compute.device",
     "compute.strategy", "compute.threads", "compute.gradient_checkpointing", "compute.compile",
 )  # fmt: skip
-"""Keys that may differ when a run is resumed: the same numbers are learned from the same data."""
+"""Keys that may differ when a run is resumed: what is learned stays the same."""
 
 
 class RunDirectory:
@@ -69,10 +69,10 @@ class RunDirectory:
         self.checkpoints = path / CHECKPOINTS
 
     def check(self, recipe: Recipe, *, resume: bool) -> None:
-        """Refuse what `held` would refuse, and leave no trace."""
+        """Refuse what `acquire` would refuse, and leave no trace."""
         try:
             refuse_locked(self.path)
-            self._check_free(recipe, resume=resume)
+            self._check_available(recipe, resume=resume)
             # a link to nothing is there too: no folder can be made under its name
             above = (self.path, *self.path.absolute().parents)
             existing = next(p for p in above if os.path.lexists(p))
@@ -92,7 +92,7 @@ class RunDirectory:
         except OSError as error:
             raise TrainingError(f"cannot write {self.path}: {error.strerror}") from error
 
-    def _check_free(self, recipe: Recipe, *, resume: bool) -> None:
+    def _check_available(self, recipe: Recipe, *, resume: bool) -> None:
         if not self.path.exists():
             return
         if not self.path.is_dir():
@@ -113,7 +113,7 @@ class RunDirectory:
         return LOCK in names and names <= _WITHOUT_RESULTS and not self.saved()
 
     @contextmanager
-    def held(self, recipe: Recipe, *, resume: bool) -> Iterator[bool]:
+    def acquire(self, recipe: Recipe, *, resume: bool) -> Iterator[bool]:
         """Take the directory for this recipe, within a block; False where it cannot be locked.
 
         A block that ends before `begin` leaves no directory that was not there before it, but
@@ -129,12 +129,12 @@ class RunDirectory:
             raise TrainingError(f"cannot write {self.path}: {error.strerror}") from error
         with locked(self.path) as is_locked:
             # a run that began and ended just now was not there before
-            self._check_free(recipe, resume=resume)
+            self._check_available(recipe, resume=resume)
             try:
                 yield is_locked
             finally:
                 if not (self.path / RECIPE).exists():
-                    self._leave(absent)
+                    self._release(absent)
 
     def begin(self, recipe: Recipe) -> None:
         """Start-up is over and steps follow: write the recipe down, unless the run goes on.
@@ -153,7 +153,7 @@ class RunDirectory:
         except OSError as error:
             raise TrainingError(f"cannot write {self.path}: {error.strerror}") from error
 
-    def _leave(self, absent: list[Path]) -> None:
+    def _release(self, absent: list[Path]) -> None:
         for path in self.path.iterdir():
             if path.name == LOCK or _is_partial(path):
                 _remove(path)
@@ -167,12 +167,12 @@ class RunDirectory:
             raise TrainingError(f"{stored} is damaged: it must hold keys and values")
         now = recipe.model_dump(mode="json")
         if recipe.adapter.start is not None and isinstance(before.get("adapter"), dict):
-            before["adapter"].pop("preset", None)  # which version 0.1 wrote beside it
+            before["adapter"].pop("preset", None)  # which version 0.1 also wrote
         with suppress(ValidationError):  # what this version's recipes cannot say differs below
             # keys that are younger than the run have their defaults
             before = Recipe.model_validate(before).model_dump(mode="json")
         for key, old, new in _differences(before, now):
-            if not any(key == free or key.startswith(free + ".") for free in _FREE):
+            if not any(key == free or key.startswith(free + ".") for free in _MAY_CHANGE):
                 raise TrainingError(
                     f"{self.path} is a run of another recipe: {key} was {_short(old)} and is now "
                     f"{_short(new)}"
@@ -189,8 +189,8 @@ class RunDirectory:
         ]
         return sorted(found, key=step_of)
 
-    def put_aside(self, checkpoint: Path) -> None:
-        """Rename a damaged checkpoint, so that it is neither resumed from nor counted."""
+    def set_aside(self, checkpoint: Path) -> None:
+        """Rename a damaged checkpoint, so that no run resumes from it or counts it."""
         aside = checkpoint.with_name(f"damaged-{checkpoint.name}")
         try:
             move_aside(checkpoint, aside)
@@ -198,7 +198,7 @@ class RunDirectory:
             raise CheckpointError(f"cannot rename {checkpoint}: {error.strerror}") from error
 
     def save(self, step: int, write: Callable[[Path], None], *, keep: int) -> Path:
-        """Let `write` fill a new checkpoint, then let it appear, and drop all but the newest.
+        """Let `write` fill a new checkpoint, then commit it, and drop all but the newest.
 
         Raises CheckpointError where it cannot be written; those before it stay whole.
         """
@@ -219,7 +219,7 @@ class RunDirectory:
         return target
 
     def publish(self, name: str, write: Callable[[Path], None]) -> Path:
-        """Let `write` fill a directory beside the checkpoints, in place of one of that name."""
+        """Let `write` fill a directory next to the checkpoints, in place of one of that name."""
         target = self.path / name
         try:
             with staged_directory(target) as stage:
@@ -271,7 +271,7 @@ class JsonLines:
         is_step = isinstance(step, int) and not isinstance(step, bool) and 0 <= step < _MOST_STEPS
         return row if is_step else None
 
-    def forget_after(self, step: int) -> None:
+    def truncate_after(self, step: int) -> None:
         """Keep valid rows up to a step: those after it will be written again."""
         if not self.path.exists():
             return
@@ -299,7 +299,7 @@ def write_checksums(directory: Path) -> None:
 def check_checksums(directory: Path) -> None:
     """CheckpointError where a file differs from what `write_checksums` wrote down.
 
-    Checkpoints of version 0.1 have no checksums beside them.
+    Checkpoints of version 0.1 have no checksums.
     """
     path = directory / CHECKSUMS
     if not path.exists():

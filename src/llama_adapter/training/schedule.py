@@ -1,4 +1,4 @@
-"""What a step does, from its number and the number of all steps: its kinds and learning rates.
+"""Which kinds of batch a step takes and its learning rates, from its index and the number of steps.
 
 The number of steps is the recipe's, or follows from `minutes` and the pace that was measured.
 """
@@ -48,7 +48,7 @@ def lr_scale(section: OptimizerSection, step: int, steps: int) -> float:
 
 
 def language_scale(section: OptimizerSection, step: int, steps: int) -> float:
-    """What multiplies LANGUAGE's learning rates besides."""
+    """An additional factor of LANGUAGE's learning rates."""
     anneal = section.language_anneal
     if anneal is None:
         return 1.0
@@ -104,7 +104,7 @@ class StepBudget:
             )
 
     def took(self, seconds: float, *, step: int) -> None:
-        """One step took so long; `step` is its number, counted from 0."""
+        """One step took so long; `step` is its index."""
         if self.limit is None:
             return
         has_all = all(step >= s.start * self.steps for s in self._streams.values())

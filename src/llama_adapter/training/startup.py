@@ -1,4 +1,4 @@
-"""What would end a run at its start or at its first evaluation, found before data are opened.
+"""What would end a run at its start or at its first evaluation, found before data is opened.
 
 Start-up and `--check` ask the same functions, so that neither finds what the other does not.
 """
@@ -14,8 +14,8 @@ from llama_adapter.conversation import Conversation
 from llama_adapter.errors import ConfigError, LlamaAdapterError, TrainingError
 from llama_adapter.processing.encoding import encode, opening_ids
 from llama_adapter.processing.processor import LlamaAdapterProcessor
+from llama_adapter.training.device import require_quantizer, require_tracker, wants_cpu
 from llama_adapter.training.held_out import CaptionScorer
-from llama_adapter.training.machine import require_quantizer, require_tracker, wants_cpu
 from llama_adapter.training.memory import Sizes, sizes_of
 from llama_adapter.training.recipe import Recipe
 
@@ -27,7 +27,7 @@ def faults_of(
     *,
     score_captions: CaptionScorer | None,
 ) -> Iterator[LlamaAdapterError]:
-    """Everything that stands against the recipe; without `sizes` what needs none of them."""
+    """Every fault of the recipe; without `sizes` those that can be found without them."""
     steps: list[Callable[[], Any]] = [
         partial(wants_cpu, recipe),
         partial(require_tracker, recipe),
@@ -50,7 +50,7 @@ def refuse_at_start(
     score_captions: CaptionScorer | None,
     world: int,
 ) -> Sizes:
-    """The recipe's sizes; the first LlamaAdapterError that stands against training."""
+    """The recipe's sizes; raises the first LlamaAdapterError that prevents training."""
     for error in faults_of(recipe, processor, None, score_captions=score_captions):
         raise error
     sizes = sizes_of(recipe, world=world)
@@ -115,7 +115,7 @@ def check_tokens(processor: LlamaAdapterProcessor, sizes: Sizes) -> None:
     if used and max(used) >= rows:
         token = tokenizer.convert_ids_to_tokens(max(used))
         raise ConfigError(
-            f"the tokenizer has the token {token!a} of number {max(used)}, but the base has "
+            f"the tokenizer has the token {token!a} with id {max(used)}, but the base has "
             f"embeddings of {rows} tokens only: resize and save the base first"
         )
 

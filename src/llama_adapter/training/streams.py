@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from llama_adapter.data import (
 from llama_adapter.data.feature_cache import FeatureCache
 from llama_adapter.errors import DataError
 from llama_adapter.processing.processor import LlamaAdapterProcessor
+from llama_adapter.training.callbacks import Progress, silent
 from llama_adapter.training.recipe import (
     Recipe,
     SourceSection,
@@ -29,9 +30,6 @@ from llama_adapter.training.recipe import (
     StreamSection,
     free_name,
 )
-
-Opened = Callable[[str, int], Callable[[int], None]]
-"""Called with a source's name and its number of samples; what it returns, with samples done."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,9 +39,9 @@ class HeldOut:
     kind: Kind
     source: Source
     indices: np.ndarray
-    """Numbers of the samples; captions of one picture stand together."""
+    """Indices of the samples; captions of one image are next to each other."""
     groups: np.ndarray | None
-    """For each of them the number that captions of its picture share."""
+    """For each of them the group, which captions of one image share."""
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -82,7 +80,7 @@ def open_data(
     rank: int = 0,
     world: int = 1,
     pin_memory: bool = False,
-    opened: Opened | None = None,
+    progress: Progress = silent,
 ) -> RecipeData:
     """Open and measure every source of a recipe.
 
@@ -96,7 +94,7 @@ def open_data(
         encoder = encoders[kind] = encoder_of(recipe, section, processor)
         parts = []
         for described in section.sources:
-            part = _open_part(recipe, described, kind, encoder, types=types, opened=opened)
+            part = _open_part(recipe, described, kind, encoder, types=types, progress=progress)
             parts.append(part)
             if described.held_out:
                 held_out[free_name(described.type, held_out)] = _held_out(part, kind)
@@ -136,7 +134,7 @@ def _open_part(
     encoder: SampleEncoder,
     *,
     types: SourceTypes,
-    opened: Opened | None,
+    progress: Progress,
 ) -> Part:
     source = described.options(types).open(kind)
     pieces = measure(
@@ -144,7 +142,7 @@ def _open_part(
         encoder,
         workers=recipe.data.workers,
         cache=cache_of(recipe),
-        progress=None if opened is None else opened(source.name, len(source)),
+        progress=progress(source.name, len(source)),
     )
     pieces.refuse_beyond(recipe.data.max_invalid, name=source.name)
     held_out = choose_held_out(source, described.held_out, seed=recipe.seed)
@@ -157,7 +155,7 @@ def cache_of(recipe: Recipe) -> Path | None:
 
 
 def choose_held_out(source: Source, count: int, *, seed: int) -> np.ndarray:
-    """Numbers of samples to hold out: at least `count`, all captions of a picture or none.
+    """Indices of samples to hold out: at least `count`, all captions of an image or none.
 
     Raises DataError where that leaves nothing to learn from.
     """
@@ -178,7 +176,7 @@ def choose_held_out(source: Source, count: int, *, seed: int) -> np.ndarray:
 
 def _held_out(part: Part, kind: Kind) -> HeldOut:
     assert part.held_out is not None
-    # a broken record is no question to ask
+    # nothing can be asked about an invalid record
     sound = np.intersect1d(part.held_out, part.pieces.column("sample"))
     groups = part.source.groups()
     return HeldOut(

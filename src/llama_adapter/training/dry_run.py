@@ -30,11 +30,11 @@ from llama_adapter.training.startup import check_positions, faults_of
 from llama_adapter.training.streams import choose_held_out, encoder_of
 
 READ = 200
-"""Samples of each source that are read, pictures too."""
+"""Samples of each source that are read, images too."""
 SMALL = 1 << 29
 """Bytes of frozen weights up to which checking reads them."""
 ANSWER_MARKS = ("⟦", "⟧")
-"""What stands around answer tokens in the example."""
+"""What surrounds answer tokens in the example."""
 _MOST_PACKED = 20_000
 """Pieces that are laid into rows to see how full these become."""
 _BAR = 40
@@ -61,7 +61,7 @@ class SourceReport:
     """Upper limits of token lengths, and how many pieces lie below each and above the last."""
     broken: tuple[InvalidRecord, ...] = ()
     example: str = ""
-    """A sample as the model sees it; answer tokens stand between marks."""
+    """A sample as the model reads it; answer tokens are between marks."""
     error: str | None = None
     """Why training cannot use it."""
 
@@ -107,7 +107,7 @@ class CheckReport:
         parts = [_source_text(source) for source in self.sources]
         parts.append(_plan_text(self))
         parts += [f"warning: {warning}" for warning in self.warnings]
-        parts += [] if self.errors else ["nothing stands against training"]
+        parts += [] if self.errors else ["nothing prevents training"]
         return "\n".join(parts)
 
 
@@ -196,7 +196,7 @@ def _check_source(
         try:
             sample = source[index]
             cuts = encoder.cut(sample)
-            # pictures are decoded here, and placeholders counted
+            # images are decoded here, and placeholders counted
             encoded = encoder.prepare(sample, cuts[0].first, cuts[0].stop).encoded
         except LlamaAdapterError as error:
             broken.append(InvalidRecord(where=source.where(index), reason=str(error)))
@@ -374,8 +374,8 @@ def _plan_text(report: CheckReport) -> str:
         trained = sum(sizes.trained_parameters.values())
         groups = ", ".join(f"{name} {n:,}" for name, n in sizes.trained_parameters.items())
         lines.append(
-            f"  base {sizes.base_parameters:,} numbers in {sizes.layers} layers, "
-            f"tower {sizes.vision_parameters:,}; trained {trained:,} ({groups})"
+            f"  base {sizes.base_parameters:,} parameters in {sizes.layers} layers, "
+            f"vision encoder {sizes.vision_parameters:,}; trained {trained:,} ({groups})"
         )
         lines.append(
             f"  memory of one process, estimated before sharding: {_gib(sizes.total_bytes)} "

@@ -16,7 +16,7 @@ from llama_adapter.errors import CheckpointError, ConfigError, DataError, LlamaA
 from llama_adapter.miniature.bundled import DECODER, PLACEHOLDER_TEXT, VISION, toy_processor
 from llama_adapter.miniature.sources import SOURCES_WITH_MINIATURES
 from llama_adapter.training.build import load_processor
-from llama_adapter.training.checking import CheckReport, check_recipe
+from llama_adapter.training.dry_run import CheckReport, check_recipe
 from llama_adapter.training.launch import train
 from llama_adapter.training.recipe import Recipe, load_recipe, parse_recipe
 
@@ -42,7 +42,7 @@ def recipe_of(path: Path, **changes: Any) -> Recipe:
 
 
 def check(recipe: Recipe, **options: Any) -> CheckReport:
-    processor: LlamaAdapterProcessor = toy_processor(recipe.adapter.semantics())
+    processor: LlamaAdapterProcessor = toy_processor(recipe.adapter.adapter_config())
     return check_recipe(recipe, processor, types=SOURCES_WITH_MINIATURES, **options)
 
 
@@ -67,7 +67,7 @@ def test_a_sound_recipe() -> None:
     assert report.kinds["instruction"].answer_tokens_per_step > 100
     text = report.as_text()
     assert "⟦" in text
-    assert "nothing stands against training" in text
+    assert "nothing prevents training" in text
     assert json.loads(json.dumps(report.to_dict()))["steps"] == recipe.steps
 
 
@@ -92,7 +92,7 @@ def test_the_estimate_is_near_the_plan(tmp_path: Path) -> None:
     )
     report = check(recipe)
     data = open_data(
-        recipe, toy_processor(recipe.adapter.semantics()), types=SOURCES_WITH_MINIATURES
+        recipe, toy_processor(recipe.adapter.adapter_config()), types=SOURCES_WITH_MINIATURES
     )
     for kind, stream in data.streams.items():
         assert report.kinds[kind].rows_per_epoch == pytest.approx(stream.rows_in_epoch(), rel=0.1)
@@ -163,7 +163,7 @@ def test_warnings(tmp_path: Path) -> None:
 def test_a_start_that_is_not_there(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", [GOOD] * 8)
     recipe = recipe_of(path, adapter={"start": str(tmp_path / "absent")}, prompt={})
-    with pytest.raises(CheckpointError, match=r"adapter.start: .*absent is no adapter directory"):
+    with pytest.raises(CheckpointError, match=r"start: .*absent is not an adapter directory"):
         load_processor(recipe)
 
 

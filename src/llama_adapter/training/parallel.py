@@ -1,7 +1,7 @@
 """What runs the passes of a step: one process, or several that share every step.
 
-An engine knows how gradients meet, how numbers are added up over processes, and how a parameter
-that is spread over processes becomes whole. The trainer knows nothing else about them.
+An engine knows how gradients are synchronized, how values are summed over processes, and how a
+sharded parameter is gathered. The trainer knows nothing else about processes.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from llama_adapter.model import LlamaAdapterForConditionalGeneration
 
 
 class Communicator(Protocol):
-    """Where processes meet; every one calls the same methods in the same order."""
+    """A process group; every process calls the same methods in the same order."""
 
     rank: int
     world_size: int
@@ -39,23 +39,23 @@ class Engine(Communicator, Protocol):
     """What is called for a forward pass."""
 
     def sync_gradients(self, is_last: bool) -> AbstractContextManager[Any]:
-        """Surrounds a forward and its backward; gradients need to meet in the last one only."""
+        """Surrounds a forward and its backward; only the last must synchronize gradients."""
         ...
 
     def unshard_root(self) -> None:
-        """Make whole what belongs to no layer, for work outside of a forward pass."""
+        """Gather the parameters outside the layers, for work outside of a forward pass."""
         ...
 
     def full_tensor(self, tensor: Tensor) -> Tensor:
-        """A tensor that may be spread over processes, in one piece."""
+        """The full tensor of one that may be sharded."""
         ...
 
     def local_shard(self, full: Tensor, like: Tensor) -> Tensor:
-        """A whole tensor laid out as `like` is."""
+        """This process's shard of a full tensor, laid out as `like` is."""
         ...
 
 
-class OneProcess:
+class SingleProcess:
     """A single process."""
 
     rank = 0
@@ -97,7 +97,7 @@ def on_rank_0(communicator: Communicator, work: Callable[[], Any]) -> None:
 
 
 def dummy_image(model: LlamaAdapterForConditionalGeneration, input_ids: Tensor) -> dict[str, Any]:
-    """Inputs of a picture that no token reads: the same pass as with one, and adds zero."""
+    """An image that no token attends to: the same pass as with an image, and adds zero."""
     assert model.vision is not None
     size = getattr(model.vision.config, "vision_config", model.vision.config).image_size
     device = input_ids.device
