@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import base64
 import binascii
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -172,20 +172,19 @@ class Conversation:
         shown = replace(first, images=first.images + refs)
         return replace(self, messages=tuple(shown if m is first else m for m in self.messages))
 
+    def map_images(self, change: Callable[[ImageRef], ImageRef]) -> Self:
+        """The conversation with every image replaced by what a function makes of it."""
+        messages = tuple(
+            replace(message, images=tuple(map(change, message.images))) for message in self.messages
+        )
+        return replace(self, messages=messages)
+
     def with_sources(self, images: Iterable[Any]) -> Self:
         """The conversation with images in the places that were left open for them."""
         sources = iter(images)
-        messages = tuple(
-            replace(
-                message,
-                images=tuple(
-                    ImageRef.of(next(sources)) if ref.source is None else ref
-                    for ref in message.images
-                ),
-            )
-            for message in self.messages
+        return self.map_images(
+            lambda ref: ImageRef.of(next(sources)) if ref.source is None else ref
         )
-        return replace(self, messages=messages)
 
     @classmethod
     def from_messages(

@@ -9,8 +9,11 @@ from PIL import Image
 
 from llama_adapter import LlamaAdapterForConditionalGeneration, LlamaAdapterProcessor
 from llama_adapter.chat import ChatSession
-from llama_adapter.conversation import Conversation
+from llama_adapter.conversation import Conversation, ImageRef
 from llama_adapter.errors import ConfigError
+from llama_adapter.evaluation.answering import Prediction
+from llama_adapter.evaluation.tasks.base import Generation
+from llama_adapter.evaluation.with_experts import ExpertAnswerer
 from llama_adapter.experts import (
     CaptionExpert,
     ExpertInfo,
@@ -21,6 +24,7 @@ from llama_adapter.experts import (
 from llama_adapter.experts.cache import ReportCache
 from llama_adapter.experts.wording import report_text, rough_tokens
 from llama_adapter.generation import GenerationSettings
+from llama_adapter.processing.prompts import frames_of
 
 PICTURE = Image.new("RGB", (12, 12), (200, 30, 30))
 
@@ -321,3 +325,29 @@ def test_what_was_read_in_pictures_is_for_its_owner_alone(tmp_path):
     assert len(cache) == 0
     assert cache.path.stat().st_mode & 0o077 == 0
     cache.close()
+
+
+class Looker:
+    """Answers that it saw so many images, after decoding them."""
+
+    def answer(self, conversations, generation, *, seed):
+        return [
+            Prediction(text=str(sum(len(frames_of(ref)) for ref in conversation.images)))
+            for conversation in conversations
+        ]
+
+
+def test_experts_and_answerer_share_what_is_decoded():
+    decoded = []
+
+    def image():
+        decoded.append(1)
+        return PICTURE
+
+    shown = [ImageRef(source=image, name="one"), ImageRef(source=(image, image), name="clip")]
+    asked = Conversation.ask("what?", images=shown)
+    answerer = ExpertAnswerer(Looker(), ExpertPool([Sayer()]), named=["sayer"])
+    [prediction] = answerer.answer([asked], Generation(), seed=0)
+    assert prediction.text == "3"
+    assert [finding["text"] for finding in prediction.contexts[0]["findings"]] == ["12 wide"] * 2
+    assert len(decoded) == 3

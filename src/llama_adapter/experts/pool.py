@@ -13,7 +13,7 @@ from typing import NamedTuple, Protocol
 
 from PIL import Image
 
-from llama_adapter.conversation import Conversation
+from llama_adapter.conversation import Conversation, ImageRef
 from llama_adapter.errors import ConfigError
 from llama_adapter.experts.base import Expert, Finding, Report, Request
 from llama_adapter.experts.budget import deduplicate, fit
@@ -21,6 +21,7 @@ from llama_adapter.experts.cache import ReportCache
 from llama_adapter.experts.wording import report_text, rough_tokens
 from llama_adapter.processing.processor import LlamaAdapterProcessor
 from llama_adapter.processing.prompts import frames_of
+from llama_adapter.processing.video import is_video
 
 MAX_FRAMES = 4
 """Frames of a video that experts look at, evenly spread."""
@@ -94,11 +95,15 @@ class ExpertPool:
     ) -> Informed:
         """Ask about the last question, and put the reports in front of the conversation's context.
 
-        `earlier` are reports on its first `seen` images, which are not looked at again.
+        `earlier` are reports on its first `seen` images, which are not looked at again. The
+        others are decoded in what comes back, so that nobody decodes them a second time.
         """
         if not self.experts and self.router is None:
             return Informed(conversation, (), ())
-        images = [frames_of(ref) for ref in conversation.images[seen:]]
+        refs = [_decoded(ref) for ref in conversation.images[seen:]]
+        shown = iter([*conversation.images[:seen], *refs])
+        conversation = conversation.map_images(lambda _: next(shown))
+        images = [ref.source for ref in refs]
         question = [turn.text for turn in conversation.turns if turn.role == "user"][-1]
         found = self.consult(images, question, earlier=earlier)
         reports = _joined(earlier, found, seen=seen)
@@ -203,6 +208,13 @@ class _Call(threading.Thread):
             problem = f"{type(error).__name__}: {words}" if words else type(error).__name__
             report = Report(expert=self.expert.name, problem=problem)
         self.report = replace(report, seconds=time.monotonic() - self.begun)
+
+
+def _decoded(ref: ImageRef) -> ImageRef:
+    """The reference with its pixels in memory."""
+    frames = frames_of(ref)
+    is_clip = isinstance(ref.source, tuple) or is_video(ref.source)
+    return replace(ref, source=tuple(frames) if is_clip else frames[0])
 
 
 def _shots(image: Image.Image | Sequence[Image.Image]) -> list[Image.Image]:
