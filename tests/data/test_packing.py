@@ -28,9 +28,10 @@ from llama_adapter import (
 )
 from llama_adapter.config import IGNORE_INDEX
 from llama_adapter.data import Source
-from llama_adapter.data.encoding import EncodedSample, SampleEncoder
+from llama_adapter.data.encoding import SampleEncoder
 from llama_adapter.data.packing import OPEN_ROWS, Padding, assemble, pack
 from llama_adapter.model import answer_mask
+from llama_adapter.processing.batching import EncodedSample
 
 SHAPE = {
     "vocab_size": 800,

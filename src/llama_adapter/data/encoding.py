@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import pairwise
 from typing import Literal, NamedTuple
-
-from torch import Tensor
 
 from llama_adapter.config import IGNORE_INDEX
 from llama_adapter.conversation import Conversation, ImageRef
 from llama_adapter.data.feature_cache import FeatureCache
 from llama_adapter.data.samples import Sample
 from llama_adapter.errors import DataError, PromptError
+from llama_adapter.processing.batching import EncodedSample
 from llama_adapter.processing.encoding import Encoded, encode, opening_ids
 from llama_adapter.processing.processor import LlamaAdapterProcessor
 from llama_adapter.processing.video import is_video, load_video
@@ -29,23 +28,6 @@ class Cut(NamedTuple):
     stop: int
     tokens: int
     answer_tokens: int
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class EncodedSample:
-    """A piece of a sample, ready to be laid into a row."""
-
-    id: str
-    encoded: Encoded
-    pixels: Tensor | None = None
-    """Images [I, 3, H, W], or None without any, and where there are features."""
-    features: Tensor | None = None
-    """What the vision encoder made of them, [I, P, C], where a cache holds it."""
-
-    @property
-    def num_images(self) -> int:
-        """How many images it shows."""
-        return sum(len(of) for of in (self.pixels, self.features) if of is not None)
 
 
 class SampleEncoder:
@@ -127,17 +109,10 @@ class SampleEncoder:
         else:
             features = self.features.read(images)
         try:
-            batch = self.processor.collate(
-                [encoded], [images], labels=True, side="right", visual_features=features
-            )
+            [found] = self.processor.add_images([encoded], [images], visual_features=features)
         except PromptError as error:
             raise DataError(f"{sample.id}: {error}") from error
-        return EncodedSample(
-            id=sample.id,
-            encoded=encoded,
-            pixels=batch.get("pixel_values"),
-            features=batch.get("visual_features"),
-        )
+        return replace(found, id=sample.id)
 
     def _encode(self, conversation: Conversation) -> Encoded:
         text = self.processor.render(conversation)

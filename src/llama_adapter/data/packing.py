@@ -1,22 +1,17 @@
-"""Which samples share a row, and the tensors of rows.
-
-Shape suffixes: B rows, T tokens, I pictures.
-"""
+"""Which samples share a row."""
 
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from llama_adapter.config import IGNORE_INDEX
-from llama_adapter.data.encoding import EncodedSample
-from llama_adapter.processing.encoding import pad, pad_id
+from llama_adapter.processing.batching import EncodedSample, make_batch
+from llama_adapter.processing.encoding import pad_id
 from llama_adapter.processing.processor import LlamaAdapterProcessor
 
 Padding = Literal["packed", "padded", "max_length"]
@@ -125,89 +120,11 @@ def assemble(
     """Keyword arguments of the model's forward for rows of samples."""
     length = row_length
     if padding == "padded":
-        length = max((len(p.encoded) for row in rows for p in row), default=1)
-
-    def batch(rows_of_numbers: list[list[int]], *, value: int) -> Tensor:
-        return pad(rows_of_numbers, value=value, side="right", length=length)
-
-    inputs = {
-        "input_ids": batch(
-            [_chain(p.encoded.input_ids for p in row) for row in rows],
-            value=pad_id(processor.tokenizer),
-        ),
-        "labels": batch(
-            [_chain(p.encoded.labels for p in row) for row in rows], value=IGNORE_INDEX
-        ),
-    }
-    if padding == "packed":
-        inputs["position_ids"] = _positions(rows, length)
-    else:
-        ones = [_chain([1] * len(p.encoded) for p in row) for row in rows]
-        inputs["attention_mask"] = batch(ones, value=0)
-    samples = [p for row in rows for p in row]
-    for name, found, still in (
-        ("pixel_values", [p.pixels for p in samples if p.pixels is not None], 4),
-        ("visual_features", [p.features for p in samples if p.features is not None], 3),
-    ):
-        if found:
-            inputs[name] = torch.cat(_as_frames(found, still=still))
-    if any(p.num_images for p in samples):
-        inputs["image_index"] = batch(_pictures(rows), value=-1)
-        if processor.visual_scope == "placeholders":
-            placeholders = batch(
-                [_chain(p.encoded.placeholders for p in row) for row in rows], value=-1
-            )
-            inputs["visual_mask"] = placeholders >= 0
-        if padding != "packed" and all(_one_picture_at_most(row) for row in rows):
-            # a number a row is the cheaper form, where it says the same
-            inputs["image_index"] = inputs["image_index"].amax(dim=1)
-    return inputs
-
-
-def _chain(parts: Iterable[Sequence[int]]) -> list[int]:
-    return [number for part in parts for number in part]
-
-
-def _positions(rows: Sequence[Sequence[EncodedSample]], length: int) -> Tensor:
-    """Positions that restart at every sample; the padding behind them is one more sample."""
-    positions = torch.zeros(len(rows), length, dtype=torch.int64)
-    for index, row in enumerate(rows):
-        at = 0
-        for size in [len(p.encoded) for p in row]:
-            positions[index, at : at + size] = torch.arange(size)
-            at += size
-        positions[index, at:] = torch.arange(length - at)
-    return positions
-
-
-def _pictures(rows: Sequence[Sequence[EncodedSample]]) -> list[list[int]]:
-    """For each token the picture its sample shows, or the one whose placeholder it is."""
-    index: list[list[int]] = []
-    count = 0
-    for row in rows:
-        index.append([])
-        for prepared in row:
-            if not prepared.num_images:
-                index[-1] += [-1] * len(prepared.encoded)
-                continue
-            index[-1] += [
-                count + max(placeholder, 0) for placeholder in prepared.encoded.placeholders
-            ]
-            count += prepared.num_images
-    return index
-
-
-def _as_frames(images: Sequence[Tensor], *, still: int) -> list[Tensor]:
-    """Images as they are, or beside videos [I, F, ...] as videos of equal frames.
-
-    `still` is the number of dimensions without frames.
-    """
-    frames = max((i.shape[1] for i in images if i.ndim > still), default=0)
-    return [
-        i if i.ndim > still or not frames else i[:, None].expand(-1, frames, *i.shape[1:])
-        for i in images
-    ]
-
-
-def _one_picture_at_most(row: Sequence[EncodedSample]) -> bool:
-    return all(p.num_images <= 1 for p in row)
+        length = max((len(sample.encoded) for row in rows for sample in row), default=1)
+    return make_batch(
+        rows,
+        filling=pad_id(processor.tokenizer),
+        length=length,
+        placeholders_only=processor.visual_scope == "placeholders",
+        packed=padding == "packed",
+    )

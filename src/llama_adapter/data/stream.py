@@ -13,11 +13,12 @@ from torch.utils.data import DataLoader, Dataset
 
 from llama_adapter.config import IGNORE_INDEX
 from llama_adapter.data.batch import TrainBatch
-from llama_adapter.data.encoding import EncodedSample, SampleEncoder
+from llama_adapter.data.encoding import SampleEncoder
 from llama_adapter.data.measuring import Pieces, refuse_invalid
 from llama_adapter.data.packing import Padding, Rows, assemble, by_length, pack
 from llama_adapter.data.samples import KINDS, InvalidRecord, Kind, Source
 from llama_adapter.errors import ConfigError, DataError, LlamaAdapterError, TrainingError
+from llama_adapter.processing.batching import EncodedSample
 
 _AHEAD = 2
 """Batches that each worker process holds ready."""

@@ -37,7 +37,8 @@ from llama_adapter.generation.requests import (
 )
 from llama_adapter.generation.settings import GenerationSettings
 from llama_adapter.model import LlamaAdapterForConditionalGeneration
-from llama_adapter.processing.encoding import pad_id
+from llama_adapter.processing.batching import EncodedSample, join_images, make_batch
+from llama_adapter.processing.encoding import Encoded, pad_id
 from llama_adapter.processing.processor import LlamaAdapterProcessor
 
 
@@ -312,24 +313,20 @@ def _sampling_options(sampling: Sampling) -> dict[str, Any]:
 
 def _inputs(prompt: EncodedPrompt, device: torch.device) -> dict[str, Any]:
     """What `generate` takes of one prompt."""
-    tokens_BT = torch.tensor([prompt.input_ids], device=device)
-    inputs: dict[str, Any] = {"input_ids": tokens_BT, "attention_mask": torch.ones_like(tokens_BT)}
-    if prompt.images:
-        found = [image.pixel_values for image in prompt.images]
-        most = max(pixels.shape[0] if pixels.ndim == 4 else 1 for pixels in found)
-        # a still image is shown as often as a video next to it has frames
-        even = [p if p.ndim == 4 or most == 1 else p.expand(most, *p.shape) for p in found]
-        if len({p.shape for p in even}) > 1:
-            raise PromptError("images and videos of one prompt must have equally many frames")
-        inputs["pixel_values"] = torch.stack(even).to(device)
-        placeholders_BT = torch.tensor([prompt.placeholders], device=device)
-        mask_BT = placeholders_BT >= 0
-        inputs["image_index"] = torch.zeros(1, dtype=torch.int64, device=device)
-        if bool(mask_BT.any()):
-            inputs["visual_mask"] = mask_BT
-            if len(found) > 1:
-                inputs["image_index"] = placeholders_BT
-    return inputs
+    images = [image.pixel_values[None] for image in prompt.images]
+    length = len(prompt.input_ids)
+    encoded = Encoded(
+        input_ids=prompt.input_ids, labels=(), placeholders=prompt.placeholders or (-1,) * length
+    )
+    pixels = join_images(images, still=4) if images else None
+    inputs = make_batch(
+        [[EncodedSample(encoded=encoded, pixels=pixels)]],
+        filling=0,
+        length=length,
+        placeholders_only=max(encoded.placeholders) >= 0,
+        labels=False,
+    )
+    return {name: tensor.to(device) for name, tensor in inputs.items()}
 
 
 def _logprob(token: int, logits_V: Tensor, sampling: Sampling) -> TokenLogprob:

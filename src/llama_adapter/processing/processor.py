@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 import re
 import reprlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
-import torch
 from PIL import Image
 from torch import Tensor
 from transformers import AutoTokenizer, BatchFeature, ProcessorMixin
@@ -21,6 +20,7 @@ from llama_adapter.errors import CheckpointError, ConfigError, LlamaAdapterError
 from llama_adapter.files import read_json_object, write_atomically
 from llama_adapter.pretrained import explain, load_pretrained
 from llama_adapter.processing import agreement
+from llama_adapter.processing.batching import EncodedSample, make_batch
 from llama_adapter.processing.chat_template import ChatTemplate
 from llama_adapter.processing.encoding import (
     Encoded,
@@ -469,61 +469,60 @@ class LlamaAdapterProcessor(ProcessorMixin):
         `image_processor` stands in for the processor's own. With `visual_features` [I, P, C] of
         all images none is read.
         """
-        length = length or max(map(len, rows))
-        filling = pad_id(self.tokenizer)
-        ids_BT = pad([r.input_ids for r in rows], value=filling, side=side, length=length)
-        ones = [(1,) * len(r) for r in rows]
-        data: dict[str, Tensor] = {
-            "input_ids": ids_BT,
-            "attention_mask": pad(ones, value=0, side=side, length=length),
-        }
-        if any(images):
-            placeholders_BT = pad(
-                [r.placeholders for r in rows], value=-1, side=side, length=length
-            )
-            reader = image_processor or self.image_processor
-            data |= self._visual(images, placeholders_BT, reader, visual_features)
-        if labels:
-            targets = [r.labels for r in rows]
-            data["labels"] = pad(targets, value=IGNORE_INDEX, side=side, length=length)
-        return BatchFeature(data)
+        samples = self.add_images(
+            rows, images, image_processor=image_processor, visual_features=visual_features
+        )
+        inputs = make_batch(
+            [[sample] for sample in samples],
+            filling=pad_id(self.tokenizer),
+            length=length or max(map(len, rows)),
+            placeholders_only=self.visual_scope == "placeholders",
+            side=side,
+            labels=labels,
+        )
+        return BatchFeature(inputs)
 
-    def _visual(
+    def add_images(
         self,
+        rows: Sequence[Encoded],
         images: Sequence[Sequence[ImageRef]],
-        placeholders_BT: Tensor,
-        image_processor: Any,
-        features: Tensor | None,
-    ) -> dict[str, Tensor]:
-        if image_processor is None:
+        *,
+        image_processor: Any = None,
+        visual_features: Tensor | None = None,
+    ) -> list[EncodedSample]:
+        """Encoded prompts with the pixels of their images, or with the features given for them.
+
+        PromptError where a prompt has more or fewer placeholders than images.
+        """
+        if not any(images):
+            return [EncodedSample(encoded=row) for row in rows]
+        reader = image_processor or self.image_processor
+        if reader is None:
             raise ConfigError("the prompt holds an image, but this adapter reads text alone")
-
-        def seen(clips: Iterable[Sequence[Image.Image]]) -> dict[str, Tensor]:
-            if features is not None:
-                return {"visual_features": features}
-            return {"pixel_values": self._pixels(list(clips), image_processor)}
-
-        counts = torch.tensor([len(refs) for refs in images])
         if self.visual_scope == "all":
             # one set of visual prompts a row: several images count as frames of one
-            clips = ([f for ref in refs for f in frames_of(ref)] for refs in images if refs)
-            index = torch.where(counts > 0, (counts > 0).cumsum(0) - 1, -1)
-            return {**seen(clips), "image_index": index}
-        found = placeholders_BT.amax(dim=1) + 1
-        if not torch.equal(found, counts):
-            row = int((found != counts).nonzero()[0, 0])
-            raise PromptError(
-                f"prompt {row + 1} has {int(found[row])} image placeholders, "
-                f"but {int(counts[row])} images"
-            )
-        first_B = counts.cumsum(0) - counts
-        mask_BT = placeholders_BT >= 0
-        if int(counts.max()) > 1:
-            index = torch.where(mask_BT, first_B[:, None] + placeholders_BT, -1)
+            clips = [
+                [[f for ref in refs for f in frames_of(ref)]] if refs else [] for refs in images
+            ]
         else:
-            index = torch.where(counts > 0, first_B, -1)
-        clips = (frames_of(ref) for refs in images for ref in refs)
-        return {**seen(clips), "image_index": index, "visual_mask": mask_BT}
+            for number, (row, refs) in enumerate(zip(rows, images, strict=True), start=1):
+                if (found := max(row.placeholders, default=-1) + 1) != len(refs):
+                    raise PromptError(
+                        f"prompt {number} has {found} image placeholders, but {len(refs)} images"
+                    )
+            clips = [[frames_of(ref) for ref in refs] for refs in images]
+        counts = [len(of_row) for of_row in clips]
+        if visual_features is not None:
+            features = visual_features.split(counts)
+            return [
+                EncodedSample(encoded=row, features=of if len(of) else None)
+                for row, of in zip(rows, features, strict=True)
+            ]
+        pixels = self._pixels([clip for of_row in clips for clip in of_row], reader).split(counts)
+        return [
+            EncodedSample(encoded=row, pixels=of if len(of) else None)
+            for row, of in zip(rows, pixels, strict=True)
+        ]
 
     def pixel_values(self, images: Sequence[ImageRef]) -> Tensor:
         """What the vision encoder takes: (I, 3, H, W) of images, (I, F, 3, H, W) of videos."""
