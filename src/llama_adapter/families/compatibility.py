@@ -64,7 +64,7 @@ def oracle_difference(
             f"{family_of(language_model)} cannot be adapted: {error}"
         ) from error
     own = _own_keys_values(language_model, attention, x_1Md, ours[0].shape[-1], name)
-    return max(_difference(a, b) for a, b in zip(ours, own, strict=True))
+    return max(relative_difference(a, b) for a, b in zip(ours, own, strict=True))
 
 
 def _own_keys_values(
@@ -151,12 +151,12 @@ def check_packing(language_model: PreTrainedModel) -> None:
     keep_unpacked(language_model)
     try:
         together, alone = logits(first, second), logits(second)
-        leaked = _difference(logits(other, second), together)
+        leaked = relative_difference(logits(other, second), together)
     finally:
         for module in was_training:
             module.training = True
     rough = together.dtype != torch.float32 or getattr(language_model, "is_quantized", False)
-    moved = _difference(together, alone)
+    moved = relative_difference(together, alone)
     if not leaked <= (ROUGH_LEAK if rough else RELATIVE_TOLERANCE):
         reason = f"a sample changes with the one before it by {leaked:.2g} of its logits"
     elif not moved <= (ROUGH_TOLERANCE if rough else RELATIVE_TOLERANCE):
@@ -169,7 +169,8 @@ def check_packing(language_model: PreTrainedModel) -> None:
     )
 
 
-def _difference(ours: Tensor, own: Tensor) -> float:
+def relative_difference(ours: Tensor, own: Tensor) -> float:
+    """The largest difference, relative to the largest number; infinite where shapes differ."""
     if ours.shape != own.shape:
         return float("inf")
     largest = own.float().abs().max().clamp(min=torch.finfo(torch.float32).tiny)

@@ -1,0 +1,104 @@
+"""Answers that follow a JSON schema or a grammar, through the optional package xgrammar.
+
+Shape: V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+from torch import Tensor
+
+from llama_adapter.errors import ConfigError, MissingDependencyError
+from llama_adapter.generation.requests import Sampling
+
+MOST_CHARACTERS = 1 << 16
+"""Of a schema or grammar; larger ones take seconds to compile and gigabytes to keep."""
+
+
+class Grammars:
+    """Compiles grammars for one tokenizer, beside the loop that answers."""
+
+    def __init__(self, tokenizer: Any, vocabulary: int) -> None:
+        self._tokenizer, self._vocabulary = tokenizer, vocabulary
+        self._workers = ThreadPoolExecutor(2, thread_name_prefix="grammar")
+        self._compiler: Any = None
+
+    def compile(self, sampling: Sampling) -> Future[Any] | None:
+        """The compiled grammar of a request, once it is there; None where it asks for none.
+
+        Raises ConfigError for one that is too long, and MissingDependencyError. The future raises
+        ConfigError for one that is wrong.
+        """
+        for name in ("json_schema", "grammar"):
+            text = getattr(sampling, name)
+            if text is None:
+                continue
+            if len(text) > MOST_CHARACTERS:
+                raise ConfigError(
+                    f"{name} must have at most {MOST_CHARACTERS} characters, got {len(text)}"
+                )
+            self._start()
+            return self._workers.submit(self._compile, name, text)
+        return None
+
+    def _start(self) -> None:
+        if self._compiler is not None:
+            return
+        try:
+            import xgrammar
+        except ImportError as error:
+            raise MissingDependencyError(
+                "xgrammar", extra="grammar", purpose="a JSON schema or a grammar"
+            ) from error
+        known = xgrammar.TokenizerInfo.from_huggingface(
+            self._tokenizer, vocab_size=self._vocabulary
+        )
+        self._compiler = xgrammar.GrammarCompiler(known, max_threads=1, cache_limit_bytes=1 << 28)
+
+    def _compile(self, name: str, text: str) -> Any:
+        compiler = self._compiler
+        compiled = (
+            compiler.compile_json_schema if name == "json_schema" else compiler.compile_grammar
+        )
+        try:
+            return compiled(text)
+        except Exception as error:  # of the library, whose classes change
+            reason = str(error).strip().splitlines() or [type(error).__name__]
+            raise ConfigError(f"{name} cannot be used: {reason[-1][:200]}") from error
+
+
+class Matcher:
+    """How far one answer has come in its grammar."""
+
+    def __init__(self, compiled: Any, stop_ids: Sequence[int], vocabulary: int) -> None:
+        import xgrammar
+
+        self._library = xgrammar
+        self._matcher = xgrammar.GrammarMatcher(
+            compiled,
+            override_stop_tokens=list(stop_ids) or None,
+            terminate_without_stop_token=not stop_ids,
+        )
+        self._mask = xgrammar.allocate_token_bitmask(1, vocabulary)
+
+    @property
+    def is_ended(self) -> bool:
+        """Whether nothing may follow."""
+        return bool(self._matcher.is_terminated())
+
+    def restrict(self, logits_V: Tensor) -> None:
+        """Rule out, in place, what may not come next."""
+        if self.is_ended:
+            return
+        self._matcher.fill_next_token_bitmask(self._mask)
+        self._library.apply_token_bitmask_inplace(
+            logits_V.unsqueeze(0), self._mask.to(logits_V.device)
+        )
+
+    def take(self, token: int) -> None:
+        """Go on behind a token."""
+        if not self.is_ended:
+            self._matcher.accept_token(token)

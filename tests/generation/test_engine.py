@@ -1,0 +1,356 @@
+"""The row engine: each request gets the answer that it gets alone, whatever runs beside it."""
+
+from __future__ import annotations
+
+import functools
+import json
+import random
+import threading
+import time
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from llama_adapter.conversation import Conversation
+from llama_adapter.errors import ConfigError, PromptError, QueueFullError, UnavailableError
+from llama_adapter.generation.answer import answer
+from llama_adapter.generation.engine import EngineSettings, RowEngine
+from llama_adapter.generation.requests import (
+    EncodedPrompt,
+    Generation,
+    GenerationRequest,
+    Sampling,
+    encode_prompt,
+)
+from llama_adapter.generation.settings import GenerationSettings
+from llama_adapter.miniature.bundled import bundled_adapter, load_bundled
+from llama_adapter.miniature.rendering import render
+from llama_adapter.miniature.scenes import Split, scene_stream
+
+QUESTIONS = (
+    "What is in the picture?",
+    "How many objects are there?",
+    "Describe the picture.",
+    "What color is the circle?",
+    "Where is the square?",
+)
+
+
+@functools.cache
+def pictures() -> list[Image.Image]:
+    scenes = scene_stream(0, split=Split.TRAIN)
+    return [render(next(scenes), random.Random(i)) for i in range(4)]
+
+
+@functools.cache
+def conversations() -> list[tuple[str | None, Conversation]]:
+    """Prompts for both bundled adapters and the base: of several lengths, most with an image."""
+    found: list[tuple[str | None, Conversation]] = []
+    for i in range(12):
+        name = ("v2", "caption", "v2", None)[i % 4]
+        question = QUESTIONS[i % 5] + " Tell me more about it." * (i % 3)
+        images = [] if name is None or i == 6 else [pictures()[i % 4]]
+        found.append((name, Conversation.ask(question, images=images)))
+    return found
+
+
+@functools.cache
+def alone() -> list[Any]:
+    """What each prompt is answered by itself, through `generate`."""
+    settings = GenerationSettings(max_new_tokens=24)
+    found = []
+    models = {name: load_bundled(name) for name in ("v2", "caption")}
+    for name, conversation in conversations():
+        model, processor = models[name or "v2"]
+        if name is None:
+            with model.adapters_disabled():
+                found += answer(model, processor, [conversation], settings)
+        else:
+            found += answer(model, processor, [conversation], settings)
+    return found
+
+
+def start(**settings: Any) -> RowEngine:
+    model, processor = load_bundled("v2")
+    engine = RowEngine(
+        model, processor, name="v2", settings=EngineSettings(context_length=256, **settings)
+    )
+    engine.load_adapter("caption", bundled_adapter("caption"))
+    return engine
+
+
+@pytest.fixture(scope="module")
+def engine():
+    engine = start(rows=6, prefill_tokens=16)
+    yield engine
+    engine.drain(5)
+
+
+def request(engine: RowEngine, index: int, **sampling: Any) -> GenerationRequest:
+    name, conversation = conversations()[index]
+    prompt = encode_prompt(engine.processor(name), conversation)
+    return GenerationRequest(
+        prompt=prompt, adapter=name, sampling=Sampling(**{"max_tokens": 24, **sampling})
+    )
+
+
+def text_of(generation: Generation, choice: int = 0) -> tuple[str, list[int], str]:
+    parts = [part for part in generation if part.choice == choice]
+    tokens = [token.token for part in parts for token in part.tokens]
+    return "".join(part.text for part in parts), tokens, parts[-1].finish or ""
+
+
+def expected(index: int) -> tuple[str, list[int], str]:
+    found = alone()[index]
+    return found.text, list(found.tokens), found.finish
+
+
+def test_requests_of_all_kinds_in_one_batch_are_answered_as_alone(engine):
+    generations = [engine.submit(request(engine, i)) for i in range(12)]
+    for i, generation in enumerate(generations):
+        assert text_of(generation) == expected(i), conversations()[i]
+    assert engine.stats.busy_rows == engine.stats.queued == 0
+
+
+def test_prompts_that_begin_alike_are_not_read_again(engine):
+    first = engine.submit(request(engine, 0))
+    text, _, _ = text_of(first)
+    name, conversation = conversations()[0]
+    again = engine.submit(request(engine, 0))
+    assert text_of(again) == expected(0)
+    assert again.usage.cached_tokens == len(again.request.prompt.input_ids) - 1
+    other = Conversation.ask(QUESTIONS[0], images=[pictures()[3]])
+    prompt = encode_prompt(engine.processor(name), other)
+    generation = engine.submit(
+        GenerationRequest(prompt=prompt, adapter=name, sampling=Sampling(max_tokens=24))
+    )
+    list(generation)
+    # nothing behind the first placeholder is shared with another image
+    before = next(i for i, image in enumerate(prompt.placeholders) if image >= 0)
+    assert 0 < generation.usage.cached_tokens <= before
+    turn = conversation.assistant(text).user("And what else?")
+    follow_up = engine.submit(
+        GenerationRequest(
+            prompt=encode_prompt(engine.processor(name), turn),
+            adapter=name,
+            sampling=Sampling(max_tokens=8),
+        )
+    )
+    list(follow_up)
+    assert follow_up.usage.cached_tokens >= len(again.request.prompt.input_ids)
+
+
+def test_several_answers_to_one_prompt(engine):
+    generation = engine.submit(request(engine, 0, n=3, temperature=1.0, seed=5))
+    parts = list(generation)
+    texts = ["".join(p.text for p in parts if p.choice == i) for i in range(3)]
+    assert len(set(texts)) > 1
+    assert sum(p.finish is not None for p in parts) == 3
+    greedy = engine.submit(request(engine, 0, n=2))
+    parts = list(greedy)
+    for choice in range(2):
+        assert "".join(p.text for p in parts if p.choice == choice) == expected(0)[0]
+
+
+def test_a_seed_repeats_an_answer_whatever_runs_beside_it(engine):
+    options = {"temperature": 1.5, "top_p": 0.95, "top_k": 50, "min_p": 0.01, "seed": 7}
+    lonely = text_of(engine.submit(request(engine, 0, **options)))
+    others = [engine.submit(request(engine, i, temperature=1.0)) for i in range(1, 6)]
+    assert text_of(engine.submit(request(engine, 0, **options))) == lonely
+    for other in others:
+        list(other)
+    assert text_of(engine.submit(request(engine, 0, **{**options, "seed": 8}))) != lonely
+
+
+def test_stop_texts_end_an_answer_and_are_not_part_of_it(engine):
+    whole = expected(2)[0]
+    word = whole.split()[3]
+    text, _, finish = text_of(engine.submit(request(engine, 2, stop=(word, "never"))))
+    assert finish == "stop"
+    assert text == whole.partition(word)[0].strip()
+
+
+def test_log_probabilities_are_those_of_the_model(engine):
+    parts = list(engine.submit(request(engine, 0, logprobs=True, top_logprobs=3, max_tokens=5)))
+    tokens = [token for part in parts for token in part.tokens]
+    model, processor = load_bundled("v2")
+    _, conversation = conversations()[0]
+    [found] = answer(
+        model,
+        processor,
+        [conversation],
+        GenerationSettings(max_new_tokens=5),
+        log_probabilities=True,
+    )
+    assert [t.token for t in tokens] == list(found.tokens)
+    assert [t.logprob for t in tokens] == pytest.approx(list(found.log_probabilities), abs=1e-4)
+    for token in tokens:
+        assert token.top[0] == (token.token, token.logprob)
+        assert len(token.top) == 3
+
+
+def test_an_answer_follows_a_json_schema(engine):
+    pytest.importorskip("xgrammar", reason="pip install 'llama-adapter[grammar]'")
+    schema = {
+        "type": "object",
+        "properties": {"kind": {"enum": ["a", "b"]}, "big": {"type": "boolean"}},
+        "required": ["kind", "big"],
+        "additionalProperties": False,
+    }
+    asked = request(engine, 0, json_schema=json.dumps(schema), max_tokens=60)
+    plain = engine.submit(request(engine, 0))
+    text, _, finish = text_of(engine.submit(asked))
+    assert finish == "stop"
+    assert json.loads(text)["kind"] in "ab"
+    assert text_of(plain) == expected(0)
+    text, _, _ = text_of(engine.submit(request(engine, 0, grammar='root ::= "red" | "blue"')))
+    assert text in ("red", "blue")
+    for wrong in ({"json_schema": "{"}, {"grammar": "root ::= nowhere"}):
+        with pytest.raises(ConfigError, match="cannot be used"):
+            list(engine.submit(request(engine, 0, **wrong)))
+    with pytest.raises(ConfigError, match="must have at most 65536 characters"):
+        engine.submit(request(engine, 0, grammar="a" * 70_000))
+
+
+def test_what_does_not_fit_is_refused_at_once(engine):
+    with pytest.raises(PromptError, match="together at most 256 fit"):
+        engine.submit(request(engine, 0, max_tokens=250))
+    with pytest.raises(PromptError, match="no tokens"):
+        engine.submit(GenerationRequest(prompt=EncodedPrompt(input_ids=())))
+    with pytest.raises(ConfigError, match="no adapter 'v3'; loaded: v2, caption"):
+        engine.submit(GenerationRequest(prompt=EncodedPrompt(input_ids=(1,)), adapter="v3"))
+    with pytest.raises(ConfigError, match="n must be at most 64, got 65"):
+        engine.submit(request(engine, 0, n=65))
+
+
+def test_cancelled_and_late_requests_free_their_rows(engine):
+    cancelled = engine.submit(request(engine, 0, max_tokens=150, grammar=None))
+    late = GenerationRequest(
+        prompt=request(engine, 2).prompt,
+        adapter="v2",
+        sampling=Sampling(max_tokens=150),
+        deadline=time.monotonic() - 1,
+    )
+    late = engine.submit(late)
+    cancelled.cancel()
+    assert text_of(late)[2] == "deadline"
+    assert text_of(cancelled)[2] in ("cancelled", "stop")
+    assert text_of(engine.submit(request(engine, 1))) == expected(1)
+
+
+def poison(engine: RowEngine, token: int) -> Any:
+    """Let every pass fail that reads a token."""
+    base = engine._stack.language_model
+    embed = base.get_input_embeddings()
+
+    def refuse(_module: Any, inputs: tuple[torch.Tensor, ...]) -> None:
+        if (inputs[0] == token).any():
+            raise RuntimeError("poisoned")
+
+    return embed.register_forward_pre_hook(refuse)
+
+
+def test_a_request_that_fails_fails_alone(engine):
+    poisoned = 500
+    hook = poison(engine, poisoned)
+    try:
+        bad = GenerationRequest(
+            prompt=EncodedPrompt(input_ids=(1, 5, 6, poisoned, 7), placeholders=(-1,) * 5),
+            adapter="v2",
+        )
+        generations = [engine.submit(request(engine, i)) for i in range(3)]
+        failing = [engine.submit(bad), engine.submit(bad)]
+        generations += [engine.submit(request(engine, i)) for i in range(3, 6)]
+        for generation in failing:
+            with pytest.raises(RuntimeError, match="poisoned"):
+                list(generation)
+        for i, generation in enumerate(generations):
+            assert text_of(generation) == expected(i)
+    finally:
+        hook.remove()
+    assert engine.health.state == "ready"
+
+
+def test_an_image_that_cannot_be_read_fails_alone(engine):
+    asked = request(engine, 0)
+    [image] = asked.prompt.images
+    odd = type(image)(key="odd", pixel_values=torch.zeros(3, 8, 8))
+    prompt = EncodedPrompt(
+        input_ids=asked.prompt.input_ids,
+        placeholders=asked.prompt.placeholders,
+        images=(odd,),
+    )
+    good = engine.submit(asked)
+    with pytest.raises((RuntimeError, ValueError)):
+        list(engine.submit(GenerationRequest(prompt=prompt, adapter="v2")))
+    assert text_of(good) == expected(0)
+
+
+def test_adapters_come_and_go_while_requests_run(engine):
+    running = [engine.submit(request(engine, i)) for i in range(4)]
+    engine.load_adapter("more", bundled_adapter("caption"))
+    assert engine.adapters == ("v2", "caption", "more")
+    asked = request(engine, 1)
+    other = GenerationRequest(prompt=asked.prompt, adapter="more", sampling=asked.sampling)
+    generation = engine.submit(other)
+    engine.unload_adapter("more")
+    assert text_of(generation) == expected(1)
+    for i, one in enumerate(running):
+        assert text_of(one) == expected(i)
+    with pytest.raises(ConfigError, match="no adapter 'more'"):
+        engine.submit(other)
+    with pytest.raises(ConfigError, match="'v2' is loaded already"):
+        engine.load_adapter("v2", bundled_adapter("v2"))
+
+
+def test_a_full_queue_says_so_at_once_and_a_drained_engine_answers_what_it_took():
+    engine = start(rows=1, max_queue=2)
+    while engine.health.state == "starting":
+        time.sleep(0.01)
+    gate, held = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        held.set()
+        gate.wait(20)
+
+    call = engine._call(hold)
+    held.wait(20)
+    accepted = [engine.submit(request(engine, i)) for i in range(2)]
+    with pytest.raises(QueueFullError, match="2 answers wait, and at most 2 may"):
+        engine.submit(request(engine, 0))
+    gate.set()
+    call.result()
+    engine.drain(20)
+    for i, generation in enumerate(accepted):
+        assert text_of(generation) == expected(i)
+    with pytest.raises(UnavailableError, match="the engine is draining"):
+        engine.submit(request(engine, 0))
+    assert not engine._stack.is_attached
+
+
+def test_draining_ends_what_takes_too_long():
+    engine = start(rows=2)
+    while engine.health.state == "starting":
+        time.sleep(0.01)
+    generation = engine.submit(request(engine, 0, max_tokens=150, temperature=5.0))
+    engine.drain(0)
+    assert text_of(generation)[2] in ("deadline", "stop")
+
+
+def test_a_step_that_crashes_costs_its_requests_and_not_the_engine(monkeypatch):
+    engine = start(rows=2)
+    while engine.health.state == "starting":
+        time.sleep(0.01)
+    monkeypatch.setattr("llama_adapter.generation.engine.draw", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        list(engine.submit(request(engine, 0)))
+    monkeypatch.undo()
+    assert text_of(engine.submit(request(engine, 0))) == expected(0)
+    monkeypatch.setattr("llama_adapter.generation.engine.draw", lambda *_: 1 / 0)
+    for i in range(3):
+        with pytest.raises((ZeroDivisionError, UnavailableError)):
+            list(engine.submit(request(engine, i)))
+    assert engine.health.state == "dead"
+    assert "ZeroDivisionError" in engine.health.reason
