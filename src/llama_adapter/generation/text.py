@@ -5,20 +5,26 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from tokenizers.decoders import DecodeStream
-
 from llama_adapter.generation.answer import text_before
 from llama_adapter.processing.processor import LlamaAdapterProcessor
 
+_WINDOW, _OVERLAP = 16, 4
+"""Tokens that are decoded together, and how many of them the next window begins with: how a token
+reads depends on those just before it."""
+_INCOMPLETE = "\ufffd"
+"""What a decoder writes for the first bytes of a character."""
+
 
 class TextStream:
-    """Turns tokens into text, each decoded once, up to the first of several ends."""
+    """Turns tokens into text, a few at a time, up to the first of several ends."""
 
     def __init__(self, processor: LlamaAdapterProcessor, stop: Sequence[str]) -> None:
         self._processor = processor
         self._ends = (*processor.ends, *stop)
         self._longest = max(map(len, self._ends), default=0)
-        self._decode = DecodeStream(skip_special_tokens=True)
+        self._window: list[int] = []
+        self._before, self._overlap = "", 0
+        """The text before the window, and how much of the window's is in there too."""
         self._text = ""
         self._shown = ""
         self.is_ended = False
@@ -26,14 +32,23 @@ class TextStream:
 
     def push(self, token: int) -> str:
         """Take a token; returns the text that it settles, which may be none."""
-        tokenizer: Any = self._processor.tokenizer
-        added = self._decode.step(tokenizer.backend_tokenizer, token)
-        if not added:
+        self._window.append(token)
+        window = self._decode(self._window)
+        is_full = len(self._window) >= _WINDOW
+        if window.endswith(_INCOMPLETE) and not is_full:
             return ""
-        self._text += added
-        tail = self._text[-len(added) - self._longest :]
-        self.is_ended = any(end in tail for end in self._ends)
+        start = max(len(self._text) - self._longest, 0)
+        self._text = self._before + window[self._overlap :]
+        self.is_ended = any(end in self._text[start:] for end in self._ends)
+        if is_full:
+            self._window = self._window[-_OVERLAP:]
+            self._before, self._overlap = self._text, len(self._decode(self._window))
         return self._show(self._settled())
+
+    def _decode(self, tokens: Sequence[int]) -> str:
+        # of the library itself: transformers' wrapper takes five times as long
+        backend: Any = self._processor.tokenizer.backend_tokenizer
+        return str(backend.decode(list(tokens), skip_special_tokens=True))
 
     def finish(self, tokens: Sequence[int]) -> str:
         """What is left of an answer of these tokens, as `generation.answer` gives it."""
@@ -47,7 +62,7 @@ class TextStream:
 
     def _settled(self) -> str:
         """All but white space at either side, and what may begin an end."""
-        text = text_before(self._text, self._ends)
+        text = text_before(self._text, self._ends) if self.is_ended else self._text
         held = max((_overlap(text, end) for end in self._ends), default=0)
         return text[: len(text) - held].strip()
 
