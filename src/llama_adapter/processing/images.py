@@ -36,20 +36,24 @@ MAX_PIXELS = 89_000_000
 _WHITE = (255, 255, 255)
 
 
-def load_image(source: Any, *, name: str | None = None) -> Image.Image:
+def load_image(
+    source: Any, *, name: str | None = None, max_pixels: int = MAX_PIXELS
+) -> Image.Image:
     """An RGB image from a path, encoded bytes, a `data:` URL, a PIL image, a function that makes
     one, or an `ImageRef`.
 
     Rotation stored as EXIF is applied, transparency shown on white, 16 bits reduced to 8, and of
-    an animation the first frame is taken. Raises `ImageError` for anything else.
+    an animation the first frame is taken. Raises `ImageError` for anything else, and for images
+    of more than `max_pixels` before they are decoded.
     """
+    max_pixels = min(max_pixels, MAX_PIXELS)
     ref = ImageRef.of(source, name=name)
     if callable(ref.source) and not isinstance(ref.source, Image.Image):
-        return load_image(ref.source(), name=ref.name)
+        return load_image(ref.source(), name=ref.name, max_pixels=max_pixels)
     if isinstance(ref.source, Image.Image):
-        return _given(ref.source, name=ref.name)
+        return _given(ref.source, name=ref.name, max_pixels=max_pixels)
     if isinstance(ref.source, Path | bytes):
-        return _decode(_read(ref.source, name=ref.name), name=ref.name)
+        return _decode(_read(ref.source, name=ref.name), name=ref.name, max_pixels=max_pixels)
     raise ImageError(
         f"{ref.name} must be a path, bytes or a PIL image, got {type(ref.source).__name__}"
     )
@@ -64,7 +68,7 @@ def _read(source: Path | bytes, *, name: str) -> bytes:
     return data
 
 
-def _given(image: Image.Image, *, name: str) -> Image.Image:
+def _given(image: Image.Image, *, name: str, max_pixels: int) -> Image.Image:
     """A PIL image of the caller's, whose file may not have been decoded yet."""
     waits = isinstance(image, ImageFile.ImageFile) and bool(image.tile)
     waits = waits or isinstance(image, ImageFile.StubImageFile)
@@ -76,10 +80,10 @@ def _given(image: Image.Image, *, name: str) -> Image.Image:
         pass  # some formats count from 1
     except Exception as error:
         raise _damaged(name, error) from error
-    return _to_rgb(image, name=name)
+    return _to_rgb(image, name=name, max_pixels=max_pixels)
 
 
-def _decode(data: bytes, *, name: str) -> Image.Image:
+def _decode(data: bytes, *, name: str, max_pixels: int) -> Image.Image:
     Image.init()
     formats = [kind for kind in (*FORMATS, *_PLUGIN_FORMATS) if kind in Image.OPEN]
     try:
@@ -93,14 +97,15 @@ def _decode(data: bytes, *, name: str) -> Image.Image:
         raise _too_large(name, error) from error
     except Exception as error:
         raise _damaged(name, error) from error
-    return _to_rgb(image, name=name)
+    return _to_rgb(image, name=name, max_pixels=max_pixels)
 
 
-def _to_rgb(image: Image.Image, *, name: str) -> Image.Image:
-    _check_size(image, name=name)
+def _to_rgb(image: Image.Image, *, name: str, max_pixels: int) -> Image.Image:
+    _check_size(image, name=name, max_pixels=max_pixels)
     try:
         image.load()
-        _check_size(image, name=name)  # an icon may hold a larger image than its header says
+        # an icon may hold a larger image than its header says
+        _check_size(image, name=name, max_pixels=max_pixels)
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I;16") or image.mode in {"I", "F"}:
             image = _to_8_bits(image)
@@ -126,16 +131,16 @@ def _too_large(name: str, error: Exception) -> ImageError:
     return ImageError(f"image {name} has too many pixels; at most {MAX_PIXELS} are read ({error})")
 
 
-def _check_size(image: Image.Image, *, name: str) -> None:
+def _check_size(image: Image.Image, *, name: str, max_pixels: int) -> None:
     width, height = image.size
     if max(width, height) > MAX_SIDE:
         raise ImageError(
             f"image {name} is {width}x{height} pixels; a side may have at most {MAX_SIDE}"
         )
-    if width * height > MAX_PIXELS:
+    if width * height > max_pixels:
         raise ImageError(
             f"image {name} has {width}x{height} = {width * height} pixels; "
-            f"at most {MAX_PIXELS} are read"
+            f"at most {max_pixels} are read"
         )
     if min(width, height) < 1:
         raise ImageError(f"image {name} is {width}x{height} pixels; it has no content")
