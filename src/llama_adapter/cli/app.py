@@ -19,6 +19,7 @@ from llama_adapter.cli.output import drop_unwritten, one_line, set_up_streams
 from llama_adapter.cli.plot import plot
 from llama_adapter.cli.report import report
 from llama_adapter.cli.score import score
+from llama_adapter.cli.serve import serve
 from llama_adapter.cli.settings import CommandInSections, with_settings
 from llama_adapter.cli.train import train
 from llama_adapter.errors import LlamaAdapterError
@@ -39,6 +40,7 @@ app.command("get")(get)
 app.command("train")(train)
 app.command("plot")(plot)
 app.command("chat", cls=CommandInSections)(with_settings(chat))
+app.command("serve")(serve)
 app.command("import")(import_)
 app.command("export")(export)
 app.command("info")(info)

@@ -1,0 +1,76 @@
+"""Experts of a server: opened once, asked by many requests, each expert one at a time."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+
+from llama_adapter.conversation import Conversation
+from llama_adapter.errors import ExpertError
+from llama_adapter.experts import Expert, ExpertInfo, ExpertPool, Report
+from llama_adapter.experts.base import Request
+from llama_adapter.serving.errors import ApiError
+
+
+class ServedExperts:
+    """The experts that requests may name."""
+
+    def __init__(self, pool: ExpertPool) -> None:
+        """Take over a pool; its limits and cache hold for every request."""
+        self._pool = pool
+        self._experts = {expert.name: _OneAtATime(expert) for expert in pool.experts}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What `experts` of a request may hold."""
+        return tuple(self._experts)
+
+    def inform(
+        self, conversation: Conversation, names: Sequence[str] | None, *, processor: object
+    ) -> Conversation:
+        """The conversation with what the named experts, or all, say of it in its context."""
+        for name in names or ():
+            if name not in self._experts:
+                raise ApiError(
+                    400,
+                    f"no expert {name[:100]!r}; there are: {', '.join(self.names)}",
+                    code="unknown_expert",
+                    param="experts",
+                )
+        chosen = dict.fromkeys(self.names if names is None else names)
+        pool = ExpertPool(
+            [self._experts[name] for name in chosen],
+            processor=processor,  # type: ignore[arg-type]
+            timeout=self._pool.timeout,
+            max_tokens=self._pool.max_tokens,
+            cache=self._pool.cache,
+        )
+        return pool.inform(conversation).conversation
+
+
+class _OneAtATime:
+    """An expert that other requests may be asking: a call waits for them, up to its deadline."""
+
+    def __init__(self, expert: Expert) -> None:
+        self._expert = expert
+        self._lock = threading.Lock()
+
+    @property
+    def name(self) -> str:
+        """The expert's own."""
+        return self._expert.name
+
+    @property
+    def info(self) -> ExpertInfo:
+        """The expert's own."""
+        return self._expert.info
+
+    def consult(self, request: Request) -> Report:
+        """What the expert reports; ExpertError where others keep it busy for too long."""
+        left = request.seconds_left
+        if not self._lock.acquire(timeout=-1 if left is None else max(0.0, left)):
+            raise ExpertError("busy with the questions of others")
+        try:
+            return self._expert.consult(request)
+        finally:
+            self._lock.release()

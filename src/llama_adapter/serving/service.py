@@ -1,0 +1,282 @@
+"""From a request that has been read to an engine and back: prompts, models, limits, increments."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from llama_adapter.conversation import Conversation, ImageRef, Message
+from llama_adapter.errors import ConfigError, LlamaAdapterError, PromptError
+from llama_adapter.generation.requests import (
+    EncodedPrompt,
+    Engine,
+    Generation,
+    GenerationRequest,
+    Increment,
+    Sampling,
+    encode_prompt,
+)
+from llama_adapter.serving.errors import ApiError
+from llama_adapter.serving.experts import ServedExperts
+from llama_adapter.serving.limits import Limits
+from llama_adapter.serving.media import Media
+from llama_adapter.serving.schema import ChatMessage, ChatRequest, CompletionRequest
+
+
+class Waker:
+    """Wakes readers on the event loop, all that a step of the engine has news for with one call."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._due: list[asyncio.Event] = []
+        self._lock = threading.Lock()
+
+    def notify(self, event: asyncio.Event) -> None:
+        """For any thread: set the event soon."""
+        with self._lock:
+            self._due.append(event)
+            is_first = len(self._due) == 1
+        if is_first and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._wake)
+
+    def _wake(self) -> None:
+        with self._lock:
+            due, self._due = self._due, []
+        for event in due:
+            event.set()
+
+
+@dataclass(kw_only=True)
+class Service:
+    """An engine with everything around it that requests need."""
+
+    engine: Engine
+    base_name: str
+    """The `model` that means the base without an adapter."""
+    limits: Limits = field(default_factory=Limits)
+    media: Media = field(default_factory=Media)
+    experts: ServedExperts | None = None
+    adapter_folder: Path | None = None
+    """Below which adapters may be loaded at run time."""
+
+    def __post_init__(self) -> None:
+        self.threads = ThreadPoolExecutor(self.limits.prepare_threads, "prepare")
+
+    async def prepare(self, make: Callable[..., EncodedPrompt], *arguments: Any) -> EncodedPrompt:
+        """Make a prompt outside the event loop."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self.threads, make, *arguments)
+
+    def adapter(self, model: str) -> str | None:
+        """The adapter that a `model` means, None for the base; ApiError 404 for an unknown one."""
+        if model in self.engine.adapters:
+            return model
+        if model == self.base_name:
+            return None
+        known = ", ".join(self.models)
+        raise ApiError(
+            404,
+            f"no model {model[:100]!r}; there are: {known}",
+            code="model_not_found",
+            param="model",
+        )
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """What `model` may be."""
+        return tuple(dict.fromkeys((*self.engine.adapters, self.base_name)))
+
+    # --- prompts ------------------------------------------------------------------------------
+
+    def chat_prompt(self, body: ChatRequest, adapter: str | None) -> EncodedPrompt:
+        """The prompt of a chat, with its images read and its experts asked."""
+        conversation = self._conversation(body.messages)
+        if not conversation.awaits_answer:
+            raise ApiError(
+                400, "the last message must be the user's", code="invalid_value", param="messages"
+            )
+        if conversation.images and adapter is None:
+            raise PromptError("the base reads text alone; choose an adapter to show it images")
+        processor = self.engine.processor(adapter)
+        if self.experts is not None:
+            conversation = self.experts.inform(conversation, body.experts, processor=processor)
+        elif body.experts:
+            raise ApiError(
+                400, "this server has no experts", code="unknown_expert", param="experts"
+            )
+        return encode_prompt(processor, conversation)
+
+    def text_prompt(self, body: CompletionRequest, adapter: str | None) -> EncodedPrompt:
+        """The prompt of a text or of tokens that go on."""
+        processor = self.engine.processor(adapter)
+        if isinstance(body.prompt, list):
+            tokens = tuple(int(token) for token in body.prompt)
+            vocabulary = len(processor.tokenizer)
+            if not all(0 <= token < vocabulary for token in tokens):
+                raise PromptError(f"tokens of a prompt must be from 0 to {vocabulary - 1}")
+            return EncodedPrompt(input_ids=tokens, placeholders=(-1,) * len(tokens))
+        encoded = processor.encode(body.prompt, rendered=True)
+        if max(encoded.placeholders, default=-1) >= 0:
+            raise PromptError("a text completion shows no image; use chat completions")
+        return EncodedPrompt(input_ids=encoded.input_ids, placeholders=encoded.placeholders)
+
+    def tokens(self, messages: Sequence[ChatMessage], adapter: str | None) -> tuple[int, ...]:
+        """The tokens of a chat's prompt, without reading its images."""
+        conversation = self._conversation(messages, reads=False)
+        return tuple(self.engine.processor(adapter).encode(conversation).input_ids)
+
+    def _conversation(self, messages: Sequence[ChatMessage], *, reads: bool = True) -> Conversation:
+        """What was said, with every image and video read."""
+        parts = [p for m in messages if isinstance(m.content, list) for p in m.content]
+        count = sum(part.url is not None for part in parts)
+        if count > self.limits.max_images:
+            raise PromptError(
+                f"the messages hold {count} images and videos; "
+                f"at most {self.limits.max_images} may be"
+            )
+        return Conversation(
+            messages=tuple(
+                self._message(message, where=f"messages.{index}", reads=reads)
+                for index, message in enumerate(messages)
+            )
+        )
+
+    def _message(self, message: ChatMessage, *, where: str, reads: bool) -> Message:
+        role = "system" if message.role == "developer" else message.role
+        if isinstance(message.content, str):
+            return Message(role=role, text=message.content)
+        images = []
+        for index, part in enumerate(message.content):
+            if part.url is not None:
+                name = f"{where}.content.{index}"
+                is_video = part.video_url is not None
+                blank = ImageRef(source=None, name=name)
+                images.append(
+                    self._load(part.url, is_video=is_video, name=name) if reads else blank
+                )
+        texts = [part.text for part in message.content if part.url is None and part.text]
+        return Message(role=role, text="\n".join(texts), images=tuple(images))
+
+    def _load(self, url: str, *, is_video: bool, name: str) -> ImageRef:
+        try:
+            return self.media.load(url, is_video=is_video, name=name)
+        except LlamaAdapterError as error:
+            raise ApiError(400, str(error), code="invalid_image", param=name) from error
+
+    # --- generation ---------------------------------------------------------------------------
+
+    def request(
+        self,
+        prompt: EncodedPrompt,
+        adapter: str | None,
+        sampling: dict[str, Any],
+        *,
+        started: float,
+    ) -> GenerationRequest:
+        """What the engine is asked; ApiError for what is beyond the limits."""
+        length, context = len(prompt.input_ids), self.engine.context_length
+        room = min(context, self.limits.max_prompt_tokens + 1) - length
+        if room < 1:
+            raise ApiError(
+                400,
+                f"the prompt has {length} tokens; at most {room + length - 1} fit",
+                code="context_length_exceeded",
+                param="messages",
+            )
+        wanted = sampling.get("max_tokens")
+        if wanted is not None and wanted > min(self.limits.max_tokens, context - length):
+            raise ApiError(
+                400,
+                f"max_tokens is {wanted}; after a prompt of {length} tokens at most "
+                f"{min(self.limits.max_tokens, context - length)} may be generated",
+                code="context_length_exceeded",
+                param="max_tokens",
+            )
+        max_tokens = wanted or min(self.limits.max_tokens, context - length)
+        return GenerationRequest(
+            prompt=prompt,
+            adapter=adapter,
+            sampling=Sampling(**{**sampling, "max_tokens": max_tokens}),
+            deadline=started + self.limits.request_seconds,
+        )
+
+    def check_answers(self, n: int) -> None:
+        """ApiError for more answers to one prompt than are made."""
+        if n > self.limits.max_answers:
+            raise ApiError(
+                400,
+                f"n is {n}; at most {self.limits.max_answers} answers are made",
+                code="invalid_value",
+                param="n",
+            )
+
+    def load_adapter(self, name: str, directory: str) -> None:
+        """Load an adapter below the folder for that."""
+        if self.adapter_folder is None:
+            raise ConfigError("this server was started without a folder of adapters")
+        if name in self.models:
+            raise ConfigError(f"there is a model {name!r} already")
+        folder = self.adapter_folder.resolve()
+        path = (folder / directory).resolve()
+        if not path.is_relative_to(folder) or not path.is_dir():
+            raise ConfigError(f"there is no directory {directory[:200]!r} in the adapters' folder")
+        self.engine.load_adapter(name, path)
+
+
+class Reader:
+    """Reads a generation on the event loop."""
+
+    def __init__(self, engine: Engine, request: GenerationRequest, waker: Waker) -> None:
+        self._news = asyncio.Event()
+        notify = self._news
+        self.generation: Generation = engine.submit(request, notify=lambda: waker.notify(notify))
+        self.first_at: float | None = None
+        """When the first token was there."""
+
+    async def increments(self) -> AsyncIterator[Increment]:
+        """Every increment; ApiError 504 where time is up."""
+        while True:
+            await self._news.wait()
+            self._news.clear()
+            is_last = self.generation.is_done
+            for part in self.generation.read():
+                if part.finish == "deadline":
+                    raise ApiError(504, "the time limit has passed", code="deadline_exceeded")
+                if self.first_at is None and part.tokens:
+                    self.first_at = time.monotonic()
+                yield part
+            if is_last:
+                self.generation.read()  # raises what the engine has failed with
+                return
+
+
+@asynccontextmanager
+async def ends_when_client_leaves(receive: Any) -> AsyncIterator[None]:
+    """Cancels the block when the client goes away; ApiError 499 then, which nobody reads."""
+    task = asyncio.current_task()
+    assert task is not None
+    is_gone = False
+
+    async def watch() -> None:
+        nonlocal is_gone
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        is_gone = True
+        task.cancel()
+
+    watcher = asyncio.create_task(watch())
+    try:
+        yield
+    except asyncio.CancelledError as error:
+        if is_gone and task.uncancel() == 0:
+            raise ApiError(499, "the client has gone", code="client_gone") from error
+        raise
+    finally:
+        watcher.cancel()

@@ -1,0 +1,203 @@
+"""Many clients, hostile clients and clients that leave: the others notice nothing."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import openai
+import pytest
+
+from llama_adapter.errors import ConfigError
+from llama_adapter.miniature.bundled import bundled_adapter
+from llama_adapter.serving.auth import Keys
+from llama_adapter.serving.limits import Limits
+from llama_adapter.serving.metrics import JsonLines
+
+LONG = {"model": "toy-base", "prompt": "the star is", "max_tokens": 900}
+SHORT = {"model": "toy-base", "prompt": "the star is", "max_tokens": 1}
+KEY, OTHER, ADMIN = "first-key-0123456789", "second-key-0123456789", "admin-key-0123456789"
+
+
+def as_http(body: bytes, *, path: str = "/v1/completions", length: int | None = None) -> bytes:
+    head = (
+        f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        f"Content-Length: {len(body) if length is None else length}\r\n\r\n"
+    )
+    return head.encode() + body
+
+
+@contextmanager
+def answering(running: Any, **options: Any) -> Any:
+    """A stream that has begun and goes on for long."""
+    with httpx2.stream(
+        "POST", running.url + "/v1/completions", json={**LONG, "stream": True}, **options
+    ) as response:
+        lines = response.iter_lines()
+        next(lines)
+        yield lines
+
+
+def test_a_full_server_says_so_before_it_reads_anything(serving: Any) -> None:
+    with serving(limits=Limits(max_requests=1)) as running:
+        with answering(running):
+            garbage = {"content": b"x" * 100_000, "headers": {"Content-Type": "application/json"}}
+            refused = running.post("/v1/completions", **garbage)
+            assert refused.status_code == 429
+            assert int(refused.headers["Retry-After"]) >= 1
+            assert refused.json()["error"]["code"] == "queue_full"
+            assert running.get("/health").status_code == 200
+        assert running.is_idle()
+        assert running.post("/v1/completions", json={**SHORT, "n": 2}).status_code == 429
+        assert running.post("/v1/completions", json=SHORT).status_code == 200
+
+
+def test_bodies_are_bounded_and_have_to_arrive(serving: Any) -> None:
+    limits = Limits(max_body_bytes=10_000, body_seconds=0.4, header_seconds=0.4)
+    with serving(limits=limits) as running:
+        long = {"content": b" " * 20_000, "headers": {"Content-Type": "application/json"}}
+        assert running.post("/v1/completions", **long).status_code == 413
+        long["content"] = iter([b" " * 5_000] * 4)  # chunked: nobody says how long it will be
+        assert running.post("/v1/completions", **long).status_code == 413
+        with running.connect() as slow:
+            slow.sendall(as_http(b"{", length=100))
+            assert b" 408 " in slow.recv(4096)
+        with running.connect() as slow:
+            slow.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: local")
+            assert slow.recv(4096) == b""  # closed
+        with running.connect() as idle:
+            assert idle.recv(4096) == b""
+        assert running.is_idle()
+        assert running.post("/v1/completions", json=SHORT).status_code == 200
+
+
+def test_whoever_leaves_frees_the_row(server: Any) -> None:
+    with answering(server):
+        pass
+    assert server.is_idle()
+    with pytest.raises(httpx2.TimeoutException):
+        httpx2.post(server.url + "/v1/completions", json=LONG, timeout=0.5)
+    assert server.is_idle()
+    with server.connect() as half_closed:
+        half_closed.sendall(as_http(json.dumps(LONG).encode()))
+        half_closed.shutdown(1)
+        assert server.is_idle()
+    with server.connect() as incomplete:
+        incomplete.sendall(as_http(b'{"model": ', length=5_000))
+    assert server.is_idle()
+
+
+def test_time_is_bounded(serving: Any) -> None:
+    with serving(limits=Limits(request_seconds=0.4)) as running:
+        late = running.post("/v1/completions", json=LONG)
+        assert late.status_code == 504
+        assert late.json()["error"]["code"] == "deadline_exceeded"
+        with pytest.raises(openai.APIError, match="time limit"):
+            list(running.client().completions.create(**LONG, stream=True))
+        assert running.is_idle()
+
+
+def test_keys_open_everything_but_health_and_the_page(serving: Any, tmp_path: Path) -> None:
+    (tmp_path / "keys").write_text(f"# of two users\n{KEY}\n\n{OTHER}\n")
+    with serving(keys=Keys.read(tmp_path / "keys")) as running:
+        for path in ("/", "/health", "/ready"):
+            assert running.get(path).status_code == 200
+        for path in ("/v1/models", "/metrics", "/openapi.json"):
+            refused = running.get(path)
+            assert refused.status_code == 401
+            assert refused.json()["error"]["code"] == "invalid_api_key"
+        for key in (KEY, OTHER):
+            assert list(running.client(key).models.list())
+        with pytest.raises(openai.AuthenticationError):
+            running.client(KEY + "x").completions.create(**SHORT)
+        assert running.post("/v1/completions", content=b"x" * 100).status_code == 401
+
+
+def test_short_and_missing_keys_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "keys"
+    path.write_text("# nothing\n")
+    with pytest.raises(ConfigError, match="holds no key"):
+        Keys.read(path)
+    path.write_text("secret\n")
+    with pytest.raises(ConfigError, match="key 1 has fewer than 16") as caught:
+        Keys.read(path)
+    assert "secret" not in str(caught.value)
+
+
+def test_adapters_come_and_go_with_an_admin_key(serving: Any, red_star: str) -> None:
+    folder = bundled_adapter("v2").parent
+    with serving(admin_keys=Keys((ADMIN,)), service={"adapter_folder": folder}) as running:
+        asked = {"name": "again", "directory": "v2"}
+        assert running.post("/v1/adapters", json=asked).status_code == 403
+        headers = {"Authorization": f"Bearer {ADMIN}"}
+        for wrong in ("../bases", "/etc", "none"):
+            refused = running.post(
+                "/v1/adapters", json={"name": "x", "directory": wrong}, headers=headers
+            )
+            assert refused.status_code == 400
+        loaded = running.post("/v1/adapters", json=asked, headers=headers)
+        assert loaded.status_code == 201, loaded.text
+        assert running.post("/v1/adapters", json=asked, headers=headers).status_code == 400
+        question = [
+            {"type": "image_url", "image_url": {"url": red_star}},
+            {"type": "text", "text": "What colour is the star?"},
+        ]
+        answer = running.client().chat.completions.create(
+            model="again", messages=[{"role": "user", "content": question}]
+        )
+        assert answer.choices[0].message.content == "the star is red."
+        gone = httpx2.delete(running.url + "/v1/adapters/again", headers=headers, timeout=60)
+        assert gone.json() == {"id": "again", "deleted": True}
+        assert running.get("/v1/models/again").status_code == 404
+
+
+def test_pages_of_other_sites_are_kept_out(serving: Any, server: Any) -> None:
+    foreign = {"Origin": "https://evil.example"}
+    assert server.get("/v1/models", headers=foreign).status_code == 403
+    assert server.get("/v1/models", headers={"Origin": server.url}).status_code == 200
+    # a name of theirs that leads to this machine
+    assert server.get("/v1/models", headers={"Host": "evil.example"}).status_code == 403
+    preflight = {**foreign, "Access-Control-Request-Method": "POST"}
+    refused = httpx2.options(server.url + "/v1/chat/completions", headers=preflight)
+    assert "access-control-allow-origin" not in refused.headers
+    with serving(origins=("https://good.example",)) as running:
+        allowed = running.get("/v1/models", headers={"Origin": "https://good.example"})
+        assert allowed.headers["access-control-allow-origin"] == "https://good.example"
+        assert running.get("/v1/models", headers=foreign).status_code == 403
+
+
+def test_metrics_and_logs_count_and_quote_nothing(
+    server: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, logger="llama_adapter.serving")
+    asked = {"model": "toy", "messages": [{"role": "user", "content": "Tell me of zebras"}]}
+    answered = server.post("/v1/chat/completions", json=asked)
+    server.post("/v1/chat/completions", json={**asked, "zebra": 1})
+    until = time.monotonic() + 10
+    while len(caplog.records) < 2 and time.monotonic() < until:
+        time.sleep(0.01)
+    lines = [JsonLines().format(record) for record in caplog.records]
+    assert not any("zebra" in line for line in lines)
+    logged = [json.loads(line) for line in lines if '"request"' in line]
+    [first] = [x for x in logged if x["request_id"] == answered.headers["X-Request-Id"]]
+    assert first["prompt_tokens"] > 0
+    assert first["status"] == 200
+    assert any(line.get("error") == "unsupported_field" for line in logged)
+    text = server.get("/metrics").text
+    for name in ("requests_total", "first_token_seconds_bucket", "queued", "rows", "errors_total"):
+        assert f"llama_adapter_{name}" in text
+    assert "zebra" not in text
+
+
+def test_the_page_may_run_its_own_script_alone(server: Any) -> None:
+    page = server.get("/")
+    policy = page.headers["Content-Security-Policy"]
+    assert "default-src 'none'" in policy
+    assert "unsafe" not in policy
+    assert "http:" not in page.text.replace("http://www.w3.org", "")
+    assert "https:" not in page.text
