@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,10 +15,11 @@ from llama_adapter.cli.models import MODEL_HELP
 from llama_adapter.cli.numbers import MAX_FRAMES, MAX_NEW_TOKENS, MAX_TEMPERATURE, between
 from llama_adapter.cli.output import one_line
 from llama_adapter.conversation import ImageRef
-from llama_adapter.errors import ImageError, PromptError
+from llama_adapter.errors import ConfigError, ImageError, PromptError, ServingError
 
 if TYPE_CHECKING:
     from llama_adapter.chat import ChatAnswer, ChatSession
+    from llama_adapter.chat.remote import RemoteSession
 
 _HELP = "/image FILE shows a picture with the next question, /reset forgets, /quit leaves."
 
@@ -62,6 +64,14 @@ _Device = Annotated[
     str | None,
     typer.Option(help="cpu, cuda, cuda:1, …; by default the best there is.", show_default=False),
 ]
+_Url = Annotated[
+    str | None,
+    typer.Option(
+        help="A server to ask, such as http://127.0.0.1:8000, where MODEL is a name of its; its "
+        "key is taken from LLAMA_ADAPTER_API_KEY.",
+        show_default=False,
+    ),
+]
 _AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object; needs --prompt.")]
 
 
@@ -78,6 +88,7 @@ def chat(
     temperature: _Temperature = 0.0,
     seed: _Seed = 0,
     device: _Device = None,
+    url: _Url = None,
     as_json: _AsJson = False,
 ) -> None:
     """Ask a model about pictures, once or in a conversation.
@@ -89,6 +100,7 @@ def chat(
       llama-adapter chat toy --image scene.png --expert caption --expert search=notes/
       llama-adapter chat toy --video clip.mp4 --prompt "What happens?"
       llama-adapter chat runs/mine/adapter --prompt "Describe the picture." --image a.jpg --json
+      llama-adapter chat toy --url http://127.0.0.1:8000
     """
     from llama_adapter.cli.output import json_only
 
@@ -96,18 +108,22 @@ def chat(
         raise typer.BadParameter("--json answers once and needs --prompt")
     if prompt is not None and not prompt.strip():
         raise PromptError("--prompt is empty")
-    experts.check(model)
-    images = _shown(image or (), video, frames=frames)
+    settings = {"max_new_tokens": max_new_tokens, "temperature": temperature}
+    if url is None:
+        experts.check(model)
+        images = _shown(image or (), video, frames=frames)
+    elif context is not None or device is not None:
+        raise ConfigError("--context and --device are of a model here, not of a server's")
+    else:
+        images = [*(image or ()), *([video] if video else ())]
+    session: ChatSession | RemoteSession
     with json_only(as_json) as emit:
-        session = _open_session(
-            model,
-            experts=experts,
-            context=context,
-            device=device,
-            seed=seed,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-        )
+        if url is None:
+            session = _open_session(
+                model, experts=experts, context=context, device=device, seed=seed, **settings
+            )
+        else:
+            session = _open_remote(url, model, experts=experts.expert, seed=seed, **settings)
         if prompt is None:
             _converse(session, images)
         elif as_json:
@@ -148,21 +164,35 @@ def _open_session(
     context: str | None,
     device: str | None,
     seed: int,
-    max_new_tokens: int,
-    temperature: float,
+    **settings: Any,
 ) -> ChatSession:
     from llama_adapter.chat import ChatSession
     from llama_adapter.cli.models import load
     from llama_adapter.generation import GenerationSettings
 
-    settings = GenerationSettings(max_new_tokens=max_new_tokens, temperature=temperature)
     loaded, processor = load(model, device=device)
     return ChatSession(
         loaded,
         processor,
         experts=experts.open(model, loaded=loaded, processor=processor, device=device),
         context=context,
-        settings=settings,
+        settings=GenerationSettings(**settings),
+        seed=seed,
+    )
+
+
+def _open_remote(
+    url: str, model: str, *, experts: Sequence[str] | None, seed: int, **settings: Any
+) -> RemoteSession:
+    from llama_adapter.chat.remote import RemoteSession
+    from llama_adapter.generation import GenerationSettings
+
+    return RemoteSession(
+        url,
+        model,
+        key=os.environ.get("LLAMA_ADAPTER_API_KEY"),
+        experts=experts,
+        settings=GenerationSettings(**settings),
         seed=seed,
     )
 
@@ -179,7 +209,7 @@ def _as_json(answer: ChatAnswer) -> dict[str, Any]:
     return found | ({"notes": list(answer.notes)} if answer.notes else {})
 
 
-def _print_answer(session: ChatSession, question: str, images: list[Any]) -> None:
+def _print_answer(session: ChatSession | RemoteSession, question: str, images: list[Any]) -> None:
     """Stream the answer to stdout; what experts reported stands on stderr."""
     from llama_adapter.cli.experts import show_reports
 
@@ -190,8 +220,11 @@ def _print_answer(session: ChatSession, question: str, images: list[Any]) -> Non
         show_reports(session.last_answer.contexts)
 
 
-def _converse(session: ChatSession, images: list[Any]) -> None:
+def _converse(session: ChatSession | RemoteSession, images: list[Any]) -> None:
     """Questions from stdin until it ends or the user leaves."""
+    from llama_adapter.chat import ChatSession
+
+    is_local = isinstance(session, ChatSession)
     if sys.stdin is not None and sys.stdin.isatty():
         typer.echo(_HELP, err=True)
     waiting = list(images)
@@ -207,13 +240,15 @@ def _converse(session: ChatSession, images: list[Any]) -> None:
                     session.reset()
                     waiting = list(images)
                 case "/image":
-                    waiting.append(_decoded(Path(argument.strip()).expanduser()))
+                    path = Path(argument.strip()).expanduser()
+                    decoded = _decoded(path)  # a bad file is refused at once
+                    waiting.append(decoded if is_local else path)
                 case _ if command.startswith("/"):
                     typer.echo(f"unknown command {one_line(command)}. {_HELP}", err=True)
                 case _:
                     _print_answer(session, line.strip(), waiting)
                     waiting = []
-        except (ImageError, PromptError) as error:
+        except (ImageError, PromptError, ServingError) as error:
             # the session stands as it stood: let the user try again
             typer.echo(f"error: {one_line(str(error))}", err=True)
 
