@@ -4,11 +4,12 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo test fuzz check lint types layers bench docs clean help
+.PHONY: install demo test clients fuzz check lint types layers bench docs clean help
 
 help:
 	@echo "make demo    train an adapter on this machine and write runs/demo/report.html"
 	@echo "make test    run the tests"
+	@echo "make clients  the chat page in a browser and OpenAI's JavaScript client, against the server"
 	@echo "make fuzz    a long run of the fuzz campaigns; counts go to runs/fuzz.jsonl"
 	@echo "make check   lint, types, layers and tests: what continuous integration runs"
 	@echo "make bench   measure speed; results go to benchmarks/results"
@@ -29,6 +30,12 @@ demo: install
 WORKERS ?= 2
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+
+# Needs Debian's chromium, nodejs and npm, which it does not install.
+clients: install
+	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints-cpu.txt -e '.[browser]'
+	npm install --silent --no-save --prefix clients openai@6
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest clients
 
 # Thirty times the inputs of `make test`, with a JSON line of counts for each campaign.
 FUZZ_SCALE ?= 30
