@@ -3,134 +3,187 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import typer
+from typer import Option
 
+from llama_adapter.cli.experts import ExpertSettings
 from llama_adapter.cli.models import MODEL_HELP, TOY
 from llama_adapter.cli.numbers import MAX_FRAMES, MAX_NEW_TOKENS, between
 from llama_adapter.errors import ConfigError, MissingDependencyError, ServingError
 
 if TYPE_CHECKING:
-    from llama_adapter.cli.experts import ExpertChoice
     from llama_adapter.generation.requests import Engine
-    from llama_adapter.serving.experts import ServedExperts
     from llama_adapter.serving.limits import Limits
+    from llama_adapter.serving.service import Service
 
-_Adapters = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--adapter",
-        help="A further adapter of the same base and its name for clients; may be repeated.",
-        metavar="NAME=DIR",
-        show_default=False,
-    ),
-]
-_Experts = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--expert",
-        help="An expert that describes images in words, as of `chat`; may be repeated.",
-        metavar="NAME[=VALUE]",
-        show_default=False,
-    ),
-]
-_Keys = Annotated[
-    Path | None,
-    typer.Option(
-        help="File of API keys, one a line; without it anybody who reaches the server may use it.",
-        metavar="FILE",
-        show_default=False,
-    ),
-]
-_AdminKeys = Annotated[
-    Path | None,
-    typer.Option(
-        help="File of keys that may load and unload adapters.", metavar="FILE", show_default=False
-    ),
-]
-_AdapterFolder = Annotated[
-    Path | None,
-    typer.Option(
-        help="Folder from which adapters may be loaded at run time.",
-        metavar="DIR",
-        show_default=False,
-    ),
-]
-_ImageHosts = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--image-host",
-        help="Host from which http(s) image URLs are fetched, such as example.org, *.example.org "
-        "or example.org:8443; `*` for all public ones; may be repeated.",
-        metavar="HOST",
-        show_default=False,
-    ),
-]
-_MediaFolder = Annotated[
-    Path | None,
-    typer.Option(
-        help="Folder below which file: image URLs are read.", metavar="DIR", show_default=False
-    ),
-]
-_Origins = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--cors-origin",
-        help="Site whose pages may use the server, such as https://example.org; may be repeated.",
-        metavar="ORIGIN",
-        show_default=False,
-    ),
-]
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AccessSettings:
+    """Who may ask what."""
+
+    section: ClassVar[str] = "Access"
+
+    host: Annotated[str, Option(help="Address to listen on.")] = "127.0.0.1"
+    port: Annotated[int, Option(help="0: a free one.", callback=between(0, 65535))] = 8000
+    api_keys: Annotated[
+        Path | None,
+        Option(help="File of API keys, one a line.", metavar="FILE", show_default=False),
+    ] = None
+    without_keys: Annotated[
+        bool, Option("--without-keys", help="Serve other machines without API keys.")
+    ] = False
+    admin_keys: Annotated[
+        Path | None,
+        Option(
+            help="File of keys that may load and unload adapters.",
+            metavar="FILE",
+            show_default=False,
+        ),
+    ] = None
+    cors_origin: Annotated[
+        list[str] | None,
+        Option(
+            help="Site whose pages may use the server, such as https://example.org; may be "
+            "repeated.",
+            metavar="ORIGIN",
+            show_default=False,
+        ),
+    ] = None
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether only this machine can reach the address."""
+        return self.host in {"localhost", "::1"} or self.host.startswith("127.")
+
+    def open(self) -> dict[str, Any]:
+        """Options of the application; ServingError for an address that anybody could use."""
+        from llama_adapter.serving.auth import Keys
+
+        keys = Keys.read(self.api_keys)
+        if not (self.is_loopback or keys or self.without_keys):
+            raise ServingError(
+                f"{self.host} can be reached by other machines: give --api-keys FILE, or "
+                "--without-keys where something in front of the server checks who asks"
+            )
+        return {
+            "keys": keys,
+            "admin_keys": Keys.read(self.admin_keys),
+            "origins": tuple(self.cors_origin or ()),
+            "is_loopback": self.is_loopback,
+        }
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SourceSettings:
+    """Where images and adapters may come from."""
+
+    section: ClassVar[str] = "Sources"
+
+    image_host: Annotated[
+        list[str] | None,
+        Option(
+            help="Host from which http(s) image URLs are fetched, such as example.org, "
+            "*.example.org or example.org:8443; `*` for all public ones; may be repeated.",
+            metavar="HOST",
+            show_default=False,
+        ),
+    ] = None
+    media_folder: Annotated[
+        Path | None,
+        Option(
+            help="Folder below which file: image URLs are read.", metavar="DIR", show_default=False
+        ),
+    ] = None
+    adapter_folder: Annotated[
+        Path | None,
+        Option(
+            help="Folder below which adapters may be loaded at run time.",
+            metavar="DIR",
+            show_default=False,
+        ),
+    ] = None
+
+    def __post_init__(self) -> None:
+        for option, folder in (("media", self.media_folder), ("adapter", self.adapter_folder)):
+            if folder is not None and not folder.is_dir():
+                raise ConfigError(f"--{option}-folder: {str(folder)!r} is not a folder")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BoundSettings:
+    """How much may be asked."""
+
+    section: ClassVar[str] = "Bounds"
+
+    max_requests: Annotated[
+        int,
+        Option(
+            help="Answers asked for at once; more are refused with 429.",
+            callback=between(1, 100_000),
+        ),
+    ] = 64
+    max_tokens: Annotated[
+        int, Option(help="Longest answer, in tokens.", callback=between(1, MAX_NEW_TOKENS))
+    ] = 1024
+    max_body_mib: Annotated[int, Option(help="Largest body.", callback=between(1, 1024))] = 32
+    max_images: Annotated[
+        int, Option(help="Images and videos of one conversation.", callback=between(1, 1000))
+    ] = 16
+    video_frames: Annotated[
+        int, Option(help="Frames to take from a video.", callback=between(1, MAX_FRAMES))
+    ] = 8
+    request_seconds: Annotated[
+        float, Option(help="Longest time for one request.", callback=between(0.1, 86_400))
+    ] = 120.0
+    drain_seconds: Annotated[
+        float, Option(help="Time for open requests after SIGTERM.", callback=between(0, 86_400))
+    ] = 30.0
+
+    @property
+    def limits(self) -> Limits:
+        """The server's limits."""
+        from llama_adapter.serving.limits import Limits
+
+        return Limits(
+            max_requests=self.max_requests,
+            max_tokens=self.max_tokens,
+            max_body_bytes=self.max_body_mib << 20,
+            max_images=self.max_images,
+            video_frames=self.video_frames,
+            request_seconds=self.request_seconds,
+        )
 
 
 def serve(
     model: Annotated[str, typer.Argument(help=MODEL_HELP, metavar="MODEL", show_default=False)],
     name: Annotated[
         str | None,
-        typer.Option(help="MODEL's name for clients; by default that of its directory."),
+        Option(
+            help="MODEL's name for clients; by default that of its directory.", show_default=False
+        ),
     ] = None,
-    adapter: _Adapters = None,
-    expert: _Experts = None,
-    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="0: a free one.", callback=between(0, 65535))] = 8000,
-    api_keys: _Keys = None,
-    admin_keys: _AdminKeys = None,
-    without_keys: Annotated[
-        bool, typer.Option("--without-keys", help="Serve other machines without API keys.")
-    ] = False,
-    adapter_folder: _AdapterFolder = None,
-    image_host: _ImageHosts = None,
-    media_folder: _MediaFolder = None,
-    cors_origin: _Origins = None,
-    max_requests: Annotated[
-        int, typer.Option(help="Answers asked for at once; more are refused with 429.")
-    ] = 64,
-    max_tokens: Annotated[
-        int, typer.Option(help="Longest answer, in tokens.", callback=between(1, MAX_NEW_TOKENS))
-    ] = 1024,
-    max_body_mib: Annotated[
-        int, typer.Option(help="Largest request body.", callback=between(1, 1024))
-    ] = 32,
-    max_images: Annotated[
-        int, typer.Option(help="Images and videos of one conversation.", callback=between(1, 1000))
-    ] = 16,
-    video_frames: Annotated[
-        int, typer.Option(help="Frames to take from a video.", callback=between(1, MAX_FRAMES))
-    ] = 8,
-    request_seconds: Annotated[
-        float, typer.Option(help="Longest time for one request.", callback=between(0.1, 86400))
-    ] = 120.0,
-    drain_seconds: Annotated[
-        float,
-        typer.Option(help="Time for open requests after SIGTERM.", callback=between(0, 86400)),
-    ] = 30.0,
+    adapter: Annotated[
+        list[str] | None,
+        Option(
+            help="A further adapter of the same base and its name for clients; may be repeated.",
+            metavar="NAME=DIR",
+            show_default=False,
+        ),
+    ] = None,
     device: Annotated[
         str | None,
-        typer.Option(help="cpu, cuda, cuda:1, …; by default the best there is."),
+        Option(help="cpu, cuda, cuda:1, …; by default the best there is.", show_default=False),
     ] = None,
-    log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
+    log_level: Annotated[str, Option(help="debug, info, warning or error.")] = "info",
+    *,
+    access: AccessSettings,
+    sources: SourceSettings,
+    bounds: BoundSettings,
+    experts: ExpertSettings,
 ) -> None:
     """Serve a base and its adapters behind OpenAI's protocol, with a chat page at /.
 
@@ -140,61 +193,32 @@ def serve(
       llama-adapter serve toy --adapter caption=DIR --expert ocr --port 8080
       llama-adapter serve runs/mine/adapter --host 0.0.0.0 --api-keys keys.txt
     """
-    _check_installed()
-    from llama_adapter.cli.experts import ExpertChoice
-    from llama_adapter.serving.auth import Keys
-    from llama_adapter.serving.limits import Limits
-    from llama_adapter.serving.metrics import set_up_logging
-    from llama_adapter.serving.server import bind, is_loopback
-
-    if log_level not in {"debug", "info", "warning", "error"}:
-        raise ConfigError(f"--log-level must be debug, info, warning or error, got {log_level!r}")
-    for option, folder in (("media", media_folder), ("adapter", adapter_folder)):
-        if folder is not None and not folder.is_dir():
-            raise ConfigError(f"--{option}-folder: {str(folder)!r} is not a folder")
-    keys, admins = Keys.read(api_keys), Keys.read(admin_keys)
-    if not (is_loopback(host) or keys or without_keys):
-        raise ServingError(
-            f"{host} can be reached by other machines: give --api-keys FILE, or --without-keys "
-            "where something else keeps strangers out"
-        )
-    further = [_name_and_directory(text) for text in adapter or ()]
-    experts = ExpertChoice(model=model, names=tuple(expert or ()))
-    limits = Limits(
-        max_requests=max_requests,
-        max_tokens=max_tokens,
-        max_body_bytes=max_body_mib << 20,
-        max_images=max_images,
-        video_frames=video_frames,
-        request_seconds=request_seconds,
-    )
-    with bind(host, port) as bound:
-        set_up_logging(log_level)
-        engine, base, served = _start(
-            model, name, further, experts=experts, limits=limits, device=device
-        )
-        _run(
-            bound,
-            engine=engine,
-            limits=limits,
-            drain_seconds=drain_seconds,
-            service={"base_name": base, "experts": served, "adapter_folder": adapter_folder},
-            media={"hosts": tuple(image_host or ()), "folder": media_folder},
-            gate={
-                "keys": keys,
-                "admin_keys": admins,
-                "origins": tuple(cors_origin or ()),
-                "is_loopback": is_loopback(host),
-            },
-        )
-
-
-def _check_installed() -> None:
     from importlib.util import find_spec
 
     for package in ("fastapi", "uvicorn", "prometheus_client"):
         if find_spec(package) is None:
             raise MissingDependencyError(package, extra="serve", purpose="serving")
+    if log_level not in {"debug", "info", "warning", "error"}:
+        raise ConfigError(f"--log-level must be debug, info, warning or error, got {log_level!r}")
+    options = access.open()
+    further = [_name_and_directory(text) for text in adapter or ()]
+    experts.check(model)
+
+    from llama_adapter.serving.metrics import set_up_logging
+    from llama_adapter.serving.server import bind
+
+    with bind(access.host, access.port) as bound:
+        set_up_logging(log_level)
+        service = _open(
+            model,
+            name,
+            further,
+            experts=experts,
+            sources=sources,
+            limits=bounds.limits,
+            device=device,
+        )
+        _run(bound, service, options, drain_seconds=bounds.drain_seconds)
 
 
 def _name_and_directory(text: str) -> tuple[str, Path]:
@@ -205,51 +229,60 @@ def _name_and_directory(text: str) -> tuple[str, Path]:
     return name, Path(directory).expanduser()
 
 
-def _start(
+def _open(
     model: str,
     name: str | None,
     further: Sequence[tuple[str, Path]],
     *,
-    experts: ExpertChoice,
+    experts: ExpertSettings,
+    sources: SourceSettings,
     limits: Limits,
     device: str | None,
-) -> tuple[Engine, str, ServedExperts | None]:
-    """The engine with every adapter, the base's name, and the experts."""
-    from llama_adapter.cli.models import adapter_directory, load
-    from llama_adapter.generation.sequential import SequentialEngine
+) -> Service:
+    """The engine with every adapter, and everything around it."""
+    from llama_adapter.cli.models import adapter_directory
     from llama_adapter.serving.experts import ServedExperts
-
-    loaded, processor = load(model, device=device)
-    name = name or (TOY if model == TOY else adapter_directory(model).resolve().name)
-    engine = SequentialEngine(loaded, processor, name=name, max_queue=limits.max_requests)
-    for other, directory in further:
-        engine.load_adapter(other, directory)
-    base = f"{name}-base"
-    if not experts.names:
-        return engine, base, None
-    pool = experts.open(loaded=None, processor=processor, device=device)
-    return engine, base, ServedExperts(pool)
-
-
-def _run(
-    bound: Any,
-    *,
-    engine: Engine,
-    limits: Limits,
-    drain_seconds: float,
-    service: dict[str, Any],
-    media: dict[str, Any],
-    gate: dict[str, Any],
-) -> None:
-    """Serve on a bound socket until a signal says otherwise."""
-    from llama_adapter.serving.app import make_app
     from llama_adapter.serving.media import Media
-    from llama_adapter.serving.metrics import log
-    from llama_adapter.serving.server import Server
     from llama_adapter.serving.service import Service
 
-    whole = Service(engine=engine, limits=limits, media=Media(limits=limits, **media), **service)
-    app, checked = make_app(whole, **gate)
+    name = name or (TOY if model == TOY else adapter_directory(model).resolve().name)
+    engine = _start(model, name, limits=limits, device=device)
+    for other, directory in further:
+        engine.load_adapter(other, directory)
+    served = None
+    if experts.expert:
+        pool = experts.open(model, loaded=None, processor=engine.processor(name), device=device)
+        served = ServedExperts(pool)
+    return Service(
+        engine=engine,
+        base_name=f"{name}-base",
+        limits=limits,
+        media=Media(
+            limits=limits, hosts=tuple(sources.image_host or ()), folder=sources.media_folder
+        ),
+        experts=served,
+        adapter_folder=sources.adapter_folder,
+    )
+
+
+def _start(model: str, name: str, *, limits: Limits, device: str | None) -> Engine:
+    """The engine that MODEL's base can have."""
+    from llama_adapter.cli.models import load
+    from llama_adapter.generation.sequential import SequentialEngine
+
+    loaded, processor = load(model, device=device)
+    return SequentialEngine(loaded, processor, name=name, max_queue=limits.max_requests)
+
+
+def _run(bound: Any, service: Service, options: dict[str, Any], *, drain_seconds: float) -> None:
+    """Serve on a bound socket until a signal says otherwise."""
+    from llama_adapter.serving.app import make_app
+    from llama_adapter.serving.metrics import log
+    from llama_adapter.serving.server import Server
+
+    app, gate = make_app(service, **options)
     host, port = bound.getsockname()[:2]
-    log("serving", url=f"http://{f'[{host}]' if ':' in host else host}:{port}", models=whole.models)
-    Server(app, checked, engine, limits, drain_seconds=drain_seconds).run(sockets=[bound])
+    url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    log("serving", url=url, models=service.models)
+    server = Server(app, gate, service.engine, service.limits, drain_seconds=drain_seconds)
+    server.run(sockets=[bound])

@@ -38,11 +38,6 @@ def bind(host: str, port: int) -> socket.socket:
     return bound
 
 
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach the address."""
-    return host in {"localhost", "::1"} or host.startswith("127.")
-
-
 class Server(uvicorn.Server):
     """Serves until SIGTERM or SIGINT: then answers what it has accepted, and returns."""
 
