@@ -1,4 +1,4 @@
-"""The semantics of an adapter as one frozen value, and the published settings as presets.
+"""The settings of an adapter as one frozen value, and the published settings as presets.
 
 V1, V2, chat and every released checkpoint are settings of the one mechanism described in
 `docs/how-it-works.md`; nothing else in the package asks which of them it is running.

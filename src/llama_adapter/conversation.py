@@ -1,6 +1,6 @@
 """Conversations: the value that crosses all layers, made of standard library types only.
 
-A conversation is what was said (messages) and what is known beside it (context): texts of
+A conversation is what was said (messages) and what is known in addition (context): texts of
 experts, a passage, the "Input" of an Alpaca record. Images are references; nothing is read here.
 """
 
@@ -38,7 +38,7 @@ class ImageRef:
     key: str = ""
     """Where it is known without reading the image: equal keys mean equal pixels."""
     note: str = ""
-    """What whoever reads an answer about it should know, such as that a video is damaged."""
+    """What a reader of an answer about it should know, such as that a video is damaged."""
 
     @classmethod
     def of(cls, source: Any, *, name: str | None = None) -> Self:
@@ -99,7 +99,7 @@ class Conversation:
 
     messages: tuple[Message, ...]
     context: str | None = None
-    """Text known beside the conversation, such as what experts report about the image."""
+    """Text known in addition to the conversation, such as what experts report about the image."""
 
     def __post_init__(self) -> None:
         if not self.turns:
@@ -162,11 +162,11 @@ class Conversation:
         return replace(self, messages=(*self.messages, Message(role="assistant", text=text)))
 
     def with_context(self, context: str | None) -> Self:
-        """The same messages beside another context."""
+        """The same messages with another context."""
         return replace(self, context=context)
 
     def with_images(self, images: Iterable[Any]) -> Self:
-        """The conversation with images shown beside its first question."""
+        """The conversation with images shown with its first question."""
         refs = tuple(ImageRef.of(image) for image in images)
         first = self.turns[0]
         shown = replace(first, images=first.images + refs)
@@ -237,7 +237,7 @@ def _read_message(message: Mapping[str, Any]) -> Message:
             case {"type": "image"}:
                 images.append(_read_image_part(part))
             case {"type": "video", "video": (str() | Path()) as path}:
-                # a video is an image of several frames; whoever reads it tells by its name
+                # a video is an image of several frames; its reader tells by its name
                 images.append(ImageRef.of(path))
             case _:
                 kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__

@@ -98,7 +98,7 @@ def read_text(path: Path, *, error: type[LlamaAdapterError], limit: int = MAX_TE
 
 
 def read_json(path: Path, *, error: type[LlamaAdapterError], limit: int = MAX_TEXT_BYTES) -> Any:
-    """The content of a JSON file; a key that stands twice in one object is refused."""
+    """The content of a JSON file; a key that occurs twice in one object is refused."""
     return parse_json(read_text(path, error=error, limit=limit), name=_shown(path), error=error)
 
 
@@ -143,7 +143,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):
         keys = [key for key, _ in pairs]
         twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"key {twice[:60]!r} stands twice in one object")
+        raise ValueError(f"key {twice[:60]!r} occurs twice in one object")
     return found
 
 
@@ -156,7 +156,7 @@ def read_yaml(path: Path, *, error: type[LlamaAdapterError]) -> Any:
 def parse_yaml(text: str, *, name: str, error: type[LlamaAdapterError]) -> Any:
     """Plain values from YAML text; no tag makes anything else.
 
-    `error` for a key that stands twice, an alias that contains itself, aliases that write out to
+    `error` for a key that occurs twice, an alias that contains itself, aliases that write out to
     more than `MAX_YAML_NODES` values, and whatever is not YAML.
     """
     import yaml
@@ -177,7 +177,7 @@ def parse_yaml(text: str, *, name: str, error: type[LlamaAdapterError]) -> Any:
                     break  # the superclass refuses it with its place
                 if key in seen:
                     raise yaml.constructor.ConstructorError(
-                        None, None, f"key {key!r} stands twice", key_node.start_mark
+                        None, None, f"key {key!r} occurs twice", key_node.start_mark
                     )
                 seen.add(key)
             return super().construct_mapping(node, deep)

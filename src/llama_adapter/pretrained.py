@@ -58,7 +58,7 @@ def load_pretrained(
     except MemoryError:
         raise
     except BaseException as fault:  # damaged files make loaders of others raise whatever they like
-        # a panic of a library written in Rust is no Exception
+        # a panic of a library written in Rust is not an Exception
         if not isinstance(fault, Exception) and type(fault).__name__ != "PanicException":
             raise
         raise error(f"cannot load the {what} {str(where)!r}: {explain(fault)}") from fault
@@ -134,19 +134,19 @@ def settings_in(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _check_index(path: Path, *, error: type[LlamaAdapterError]) -> None:
-    """`error` where an index of shards names a file that does not lie beside it."""
+    """`error` where an index of shards names a file that is not next to it."""
     files = _read_object(path, error=error).get("weight_map")
     if not isinstance(files, dict) or not all(isinstance(name, str) for name in files.values()):
         raise error(f"{path} has no weight_map of file names")
     for name in sorted(set(files.values())):
         if Path(name).name != name:
-            raise error(f"{path} names {name[:200]!r}, which lies elsewhere")
+            raise error(f"{path} names {name[:200]!r}, which is not next to it")
         if (path.parent / name).exists():
             open_regular(path.parent / name, error=error).close()
 
 
 def _read_object(path: Path, *, error: type[LlamaAdapterError]) -> dict[str, Any]:
-    # not as strict as files of ours: a key that stands twice is the business of whoever wrote it
+    # not as strict as files of ours: a key that occurs twice is its author's business
     try:
         content = json.loads(read_text(path, error=error))
     except (ValueError, RecursionError) as fault:

@@ -90,7 +90,7 @@ def test_unknown_content(world: Any, bring_in: Any) -> None:
 
 @pytest.mark.parametrize("content", [[1, 2], {"model": {"a": 1}}, torch.zeros(3)])
 def test_no_tensors_by_name(content: Any, world: Any, bring_in: Any) -> None:
-    assert "is no released LLaMA-Adapter checkpoint" in bring_in(
+    assert "is not a released LLaMA-Adapter checkpoint" in bring_in(
         world.save_released("odd", content)
     )
 
@@ -282,7 +282,7 @@ def test_base_that_is_none(world: Any, bring_in: Any, tmp_path: Path) -> None:
     empty.mkdir()
     assert "neither params.json" in bring_in(path, base=empty)
     message = bring_in(path, base=path)
-    assert "is no directory" in message
+    assert "is not a directory" in message
 
 
 @pytest.mark.parametrize(
@@ -376,7 +376,7 @@ def test_overwrite_spares_what_is_not_ours(world: Any, cli: Cli, tmp_path: Path)
     assert (precious / "thesis.txt").read_text() == "years"
     done = cli(*call, base)
     assert done.status == 2
-    assert "lies inside the output directory" in done.stderr
+    assert "is inside the output directory" in done.stderr
     assert (base / "params.json").exists()
 
 

@@ -211,7 +211,9 @@ def test_bad_usage(
     done = cli("export", tmp_path, "--out", tmp_path / "out", *options)
     assert done.status == 2
     assert says in done.stderr
-    assert "is no adapter directory" in cli("export", tmp_path, "--out", tmp_path / "out").stderr
+    assert (
+        "is not an adapter directory" in cli("export", tmp_path, "--out", tmp_path / "out").stderr
+    )
 
 
 @pytest.mark.parametrize("how", ["merged", "released"])
@@ -225,7 +227,7 @@ def test_overwriting_spares_the_base_and_other_programs_models(
     call = ("export", tmp_path / "chat", "--format", how, "--overwrite", "--out")
     done = cli(*call, base)
     assert done.status == 2
-    assert f"{base} lies inside the output directory" in done.stderr
+    assert f"{base} is inside the output directory" in done.stderr
     other = tmp_path / "other"
     shutil.copytree(base, other)
     done = cli(*call, other)

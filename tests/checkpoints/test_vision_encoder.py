@@ -111,7 +111,7 @@ def test_code_in_an_archive_is_refused(tmp_path: Path) -> None:
 def test_a_residual_network_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "RN50.pt"
     torch.save({"visual.layer1.0.conv1.weight": torch.zeros(2, 2)}, path)
-    with pytest.raises(CheckpointError, match="is no CLIP vision encoder of OpenAI"):
+    with pytest.raises(CheckpointError, match="is not a CLIP vision encoder of OpenAI"):
         read_openai_clip(path)
 
 

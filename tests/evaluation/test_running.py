@@ -282,6 +282,6 @@ def test_an_answer_about_a_damaged_video_says_so(
     (tmp_path / "questions.json").write_text(json.dumps([asked]))
     run(find_task("msvd-qa"), local, Inputs(data=tmp_path / "questions.json"), tmp_path / "out")
     [line] = lines_of(tmp_path / "out")
-    assert line["notes"] == ["a.mp4: 3 of 8 frames cannot be decoded; others stand in their place"]
+    assert line["notes"] == ["a.mp4: 3 of 8 frames cannot be decoded; others replace them"]
     read = read_ours(tmp_path / "out" / "predictions.jsonl", task="msvd-qa")
     assert read.notes == ("1 answers rest on videos of which a part cannot be decoded",)

@@ -182,7 +182,7 @@ def test_shards_must_fit_their_index(base, tmp_path):
     assert len(set(content["weight_map"].values())) > 1
     load_language_model(str(tmp_path))
     for edit, message in (
-        (lambda files: files.update({QUERY: "../model.safetensors"}), "lies elsewhere"),
+        (lambda files: files.update({QUERY: "../model.safetensors"}), "is not next to it"),
         (lambda files: files.update(extra=files[QUERY]), r"names \['extra'\]"),
         (lambda files: files.update({QUERY: "nowhere.safetensors"}), "nowhere.safetensors"),
     ):

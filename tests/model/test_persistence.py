@@ -330,7 +330,7 @@ def test_a_key_that_stands_twice(copy, place):
     text = path.read_text()
     key = f'"{place}": {{' if place else "{"
     path.write_text(text.replace(key, f'{key} "x": 1, "x": 2, ', 1))
-    with pytest.raises(CheckpointError, match="'x' stands twice"):
+    with pytest.raises(CheckpointError, match="'x' occurs twice"):
         load(copy)
 
 

@@ -78,7 +78,7 @@ def test_an_index_of_pickles_stays_within_its_folder(folder):
         index.write_text(json.dumps({"metadata": {}, "weight_map": files}))
 
     write("../outside.bin")
-    refused(folder, "lies elsewhere")
+    refused(folder, "is not next to it")
     os.mkfifo(folder / "pipe.bin")
     write("pipe.bin")
     refused(folder, "not a regular file")

@@ -205,7 +205,7 @@ def test_bad_overrides_are_refused(override: str, message: str, tmp_path: Path) 
     [
         ("out: [a", "is not valid YAML"),
         ("- a\n- b\n", "must hold keys and values, got list"),
-        ("out: a\nsteps: 1\nsteps: 2\n", "key 'steps' stands twice"),
+        ("out: a\nsteps: 1\nsteps: 2\n", "key 'steps' occurs twice"),
         ("", "must hold keys and values, got NoneType"),
         ("? [a, b]\n: 1\n", "is not valid YAML: .*unhashable key"),
         ("out: 2020-13-45\n", "is not valid YAML: month"),

@@ -1,4 +1,4 @@
-"""A chat session: turns, pictures, expert context, and answers whole or as a stream."""
+"""A chat session: turns, images, expert context, and answers whole or as a stream."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ class ChatAnswer:
 
 
 class ChatSession:
-    """One conversation with one model; it remembers turns, pictures and context.
+    """One conversation with one model; it remembers turns, images and context.
 
-    Experts look at pictures when they arrive, and those that search do so for every question;
-    their reports and the given `context` stand before the conversation for as long as it lasts,
-    cut anew for each question to the pool's budget.
+    Experts look at images when they arrive, and those that search do so for every question;
+    their reports and the given `context` precede the conversation for as long as it lasts, cut to
+    the pool's budget for each question.
     """
 
     def __init__(
@@ -64,10 +64,10 @@ class ChatSession:
         self.last_answer: ChatAnswer | None = None
 
     def ask(self, question: str, *, images: Sequence[Any] = ()) -> ChatAnswer:
-        """The whole answer to a question, which may come with pictures.
+        """The whole answer to a question, which may come with images.
 
-        Raises PromptError for an empty or too long prompt and ImageError for a bad picture;
-        the session then stands as it stood before.
+        Raises PromptError for an empty or too long prompt and ImageError for a bad image;
+        the session is then as it was before.
         """
         for _ in self.stream(question, images=images):
             pass
@@ -93,7 +93,7 @@ class ChatSession:
         self._reports = reports
 
     def reset(self) -> None:
-        """Forget every turn, picture and report."""
+        """Forget every turn, image and report."""
         self.conversation, self._reports, self.last_answer = None, (), None
 
     def _ask(

@@ -1,4 +1,4 @@
-"""The base that a released adapter is imported onto, before its numbers are in memory."""
+"""The base that a released adapter is imported onto, before its weights are in memory."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from llama_adapter.model.tensor_files import FLOATS, INDEX, SINGLE, stored_tenso
 from llama_adapter.pretrained import explain, load_pretrained
 
 REFERENCE = "base"
-"""Where a converted base stands inside an adapter directory."""
+"""Folder of a converted base inside an adapter directory."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,9 +53,9 @@ class Base:
 
     @classmethod
     def open(cls, directory: Path) -> Base:
-        """Look at a base; CheckpointError if there is none or it is no decoder of LLaMA's kind."""
+        """Look at a base; CheckpointError if it is missing or not a decoder of LLaMA's kind."""
         if not directory.is_dir():
-            raise CheckpointError(f"the base {directory} is no directory")
+            raise CheckpointError(f"the base {directory} is not a directory")
         if MetaBase.is_at(directory):
             meta = MetaBase(directory)
             return cls(directory=directory, config=meta.config, meta=meta)

@@ -106,7 +106,7 @@ def describe_directory(directory: Path) -> dict[str, Any]:
 def describe_shape(name: str, *, preset: str = "v2") -> dict[str, Any]:
     """What a preset would train on a base of a known shape; no weights are made or read.
 
-    Pictures come from CLIP ViT-L/14, as in the paper. Raises ConfigError for an unknown name.
+    Images go through CLIP ViT-L/14, as in the paper. Raises ConfigError for an unknown name.
     """
     key = name if name in SHAPES else f"llama-{name}"
     if key not in SHAPES:
@@ -135,7 +135,7 @@ def describe_shape(name: str, *, preset: str = "v2") -> dict[str, Any]:
 
 
 def tensor_sizes(path: Path) -> dict[str, int]:
-    """How many numbers each tensor of a safetensors file holds; reads its header alone."""
+    """How many values each tensor of a safetensors file holds; reads its header alone."""
     return {name: math.prod(stored.shape) for name, stored in read_header(path).tensors.items()}
 
 
@@ -169,7 +169,7 @@ def group_and_role(name: str, names: Collection[str]) -> tuple[Group, Role]:
     module, _, last = name.rpartition(".")
     if name.startswith(f"{PROJECTION}."):
         return VisualProjection.group, Role.PROJECTION
-    # a norm has a weight, which no other module beside the projection has
+    # a norm has a weight, which no other module besides the projection has
     if f"{module}.weight" in names or last not in ROLES:
         return LearnedNorm.group, Role.NORM
     return ROLES[last]

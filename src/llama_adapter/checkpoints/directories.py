@@ -17,7 +17,7 @@ from llama_adapter.errors import CheckpointError
 from llama_adapter.model.references import resolve_reference
 
 EXPORT_MARKER = "llama_adapter_export.json"
-"""What every export leaves beside its files: other programs' models look the same without it."""
+"""What every export adds to its files: other programs' models look the same without it."""
 
 _OURS = ("adapter_config.json", EXPORT_MARKER)
 """Files that mark a directory as something we wrote and may replace."""
@@ -39,10 +39,10 @@ def adapter_sources(directory: Path, *described: dict[str, Any] | None) -> tuple
 def output_directory(
     out: Path, *, overwrite: bool = False, sources: tuple[Path, ...] = ()
 ) -> Iterator[Path]:
-    """A directory beside `out` to write into; it becomes `out` when the block ends well.
+    """A directory next to `out` to write into; it becomes `out` when the block ends well.
 
     After an error, an interrupt or a termination signal nothing is left; what a killed run left
-    is removed by the next one. `sources` are inputs, which must not lie inside `out`.
+    is removed by the next one. `sources` are inputs, which must not be inside `out`.
     Raises CheckpointError if `out` exists, unless `overwrite` and we wrote what is there, and
     where the disk is full or cannot be written.
     """
@@ -85,11 +85,11 @@ def _staged(out: Path, overwrite: bool, sources: tuple[Path, ...]) -> Iterator[P
 def _check_target(out: Path, *, overwrite: bool, sources: tuple[Path, ...]) -> None:
     for source in sources:
         if source.resolve().is_relative_to(out.resolve()):
-            raise CheckpointError(f"{source} lies inside the output directory {out}")
+            raise CheckpointError(f"{source} is inside the output directory {out}")
     if not out.exists() and not out.is_symlink():
         return
     if not out.is_dir():
-        raise CheckpointError(f"{out} exists and is no directory; expected a new directory")
+        raise CheckpointError(f"{out} exists and is not a directory; expected a new directory")
     if not overwrite:
         raise CheckpointError(f"{out} exists; expected a new directory (--overwrite replaces it)")
     if any(out.iterdir()) and not any((out / name).exists() for name in _OURS):

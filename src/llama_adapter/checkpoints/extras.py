@@ -17,7 +17,7 @@ from llama_adapter.files import parse_json
 from llama_adapter.model.tensor_files import read_header, read_tensors
 
 EXTRAS_NAME = "released_extras.safetensors"
-"""Tensors without effect here; the rest stands in its metadata."""
+"""Tensors without effect here; the rest is in its metadata."""
 _KEY = "released"
 
 

@@ -286,7 +286,7 @@ def _write_processor(
     if tokenizer is None:
         warnings.append(
             f"the base {base.directory} has no tokenizer: the adapter takes token ids only; chat "
-            "and eval need tokenizer.model beside or above the base"
+            "and eval need tokenizer.model next to or above the base"
         )
         return
     from transformers import CLIPImageProcessorPil
@@ -327,7 +327,7 @@ def _tokenizer(base: Base) -> PreTrainedTokenizerBase | None:
 
 
 def _write_tokenizer(stage: Path, base: Base, tokenizer: PreTrainedTokenizerBase | None) -> None:
-    """Store the tokenizer beside a converted base, whose configuration learns its ids."""
+    """Store the tokenizer next to a converted base, whose configuration learns its ids."""
     if base.meta is None or tokenizer is None:
         return
     config = base.meta.config

@@ -2,7 +2,7 @@
 
 Model-parallel shards hold slices: of rows for wq, wk, wv, w1, w3 and output, of columns for wo and
 w2; embeddings are sliced by columns up to LLaMA 2 and by rows since LLaMA 3; norms are copies.
-Rotary pairs are neighbours there and half a head apart at Hugging Face: wq, wk are reordered.
+Rotary pairs are adjacent there and half a head apart at Hugging Face: wq, wk are reordered.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ embeddings. params.json does not say so, but no other has a scaled rotation and 
 
 
 def rotary_permutation(rows: int, head_size: int) -> Tensor:
-    """Row order that turns neighbouring rotary pairs into halves of a head."""
+    """Row order that turns adjacent rotary pairs into halves of a head."""
     return torch.arange(rows).view(-1, head_size // 2, 2).transpose(1, 2).reshape(-1)
 
 
@@ -108,7 +108,7 @@ class _Source:
 
 
 class MetaBase:
-    """A base model in Meta's layout, looked at without reading its numbers.
+    """A base model in Meta's layout, looked at without reading its weights.
 
     Checksums are compared, and values that are not finite or disagree refused, when they are read.
     Raises CheckpointError naming the file, the tensor, what was found and what was expected.
@@ -128,7 +128,7 @@ class MetaBase:
     def is_at(directory: Path) -> bool:
         """Whether a directory looks like Meta's layout, complete or not.
 
-        Hugging Face repositories of Mistral hold `params.json` too, beside files that say the same.
+        Hugging Face repositories of Mistral hold `params.json` too, with files that say the same.
         """
         if (directory / "config.json").is_file() and any(directory.glob("model*.safetensors")):
             return False
@@ -196,7 +196,7 @@ class MetaBase:
     ) -> list[Tensor]:
         """The rows of one converted tensor; CheckpointError for values that cannot be right."""
         for path, shard in zip(self.shards, shards, strict=True):
-            # whoever loads the base gives all its tensors the dtype of its configuration
+            # loading gives all tensors of the base the dtype of its configuration
             why = why_not_finite(shard[source.name], self.config.dtype)
             if why is not None:
                 raise CheckpointError(f"{path}: tensor {source.name} {why}")
@@ -338,7 +338,7 @@ class _Buffers:
         self._memory: dict[tuple[str, torch.dtype], Tensor] = {}
 
     def get(self, name: str, spec: TensorSpec) -> Tensor:
-        """A tensor of the announced shape, its numbers undefined."""
+        """A tensor of the announced shape, its values undefined."""
         size = prod(spec.shape)
         memory = self._memory.get((name, spec.dtype))
         if memory is None or memory.numel() < size:
@@ -368,7 +368,7 @@ def _pieces(source: _Source, shards: list[dict[str, Tensor]], buffers: _Buffers)
 def _read_params(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(
-            f"{path} is missing; a base in Meta's layout has params.json beside consolidated.*.pth"
+            f"{path} is missing; a base in Meta's layout has params.json next to consolidated.*.pth"
         )
     params = read_json_object(path, error=CheckpointError)
     for key in params:

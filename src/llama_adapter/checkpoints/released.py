@@ -1,7 +1,7 @@
 """The files that the authors released: recognizing one, by its content alone.
 
-Checkpoints of the authors' training scripts hold the same tensors beside the frozen base's, the
-vision encoder's, the optimizer and the settings of the run: those are left out.
+Checkpoints of the authors' training scripts hold the same tensors, and in addition the frozen
+base's, the vision encoder's, the optimizer and the settings of the run: those are left out.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class Released:
 
     @property
     def prefix(self) -> str:
-        """What stands before `layers.N` in the authors' names."""
+        """What precedes `layers.N` in the authors' names."""
         is_multimodal = self.kind in (Kind.V2_BIAS, Kind.V2_LORA_BIAS)
         return "llama." if is_multimodal else ""
 
@@ -104,7 +104,7 @@ def read_released(path: Path) -> Released:
         raise _unknown(path, f"a {type(named).__name__}")
     for name, value in named.items():
         if not is_name(name) or not isinstance(value, Tensor):
-            raise _unknown(path, f"{name!r:.80}, which is no tensor")
+            raise _unknown(path, f"{name!r:.80}, which is not a tensor")
     tensors = {name: value.detach().resolve_neg() for name, value in named.items()}
     if tensors and all(name.startswith("module.") for name in tensors):  # DistributedDataParallel
         tensors = {name.removeprefix("module."): value for name, value in tensors.items()}
@@ -116,7 +116,7 @@ def read_released(path: Path) -> Released:
     file_config = content.get("config") if is_wrapped else None
     if file_config is not None and not isinstance(file_config, dict):
         raise _unknown(path, f"a config that is a {type(file_config).__name__}")
-    kind = _recognise(path, tensors)
+    kind = _recognize(path, tensors)
     for name, tensor in tensors.items():
         if (why := why_not_float(tensor)) is not None:
             raise CheckpointError(f"{path}: tensor {name} {why}")
@@ -165,7 +165,7 @@ def _refuse_litgpt(path: Path, tensors: dict[str, Tensor]) -> None:
     )
 
 
-def _recognise(path: Path, tensors: dict[str, Tensor]) -> Kind:
+def _recognize(path: Path, tensors: dict[str, Tensor]) -> Kind:
     names = list(tensors)
     has_scales = any(re.fullmatch(r"layers\.\d+\..+\.w._scale", name) for name in names)
     has_query = QUERY in tensors
@@ -207,5 +207,5 @@ def _check_config(
 def _unknown(path: Path, found: str) -> CheckpointError:
     known = "; ".join(f"{kind} has {needs}" for kind, needs in NEEDS.items())
     return CheckpointError(
-        f"{path} is no released LLaMA-Adapter checkpoint: found {found}. Known kinds: {known}"
+        f"{path} is not a released LLaMA-Adapter checkpoint: found {found}. Known kinds: {known}"
     )

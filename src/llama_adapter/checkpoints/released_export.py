@@ -27,7 +27,7 @@ from llama_adapter.pretrained import load_pretrained
 
 RELEASED_NAME = "adapter.pth"
 SIZES_NAME = "meta.json"
-"""Beside it: what its tensors do not say, for importing it again."""
+"""Next to it: what its tensors do not say, for importing it again."""
 
 _FEATURES = "visual.projector.feature_proj.weight"
 

@@ -1,7 +1,7 @@
 """Which settings of our mechanism a released file is; what the file leaves open and how we fill it.
 
 Open are the number of heads of the projector's blocks (everywhere) and the prompt length (V1 and
-chat with prompts). They are taken, in this order, from the caller, from a `meta.json` beside the
+chat with prompts). They are taken, in this order, from the caller, from a `meta.json` next to the
 file, from what its shapes allow, from the authors' defaults: for prompts with a warning unless the
 file has the size of theirs, for heads only if the blocks are as wide as theirs.
 """
@@ -41,7 +41,7 @@ class Overrides:
 
     @classmethod
     def next_to(cls, path: Path) -> Overrides:
-        """From a `meta.json` beside the file; nothing if there is none or it says neither.
+        """From a `meta.json` next to the file; nothing if it is missing or says neither.
 
         Raises CheckpointError for one that is damaged or says something impossible.
         """

@@ -13,7 +13,7 @@ from llama_adapter.processing.processor import LlamaAdapterProcessor
 from llama_adapter.processing.templates import TEMPLATES, LineTemplate
 
 # Contents become one text each, with their images' placeholders apart from it. Special tokens of
-# the tokenizer are broken up in what users say, so that they cannot stand for an image or a turn.
+# the tokenizer are broken up in what users say, so that they cannot pass for an image or a turn.
 _READ = """\
 {%- macro said(content) -%}
 {%- set found = namespace(text='') -%}

@@ -20,7 +20,7 @@ FILE_NAME = "tokenizer.model"
 
 
 def find_tokenizer(directory: Path) -> Path | None:
-    """`tokenizer.model` beside the weights or one folder above, as Meta ships it."""
+    """`tokenizer.model` next to the weights or one folder above, as Meta ships it."""
     for folder in (directory, directory.resolve().parent):
         if (folder / FILE_NAME).is_file():
             return folder / FILE_NAME

@@ -3,7 +3,7 @@
 A `.pth` is a pickle, and a pickle may hold code. Plain files go through torch's own
 `weights_only` reader. OpenAI publishes CLIP as a TorchScript archive, which that reader refuses
 and `torch.jit.load` would run (its `__setstate__` functions are TorchScript programs with access
-to operators that write files). We need numbers only: `read_torchscript` follows the archive's
+to operators that write files). We need values only: `read_torchscript` follows the archive's
 pickle with a table of five allowed names and everything else inert.
 """
 
@@ -60,11 +60,11 @@ _DAMAGE = (
 
 
 INERT = ("argparse.Namespace", "pathlib.PosixPath", "pathlib.WindowsPath")
-"""Classes that training scripts store beside their tensors: the settings they ran with."""
+"""Classes that training scripts store with their tensors: the settings they ran with."""
 
 
 class Inert:
-    """Stands for an object of another class in a file: takes anything, keeps and does nothing."""
+    """Replaces an object of another class in a file: takes anything, keeps and does nothing."""
 
     __slots__ = ()
 
@@ -156,9 +156,9 @@ def _check_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> None:
 
 
 def _load(path: Path, inert: Iterable[str], **options: Any) -> Any:
-    stand_ins: list[Any] = [(Inert, name) for name in inert]
+    substitutes: list[Any] = [(Inert, name) for name in inert]
     try:
-        with warnings.catch_warnings(), torch.serialization.safe_globals(stand_ins):
+        with warnings.catch_warnings(), torch.serialization.safe_globals(substitutes):
             warnings.simplefilter("ignore")  # what torch makes of damage is refused or equal
             return torch.load(path, **{"map_location": "cpu", "weights_only": True, **options})
     except pickle.UnpicklingError as error:
@@ -178,7 +178,7 @@ def _load(path: Path, inert: Iterable[str], **options: Any) -> Any:
 
 
 def _check_tensors(path: Path, content: Any) -> None:
-    """Refuse what is no dense tensor with values of its own."""
+    """Refuse what is not a dense tensor with values of its own."""
     tensors = []
     for name, value in _leaves(content):
         if isinstance(value, torch.TypedStorage | torch.UntypedStorage):
@@ -206,7 +206,7 @@ def _check_expansion(path: Path, tensors: Iterable[Tensor]) -> None:
 
 
 def _leaves(content: Any) -> Iterator[tuple[str, Any]]:
-    """What the nested containers of a file hold, by where it stands."""
+    """What the nested containers of a file hold, by its place in them."""
     waiting, seen = [("", content)], set()
     while waiting:
         name, value = waiting.pop()
@@ -315,11 +315,13 @@ def read_torchscript(path: Path) -> dict[str, Tensor]:
 
 
 def _root(path: Path, archive: zipfile.ZipFile) -> str:
-    """The folder of an archive in which everything lies."""
+    """The folder of an archive in which everything is."""
     pickles = [n for n in archive.namelist() if re.fullmatch(r"[^/]+/data\.pkl", n)]
     root = pickles[0].removesuffix("data.pkl") if pickles else "/"
     if not all(name.startswith(root) for name in archive.namelist()):
-        raise CheckpointError(f"{path} is no archive of torch: data.pkl is missing, or not alone")
+        raise CheckpointError(
+            f"{path} is not an archive of torch: data.pkl is missing, or not alone"
+        )
     return root
 
 
@@ -331,7 +333,7 @@ def _check_memo(path: Path, pickled: bytes) -> None:
 
 
 class _Module:
-    """Stands for any object of a TorchScript archive: keeps its state, does nothing."""
+    """Replaces any object of a TorchScript archive: keeps its state, does nothing."""
 
     state: Any = None
 

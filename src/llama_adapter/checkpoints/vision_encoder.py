@@ -53,7 +53,7 @@ def read_openai_clip(path: Path) -> CLIPVisionModelWithProjection:
     lacks = [f"visual.{name}" for name in _NEEDED if name not in tensors]
     if lacks:
         raise CheckpointError(
-            f"{path} is no CLIP vision encoder of OpenAI (a transformer): it lacks {lacks[0]}, "
+            f"{path} is not a CLIP vision encoder of OpenAI (a transformer): it lacks {lacks[0]}, "
             f"found {len(tensors)} tensors under 'visual.'"
         )
     for name, tensor in tensors.items():
@@ -111,7 +111,7 @@ def _config(path: Path, tensors: dict[str, Tensor]) -> CLIPVisionConfig:
         patch_size=patch,
         hidden_act="quick_gelu",
         layer_norm_eps=1e-5,
-        # some numbers of a mixed file would lose digits in its first tensor's dtype
+        # some values of a mixed file would lose digits in its first tensor's dtype
         dtype=conv.dtype if len({t.dtype for t in tensors.values()}) == 1 else torch.float32,
     )
 

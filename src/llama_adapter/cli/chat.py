@@ -21,14 +21,14 @@ if TYPE_CHECKING:
     from llama_adapter.chat import ChatAnswer, ChatSession
     from llama_adapter.chat.remote import RemoteSession
 
-_HELP = "/image FILE shows a picture with the next question, /reset forgets, /quit leaves."
+_HELP = "/image FILE shows an image with the next question, /reset forgets, /quit leaves."
 
 
 _Images = Annotated[
     list[Path] | None,
     typer.Option(
         "--image",
-        help="A picture to look at; may be repeated.",
+        help="An image to look at; may be repeated.",
         metavar="FILE",
         show_default=False,
     ),
@@ -91,15 +91,15 @@ def chat(
     url: _Url = None,
     as_json: _AsJson = False,
 ) -> None:
-    """Ask a model about pictures, once or in a conversation.
+    """Ask a model about images, once or in a conversation.
 
     \b
     Examples:
-      llama-adapter chat toy --image scene.png --prompt "What colour is the star?"
+      llama-adapter chat toy --image scene.png --prompt "What color is the star?"
       llama-adapter chat toy --image sign.png --expert ocr --prompt "What does the sign say?"
       llama-adapter chat toy --image scene.png --expert caption --expert search=notes/
       llama-adapter chat toy --video clip.mp4 --prompt "What happens?"
-      llama-adapter chat runs/mine/adapter --prompt "Describe the picture." --image a.jpg --json
+      llama-adapter chat runs/mine/adapter --prompt "Describe the image." --image a.jpg --json
       llama-adapter chat toy --url http://127.0.0.1:8000
     """
     from llama_adapter.cli.output import json_only
@@ -210,7 +210,7 @@ def _as_json(answer: ChatAnswer) -> dict[str, Any]:
 
 
 def _print_answer(session: ChatSession | RemoteSession, question: str, images: list[Any]) -> None:
-    """Stream the answer to stdout; what experts reported stands on stderr."""
+    """Stream the answer to stdout; what experts reported goes to stderr."""
     from llama_adapter.cli.experts import show_reports
 
     for piece in session.stream(question, images=images):
@@ -249,7 +249,7 @@ def _converse(session: ChatSession | RemoteSession, images: list[Any]) -> None:
                     _print_answer(session, line.strip(), waiting)
                     waiting = []
         except (ImageError, PromptError, ServingError) as error:
-            # the session stands as it stood: let the user try again
+            # the session is as it was: let the user try again
             typer.echo(f"error: {one_line(str(error))}", err=True)
 
 

@@ -75,7 +75,7 @@ def import_(
 ) -> None:
     """Turn a released LLaMA-Adapter checkpoint into an adapter directory.
 
-    V1, V2 (BIAS, LORA-BIAS, CAPTION), V2.1 and the 65B chat weights are recognised by content.
+    V1, V2 (BIAS, LORA-BIAS, CAPTION), V2.1 and the 65B chat weights are recognized by content.
     A base in Meta's layout is converted once into OUT/base; one of Hugging Face is referenced.
 
     \b

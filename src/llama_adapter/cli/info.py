@@ -27,7 +27,7 @@ def info(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Show an adapter's kind, semantics, size, base and prompt template.
+    """Show an adapter's kind, settings, size, base and prompt template.
 
     \b
     Examples:

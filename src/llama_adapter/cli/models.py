@@ -38,7 +38,7 @@ def load(
     from llama_adapter.processing.processor import LlamaAdapterProcessor
 
     directory = adapter_directory(model)
-    read_adapter_config(directory)  # a folder that is no adapter at all is called that
+    read_adapter_config(directory)  # a folder that is not an adapter at all is called that
     processor = LlamaAdapterProcessor.from_pretrained(directory)
     options.setdefault("device_map", torch_device(device))
     loaded = LlamaAdapterForConditionalGeneration.from_pretrained(directory, **options)

@@ -1,4 +1,4 @@
-"""`llama-adapter plot`: what a run measured, as a picture and a page."""
+"""`llama-adapter plot`: what a run measured, as an image and a page."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`llama-adapter report`: all runs in one table, beside published numbers."""
+"""`llama-adapter report`: all runs in one table, next to published numbers."""
 
 from __future__ import annotations
 

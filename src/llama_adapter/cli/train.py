@@ -36,7 +36,7 @@ def train(
 ) -> None:
     """Train an adapter as a recipe says.
 
-    A run that was killed goes on with --resume and ends with the same numbers. Several processes
+    A run that was killed goes on with --resume and ends with the same weights. Several processes
     or machines: start it with torchrun or `accelerate launch`.
 
     \b

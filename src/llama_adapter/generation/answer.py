@@ -292,7 +292,7 @@ class _Ends:
     def cut(self, tokens: list[int]) -> tuple[list[int], bool]:
         """A row's tokens up to what ends the answer, and whether something does.
 
-        What stands behind it fills the row up until the other rows' answers are done.
+        What follows fills the row up until the other rows' answers are done.
         """
         last = next((i for i, token in enumerate(tokens) if token in self.ids), None)
         if last is not None:

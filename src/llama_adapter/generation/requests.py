@@ -262,7 +262,7 @@ class Engine(Protocol):
     ) -> Generation:
         """Queue a request; never waits.
 
-        Raises QueueFullError at once where there is no place, UnavailableError unless the engine
+        Raises QueueFullError at once where the queue is full, UnavailableError unless the engine
         is ready, PromptError where prompt and answer do not fit into `context_length`, and
         ConfigError for what it cannot do, such as an adapter that is not loaded.
         """

@@ -1,4 +1,4 @@
-"""How answers are drawn; without torch, for whoever only describes a run."""
+"""How answers are drawn; without torch, for code that only describes a run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The adapted model. Sees tensors, never text or images as files."""
+"""The adapted model. It takes tensors, never text or images as files."""
 
 from llama_adapter.model.configuration import LlamaAdapterConfig
 from llama_adapter.model.groups import Group

@@ -54,7 +54,7 @@ class Target:
 class Adapter:
     """All modules of one adapter on one base; `attach` and `detach` are cheap and exact.
 
-    Detached, the decoder is the very object graph it was before.
+    Detached, the decoder is the same object graph as before.
     """
 
     def __init__(
@@ -69,12 +69,10 @@ class Adapter:
         self.language_model = language_model
         self.is_attached = False
         self.is_prepared = False
-        """Whether plain modules stand in for the learned ones, for inference."""
+        """Whether plain modules replace the learned ones, for inference."""
         refuse_unroutable(language_model)
         if any(isinstance(module, AdapterModule) for module in language_model.modules()):
-            raise ConfigError(
-                "this base carries an adapter already; load_adapter puts a further one beside it"
-            )
+            raise ConfigError("this base carries an adapter already; load_adapter adds another one")
         attentions = attention_modules(language_model)
         self.num_layers = len(attentions)
         text_config = language_model.config.get_text_config()
@@ -221,7 +219,7 @@ class Adapter:
         self.is_attached = False
 
     def prepare(self) -> None:
-        """Let plain modules of the base's kind stand in, and keep keys of static prompts."""
+        """Replace modules by plain ones of the base's kind, and keep keys of static prompts."""
         self.unprepare()
         was_attached = self.is_attached
         if not was_attached:
@@ -290,7 +288,7 @@ class Adapter:
         return found
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What an adapter file holds: the trained numbers and nothing else."""
+        """What an adapter file holds: the trained weights and nothing else."""
         return {name: p.detach() for name, p in self.named_parameters()}
 
     @torch.no_grad()
@@ -312,7 +310,7 @@ class Adapter:
                     f"this base expects {list(parameter.shape)}"
                 )
             if not state[name].isfinite().all():
-                raise CheckpointError(f"{source}: tensor {name} holds numbers that are not finite")
+                raise CheckpointError(f"{source}: tensor {name} has values that are not finite")
         for name, parameter in own.items():
             parameter.copy_(state[name])
 

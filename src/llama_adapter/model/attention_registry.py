@@ -1,4 +1,4 @@
-"""Our attention functions in transformers' public registry, beside the base's own.
+"""Our attention functions in transformers' public registry, next to the base's own.
 
 Each runs the base's function unchanged and adds what the module's `adaption` child says.
 """
@@ -19,7 +19,7 @@ from llama_adapter.families.probing import observe
 from llama_adapter.model.routing import VisualPrompts
 
 PAGED = frozenset({"block_table", "read_index"})
-"""What only continuous batching gives attention: there is no mask of ours for its one long row."""
+"""What only continuous batching gives attention: its one long row has no mask of ours."""
 
 PREFIX = "llama_adapter_"
 """Registered names are this plus transformers' own, so `flash` and `sdpa` stay recognizable."""
@@ -33,7 +33,7 @@ def _eager_of(module: nn.Module) -> Callable[..., Any]:
         if function is not None:
             found: Callable[..., Any] = function
             return found
-    raise UnsupportedModelError(f"no eager attention function beside {type(module).__name__}")
+    raise UnsupportedModelError(f"no eager attention function next to {type(module).__name__}")
 
 
 def _adapted_attention(implementation: str) -> Callable[..., Any]:
@@ -74,7 +74,7 @@ def _adapted_attention(implementation: str) -> Callable[..., Any]:
 
 
 def register_attention() -> None:
-    """Register our attention beside transformers' own, masks included.
+    """Register our attention next to transformers' own, masks included.
 
     Without the mask entry a model would silently run with no mask at all.
     """

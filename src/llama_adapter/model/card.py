@@ -27,11 +27,11 @@ model = LlamaAdapterForConditionalGeneration.from_pretrained("{name}")
 def model_card(config: LlamaAdapterConfig, name: str, *, tags: Sequence[str] = ()) -> str:
     """The text of `README.md`, with the metadata that the hub finds and links models by."""
     base = _name(config.base)
-    sees = config.vision is not None
+    is_multimodal = config.vision is not None
     metadata: dict[str, Any] = {
         **({"base_model": base, "base_model_relation": "adapter"} if base else {}),
         "library_name": "llama-adapter",
-        "pipeline_tag": "image-text-to-text" if sees else "text-generation",
+        "pipeline_tag": "image-text-to-text" if is_multimodal else "text-generation",
         "tags": ["llama-adapter", *tags],
     }
     return _CARD.format(
@@ -39,7 +39,7 @@ def model_card(config: LlamaAdapterConfig, name: str, *, tags: Sequence[str] = (
         metadata="".join(f"{key}: {json.dumps(value)}\n" for key, value in metadata.items()),
         name=name,
         base=f"`{base}`" if base else "a model that has no name on the hub",
-        and_vision=" and vision encoder" if sees else "",
+        and_vision=" and vision encoder" if is_multimodal else "",
     )
 
 

@@ -1,7 +1,7 @@
 """The Hugging Face configuration of an adapted model, stored as `adapter_config.json`.
 
-`config.json` beside it is a stub with the model type, for the Auto classes; the semantics
-stand in one place only.
+`config.json` next to it is a stub with the model type, for the Auto classes; the settings are in
+one place only.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from llama_adapter.model.hub import HUB_OPTIONS, adapter_folder, hub_options
 ADAPTER_CONFIG_NAME = "adapter_config.json"
 _FIELDS = ("adapter", "base", "vision")
 _PROCESSOR = "processor"
-"""What `processing.agreement` records of the processor beside it."""
+"""What `processing.agreement` records of the processor next to it."""
 OF_THE_BASE = frozenset(
     {"vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
      "head_dim", "intermediate_size", "max_position_embeddings"}
@@ -46,7 +46,7 @@ _REFERENCE: dict[str, tuple[type, ...]] = {
 }
 """What a reference to a base or encoder holds."""
 _PEFT = "peft"
-"""What a reference to a base holds beside that where peft has put something on the base."""
+"""The key that a reference to a base has in addition where peft has put something on the base."""
 _NEWER = ("weights", "config")
 """What references of version 0.1 do not have; later ones have both."""
 
@@ -80,7 +80,7 @@ class LlamaAdapterConfig(PreTrainedConfig):
 
     @property
     def adapter_config(self) -> AdapterConfig:
-        """The semantics as a checked value."""
+        """The adapter's settings as a checked value."""
         return AdapterConfig.from_dict(self.adapter)
 
     @classmethod
@@ -139,7 +139,7 @@ class LlamaAdapterConfig(PreTrainedConfig):
         return_unused = kwargs.pop("return_unused_kwargs", False)
         where = kwargs.pop("name_or_path", None)
         if where is not None and "adapter" not in config_dict:
-            # AutoConfig read the stub beside it
+            # AutoConfig read the stub next to it
             revision = config_dict.get("_commit_hash")
             config_dict = read_adapter_config(adapter_folder(str(where), revision=revision))
         config = cls(**{name: config_dict.get(name) for name in _FIELDS})
@@ -154,7 +154,7 @@ def read_adapter_config(directory: Path) -> dict[str, Any]:
     path = directory / ADAPTER_CONFIG_NAME
     if not path.is_file():
         raise CheckpointError(
-            f"{directory} is no adapter directory: {ADAPTER_CONFIG_NAME} is missing"
+            f"{directory} is not an adapter directory: {ADAPTER_CONFIG_NAME} is missing"
         )
     content = read_json_object(path, error=CheckpointError)
     if "peft_type" in content:
@@ -195,7 +195,7 @@ def read_adapter_config(directory: Path) -> dict[str, Any]:
 
 
 def _processor_of(directory: Path) -> dict[str, Any]:
-    """The record of the processor that lies in a directory already, which stays there."""
+    """The record of the processor that is in a directory already; saving keeps it."""
     if not (directory / ADAPTER_CONFIG_NAME).is_file():
         return {}
     try:
@@ -248,6 +248,6 @@ def _check_peft(value: Any, *, where: str) -> None:
 
 
 def settings_digest(adapter: Mapping[str, Any], *, version: int = FORMAT_VERSION) -> str:
-    """A checksum of the `adapter` section, as it stands in a file of that version."""
+    """A checksum of the `adapter` section as a file of that version has it."""
     adapter = as_version_1(adapter) if version == 1 else adapter
     return hashlib.sha256(json.dumps(adapter, sort_keys=True).encode()).hexdigest()

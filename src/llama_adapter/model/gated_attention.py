@@ -26,7 +26,7 @@ from llama_adapter.model.routing import Routing, VisualPrompts
 
 
 class GatedPrompt(AdapterModule):
-    """What one attention module reads beside its keys, with one gate per head, 0 at the start."""
+    """What one attention module attends to besides its keys, with one gate per head, 0 at first."""
 
     tensors: ClassVar = {"gate": ("gate", Role.GATE), "gate_scale": ("gate_scale", Role.GATE)}
     reads_images: ClassVar[bool] = False
@@ -119,7 +119,7 @@ class StaticPrompt(GatedPrompt):
     ) -> None:
         super().__init__(attention, device=device, **gates)
         # unit variance, like the normalized hidden states that share these projections;
-        # drawn on the CPU, so that a seed gives the same numbers everywhere
+        # drawn on the CPU, so that a seed gives the same values everywhere
         prompt_Md = torch.randn(prompt_length, hidden_size, generator=generator)
         self.prompt = nn.Parameter(prompt_Md.to(device))
         # buffers, so that they follow the model to another device; never stored

@@ -34,7 +34,7 @@ _SETTINGS = ("config.json", "adapter_config.json")
 
 
 def peft_folder(name_or_path: str) -> Path | None:
-    """Where an adapter of peft with this name or path lies; None where it is something else."""
+    """Folder of the peft adapter with this name or path; None where it is something else."""
     if Path(name_or_path).expanduser().exists():
         folder = Path(name_or_path)
         return folder if is_peft_folder(folder) else None

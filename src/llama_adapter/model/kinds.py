@@ -26,7 +26,7 @@ def read_base_config(path: str, revision: str | None = None) -> Any:
         raise CheckpointError(
             f"{name}, but a base must be a text decoder: give the text decoder that it is built "
             f"on (its text_config has model_type {shown(text.model_type)}), and a vision encoder "
-            "beside it"
+            "next to it"
         )
     raise CheckpointError(
         f"{name}, but a base must be a text decoder, which AutoModelForCausalLM can load"

@@ -1,6 +1,6 @@
 """Loading a base or a vision encoder whole: every tensor from its file, nothing made up.
 
-transformers fills what a file lacks with random numbers, drops what it does not know, casts
+transformers fills what a file lacks with random values, drops what it does not know, casts
 integers to floats, and builds whatever sizes a config states; it logs some of that. Here each is
 one error.
 """
@@ -92,7 +92,7 @@ def load_whole(
 
 
 def folder_of(where: str, revision: str | None = None) -> Path | None:
-    """Where the files of a name or path lie on this machine; None where they are not yet there."""
+    """Folder with the files of a name or path on this machine; None if not yet there."""
     if Path(where).is_dir():
         return Path(where)
     cached = try_to_load_from_cache(where, "config.json", revision=revision)
@@ -238,7 +238,7 @@ def _reach_features(model: PreTrainedModel, keys: set[str]) -> bool:
 def _check_floating(
     model: PreTrainedModel, stored: Mapping[str, Stored], ignored: set[str], *, name: str
 ) -> None:
-    """Integers may be stored for buffers of integers alone, such as position numbers."""
+    """Integers may be stored for buffers of integers alone, such as positions."""
     patterns = [*(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())]
     buffers = [key for key, value in model.named_buffers() if not value.is_floating_point()]
     learned = [

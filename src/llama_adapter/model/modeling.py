@@ -50,7 +50,7 @@ class LlamaAdapterForConditionalGeneration(
 ):
     """A frozen text LLM that reads images through a small adapter.
 
-    Build one with `from_base`, or load one with `from_pretrained`. The base's numbers never
+    Build one with `from_base`, or load one with `from_pretrained`. The base's weights never
     change; `disable_adapters` gives it back exactly.
     """
 
@@ -342,8 +342,8 @@ class LlamaAdapterForConditionalGeneration(
         """Visual prompts of images; None if the active adapter reads none.
 
         `cache` also makes the keys and gated values of every layer that reads them alone, for
-        many forward passes with the same numbers: for inference only.
-        Raises ConfigError if there is no vision encoder to read pixels with.
+        many forward passes with the same weights: for inference only.
+        Raises ConfigError if the model has no vision encoder to read pixels with.
         """
         if self.visual is None:
             return None
@@ -371,7 +371,7 @@ class LlamaAdapterForConditionalGeneration(
 
     @property
     def adapter_config(self) -> AdapterConfig:
-        """Semantics of the active adapter."""
+        """Settings of the active adapter."""
         return self._adapters[self.active_adapter].config
 
     @property
@@ -434,7 +434,7 @@ class LlamaAdapterForConditionalGeneration(
         *,
         seed: int | None = None,
     ) -> None:
-        """Put a fresh adapter beside the others; `set_adapter` makes it the active one.
+        """Add a fresh adapter to the others; `set_adapter` makes it the active one.
 
         Raises ConfigError for a name that is taken or a config of another library.
         """
@@ -473,9 +473,9 @@ class LlamaAdapterForConditionalGeneration(
         return self._loaded(adapter_name or self.active_adapter).state_dict()
 
     def enable_peft_hotswap(self, *_args: Any, **_kwargs: Any) -> None:
-        """ConfigError: adapters are loaded beside each other and switched by `set_adapter`."""
+        """Raise ConfigError: adapters are loaded side by side and switched by `set_adapter`."""
         raise ConfigError(
-            "peft's hot-swapping is not for these adapters; load_adapter puts one beside the "
+            "peft's hot-swapping is not for these adapters; load_adapter adds one to the "
             "others and set_adapter switches"
         )
 
@@ -593,7 +593,7 @@ class LlamaAdapterForConditionalGeneration(
 
     @property
     def device(self) -> torch.device:
-        """Where inputs go: the embedding computes there, wherever its numbers are kept."""
+        """Where inputs go: the embedding computes there, wherever its weights are kept."""
         return execution_device(self.get_input_embeddings())
 
     @property

@@ -41,7 +41,7 @@ class OnBase:
     """What peft multiplies each low-rank product with."""
 
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors as they stand now, by their names in peft's files."""
+        """The tensors as they are now, by their names in peft's files."""
         return {n: getattr(module, name).detach() for n, (module, name) in self.places.items()}
 
     def save(self, folder: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -62,7 +62,7 @@ ADAPTER_WEIGHTS_NAME = "adapter_model.safetensors"
 _TENSORS, _CONFIG = "sha256", "adapter_sha256"
 """Keys of the metadata; files of version 0.1 and of other programs have none."""
 LORA_FOLDER = PEFT_FOLDER
-"""Where peft's factors lie in an adapter directory that was trained beside them."""
+"""Where an adapter directory keeps the peft factors that were trained with it."""
 
 _IGNORED_LOADING_KEYWORDS = frozenset(
     {"adapter_kwargs", "config", "trust_remote_code", "code_revision", "_commit_hash", "_from_auto",
@@ -89,7 +89,7 @@ class AdapterPersistence:
     ) -> None:
         """Write the active adapter; the base and the vision encoder are referenced, not copied.
 
-        What peft has put on the base is written beside it. `state_dict` stands in for the model's
+        What peft has put on the base is written next to it. `state_dict` replaces the model's
         own, where that is spread over processes: of the whole model, as trainers gather it, or of
         the adapter by its names in files. Of `selected_adapters` each goes into a folder of its
         name, and `default` into the directory itself, as with peft. Processes other than the main
@@ -193,7 +193,7 @@ class AdapterPersistence:
         content = read_adapter_config(directory)
         config = LlamaAdapterConfig.from_dict(content)
         assert isinstance(config, LlamaAdapterConfig)
-        # the Auto classes lose the subfolder and pass the config beside it
+        # the Auto classes lose the subfolder and pass the config next to it
         if kwargs.get("config") is not None and not kwargs.get("subfolder"):
             _check_given(kwargs["config"], config, directory)
         path = directory / ADAPTER_WEIGHTS_NAME
@@ -311,7 +311,7 @@ def check_peft_folder(directory: Path, base: Mapping[str, Any] | None) -> None:
     stated, held = "peft" in (base or {}), (directory / PEFT_FOLDER).is_dir()
     if stated and not held:
         raise CheckpointError(
-            f"{directory / PEFT_FOLDER} is missing: the {ADAPTER_CONFIG_NAME} beside it says that "
+            f"{directory / PEFT_FOLDER} is missing: the {ADAPTER_CONFIG_NAME} next to it says that "
             "a peft adapter was on the base"
         )
     if held and not stated and "weights" in (base or {}):
@@ -378,7 +378,7 @@ def check_header(path: Path, content: Mapping[str, Any]) -> Header:
         content["adapter"], version=content["format_version"]
     ):
         raise CheckpointError(
-            f"{path} was saved with other settings than the {ADAPTER_CONFIG_NAME} beside it has "
+            f"{path} was saved with other settings than the {ADAPTER_CONFIG_NAME} next to it has "
             "under adapter: one of the two files was changed or replaced"
         )
     odd = not_floating(header.tensors, header.tensors)
@@ -405,7 +405,7 @@ def _check_side(
     if length and not found:
         raise CheckpointError(
             f"{path} lacks every tensor of the name *{ending}; "
-            f"the {ADAPTER_CONFIG_NAME} beside it says they have {length}"
+            f"the {ADAPTER_CONFIG_NAME} next to it says they have {length}"
         )
     for name, shape in found.items():
         if len(shape) != 2 or shape[axis] != length:

@@ -75,7 +75,7 @@ class TransformerBlock(nn.Module):
 
 
 class QueryTransformer(nn.Module):
-    """Learned queries beside the projected features through transformer blocks.
+    """Learned queries and the projected features go through transformer blocks together.
 
     The shape of the released V2 models (there: 8 blocks, width 768, 16 heads).
     """

@@ -50,7 +50,7 @@ def resolve_reference(reference: str, *, directory: Path | None = None) -> str:
 
     A path relative to the adapter `directory` is taken from there; `package:` references are
     folders of this package and of no other, so that no name can make Python import something;
-    anything else is a name or path as it stands. Raises CheckpointError for what cannot be one.
+    anything else is a name or path as it is. Raises CheckpointError for what cannot be one.
     """
     if not can_be_path(reference):
         raise CheckpointError(f"{shown(reference)} is neither a path nor a name")
@@ -117,7 +117,7 @@ def package_reference(path: str) -> str:
 
 
 def describe_model(model: Any) -> dict[str, Any]:
-    """A reference to a base or vision encoder: name, shape, and a fingerprint of its numbers.
+    """A reference to a base or vision encoder: name, shape, and a fingerprint of its weights.
 
     Raises UnsupportedModelError where peft has put something on it that could not be loaded again.
     """
@@ -140,14 +140,14 @@ def describe_model(model: Any) -> dict[str, Any]:
 
 
 def describe_peft(part: OnBase, tensors: dict[str, Tensor] | None = None) -> dict[str, Any]:
-    """A reference to what peft has put on a base; `tensors` stand in for its own."""
+    """A reference to what peft has put on a base; `tensors` replace its own."""
     held = part.samples(part.tensors() if tensors is None else tensors)
     kind = str(getattr(part.config.peft_type, "value", part.config.peft_type))
     return {"peft_type": kind, "weights": fingerprints_of_tensors(held)}
 
 
 def fingerprint(model: nn.Module) -> str | None:
-    """Version 0.1's checksum, of the first numbers of embeddings and norms alone.
+    """Version 0.1's checksum, of the first values of embeddings and norms alone.
 
     Adapters must be off. None for a model on the meta device; what is offloaded is fetched.
     """
@@ -160,10 +160,10 @@ def fingerprint(model: nn.Module) -> str | None:
 
 
 def fingerprint_of(samples: Iterable[tuple[str, tuple[int, ...], Tensor]]) -> str:
-    """The checksum of names, full shapes and the first numbers, rounded to bfloat16."""
+    """The checksum of names, full shapes and the first values, rounded to bfloat16."""
     digest = hashlib.sha256()
-    for name, shape, numbers in sorted(samples, key=lambda sample: sample[0]):
-        sample = numbers.reshape(-1)[:256].cpu().to(torch.bfloat16).float()
+    for name, shape, values in sorted(samples, key=lambda sample: sample[0]):
+        sample = values.reshape(-1)[:256].cpu().to(torch.bfloat16).float()
         digest.update(f"{name}{shape}".encode())
         digest.update(sample.numpy().tobytes())
     return digest.hexdigest()[:32]

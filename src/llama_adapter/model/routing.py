@@ -117,9 +117,9 @@ def _begins_among_placeholders(cache: Any, mask_BT: Tensor) -> bool:
 
 
 def _places_in_runs(mask_BS: Tensor, image_BS: Tensor | None) -> Tensor:
-    """How many tokens of the same run of placeholders stand before each, whole runs at a time.
+    """How many tokens of the same run of placeholders come before each, for whole runs.
 
-    A run is what stands together and has one image, so that every image begins again.
+    A run is a sequence of placeholders of one image: counting begins again with each image.
     """
     if image_BS is not None:
         image_BS = image_BS.to(mask_BS.device)

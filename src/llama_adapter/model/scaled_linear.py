@@ -65,7 +65,7 @@ class ScaledLinear(AdapterModule):
         if scale:
             self.scale = nn.Parameter(torch.ones(scale_size, device=device))
         if lora_rank:
-            # drawn on the CPU, so that a seed gives the same numbers everywhere
+            # drawn on the CPU, so that a seed gives the same values everywhere
             down = torch.empty(lora_rank, self.in_features)
             nn.init.kaiming_uniform_(down, a=5**0.5, generator=generator)
             self.lora_down = nn.Parameter(down.to(device))
@@ -124,7 +124,7 @@ class ScaledLinear(AdapterModule):
 
 
 class MergedLinear(nn.Linear):
-    """What stands in for a ScaledLinear during inference: an ordinary, frozen linear."""
+    """What replaces a ScaledLinear during inference: an ordinary, frozen linear."""
 
     def __init__(self, learned: ScaledLinear, weight: Tensor, bias: Tensor | None) -> None:
         dtype = learned.weight.dtype
@@ -134,7 +134,7 @@ class MergedLinear(nn.Linear):
         self.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
         if bias is not None:
             self.bias = nn.Parameter(bias.to(dtype), requires_grad=False)
-        # in a tuple: a reference, not a child whose numbers would count twice
+        # in a tuple: a reference, not a child whose parameters would count twice
         self._learned = (learned,)
 
     def without_lora(self, x: Tensor) -> Tensor:
@@ -188,7 +188,7 @@ class LearnedNorm(AdapterModule):
 
 
 class MergedNorm(nn.RMSNorm):
-    """What stands in for a LearnedNorm during inference, where it is an RMS norm."""
+    """What replaces a LearnedNorm during inference, where it is an RMS norm."""
 
     def __init__(self, weight: Tensor, *, epsilon: float) -> None:
         super().__init__(len(weight), eps=epsilon, device="meta")

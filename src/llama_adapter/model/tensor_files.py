@@ -52,7 +52,7 @@ def read_header(path: Path) -> Header:
         length = int.from_bytes(file.read(8), "little")
         if not 2 <= length <= min(rest, MAX_HEADER_BYTES):
             raise CheckpointError(
-                f"{path} is damaged: it is no safetensors file, or it was cut short"
+                f"{path} is damaged: it is not a safetensors file, or it was cut short"
             )
         text = file.read(length)
     content = parse_json(text, name=f"the header of {path}", error=CheckpointError)
@@ -72,9 +72,9 @@ def read_header(path: Path) -> Header:
 def _stored(entry: Any, most: int) -> Stored:
     begin, end = entry["data_offsets"]
     shape = entry["shape"]
-    numbers = (begin, end, *shape)
-    if any(type(number) is not int or not 0 <= number <= _MOST for number in numbers):
-        raise ValueError(f"odd numbers {shown(numbers)}")
+    integers = (begin, end, *shape)
+    if any(type(number) is not int or not 0 <= number <= _MOST for number in integers):
+        raise ValueError(f"odd integers {shown(integers)}")
     if not begin <= end <= most or math.prod(shape) > _MOST:
         raise ValueError(f"shape {shown(shape)} in {most} bytes")
     if not isinstance(entry["dtype"], str) or len(entry["dtype"]) > 20:
@@ -98,11 +98,11 @@ def stored_tensors(directory: Path) -> dict[str, Stored] | None:
     found: dict[str, Stored] = {}
     for name in sorted(set(files.values())):
         if Path(name).name != name:
-            raise CheckpointError(f"{directory / INDEX} names {name!r}, which lies elsewhere")
+            raise CheckpointError(f"{directory / INDEX} names {name!r}, which is not next to it")
         tensors = read_header(directory / name).tensors
         doubled = sorted(found.keys() & tensors.keys())
         if doubled:
-            raise CheckpointError(f"{directory}: tensor {doubled[0]} stands in two files")
+            raise CheckpointError(f"{directory}: tensor {doubled[0]} is in two files")
         found |= tensors
     lacking = sorted(files.keys() - found.keys())
     if lacking:

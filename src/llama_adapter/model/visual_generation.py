@@ -96,7 +96,7 @@ class VisualGenerationMixin(GenerationMixin):
                 inputs.pop(name, None)
             return inputs
         for name in by_token:
-            # whoever counts placeholders needs those before the pass too
+            # counting placeholders needs those before the pass too
             first = 0 if self.adapter_config.placeholder_attention == "own" else start
             new = NEW_TOKEN[name] if ends else None
             inputs[name] = continued(inputs[name], start=first, stop=stop, new=new)

@@ -112,7 +112,7 @@ def _record(wheel: Wheel, folder: Path) -> dict[str, Any]:
 
 
 def _is_whole(model: Model) -> bool:
-    """Whether a directory is there with the very files that were written."""
+    """Whether a directory is there with the files that were written."""
     if not (model.directory / RECORD).exists():
         return False
     try:

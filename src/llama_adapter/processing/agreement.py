@@ -1,7 +1,7 @@
-"""Whether a processor is the one that the adapter beside it was trained with.
+"""Whether a processor is the one that the adapter next to it was trained with.
 
 What both files of a directory say must be the same. What only the processor knows (template,
-placeholder, how images are scaled and normalised, the tokenizer) is recorded in
+placeholder, how images are scaled and normalized, the tokenizer) is recorded in
 `adapter_config.json` when the two are saved together; directories of version 0.1 have no record.
 """
 
@@ -25,7 +25,7 @@ _RECORD = "processor"
 
 
 def record(directory: Path, stored: Mapping[str, Any]) -> None:
-    """Note in the adapter's config, where there is one, which processor stands beside it."""
+    """Note in the adapter's config, where there is one, which processor is next to it."""
     content = _adapter_config(directory)
     if content is None:
         return

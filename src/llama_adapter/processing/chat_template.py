@@ -1,7 +1,7 @@
 """The chat template that comes with a tokenizer, read off once and laid out by us.
 
-The template is rendered with stand-ins for all contents, so that no untrusted text passes through
-it, and only for conversations that grow turn by turn: what stands before, between and after the
+The template is rendered with substitutes for all contents, so that no untrusted text passes through
+it, and only for conversations that grow turn by turn: the text before, between and after the
 contents is taken from there. A prompt is therefore the beginning of the talk that training uses,
 whatever the template does to a last answer or to earlier ones.
 """
@@ -24,7 +24,7 @@ from llama_adapter.processing.jinja import compile_template
 from llama_adapter.processing.markers import any_of, marker_expressions, special_tokens
 from llama_adapter.processing.pieces import Kind, Piece, placeholder_pieces
 
-_STAND_IN = "\ue000{}\ue001"
+_SUBSTITUTE = "\ue000{}\ue001"
 _FIND = re.compile("\ue000(\\d+)\ue001")
 
 _PROBES: tuple[tuple[str, ...], ...] = (
@@ -42,7 +42,7 @@ _SETTLED = 3
 
 
 class Opening(NamedTuple):
-    """What stands between a question and its answer."""
+    """The text between a question and its answer."""
 
     prompt: str
     """The part that a prompt of generation ends with."""
@@ -55,7 +55,7 @@ class ChatTemplate:
 
     Where the template puts something else before an answer of a talk than at the end of a prompt
     (a `<think>` block, a header), one of its own switches is turned that makes both alike; where
-    it has none, the longer text stands in both.
+    it has none, the longer text is used for both.
     """
 
     def __init__(self, tokenizer: Any, *, switches: Mapping[str, Any] | None = None) -> None:
@@ -81,7 +81,7 @@ class ChatTemplate:
         return tuple(dict.fromkeys(end.strip() for end in self._ends if end.strip()))
 
     def opening(self, index: int = 0, *, with_system: bool = False) -> Opening:
-        """What stands before the answer of this number; equal in prompts and in talks."""
+        """The text before the answer of this index; equal in prompts and conversations."""
         asked = _roles(index, with_system)
         prompted = self._literals(asked, True)[-1]
         talked = self._literals((*asked, "assistant"), False)[-2]
@@ -130,7 +130,7 @@ class ChatTemplate:
                 pieces += [Piece(Kind.CONTENT, system), Piece(Kind.TEMPLATE, "\n\n")]
             pieces += placeholder_pieces(message, placeholder_text, after="\n")
             if index == 0 and conversation.context:
-                # Not the system turn: what an expert read off an image is no instruction.
+                # Not the system turn: what an expert read off an image is not an instruction.
                 pieces.append(Piece(Kind.CONTENT, conversation.context))
                 pieces.append(Piece(Kind.TEMPLATE, "\n\n"))
             pieces.append(Piece(Kind.CONTENT, message.text))
@@ -253,7 +253,7 @@ class ChatTemplate:
 
     def _read_literals(self, roles: tuple[str, ...], opens_answer: bool) -> list[str]:
         """What the template puts before, between and after the contents of such messages."""
-        contents = [_STAND_IN.format(index) for index in range(len(roles))]
+        contents = [_SUBSTITUTE.format(index) for index in range(len(roles))]
         try:
             text = self._template.render(
                 messages=[

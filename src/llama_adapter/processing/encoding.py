@@ -1,8 +1,9 @@
 """From a rendered prompt to token ids, labels and placeholders, and from rows to a batch.
 
-A talk is tokenised once, as a whole; what each token is follows from its character offsets. What
-generation reads has to be the beginning of it, token by token, at every answer. Where a tokenizer
-would join the end of a prompt with the answer's first letters, the two are tokenised apart.
+A conversation is tokenized once, as a whole; what each token is follows from its character
+offsets. What generation reads has to be the beginning of it, token by token, at every answer. Where
+a tokenizer would join the end of a prompt with the answer's first letters, the two are tokenized
+separately.
 
 Shape suffixes: B rows, T tokens.
 """
@@ -29,7 +30,7 @@ Side = Literal["left", "right"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Encoded:
-    """One tokenised conversation."""
+    """One tokenized conversation."""
 
     input_ids: tuple[int, ...]
     labels: tuple[int, ...]
@@ -61,7 +62,7 @@ def opening_ids(tokenizer: Any) -> tuple[int, ...]:
 
 
 def encode(text: Rendered, *, tokenizer: Any, opening: tuple[int, ...]) -> Encoded:
-    """Tokenise once; `opening` stands in front unless the text itself begins with bos."""
+    """Tokenize once; `opening` comes first unless the text itself begins with bos."""
     if not tokenizer.is_fast:
         raise ConfigError(
             f"{type(tokenizer).__name__} reports no character offsets; a fast tokenizer is needed"
@@ -87,7 +88,7 @@ def encode(text: Rendered, *, tokenizer: Any, opening: tuple[int, ...]) -> Encod
 
 
 def _tokenize(text: Rendered, tokenizer: Any) -> tuple[Rendered, list[int], list[Span]]:
-    """Token ids and their characters, and the text once no special token stands in what was said.
+    """Token ids and their characters, and the text once what was said holds no special token.
 
     Special tokens written out are broken up already; a tokenizer that looks for them in
     normalized text makes them of other spellings too, and only it knows of which.
@@ -97,7 +98,7 @@ def _tokenize(text: Rendered, tokenizer: Any) -> tuple[Rendered, list[int], list
         ids, offsets = _with_prompts_apart(text, tokenizer)
         if normalized.isdisjoint(ids):
             return text, ids, offsets
-        # some special tokens take the white space beside them along
+        # some special tokens take the white space next to them along
         special = [
             _trimmed(text, span)
             for span, token in zip(offsets, ids, strict=True)
@@ -127,7 +128,7 @@ def _with_prompts_apart(text: Rendered, tokenizer: Any) -> tuple[list[int], list
     cuts = []
     token = 0
     for at in text.openings:
-        # what a special token follows is tokenised as if it were alone
+        # what a special token follows is tokenized as if it were alone
         start = token
         while token < len(ids) and offsets[token][1] <= at:
             if ids[token] in specials:

@@ -83,7 +83,7 @@ def image_processor_from(stored: Mapping[str, Any], *, where: Any) -> Any:
     kind = kind.replace("Extractor", "Processor")
     for name in (f"{kind}Pil", kind):
         found = getattr(transformers, name, None)
-        # classes whose requirements are not installed are stand-ins that cannot be made
+        # classes whose requirements are not installed are dummies that cannot be made
         if found is not None and not getattr(found, "is_dummy", False):
             return _tried(found, stored, where=where)
     raise CheckpointError(
@@ -92,7 +92,7 @@ def image_processor_from(stored: Mapping[str, Any], *, where: Any) -> Any:
 
 
 def _tried(kind: Any, stored: Mapping[str, Any], *, where: Any) -> Any:
-    """An image processor that turns a small image into numbers."""
+    """An image processor that turns a small image into finite values."""
     complaint = f"{where}: the image processor's settings are damaged"
     for name, value in stored.items():
         if name.startswith("do_") and not isinstance(value, bool | None):
@@ -111,5 +111,5 @@ def _tried(kind: Any, stored: Mapping[str, Any], *, where: Any) -> Any:
     except Exception as error:  # each class fails in its own way
         raise CheckpointError(f"{complaint}: {explain(error)}") from error
     if not is_sound:
-        raise CheckpointError(f"{complaint}: a plain image does not become finite numbers")
+        raise CheckpointError(f"{complaint}: a plain image does not become finite values")
     return made

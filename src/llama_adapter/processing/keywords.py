@@ -1,6 +1,6 @@
 """The keywords of Hugging Face's processors, read into settings of our one way of making batches.
 
-Each is honoured or refused in one line. A keyword may stand by itself, in `text_kwargs`,
+Each is honored or refused in one line. A keyword may be given by itself, in `text_kwargs`,
 `images_kwargs` or `common_kwargs`, as in `transformers.ProcessorMixin`.
 """
 

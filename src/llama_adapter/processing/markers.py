@@ -21,7 +21,7 @@ from typing import Any
 NOTHING = re.compile(r"(?!)")
 """A pattern that matches nowhere."""
 
-# Longest stretch of neighbouring text that a marker may share with an untrusted one.
+# Longest stretch of adjacent text that a marker may share with an untrusted one.
 _REACH = 256
 
 _BRACKETED = re.compile(r"[<\[{«【]\S*?\w\S*?[>\]}»】]+")
@@ -32,7 +32,7 @@ _MOST_LABEL_WORDS = 5
 def escape(text: str, pattern: re.Pattern[str], *, before: str = "", after: str = "") -> str:
     """The text with a space inside whatever the pattern matches, until it matches nowhere.
 
-    `before` and `after` are what the text will stand between: a match that reaches over the
+    `before` and `after` are what the text will be between: a match that reaches over the
     border is broken inside the text. Takes time in proportion to the text.
     """
     before, after = before[-_REACH:], after[:_REACH]
@@ -113,8 +113,8 @@ def marker_expressions(
 ) -> list[str]:
     """Regular expressions for what in a template's own texts marks turns.
 
-    `literals` stand between two contents, or at the border of one. Special tokens in them are
-    left to the caller; all but `ends` (bos, eos) guard the plain words beside them.
+    `literals` are between two contents, or at the border of one. Special tokens in them are
+    left to the caller; all but `ends` (bos, eos) guard the plain words next to them.
     """
     found: set[str] = set()
     for literal in literals:

@@ -47,9 +47,9 @@ class Rendered(str):
     openings: tuple[int, ...]
     """Where the prompt ends that each answer was given to; what the model writes follows."""
     said: tuple[Span, ...]
-    """What users, experts and the assistant said: no special token stands there."""
+    """What users, experts and the assistant said: it holds no special token."""
     continues: bool
-    """Whether it stands behind another text, so that no bos token opens it."""
+    """Whether it follows another text, so that no bos token opens it."""
 
     __slots__ = ("answers", "continues", "openings", "placeholders", "said")
 

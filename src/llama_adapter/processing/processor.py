@@ -169,7 +169,7 @@ class LlamaAdapterProcessor(ProcessorMixin):
 
     @property
     def ends(self) -> tuple[str, ...]:
-        """What stands behind an answer and is learnt with it: the end of generation."""
+        """The text after an answer that is learnt with it: the end of generation."""
         return self._renderer.ends
 
     @property
@@ -367,7 +367,7 @@ class LlamaAdapterProcessor(ProcessorMixin):
             given: by position, a prompt or prompts; or images and prompts, as in Hugging Face's
                 processors.
             text: prompts; a plain string is a question, put into the template. One that ends with
-                the tokenizer's eos_token is a whole text instead, tokenised as it is.
+                the tokenizer's eos_token is a whole text instead, tokenized as it is.
             rendered: what plain strings are: True, texts to be taken as they are, trusted, such as
                 a result of `apply_chat_template`; False, questions, whatever they hold; None, what
                 the attribute `rendered` says, or else questions, but a `PromptError` where one
@@ -385,7 +385,7 @@ class LlamaAdapterProcessor(ProcessorMixin):
         Returns:
             `input_ids` and `attention_mask` (B, T); with images `pixel_values` (I, 3, H, W), or
             (I, F, 3, H, W) where an image has frames, and `image_index`: the row of
-            `pixel_values` that each row sees, -1 for none, (B,), or (B, T) where rows hold
+            `pixel_values` that each row attends to, -1 for none, (B,), or (B, T) where rows hold
             several placeholders; with placeholders `visual_mask` (B, T); with `labels=True`
             `labels` (B, T).
 
@@ -466,7 +466,7 @@ class LlamaAdapterProcessor(ProcessorMixin):
     ) -> BatchFeature:
         """A batch of encoded prompts and the images of each.
 
-        `image_processor` stands in for the processor's own. With `visual_features` [I, P, C] of
+        `image_processor` replaces the processor's own. With `visual_features` [I, P, C] of
         all images none is read.
         """
         samples = self.add_images(
@@ -537,13 +537,13 @@ class LlamaAdapterProcessor(ProcessorMixin):
             raise PromptError(f"a batch must hold equally many frames a prompt, got {found}")
         frames = [frame for clip in even for frame in clip]
         if self.channel_order == "bgr":
-            # swapped before normalisation: the training code took BGR pixels for RGB
+            # swapped before normalization: the training code took BGR pixels for RGB
             frames = [Image.merge("RGB", frame.split()[::-1]) for frame in frames]
         pixels = pixel_values(image_processor, frames)
         return pixels if longest == 1 else pixels.unflatten(0, (len(clips), longest))
 
     def to_dict(self) -> dict[str, Any]:
-        """What `save_pretrained` stores beside the tokenizer."""
+        """What `save_pretrained` stores besides the tokenizer."""
         images = None if self.image_processor is None else self.image_processor.to_dict()
         options = {name: getattr(self, name) for name in _OPTIONS}
         stored = {"processor_class": type(self).__name__, "image_processor": images, **options}

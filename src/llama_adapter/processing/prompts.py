@@ -47,7 +47,7 @@ def as_prompts(text: Any) -> list[Prompt]:
 
 
 def images_per_prompt(images: Any, count: int) -> list[tuple[ImageRef, ...]]:
-    """Images given beside `count` prompts, as references for each."""
+    """Images given with `count` prompts, as references for each."""
     if images is None:
         return [()] * count
     if not isinstance(images, list | tuple):

@@ -98,7 +98,7 @@ class PromptRenderer:
         """Whether a text is laid out in the template from its first question on."""
         opened, closes = self._marks
         before, found, _ = text.partition(opened) if opened else (text, "", "")
-        # what stands behind an answer goes on with its end, and then perhaps with a question
+        # what follows an answer goes on with its end, and then perhaps with a question
         return bool(found) and not any(end in before for end in closes)
 
     def whole(self, text: str, end: str) -> Rendered:
@@ -194,7 +194,7 @@ class LineTemplate:
     end: str | None = None
     """What ends an answer, and generation with it; None: the tokenizer's eos_token."""
     after_placeholders: str = " "
-    """What parts placeholders of pictures from a context that follows them."""
+    """What separates placeholders of images from a context that follows them."""
 
     def lay_out(
         self,
@@ -204,7 +204,7 @@ class LineTemplate:
         placeholder_text: str | None,
         opens_answer: bool,
     ) -> list[Piece]:
-        """The pieces of the conversation; `end` stands behind each answer."""
+        """The pieces of the conversation; `end` follows each answer."""
         pieces: list[Piece] = []
         for index, message in enumerate(conversation.turns):
             if message.role == "assistant":
@@ -313,7 +313,7 @@ TEMPLATES: dict[str, LineTemplate | type[ChatTemplate]] = {
         system_with_context=None,
         system_without_context=None,
         marker=_HEADINGS,
-        # a picture is a text of its own; the bases know the word for what comes after one
+        # an image is a text of its own; the bases know the word for what comes after one
         after_placeholders=" text : ",
     ),
     CHAT: ChatTemplate,

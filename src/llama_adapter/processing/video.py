@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from av.video.stream import VideoStream
 
 DEFAULT_FRAMES = 8
-"""Frames that a model sees of a video; the published evaluations took up to 100."""
+"""Frames that a model gets of a video; the published evaluations took up to 100."""
 MAX_FRAMES = 512
 MAX_SECONDS = 4 * 3600.0
 """Longer videos are refused."""
@@ -40,7 +40,7 @@ VIDEO_SUFFIXES = frozenset(
 
 _SLACK = 0.5  # seconds by which a last frame may be shown longer than it says
 _NEAR = 1.0  # seconds before a wanted moment from which every frame is decoded
-# Not videos but lists of other files, or text drawn as pictures.
+# Not videos but lists of other files, or text drawn as images.
 _REFUSED_FORMATS = frozenset(("hls", "dash", "concat", "concatf", "imf", "tty", "webvtt"))
 
 
@@ -56,7 +56,7 @@ class Video:
     """Length of the video."""
     name: str
     repeated: int = 0
-    """Frames that stand in for a moment that could not be decoded."""
+    """Frames that replace a moment that could not be decoded."""
 
     @property
     def is_damaged(self) -> bool:
@@ -65,12 +65,11 @@ class Video:
 
     @property
     def note(self) -> str:
-        """What whoever reads an answer should know; nothing where all could be decoded."""
+        """What a reader of an answer should know; nothing where all could be decoded."""
         if not self.is_damaged:
             return ""
         return (
-            f"{self.repeated} of {len(self.frames)} frames cannot be decoded; others stand in "
-            "their place"
+            f"{self.repeated} of {len(self.frames)} frames cannot be decoded; others replace them"
         )
 
     def as_image_ref(self) -> ImageRef:
@@ -86,10 +85,10 @@ def load_video(
     max_seconds: float = MAX_SECONDS,
     max_pixels: int = MAX_PIXELS,
 ) -> Video:
-    """`frames` pictures from a file or encoded bytes, in whatever container FFmpeg reads.
+    """`frames` images from a file or encoded bytes, in any container that FFmpeg reads.
 
-    Each is the picture on show in the middle of one of as many equal segments, so variable frame
-    rates are sampled by time; rotation metadata is applied. A video with fewer pictures repeats
+    Each is the frame on show in the middle of one of as many equal segments, so variable frame
+    rates are sampled by time; rotation metadata is applied. A video with fewer frames repeats
     them. Raises `VideoError` naming the file for what cannot be read or is over a limit.
     """
     if not 1 <= frames <= MAX_FRAMES:
@@ -113,7 +112,7 @@ def load_video(
 
 
 def is_video(source: object) -> bool:
-    """Whether a path is a video's by its name; a GIF in a picture's place is a picture."""
+    """Whether a path is a video's by its name; a GIF in an image's place is an image."""
     return isinstance(source, Path) and source.suffix.lower() in VIDEO_SUFFIXES - {".gif"}
 
 
@@ -157,7 +156,7 @@ def _open_container(av: Any, file: Any, label: str) -> InputContainer:
 def _video_stream(
     container: InputContainer, label: str, *, max_pixels: int, frames: int
 ) -> VideoStream:
-    # a cover picture in a music file is a video stream to FFmpeg
+    # a cover image in a music file is a video stream to FFmpeg
     streams = [s for s in container.streams.video if not _is_cover(s)]
     if not streams:
         found = ", ".join(sorted({s.type for s in container.streams})) or "nothing"
@@ -167,9 +166,9 @@ def _video_stream(
         raise VideoError(f"{label}: is of a codec that is not known here")
     width, height = stream.codec_context.width, stream.codec_context.height
     if not width or not height:
-        raise VideoError(f"{label}: does not say how large its pictures are")
+        raise VideoError(f"{label}: does not say how large its frames are")
     if width * height > max_pixels:
-        raise VideoError(f"{label}: pictures have {width}x{height} pixels, limit {max_pixels}")
+        raise VideoError(f"{label}: frames have {width}x{height} pixels, limit {max_pixels}")
     if frames * width * height > MAX_VIDEO_PIXELS:
         raise VideoError(
             f"{label}: {frames} frames of {width}x{height} have {frames * width * height} pixels; "
@@ -221,7 +220,7 @@ class _Reader:
         self._lost: set[float] = set()  # moments of packets not decoded since the last seek
 
     def at(self, seconds: float) -> tuple[VideoFrame | None, bool]:
-        """The frame on show at that time, and whether it stands in for one that is missing."""
+        """The frame on show at that time, and whether it replaces one that is missing."""
         self._wanted = seconds
         if self._next is None or seconds - self.time(self._next) > max(self._reach, 1.0):
             self._seek(seconds)
@@ -283,26 +282,26 @@ class _Reader:
 
 
 def _sample(reader: _Reader, targets: list[float], *, seconds: float, name: str) -> Video:
-    pictures: list[Image.Image | None] = []
+    images: list[Image.Image | None] = []
     times: list[float] = []
     last: VideoFrame | None = None
     repeated = 0
     for target in targets:
-        frame, is_stand_in = reader.at(target)
-        repeated += is_stand_in
+        frame, is_substitute = reader.at(target)
+        repeated += is_substitute
         if frame is None:
-            pictures.append(None)
+            images.append(None)
             times.append(target)
             continue
-        pictures.append(pictures[-1] if frame is last else _upright(frame))
+        images.append(images[-1] if frame is last else _upright(frame))
         times.append(max(0.0, reader.time(frame)))
         last = frame
-    found = [i for i, picture in enumerate(pictures) if picture is not None]
+    found = [i for i, image in enumerate(images) if image is not None]
     if not found:
-        raise VideoError(f"{name}: no picture of it can be decoded")
-    nearest = [_nearest(found, i) for i in range(len(pictures))]
+        raise VideoError(f"{name}: no frame of it can be decoded")
+    nearest = [_nearest(found, i) for i in range(len(images))]
     return Video(
-        frames=tuple(p for p in (pictures[j] for j in nearest) if p is not None),
+        frames=tuple(p for p in (images[j] for j in nearest) if p is not None),
         times=tuple(times[j] for j in nearest),
         seconds=seconds,
         name=name,
@@ -315,7 +314,7 @@ def _nearest(places: list[int], place: int) -> int:
 
 
 def _upright(frame: VideoFrame) -> Image.Image:
-    picture = frame.to_image()
+    image = frame.to_image()
     # counter-clockwise in both FFmpeg's matrix and Pillow
     turn = frame.rotation % 360
-    return picture.rotate(turn, expand=True) if turn else picture
+    return image.rotate(turn, expand=True) if turn else image

@@ -1,6 +1,6 @@
 """Faster ways to compute what plain code computes, each behind one function.
 
-A function has the signature of the plain code beside it and decides by itself which of the two
+A function has the signature of the plain code next to it and decides by itself which of the two
 runs; `switched_off` turns all of them off. What each does, when, and its gain:
 
 `scale_and_shift`       Bias and scale of a linear in one pass over its output; in training the

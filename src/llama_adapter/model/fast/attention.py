@@ -93,7 +93,7 @@ def _attend_together(
 
 
 def _by_head(x_BHTD: Tensor) -> Tensor:
-    """[H, N, D]; without a copy where a token's heads lie together, as projections make them."""
+    """[H, N, D]; without a copy where a token's heads are adjacent, as projections make them."""
     return x_BHTD.transpose(1, 2).flatten(0, 1).transpose(0, 1)
 
 

@@ -35,7 +35,7 @@ def rms_epsilon(norm: nn.Module) -> float | None:
     x_d = torch.linspace(-1, 2, weight.shape[0], device="cpu").unsqueeze(0)
     with torch.no_grad():
         weight.copy_(torch.linspace(0.5, 3, weight.shape[0], device="cpu"))
-        # the class's function: an instance's may be one that fetches offloaded numbers
+        # the class's function: an instance's may be one that fetches offloaded weights
         found = type(trial).forward(trial, x_d)
         expected = weight * x_d * torch.rsqrt(x_d.square().mean() + epsilon)
     return epsilon if torch.allclose(found, expected, rtol=1e-4, atol=1e-6) else None

@@ -23,7 +23,7 @@ def switched_off() -> Iterator[None]:
 
 
 def is_on() -> bool:
-    """Whether fast code may run; a compiler, which sees no switch, always thinks so."""
+    """Whether fast code may run; under a compiler always, which does not see the switch."""
     return torch.compiler.is_compiling() or _on.get()
 
 

@@ -23,7 +23,7 @@ class RowReads:
     images: Sequence[int] | None = None
     """The entry of each token of the pass, where only placeholders read; in place of `image`."""
     ordinals: Sequence[int] | None = None
-    """Beside `images`, where a placeholder attends to one prompt of its image alone: which."""
+    """With `images`, where a placeholder attends to one prompt of its image alone: which."""
     is_late: bool = False
     """Whether an image takes the place of the adapter's static prompts, which it holds."""
 

@@ -47,7 +47,7 @@ class StackedAdapter:
 
 
 class StackedPrompts(nn.Module):
-    """What an attention module reads beside its keys: the entries that this pass names."""
+    """What an attention module attends to besides its keys: the entries that this pass names."""
 
     def __init__(self, stack: AdapterStack, layer: int) -> None:
         super().__init__()
