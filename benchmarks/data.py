@@ -3,8 +3,8 @@
     python -m benchmarks.data
     python -m benchmarks.data --photos ../shared/real/captions/flickr8k
 
-Reading: pictures decoded, resized and laid into packed rows with their captions, in samples a
-second of wall time, for each number of worker processes. Without --photos, pictures of 500 x 375
+Reading: images decoded, resized and laid into packed rows with their captions, in samples a
+second of wall time, for each number of worker processes. Without --photos, images of 500 x 375
 random pixels are written and read. Memory: resident bytes while 100,000 synthetic Alpaca records
 are opened, measured and streamed from one end of an epoch to the other; each side in a process of
 its own. Growth is from the first to the last quarter of the epoch.
@@ -40,7 +40,7 @@ MOST_GROWTH = 0.10
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_options(parser, rounds=3)
-    parser.add_argument("--photos", type=Path, help="a folder with captions.json and its pictures")
+    parser.add_argument("--photos", type=Path, help="a folder with captions.json and its images")
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--samples", type=int, default=400, help="read in each timed turn")
     parser.add_argument("--records", type=int, default=100_000)
@@ -68,7 +68,7 @@ def _stream(source: Source, kind: Kind, *, workers: int, rows: int, length: int)
     return BatchStream(kind, [part], encoder, rows=rows, row_length=length, seed=0, workers=workers)
 
 
-# --- reading pictures -----------------------------------------------------------------------
+# --- reading images -----------------------------------------------------------------------
 
 
 def _reading(options: argparse.Namespace, *, workers: int) -> dict[str, Any]:

@@ -22,10 +22,10 @@ from benchmarks.measuring import (
     add_options,
     interleaved,
     make_llama,
-    make_tower,
+    make_vision_encoder,
     place_alike,
     report,
-    synchronised,
+    synchronized,
 )
 from llama_adapter import LlamaAdapterConfig, LlamaAdapterForConditionalGeneration
 from llama_adapter.model.visual_generation import CACHE
@@ -44,7 +44,7 @@ def main() -> None:
     base = make_llama(options)
     adapted = LlamaAdapterForConditionalGeneration.from_base(
         make_llama(options),
-        make_tower(options),
+        make_vision_encoder(options),
         LlamaAdapterConfig.preset(options.preset),
         seed=0,
     )
@@ -54,9 +54,9 @@ def main() -> None:
     adapted.prepare_for_inference()
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(3, 1000, (1, options.prompt_tokens), generator=generator).to(options.device)
-    picture = torch.randn(1, 3, 64, 64, generator=generator).to(options.device)
+    image = torch.randn(1, 3, 64, 64, generator=generator).to(options.device)
     with torch.inference_mode():
-        visual = adapted.encode_visual(picture, cache=True)
+        visual = adapted.encode_visual(image, cache=True)
         reading = {"visual_prompts": visual, "image_index": torch.zeros(1, dtype=torch.long)}
         reading["image_index"] = reading["image_index"].to(options.device)
         sides: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -64,11 +64,11 @@ def main() -> None:
             "adapted": (adapted, reading),
         }
         prefill = {
-            name: synchronised(_prefill(model, ids, extra), options.device)
+            name: synchronized(_prefill(model, ids, extra), options.device)
             for name, (model, extra) in sides.items()
         }
         decode = {
-            name: synchronised(_decode(model, ids, extra, options.rounds), options.device)
+            name: synchronized(_decode(model, ids, extra, options.rounds), options.device)
             for name, (model, extra) in sides.items()
         }
         place = partial(place_alike, base, adapted)

@@ -51,7 +51,7 @@ CHANCE = 0.5 / len(SIGN_WORDS) + 0.5 / 100
 """Half of the signs hold one of the words, half a number below 100."""
 
 
-def picture(scene: Scene, *, seed: int, index: int, size: int = 64) -> Image.Image:
+def draw(scene: Scene, *, seed: int, index: int, size: int = 64) -> Image.Image:
     return SceneImage(scene=scene, seed=seed, index=index, size=size)()
 
 
@@ -79,15 +79,14 @@ def measure_signs(loaded: Loaded, options: argparse.Namespace) -> dict[str, Any]
     stream = scene_stream(options.seed, split=Split.TEST, sign_probability=1.0)
     scenes = list(itertools.islice(stream, options.scenes))
     rng = random.Random(options.seed)
-    pictures = [
-        picture(scene, seed=options.seed, index=i, size=options.size)
-        for i, scene in enumerate(scenes)
+    images = [
+        draw(scene, seed=options.seed, index=i, size=options.size) for i, scene in enumerate(scenes)
     ]
     asked = [ask(scene, rng, "sign") for scene in scenes]
     questions = [(a.question, a.answer) for a in asked if a is not None]
     pool = ExpertPool(make_experts([OCR]), timeout=120)
     seconds, texts, right_text = 0.0, [], 0
-    for scene, image, (question, _) in zip(scenes, pictures, questions, strict=True):
+    for scene, image, (question, _) in zip(scenes, images, questions, strict=True):
         started = time.perf_counter()
         found = pool.consult([image], question)
         seconds += time.perf_counter() - started
@@ -101,7 +100,7 @@ def measure_signs(loaded: Loaded, options: argparse.Namespace) -> dict[str, Any]
         "without": [None] * len(scenes),
         "with_ocr": texts,
         "with_caption_and_ocr": [f"{c}\n{t}" for c, t in zip(captions, texts, strict=True)],
-        "with_ocr_picture_hidden": texts,
+        "with_ocr_image_hidden": texts,
     }
     for name, contexts in ways.items():
         given = answers(
@@ -110,13 +109,13 @@ def measure_signs(loaded: Loaded, options: argparse.Namespace) -> dict[str, Any]
                 Conversation.ask(
                     question, images=[] if "hidden" in name else [image], context=context
                 )
-                for (question, _), image, context in zip(questions, pictures, contexts, strict=True)
+                for (question, _), image, context in zip(questions, images, contexts, strict=True)
             ],
         )
         right = sum(a == b for a, (_, b) in zip(given, questions, strict=True))
         result[name] = Score(right=right, total=len(scenes)).to_dict()
     result["sign_read_to_the_letter"] = Score(right=right_text, total=len(scenes)).to_dict()
-    result["ocr_seconds_per_picture"] = round(seconds / len(scenes), 3)
+    result["ocr_seconds_per_image"] = round(seconds / len(scenes), 3)
     return with_target(result, result["with_ocr"]["value"], at_least=0.95)
 
 
@@ -127,7 +126,7 @@ def measure_captions(loaded: Loaded, options: argparse.Namespace) -> dict[str, A
     seeds: dict[str, Any] = {}
     for seed in options.seeds:
         test = HeldOutScenes.draw(
-            images=options.pictures,
+            images=options.images,
             questions=options.questions,
             seed=9_000 + seed,
             question_seed=seed,
@@ -149,12 +148,12 @@ def measure_captions(loaded: Loaded, options: argparse.Namespace) -> dict[str, A
 def captions_of(
     pool: ExpertPool, scenes: Sequence[Scene], *, seed: int, batch: int = 40
 ) -> list[str]:
-    """What the expert says of each scene's picture."""
+    """What the expert says of each scene's image."""
     [expert] = pool.experts
     captions: list[str] = []
     for start in range(0, len(scenes), batch):
         part = range(start, min(start + batch, len(scenes)))
-        images = [picture(scenes[i], seed=seed, index=i) for i in part]
+        images = [draw(scenes[i], seed=seed, index=i) for i in part]
         captions += [finding.text for finding in expert.consult(Request(images=images)).findings]
     return captions
 
@@ -162,21 +161,21 @@ def captions_of(
 def _take(
     loaded: Loaded, test: HeldOutScenes, captions: Sequence[str], pool: ExpertPool
 ) -> dict[str, Any]:
-    def without_picture(question: str, passage: str) -> str:
-        """What a session would put before a question that comes without a picture."""
+    def without_image(question: str, passage: str) -> str:
+        """What a session would put before a question that comes without an image."""
         return "\n".join(t for t in (*map(report_text, pool.consult([], question)), passage) if t)
 
     ways: dict[str, dict[str, Any]] = {
-        "picture": {"image": lambda q: q.scene},
-        "picture_with_caption": {
+        "image": {"image": lambda q: q.scene},
+        "image_with_caption": {
             "image": lambda q: q.scene,
             "context": lambda q: captions[q.scene],
         },
         "text_alone": {"context": lambda q: q.passage},
         "text_alone_with_experts": {
-            "context": lambda q: without_picture(q.asked.question, q.passage)
+            "context": lambda q: without_image(q.asked.question, q.passage)
         },
-        "text_beside_unrelated_picture": {
+        "text_with_unrelated_image": {
             "context": lambda q: q.passage,
             "image": lambda q: test.unrelated(q.scene),
         },
@@ -185,7 +184,7 @@ def _take(
     for name, way in ways.items():
         exact = [mark.exact for mark in answer_questions(*loaded, test, **way)]
         scores[name] = Score(right=sum(exact), total=len(exact)).to_dict()
-    gain = scores["picture_with_caption"]["value"] - scores["picture"]["value"]
+    gain = scores["image_with_caption"]["value"] - scores["image"]["value"]
     return {**scores, "gain": round(gain, 4)}
 
 
@@ -216,7 +215,7 @@ class Faller:
 def measure_panel(loaded: Loaded, options: argparse.Namespace) -> dict[str, Any]:
     """Side by side, a time limit, one that breaks, and the second time from the cache."""
     scene = next(scene_stream(options.seed, split=Split.TEST, sign_probability=1.0))
-    image = picture(scene, seed=options.seed, index=0, size=512)
+    image = draw(scene, seed=options.seed, index=0, size=512)
     nap = 0.5
     together = [Sleeper(f"sleeper {i}", nap) for i in range(4)]
     side_by_side = timed(lambda: ExpertPool(together).consult([image], "?"))
@@ -231,7 +230,7 @@ def measure_panel(loaded: Loaded, options: argparse.Namespace) -> dict[str, Any]
     with tempfile.TemporaryDirectory() as folder:
         cache = ReportCache(Path(folder) / "experts.sqlite")
         pool = ExpertPool(make_experts([OCR]), timeout=120, cache=cache)
-        other = picture(scene, seed=options.seed + 1, index=0, size=512)
+        other = draw(scene, seed=options.seed + 1, index=0, size=512)
         pool.consult([other], "?")  # the models are loaded once
         first = timed(lambda: pool.consult([image], "?"))
         again = min(timed(lambda: pool.consult([image], "?")) for _ in range(5))
@@ -279,7 +278,7 @@ def main() -> None:
     parser.add_argument("--caption", type=Path, default=bundled_adapter("caption"))
     parser.add_argument("--scenes", type=int, default=200, help="signs to read")
     parser.add_argument("--size", type=int, default=256, help="pixels a side for OCR")
-    parser.add_argument("--pictures", type=int, default=200, help="for captions, per seed")
+    parser.add_argument("--images", type=int, default=200, help="for captions, per seed")
     parser.add_argument("--questions", type=int, default=660, help="for captions, per seed")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--seed", type=int, default=7_000, help="of the scenes with signs")

@@ -81,7 +81,7 @@ def make_base(family: str, *, implementation: str | None = None, seed: int = 0) 
     return model.eval()
 
 
-def make_tower(seed: int = 1) -> Any:
+def make_vision_encoder(seed: int = 1) -> Any:
     torch.manual_seed(seed)
     config = AutoConfig.for_model(
         "siglip_vision_model",
@@ -104,7 +104,9 @@ def make_adapted(base: Any, *, preset: str = "v2") -> LlamaAdapterForConditional
         projector_width=32,
         projector_heads=4,
     )
-    return LlamaAdapterForConditionalGeneration.from_base(base, make_tower(), config, seed=0)
+    return LlamaAdapterForConditionalGeneration.from_base(
+        base, make_vision_encoder(), config, seed=0
+    )
 
 
 def stir(model: LlamaAdapterForConditionalGeneration, *, size: float = 0.1) -> None:
@@ -116,7 +118,7 @@ def stir(model: LlamaAdapterForConditionalGeneration, *, size: float = 0.1) -> N
 
 
 def inputs() -> tuple[Tensor, Tensor]:
-    """Two rows of ten tokens, longer than the sliding windows, and a picture each."""
+    """Two rows of ten tokens, longer than the sliding windows, and an image each."""
     generator = torch.Generator().manual_seed(5)
     ids = torch.randint(3, VOCABULARY, (2, 10), generator=generator)
     return ids, torch.randn(2, 3, 16, 16, generator=generator)
@@ -125,11 +127,11 @@ def inputs() -> tuple[Tensor, Tensor]:
 def noop_difference(family: str, implementation: str | None = None) -> float:
     """How far a fresh adapter moves the logits; it must be exactly 0."""
     base = make_base(family, implementation=implementation)
-    ids, pictures = inputs()
+    ids, images = inputs()
     with torch.no_grad():
         expected = base(ids).logits
         model = make_adapted(base)
-        return float((model(ids, pixel_values=pictures).logits - expected).abs().max())
+        return float((model(ids, pixel_values=images).logits - expected).abs().max())
 
 
 def oracle(family: str) -> float:
@@ -146,11 +148,11 @@ def cache_difference(family: str, implementation: str | None = None) -> float:
     """Largest difference of logits between one pass and token by token with a cache."""
     model = make_adapted(make_base(family, implementation=implementation))
     stir(model)
-    ids, pictures = inputs()
+    ids, images = inputs()
     rows = torch.arange(len(ids))
     with torch.no_grad():
-        whole = model(ids, pixel_values=pictures).logits
-        visual = model.encode_visual(pictures, cache=True)
+        whole = model(ids, pixel_values=images).logits
+        visual = model.encode_visual(images, cache=True)
         past, parts = None, []
         for piece in ids.split([4] + [1] * 6, dim=1):
             output = model(
@@ -174,7 +176,7 @@ def compile_difference(family: str, *, backend: str = "inductor") -> float:
     model = make_adapted(make_base(family))
     stir(model)
     model.prepare_for_inference()
-    ids, pictures = inputs()
+    ids, images = inputs()
     rows = torch.arange(len(ids))
 
     def forward(tokens: Tensor, **options: Any) -> Tensor:
@@ -182,7 +184,7 @@ def compile_difference(family: str, *, backend: str = "inductor") -> float:
 
     compiled: Callable[..., Tensor] = torch.compile(forward, fullgraph=True, backend=backend)
     with torch.no_grad():
-        visual = model.encode_visual(pictures, cache=True)
+        visual = model.encode_visual(images, cache=True)
         worst = _gap(
             compiled(ids, visual_prompts=visual, use_cache=False),
             forward(ids, visual_prompts=visual, use_cache=False),

@@ -47,7 +47,7 @@ def make_llama(options: argparse.Namespace, *, seed: int = 0) -> LlamaForCausalL
     return model.to(options.device, getattr(torch, options.dtype))
 
 
-def make_tower(options: argparse.Namespace) -> SiglipVisionModel:
+def make_vision_encoder(options: argparse.Namespace) -> SiglipVisionModel:
     torch.manual_seed(1)
     config = SiglipVisionConfig(
         hidden_size=96,
@@ -74,7 +74,7 @@ def place_alike(*models: nn.Module) -> None:
                 weight.data = weight.data.clone()
 
 
-def synchronised(work: Callable[[], Any], device: str) -> Callable[[], None]:
+def synchronized(work: Callable[[], Any], device: str) -> Callable[[], None]:
     """The work, and the wait until the device has done it."""
 
     def run() -> None:

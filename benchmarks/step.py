@@ -4,9 +4,9 @@
     python -m benchmarks.step --device cuda --dtype bfloat16
 
 V1 is held against peft's AdaptionPrompt (same prompts, same layers); full V2, projector and visual
-prompts included, against LoRA of rank 8 on every linear. The frozen tower's features are given: it
-is no part of the adapter, and peft's side has none. Half of each row is prompt and not scored: ours
-computes logits where a label is, as its trainer does; peft's side is the base's own loss.
+prompts included, against LoRA of rank 8 on every linear. The frozen vision encoder's features are
+given: it is not part of the adapter, and peft's side has none. Half of each row is prompt and not
+scored: ours computes logits where a label is, as its trainer does; peft's side is the base's loss.
 
 Both sides of a pair run in turn in one process, their weights in new memory every 10 rounds; memory
 is the growth of the peak in three steps, each side in a process of its own.
@@ -31,12 +31,12 @@ from benchmarks.measuring import (
     add_options,
     interleaved,
     make_llama,
-    make_tower,
+    make_vision_encoder,
     peak_memory,
     place_alike,
     report,
     reset_peak_memory,
-    synchronised,
+    synchronized,
 )
 from llama_adapter import LlamaAdapterConfig, LlamaAdapterForConditionalGeneration
 from llama_adapter.model import answer_mask
@@ -62,7 +62,7 @@ def main() -> None:
     for ours, theirs in PAIRS.items():
         made = {name: SIDES[name](options) for name in (theirs, ours)}
         place = partial(place_alike, *(model for model, _ in made.values()))
-        sides = {name: synchronised(step, options.device) for name, (_, step) in made.items()}
+        sides = {name: synchronized(step, options.device) for name, (_, step) in made.items()}
         results[ours] = interleaved(
             sides, over=theirs, rounds=options.rounds, warmup=2, every=10, between=place
         )
@@ -81,7 +81,7 @@ def _ours(preset: str) -> Callable[[argparse.Namespace], Side]:
         config = LlamaAdapterConfig.preset(preset, **shape)
         sees = config.adapter_config.is_multimodal
         model = LlamaAdapterForConditionalGeneration.from_base(
-            make_llama(options), make_tower(options) if sees else None, config, seed=0
+            make_llama(options), make_vision_encoder(options) if sees else None, config, seed=0
         )
         trainable = [*model.group_parameters("language"), *model.group_parameters("vision")]
         extra = {}

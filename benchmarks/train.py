@@ -9,7 +9,7 @@ packing  answer tokens a second on Alpaca records and photos with captions: rows
          trainer, same base, same number of places a step; the sides take turns.
 step     forward, backward and optimizer on one batch, ours against peft (see benchmarks.step) and
          against litgpt's adapter_v2, which runs in an environment of its own and takes turns too.
-large    7B shape of random numbers: tokens a second and model-flops utilisation. A frozen base
+large    7B shape of random numbers: tokens a second and model-flops utilization. A frozen base
          costs 4 flops a number and token: 2 forward, 2 backward to activations, 0 to weights.
 
 Targets: packed at least 3 times padded; a step no slower than the fastest peer, in no more memory.
@@ -35,11 +35,11 @@ from benchmarks.measuring import (
     add_options,
     interleaved,
     make_llama,
-    make_tower,
+    make_vision_encoder,
     peak_memory,
     report,
     reset_peak_memory,
-    synchronised,
+    synchronized,
 )
 from llama_adapter import LlamaAdapterConfig, LlamaAdapterForConditionalGeneration
 from llama_adapter.training.build import build, load_processor
@@ -83,7 +83,7 @@ def _packing(options: argparse.Namespace) -> dict[str, Any]:
             for padding in ("max_length", "packed"):
                 recipe = _recipe(options, Path(folder), kind, padding)
                 counts[padding] = []
-                sides[padding] = synchronised(_turns(recipe, kind, counts[padding]), options.device)
+                sides[padding] = synchronized(_turns(recipe, kind, counts[padding]), options.device)
             timed = interleaved(sides, over="max_length", rounds=options.rounds, warmup=1)
             # a place costs the same on both sides, so a turn of each is compared by what it scored
             mean = {name: sum(found) / len(found) for name, found in counts.items()}
@@ -147,13 +147,13 @@ def _recipe(options: argparse.Namespace, folder: Path, kind: str, padding: str) 
 
 
 def _save_models(folder: Path, options: argparse.Namespace) -> None:
-    """A random Llama with a tokenizer of the texts at hand, and a small tower."""
+    """A random Llama with a tokenizer of the texts at hand, and a small vision encoder."""
     from transformers import SiglipImageProcessorPil
 
     model = make_llama(options)
     model.save_pretrained(folder / "base")
     _tokenizer(options.shared, model.config.vocab_size).save_pretrained(folder / "base")
-    make_tower(options).save_pretrained(folder / "vision")
+    make_vision_encoder(options).save_pretrained(folder / "vision")
     SiglipImageProcessorPil(size={"height": 64, "width": 64}).save_pretrained(folder / "vision")
 
 
@@ -188,7 +188,7 @@ def _step(options: argparse.Namespace) -> dict[str, Any]:
     """Ours, peft's and litgpt's step in turn; memory of each in a process of its own."""
     options.side = None
     sides = {
-        name: synchronised(make(options), options.device) for name, make in steps.SIDES.items()
+        name: synchronized(make(options), options.device) for name, make in steps.SIDES.items()
     }
     grown = {name: steps._memory_in_a_process(name, options) for name in sides}
     litgpt, why_not = _litgpt(options)
@@ -285,9 +285,9 @@ def _large(options: argparse.Namespace) -> dict[str, Any]:
     before = reset_peak_memory(options.device)
     seconds = []
     for _ in range(options.rounds):
-        synchronised(lambda: None, options.device)()
+        synchronized(lambda: None, options.device)()
         start = time.perf_counter()
-        synchronised(lambda: trainer.step(instruction=batch), options.device)()
+        synchronized(lambda: trainer.step(instruction=batch), options.device)()
         seconds.append(time.perf_counter() - start)
     spent = sorted(seconds)[len(seconds) // 2]
     tokens = batch["input_ids"].numel()
@@ -300,7 +300,7 @@ def _large(options: argparse.Namespace) -> dict[str, Any]:
         "milliseconds_a_step": round(1e3 * spent, 1),
         "flops_a_second": flops,
         "formula": f"4 flops x {frozen:,} numbers of the base's linears and head x tokens",
-        "utilisation": None if peak is None else round(flops / peak, 3),
+        "utilization": None if peak is None else round(flops / peak, 3),
         "peak_memory_gibibytes": round(peak_memory(options.device) / 2**30, 2),
         "in_use_before_gibibytes": round(before / 2**30, 2),
     }

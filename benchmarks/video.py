@@ -167,12 +167,12 @@ def _audio(path: Path) -> Path:
 
 
 def _gif(path: Path) -> Path:
-    pictures = [Image.new("RGB", (64, 64), (20 * i, 0, 0)) for i in range(10)]
-    pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=100)
+    images = [Image.new("RGB", (64, 64), (20 * i, 0, 0)) for i in range(10)]
+    images[0].save(path, save_all=True, append_images=images[1:], duration=100)
     return path
 
 
-def behaviour(path: Path) -> str:
+def behavior(path: Path) -> str:
     """What happens to a file, in a few words."""
     started = time.perf_counter()
     try:
@@ -206,7 +206,7 @@ def main() -> None:
         ]
         result: dict[str, object] = {
             "speed": [speed(clip, times=arguments.times) for clip in clips],
-            "odd_files": {what: behaviour(path) for what, path in odd_files(folder).items()},
+            "odd_files": {what: behavior(path) for what, path in odd_files(folder).items()},
         }
         arguments.clip = [clip.name for clip in clips]
     report("video", result, targets={}, options=arguments)

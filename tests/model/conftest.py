@@ -39,7 +39,7 @@ def make_base(seed: int = 0, **changes: Any) -> LlamaForCausalLM:
     return LlamaForCausalLM(LlamaConfig(**{**settings, **changes})).eval()
 
 
-def make_tower(kind: str = "siglip", seed: int = 1) -> Any:
+def make_vision_encoder(kind: str = "siglip", seed: int = 1) -> Any:
     torch.manual_seed(seed)
     settings = {
         "hidden_size": 32,
@@ -70,7 +70,7 @@ def base() -> Callable[..., LlamaForCausalLM]:
 
 @pytest.fixture
 def tower() -> Callable[..., Any]:
-    return make_tower
+    return make_vision_encoder
 
 
 @pytest.fixture
@@ -94,7 +94,7 @@ def build() -> Callable[..., LlamaAdapterForConditionalGeneration]:
         config = LlamaAdapterConfig.preset(preset, **{**small, **overrides})
         model = LlamaAdapterForConditionalGeneration.from_base(
             make_base() if language_model is None else language_model,
-            make_tower(vision) if vision and config.adapter_config.is_multimodal else None,
+            make_vision_encoder(vision) if vision and config.adapter_config.is_multimodal else None,
             config,
             seed=0,
         )

@@ -28,7 +28,7 @@ def saved(tmp_path_factory, request):
     conftest = _conftest(request)
     root = tmp_path_factory.mktemp("saved")
     conftest.make_base().save_pretrained(root / "base")
-    conftest.make_tower().save_pretrained(root / "tower")
+    conftest.make_vision_encoder().save_pretrained(root / "tower")
     config = LlamaAdapterConfig.preset(
         "v2", prompt_length=5, visual_prompt_length=6, projector_width=32, projector_heads=4
     )

@@ -1,4 +1,4 @@
-"""The shipped tower is a stock model that sees; remaking it is exact and can be resumed."""
+"""The shipped encoder is a stock model that sees; remaking it is exact and can be resumed."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from tools.miniature.phrases import (
     vision_loss,
 )
 from tools.miniature.vision_encoder import (
-    SHIPPED_TOWER,
+    BUNDLED_ENCODER,
     VisionTraining,
     image_processor,
-    load_tower,
-    new_tower,
+    load_vision_encoder,
+    new_vision_encoder,
     pretrain_vision,
 )
 from transformers import AutoImageProcessor, AutoModel, SiglipVisionModel
@@ -41,25 +41,25 @@ def weights(directory: Path) -> dict[str, torch.Tensor]:
     return SiglipVisionModel.from_pretrained(directory).state_dict()
 
 
-def test_shipped_tower_is_a_stock_model() -> None:
-    model = AutoModel.from_pretrained(SHIPPED_TOWER)
+def test_bundled_vision_encoder_is_a_stock_model() -> None:
+    model = AutoModel.from_pretrained(BUNDLED_ENCODER)
     assert type(model) is SiglipVisionModel
     assert model.dtype is torch.float32
-    assert (SHIPPED_TOWER / "model.safetensors").stat().st_size < 3 * 2**20
+    assert (BUNDLED_ENCODER / "model.safetensors").stat().st_size < 3 * 2**20
 
 
-def test_shipped_tower_reads_held_out_combinations() -> None:
+def test_bundled_vision_encoder_reads_held_out_combinations() -> None:
     """Nearest neighbours in patch space share shape and colour, without any training."""
     rng = random.Random(0)
-    tower = load_tower()
-    assert not any(p.requires_grad for p in tower.parameters())
+    encoder = load_vision_encoder()
+    assert not any(p.requires_grad for p in encoder.parameters())
 
     def features(split: Split, count: int) -> tuple[list[tuple[str, str]], torch.Tensor]:
         scenes = [
             sample_scene(rng, split=split, num_things=1, sign_probability=0) for _ in range(count)
         ]
         with torch.no_grad():
-            patches = tower(
+            patches = encoder(
                 pixel_values=to_pixels([render(s, rng) for s in scenes])
             ).last_hidden_state
         pooled = patches.amax(1)
@@ -84,11 +84,11 @@ def test_shipped_tower_reads_held_out_combinations() -> None:
 
 def test_training_pixels_are_what_the_image_processor_makes() -> None:
     rng = random.Random(0)
-    picture = render(sample_scene(rng), rng)
-    made = image_processor()(picture, return_tensors="pt")["pixel_values"]
-    shipped = AutoImageProcessor.from_pretrained(SHIPPED_TOWER, backend="pil")
-    torch.testing.assert_close(made, to_pixels([picture]))
-    torch.testing.assert_close(shipped(picture, return_tensors="pt")["pixel_values"], made)
+    image = render(sample_scene(rng), rng)
+    made = image_processor()(image, return_tensors="pt")["pixel_values"]
+    shipped = AutoImageProcessor.from_pretrained(BUNDLED_ENCODER, backend="pil")
+    torch.testing.assert_close(made, to_pixels([image]))
+    torch.testing.assert_close(shipped(image, return_tensors="pt")["pixel_values"], made)
     large = render(sample_scene(rng), rng, size=256)
     assert shipped(large, return_tensors="pt")["pixel_values"].shape[-2:] == (IMAGE_SIZE,) * 2
 
@@ -116,11 +116,14 @@ def test_a_fair_batch_leaves_held_out_combinations_undecided() -> None:
     assert scored_BNT.float().mean() > 0.5
 
 
-def test_gradients_reach_the_whole_tower() -> None:
+def test_gradients_reach_the_whole_vision_encoder() -> None:
     generator = torch.Generator().manual_seed(0)
-    tower, scorer = new_tower(generator=generator), PhraseScorer(128, generator=generator)
-    vision_loss(tower, scorer, sample_batch(random.Random(0), size=4, fair=True)).backward()
-    for name, parameter in [*tower.named_parameters(), *scorer.named_parameters()]:
+    encoder, scorer = (
+        new_vision_encoder(generator=generator),
+        PhraseScorer(128, generator=generator),
+    )
+    vision_loss(encoder, scorer, sample_batch(random.Random(0), size=4, fair=True)).backward()
+    for name, parameter in [*encoder.named_parameters(), *scorer.named_parameters()]:
         assert parameter.grad is not None, name
         assert parameter.grad.abs().sum() > 0 or name.endswith("k_proj.bias"), name
 

@@ -28,9 +28,9 @@ _COLOR_OUT = dict(HELD_OUT)
 def unscored_tokens(
     labels_BT: Tensor, scenes: Sequence[Scene | None], tokenizer: PreTrainedTokenizerBase
 ) -> Tensor:
-    """For each label that names a thing's shape or colour the word that is held out with it.
+    """For each label that names a thing's shape or color the word that is held out with it.
 
-    Within a scene a shape or a colour names one thing. Rows about no scene leave nothing out.
+    Within a scene a shape or a color names one thing. Rows about no scene leave nothing out.
     """
     token_of = _tokens(tokenizer)
     unscored_BT = torch.full_like(labels_BT, -1)

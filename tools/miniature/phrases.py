@@ -1,10 +1,10 @@
-"""Phrases about scenes, and how they score the patches of a picture.
+"""Phrases about scenes, and how they score the patches of an image.
 
 A phrase ("small red star") names up to four attributes. Its embedding is the sum of its
 words' embeddings, so a patch must hold each attribute in a direction of its own; that
-is what carries over to combinations of shape and colour that no training picture shows.
+is what carries over to combinations of shape and color that no training image shows.
 Phrases with such a combination are never scored in training, not even as false ones:
-the tower would learn to deny them.
+the encoder would learn to deny them.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from PIL import Image
     from transformers import SiglipVisionModel
 
-# Shapes: B pictures, P patches, T things of a scene, W words, N phrases, D width.
+# Shapes: B images, P patches, T things of a scene, W words, N phrases, D width.
 
 IMAGE_SIZE = 64
 PATCH_SIZE = 8
@@ -54,7 +54,7 @@ _HELD_OUT_WW = torch.tensor(
 )
 
 STRANGE_SHARE = 0.5
-"""Share of the pictures of a fair batch that are in colours without a name."""
+"""Share of the images of a fair batch that are in colors without a name."""
 
 Phrase = dict[str, str]
 """Attribute to word: {"shape": "star", "color": "red"}. True of a thing that has them all."""
@@ -85,7 +85,7 @@ class PhraseScorer(nn.Module):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Batch:
-    """Pictures, what stands on each patch, and phrases about them."""
+    """Images, what stands on each patch, and phrases about them."""
 
     pixels_BCHW: Tensor
     things_BTW: Tensor
@@ -94,19 +94,19 @@ class Batch:
     """Which thing covers a patch, _NO_THING, or _UNCLEAR for the edges of things."""
     phrases_NW: Tensor
     strange_B: Tensor
-    """Pictures in colours without a name: phrases with a colour are not scored there."""
+    """Images in colors without a name: phrases with a color are not scored there."""
     fair: bool
     """Do not score a phrase as false where a held-out combination would make it true."""
 
 
 def sample_batch(rng: random.Random, *, size: int, fair: bool) -> Batch:
-    """Draw training scenes, their pictures, and true and nearly true phrases.
+    """Draw training scenes, their images, and true and nearly true phrases.
 
-    No training picture shows a green circle, so what is green can safely be denied to be
-    a circle: the tower would learn that, and then not see one. A fair batch takes the
+    No training image shows a green circle, so what is green can safely be denied to be
+    a circle: the encoder would learn that, and then not see one. A fair batch takes the
     gain out of it. It does not score "circle" as false of green things (nor "green" of
-    circles, and so on for all held-out combinations), and it draws some pictures in
-    colours without a name, in which only the outline tells the shape.
+    circles, and so on for all held-out combinations), and it draws some images in
+    colors without a name, in which only the outline tells the shape.
     """
     scenes = [sample_scene(rng, split=Split.TRAIN) for _ in range(size)]
     phrases = [phrase for scene in scenes for phrase in _sample_phrases(scene, rng)]
@@ -135,20 +135,20 @@ def sample_batch(rng: random.Random, *, size: int, fair: bool) -> Batch:
 
 
 def to_pixels(images: Sequence[Image.Image]) -> Tensor:
-    """Pictures of the tower's size as its input, exactly as `image_processor` does it."""
+    """Images of the encoder's size as its input, exactly as `image_processor` does it."""
     pixels_BHWC = torch.from_numpy(np.stack([np.asarray(image) for image in images]))
     return (pixels_BHWC.permute(0, 3, 1, 2).float() / 255 - 0.5) / 0.5
 
 
-def vision_loss(tower: SiglipVisionModel, scorer: PhraseScorer, batch: Batch) -> Tensor:
-    """How wrong the phrases' scores are, for whole pictures and for their patches."""
-    patches_BPD = tower(pixel_values=batch.pixels_BCHW).last_hidden_state
+def vision_loss(encoder: SiglipVisionModel, scorer: PhraseScorer, batch: Batch) -> Tensor:
+    """How wrong the phrases' scores are, for whole images and for their patches."""
+    patches_BPD = encoder(pixel_values=batch.pixels_BCHW).last_hidden_state
     logits_BNP = scorer(patches_BPD, batch.phrases_NW)
     true_BNT, scored_BNT = judge(batch)
-    # What a picture shows counts even where a false phrase would not be scored.
+    # What an image shows counts even where a false phrase would not be scored.
     true_BN = true_BNT.any(-1)
     scored_BN = true_BN | scored_BNT.all(-1)
-    picture_loss = _balanced_loss(logits_BNP.amax(-1)[scored_BN], true_BN[scored_BN].float())
+    image_loss = _balanced_loss(logits_BNP.amax(-1)[scored_BN], true_BN[scored_BN].float())
 
     owner_BP = batch.owner_BP
     # One column more than things: of a patch with no thing every phrase is false, and scored.
@@ -156,7 +156,7 @@ def vision_loss(tower: SiglipVisionModel, scorer: PhraseScorer, batch: Batch) ->
     true_BNP = nn.functional.pad(true_BNT, (0, 1)).gather(2, column_BNP)
     scored_BNP = nn.functional.pad(scored_BNT, (0, 1), value=True).gather(2, column_BNP)
     scored_BNP = scored_BNP & (owner_BP != _UNCLEAR)[:, None, :]
-    return picture_loss + _balanced_loss(logits_BNP[scored_BNP], true_BNP[scored_BNP].float())
+    return image_loss + _balanced_loss(logits_BNP[scored_BNP], true_BNP[scored_BNP].float())
 
 
 def judge(batch: Batch) -> tuple[Tensor, Tensor]:
@@ -212,7 +212,7 @@ def _patch_owners(scene: Scene) -> Tensor:
 
 
 def _overlap(edges: Tensor, center: float, radius: float) -> Tensor:
-    """How much of each patch's side lies within the radius of the centre."""
+    """How much of each patch's side lies within the radius of the center."""
     return (
         (edges + PATCH_SIZE).clamp(max=center + radius) - edges.clamp(min=center - radius)
     ).clamp(min=0)

@@ -22,7 +22,7 @@ from tools.miniature.wiring import PretrainSettings
 
 VISION_STEPS = 4900
 VISION_FAIR_FROM = 1250
-"""As in the shipped tower."""
+"""As in the shipped encoder."""
 
 
 def pretrain_bases(

@@ -1,15 +1,15 @@
 """The frozen vision encoder of the miniature world, and how it was pretrained.
 
-A stock `SiglipVisionModel` (64 by 64 pixels, patches of 8) learns from pictures and
-phrases alone; no decoder is in sight. As in SigLIP every picture meets every phrase of
+A stock `SiglipVisionModel` (64 by 64 pixels, patches of 8) learns from images and
+phrases alone; no decoder is in sight. As in SigLIP every image meets every phrase of
 the batch, and a sigmoid says whether the phrase ("small red star") is true of it. Two
 things make the patches carry whole things instead of a bag of attributes:
 
-- a picture's score is that of its best *single* patch, and half of the phrases are
-  false by one word only, often a word that is true of another thing in the picture;
+- an image's score is that of its best *single* patch, and half of the phrases are
+  false by one word only, often a word that is true of another thing in the image;
 - phrases also meet the patches that a thing covers, and the empty ones.
 
-Pictures of test scenes, or phrases about them, occur nowhere (see `phrases`).
+Images of test scenes, or phrases about them, occur nowhere (see `phrases`).
 
     python -m tools.miniature.vision_encoder --out DIR --steps 2200 --seed 0 --resume
 """
@@ -52,19 +52,19 @@ from tools.miniature.phrases import (
 
 # Shapes: P patches, N phrases, W words, D width.
 
-SHIPPED_TOWER = Path(resolve_reference(VISION))
+BUNDLED_ENCODER = Path(resolve_reference(VISION))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VisionTraining:
-    """How the tower is pretrained."""
+    """How the encoder is pretrained."""
 
     steps: int
     """Optimizer steps; the learning rate falls to zero at the last one."""
     seed: int = 0
-    """Decides the first weights, every scene, picture and phrase."""
+    """Decides the first weights, every scene, image and phrase."""
     batch_size: int = 64
-    """Pictures a step; each is drawn anew and seen once."""
+    """Images a step; each is drawn anew and seen once."""
     matrix_lr: float = 0.02
     """Muon's learning rate, for the matrices of the transformer layers."""
     other_lr: float = 2e-3
@@ -100,8 +100,8 @@ class VisionAccuracy:
         )
 
 
-def new_tower(*, generator: torch.Generator) -> SiglipVisionModel:
-    """An untrained tower; its positions start as waves, so that neighbours look alike."""
+def new_vision_encoder(*, generator: torch.Generator) -> SiglipVisionModel:
+    """An untrained encoder; its positions start as waves, so that neighbors look alike."""
     config = SiglipVisionConfig(
         hidden_size=128,
         intermediate_size=256,
@@ -113,14 +113,14 @@ def new_tower(*, generator: torch.Generator) -> SiglipVisionModel:
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(torch.randint(2**31, (), generator=generator)))
-        tower = SiglipVisionModel(config)
+        encoder = SiglipVisionModel(config)
     with torch.no_grad():
-        tower.embeddings.position_embedding.weight.copy_(_waves(config.hidden_size))
-    return tower
+        encoder.embeddings.position_embedding.weight.copy_(_waves(config.hidden_size))
+    return encoder
 
 
 def image_processor() -> SiglipImageProcessorPil:
-    """What turns a picture into the tower's input: 64 by 64, RGB, from -1 to 1."""
+    """What turns an image into the encoder's input: 64 by 64, RGB, from -1 to 1."""
     return SiglipImageProcessorPil(
         size={"height": IMAGE_SIZE, "width": IMAGE_SIZE},
         image_mean=[0.5, 0.5, 0.5],
@@ -128,10 +128,10 @@ def image_processor() -> SiglipImageProcessorPil:
     )
 
 
-def load_tower(path: Path = SHIPPED_TOWER) -> SiglipVisionModel:
-    """The tower in a directory, frozen and in evaluation mode; by default the shipped one."""
-    tower = load_pretrained(SiglipVisionModel, path, what="vision encoder", dtype=torch.float32)
-    return tower.eval().requires_grad_(False)
+def load_vision_encoder(path: Path = BUNDLED_ENCODER) -> SiglipVisionModel:
+    """The encoder in a directory, frozen and in evaluation mode; by default the shipped one."""
+    encoder = load_pretrained(SiglipVisionModel, path, what="vision encoder", dtype=torch.float32)
+    return encoder.eval().requires_grad_(False)
 
 
 def pretrain_vision(
@@ -143,9 +143,9 @@ def pretrain_vision(
     scenes_each: int = 500,
     report: Callable[[str], None] = print,
 ) -> list[VisionAccuracy]:
-    """Pretrain a tower and save it, with its image processor, in `out`.
+    """Pretrain an encoder and save it, with its image processor, in `out`.
 
-    At each checkpoint the tower and `training.pt` in `out` are replaced by newer ones,
+    At each checkpoint the encoder and `training.pt` in `out` are replaced by newer ones,
     never by half-written ones. With `resume` a run goes on from there and ends with the
     very weights that it would have had uninterrupted. `stop_at` ends it early, after that
     step.
@@ -167,25 +167,25 @@ def pretrain_vision(
             minutes = pace * (last - run.step) / 60
             report(
                 f"step {run.step}/{training.steps} loss {average:.4f} "
-                f"{training.batch_size / pace:.0f} pictures/s, {minutes:.1f} min left"
+                f"{training.batch_size / pace:.0f} images/s, {minutes:.1f} min left"
             )
         if run.step % training.checkpoint_every == 0 and run.step < last:
             run.save(out)
-            for accuracy in evaluate(run.tower, run.scorer, scenes_each=60):
+            for accuracy in evaluate(run.encoder, run.scorer, scenes_each=60):
                 report(f"  {accuracy}")
     run.save(out)
-    accuracies = evaluate(run.tower, run.scorer, scenes_each=scenes_each)
+    accuracies = evaluate(run.encoder, run.scorer, scenes_each=scenes_each)
     for accuracy in accuracies:
         report(f"final {accuracy}")
     return accuracies
 
 
 def evaluate(
-    tower: SiglipVisionModel, scorer: PhraseScorer, *, scenes_each: int = 500, seed: int = 4242
+    encoder: SiglipVisionModel, scorer: PhraseScorer, *, scenes_each: int = 500, seed: int = 4242
 ) -> list[VisionAccuracy]:
     """Measure on test scenes with one, two and three things, the same ones for a seed."""
     rng = random.Random(seed)
-    tower.eval()
+    encoder.eval()
     accuracies = []
     for num_things in range(1, MAX_THINGS + 1):
         scenes = [
@@ -194,7 +194,7 @@ def evaluate(
         pixels_BCHW = to_pixels([render(scene, rng, size=IMAGE_SIZE) for scene in scenes])
         with torch.no_grad():
             patches_BPD = torch.cat(
-                [tower(pixel_values=part).last_hidden_state for part in pixels_BCHW.split(100)]
+                [encoder(pixel_values=part).last_hidden_state for part in pixels_BCHW.split(100)]
             )
             shares = {
                 f"{asked}_given_{given}": _share_right(
@@ -221,12 +221,12 @@ class _Run:
     def __init__(self, training: VisionTraining) -> None:
         self.training = training
         generator = torch.Generator().manual_seed(training.seed)
-        self.tower = new_tower(generator=generator)
-        self.scorer = PhraseScorer(self.tower.config.hidden_size, generator=generator)
+        self.encoder = new_vision_encoder(generator=generator)
+        self.scorer = PhraseScorer(self.encoder.config.hidden_size, generator=generator)
         self.step = 0
-        matrices = [p for p in self.tower.encoder.parameters() if p.ndim == 2]
+        matrices = [p for p in self.encoder.encoder.parameters() if p.ndim == 2]
         chosen = {id(p) for p in matrices}
-        everything = [*self.tower.parameters(), *self.scorer.parameters()]
+        everything = [*self.encoder.parameters(), *self.scorer.parameters()]
         others = [p for p in everything if id(p) not in chosen]
         self.optimizers: tuple[tuple[torch.optim.Optimizer, float], ...] = (
             (Muon(matrices, weight_decay=0.01), training.matrix_lr),
@@ -243,8 +243,8 @@ class _Run:
         fair_from = self.training.fair_from
         fair = fair_from is not None and self.step >= fair_from
         batch = sample_batch(rng, size=self.training.batch_size, fair=fair)
-        self.tower.train()
-        loss = vision_loss(self.tower, self.scorer, batch)
+        self.encoder.train()
+        loss = vision_loss(self.encoder, self.scorer, batch)
         loss.backward()
         nn.utils.clip_grad_norm_(self.parameters, 1.0)
         for optimizer, peak in self.optimizers:
@@ -265,12 +265,12 @@ class _Run:
         state = {
             "step": self.step,
             **{name: getattr(self.training, name) for name in _FIXED},
-            "tower": self.tower.state_dict(),
+            "tower": self.encoder.state_dict(),
             "scorer": self.scorer.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer, _ in self.optimizers],
         }
         with tempfile.TemporaryDirectory(dir=out) as part:
-            self.tower.save_pretrained(part)
+            self.encoder.save_pretrained(part)
             image_processor().save_pretrained(part)
             torch.save(state, Path(part) / "training.pt")
             for file in sorted(Path(part).iterdir()):
@@ -285,7 +285,7 @@ class _Run:
                     f"now {getattr(self.training, name)}"
                 )
         self.step = state["step"]
-        self.tower.load_state_dict(state["tower"])
+        self.encoder.load_state_dict(state["tower"])
         self.scorer.load_state_dict(state["scorer"])
         for (optimizer, _), saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
@@ -324,7 +324,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         prog="python -m tools.miniature.vision_encoder",
         description="Pretrain the vision encoder of the miniature world.",
     )
-    parser.add_argument("--out", type=Path, required=True, help="where the tower goes")
+    parser.add_argument("--out", type=Path, required=True, help="where the encoder goes")
     parser.add_argument("--steps", type=int, default=2200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch-size", type=int, default=64)
