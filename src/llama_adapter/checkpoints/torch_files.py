@@ -112,7 +112,7 @@ def check_archive(path: Path, *, with_data: bool = True) -> None:
 
     `with_data` false leaves out the checksums of the tensors' values. Raises CheckpointError for
     a damaged archive, and for compressed members, which torch does not write and cannot map.
-    Files from before torch 1.6 are no archives and have nothing to compare.
+    Files from before torch 1.6 are not archives and have nothing to compare.
     """
     if not is_archive(path):
         return

@@ -22,7 +22,7 @@ def one_line(message: str) -> str:
 def set_up_streams() -> None:
     """Let any text be printed and any input be read, whatever the terminal's encoding.
 
-    What cannot be encoded is escaped; bytes that are no text become lone surrogates, which
+    What cannot be encoded is escaped; bytes that are not text become lone surrogates, which
     questions may not have and names of files may.
     """
     for stream, errors in (

@@ -1,4 +1,4 @@
-"""What a base in 4 or 8 bits needs beside a plain one."""
+"""What a base in 4 or 8 bits needs in addition to what a plain one needs."""
 
 from __future__ import annotations
 

@@ -141,7 +141,7 @@ _OPTIONS = frozenset(field.name for field in fields(BatchOptions))
 def read_keywords(given: Mapping[str, Any], *, image_processor: Any) -> tuple[BatchOptions, Any]:
     """The options that keywords mean, and the image processor that they ask for.
 
-    Raises ConfigError for what is not honoured.
+    Raises ConfigError for what is not honored.
     """
     flat = _flattened(given)
     overrides = {n: flat.pop(n) for n in sorted(flat.keys() & _OF_IMAGES)}

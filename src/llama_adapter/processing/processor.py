@@ -389,7 +389,7 @@ class LlamaAdapterProcessor(ProcessorMixin):
             several placeholders; with placeholders `visual_mask` (B, T); with `labels=True`
             `labels` (B, T).
 
-        Raises ConfigError for a keyword that is not honoured.
+        Raises ConfigError for a keyword that is not honored.
         """
         images, text = in_order(given, images=images, text=text)
         read, image_processor = read_keywords(options, image_processor=self.image_processor)
