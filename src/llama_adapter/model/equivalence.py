@@ -1,7 +1,7 @@
 """A base that is declared to stand for another: the same weights before they were quantized.
 
-Whoever ships an adapter trained on dequantized weights declares in its directory how far those may
-be from the original ones, with a sample of every tensor. A base with another fingerprint is then
+The directory of an adapter trained on dequantized weights may declare how far those are from the
+original ones at most, with a sample of every tensor. A base with another fingerprint is then
 compared value by value: what quantization never touches must be equal, all else within the bound.
 """
 
