@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -52,3 +53,24 @@ def test_a_refusal_is_one_line_and_ends_with_2(command: str, cli: Callable[..., 
     assert done.stdout == ""
     assert done.stderr.startswith("error: no adapter directory 'no-such-directory'")
     assert done.stderr.count("\n") == 1
+
+
+def test_built_in_models_are_offered_by_shells(
+    cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("_LLAMA_ADAPTER_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", "llama-adapter info ")
+    monkeypatch.setenv("COMP_CWORD", "2")
+    assert cli().stdout.split() == ["toy", "photos"]
+    monkeypatch.setenv("COMP_WORDS", "llama-adapter eval vqav2 --model p")
+    monkeypatch.setenv("COMP_CWORD", "4")
+    assert cli().stdout.split() == ["photos"]
+
+
+def test_the_photos_model_says_what_it_lacks(
+    cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("llama_adapter.photos.bundled.ADAPTER", tmp_path / "adapter")
+    refused = cli("chat", "photos", "--prompt", "hi")
+    assert (refused.status, refused.stderr.count("\n")) == (2, 1)
+    assert "made without the model `photos`: train it with `llama-adapter train" in refused.stderr

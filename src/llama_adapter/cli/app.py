@@ -29,7 +29,6 @@ app = typer.Typer(
     name="llama-adapter",
     help="Turn a frozen text LLM into a visual chat assistant.",
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -68,7 +67,7 @@ def _options(
 ) -> None:
     """Turn a frozen text LLM into a visual chat assistant.
 
-    MODEL is an adapter directory, or `toy` for the built-in one.
+    MODEL is an adapter directory, or a built-in model: `toy` or `photos`.
     """
 
 
@@ -78,7 +77,7 @@ def main() -> None:
         _refuse("standard output is closed")
     set_up_streams()
     try:
-        app()
+        app(prog_name=str(app.info.name))
     except LlamaAdapterError as error:
         _refuse(str(error))
     except OSError as error:

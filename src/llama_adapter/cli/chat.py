@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from llama_adapter.cli.experts import ExpertSettings
-from llama_adapter.cli.models import MODEL_HELP
+from llama_adapter.cli.models import MODEL
 from llama_adapter.cli.numbers import MAX_FRAMES, MAX_NEW_TOKENS, MAX_TEMPERATURE, between
 from llama_adapter.cli.output import one_line
 from llama_adapter.conversation import ImageRef
@@ -76,7 +76,7 @@ _AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object; ne
 
 
 def chat(
-    model: Annotated[str, typer.Argument(help=MODEL_HELP, metavar="MODEL", show_default=False)],
+    model: Annotated[str, MODEL],
     image: _Images = None,
     video: _Video = None,
     frames: _Frames = 8,

@@ -14,7 +14,7 @@ from typer import Option
 
 from llama_adapter.cli.experts import ExpertSettings
 from llama_adapter.cli.judges import JudgeSettings, judge_answers
-from llama_adapter.cli.models import MODEL_HELP
+from llama_adapter.cli.models import BUILT_IN_NAMES, MODEL_OPTION
 from llama_adapter.cli.numbers import MAX_FRAMES, MAX_NEW_TOKENS, MAX_SEED, MAX_TEMPERATURE, between
 from llama_adapter.cli.output import json_only
 from llama_adapter.cli.score import TASK_HELP
@@ -43,9 +43,7 @@ class AnswererSettings:
 
     section: ClassVar[str] = "Answers"
 
-    model: Annotated[str | None, Option(help=f"{MODEL_HELP} With --endpoint, its name there.")] = (
-        None
-    )
+    model: Annotated[str | None, MODEL_OPTION] = None
     endpoint: Annotated[
         str | None, Option(help="Evaluate an OpenAI-compatible server instead.", metavar="URL")
     ] = None
@@ -241,7 +239,7 @@ def _eval_miniature(settings: EvalSettings, out: Path, *, as_json: bool) -> None
 
     model, limit = settings.answerer.model, settings.data.limit
     if model is None:
-        raise ConfigError("--model is needed: an adapter directory or `toy`")
+        raise ConfigError(f"--model is needed: an adapter directory or {BUILT_IN_NAMES}")
     test = HeldOutScenes.draw() if limit is None else HeldOutScenes.draw(questions=limit)
     batch_size = settings.asking.batch_size or BATCH_SIZE
     with json_only(as_json) as emit:
@@ -399,7 +397,9 @@ def _answerer(opened: contextlib.ExitStack, settings: EvalSettings) -> Answerer:
 
     model, device = settings.answerer.model, settings.answerer.device
     if model is None:
-        raise ConfigError("--model is needed: an adapter directory, `toy`, or a name at --endpoint")
+        raise ConfigError(
+            f"--model is needed: an adapter directory, {BUILT_IN_NAMES}, or a name at --endpoint"
+        )
     loaded = processor = None
     answerer: Answerer
     if settings.answerer.endpoint is not None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from threading import TIMEOUT_MAX
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import typer
 from typer import Option
 
-from llama_adapter.cli.models import TOY
+from llama_adapter.cli.models import expert_defaults
 from llama_adapter.cli.output import one_line
 from llama_adapter.errors import ConfigError
 
@@ -57,7 +57,7 @@ class ExpertSettings:
         if self.expert:
             from llama_adapter.experts.registry import read_options
 
-            read_options(self.expert, _defaults(model))
+            read_options(self.expert, expert_defaults(model))
 
     def open(
         self,
@@ -74,25 +74,12 @@ class ExpertSettings:
         named = self.expert or ()
         return make_pool(
             named,
-            ExpertContext(model=loaded, device=device, defaults=_defaults(model)),
+            ExpertContext(model=loaded, device=device, defaults=expert_defaults(model)),
             processor=processor,
             timeout=self.expert_timeout,
             max_tokens=self.expert_tokens,
             cache=ReportCache(default_cache_file()) if self.expert_cache and named else None,
         )
-
-
-def _defaults(model: str | None) -> dict[str, dict[str, Any]]:
-    """What experts are told where MODEL is `toy`."""
-    if model != TOY:
-        return {}
-    from llama_adapter.miniature.bundled import bundled_adapter
-
-    return {
-        "caption": {"model": str(bundled_adapter("caption"))},
-        # the toy decoder knows signs by this sentence, and no language but English
-        "ocr": {"wording": "a sign says {}.", "languages": "en"},
-    }
 
 
 def show_reports(reports: Sequence[Report]) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from llama_adapter.cli.models import MODEL_HELP
+from llama_adapter.cli.models import MODEL
 
 _Format = Annotated[
     str,
@@ -28,7 +28,7 @@ _Partial = Annotated[
 
 
 def export(
-    model: Annotated[str, typer.Argument(help=MODEL_HELP, metavar="MODEL", show_default=False)],
+    model: Annotated[str, MODEL],
     out: Annotated[Path, typer.Option(help="The directory to write.", metavar="DIR")],
     format_: _Format = "merged",
     partial: _Partial = False,

@@ -7,13 +7,11 @@ from typing import Annotated, Any
 
 import typer
 
-from llama_adapter.cli.models import MODEL_HELP
+from llama_adapter.cli.models import BUILT_IN_NAMES, MODEL
 
 
 def info(
-    model: Annotated[
-        str | None, typer.Argument(help=MODEL_HELP, metavar="MODEL", show_default=False)
-    ] = None,
+    model: Annotated[str | None, MODEL] = None,
     shape: Annotated[
         str | None,
         typer.Option(
@@ -41,7 +39,9 @@ def info(
     from llama_adapter.errors import ConfigError
 
     if (model is None) == (shape is None):
-        raise ConfigError("info takes an adapter directory (or `toy`), or --shape, and not both")
+        raise ConfigError(
+            f"info takes an adapter directory (or {BUILT_IN_NAMES}), or --shape, and not both"
+        )
     if preset is not None and shape is None:
         raise ConfigError(
             "--preset says what to count with --shape; an adapter has its own setting"

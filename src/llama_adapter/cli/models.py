@@ -1,9 +1,13 @@
-"""From what a user calls a model to the model: `toy`, or an adapter directory."""
+"""From what a user calls a model to the model: a built-in name, or an adapter directory."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import typer
 
 from llama_adapter.errors import CheckpointError, ConfigError
 
@@ -11,22 +15,85 @@ if TYPE_CHECKING:
     from llama_adapter.model import LlamaAdapterForConditionalGeneration
     from llama_adapter.processing.processor import LlamaAdapterProcessor
 
-TOY = "toy"
-MODEL_HELP = "An adapter directory, or `toy` for the built-in one."
+ExpertDefaults = Mapping[str, Mapping[str, Any]]
+
+
+def _toy() -> Path:
+    from llama_adapter.miniature.bundled import bundled_adapter
+
+    return bundled_adapter("v2")
+
+
+def _toy_experts() -> ExpertDefaults:
+    from llama_adapter.miniature.bundled import bundled_adapter
+
+    return {
+        "caption": {"model": str(bundled_adapter("caption"))},
+        # the toy decoder knows signs by this sentence, and no language but English
+        "ocr": {"wording": "a sign says {}.", "languages": "en"},
+    }
+
+
+def _photos() -> Path:
+    from llama_adapter.photos.bundled import bundled_adapter
+
+    return bundled_adapter()
+
+
+def _photos_experts() -> ExpertDefaults:
+    from llama_adapter.photos.bundled import expert_defaults
+
+    return expert_defaults()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BuiltIn:
+    """A model that the package brings along; imported only where it is asked for."""
+
+    directory: Callable[[], Path]
+    expert_defaults: Callable[[], ExpertDefaults]
+    """What `--expert NAME` means with this model where its options are not given."""
+
+
+BUILT_IN = {
+    "toy": BuiltIn(directory=_toy, expert_defaults=_toy_experts),
+    "photos": BuiltIn(directory=_photos, expert_defaults=_photos_experts),
+}
+BUILT_IN_NAMES = " or ".join(f"`{name}`" for name in BUILT_IN)
+MODEL_HELP = f"An adapter directory, or a built-in model: {BUILT_IN_NAMES}."
+
+
+def _completions(incomplete: str) -> list[str]:
+    """Built-in names that go on as typed; where there are none, shells offer files."""
+    return [name for name in BUILT_IN if name.startswith(incomplete)]
+
+
+MODEL = typer.Argument(
+    help=MODEL_HELP, metavar="MODEL", show_default=False, autocompletion=_completions
+)
+"""The argument of every command that takes a model."""
+MODEL_OPTION = typer.Option(
+    help=f"{MODEL_HELP} With --endpoint, its name there.", autocompletion=_completions
+)
 
 
 def adapter_directory(model: str) -> Path:
     """The directory that MODEL means; `CheckpointError` where there is none."""
-    if model == TOY:
-        from llama_adapter.miniature.bundled import bundled_adapter
-
-        return bundled_adapter("v2")
+    if model in BUILT_IN:
+        return BUILT_IN[model].directory()
     path = Path(model).expanduser()
     if not path.exists():
-        raise CheckpointError(f"no adapter directory {model!r} (and no built-in model but `toy`)")
+        raise CheckpointError(
+            f"no adapter directory {model!r} (and no built-in model but {BUILT_IN_NAMES})"
+        )
     if not path.is_dir():
         raise CheckpointError(f"{model!r} is a file; an adapter is a directory")
     return path
+
+
+def expert_defaults(model: str | None) -> ExpertDefaults:
+    """What experts are told by default with MODEL."""
+    return BUILT_IN[model].expert_defaults() if model in BUILT_IN else {}
 
 
 def load(
