@@ -11,7 +11,7 @@ import typer
 from typer import Option
 
 from llama_adapter.cli.experts import ExpertSettings
-from llama_adapter.cli.models import MODEL_HELP, TOY
+from llama_adapter.cli.models import BUILT_IN, MODEL
 from llama_adapter.cli.numbers import MAX_FRAMES, MAX_NEW_TOKENS, between
 from llama_adapter.errors import ConfigError, MissingDependencyError, ServingError
 
@@ -159,7 +159,7 @@ class BoundSettings:
 
 
 def serve(
-    model: Annotated[str, typer.Argument(help=MODEL_HELP, metavar="MODEL", show_default=False)],
+    model: Annotated[str, MODEL],
     name: Annotated[
         str | None,
         Option(
@@ -245,7 +245,7 @@ def _open(
     from llama_adapter.serving.media import Media
     from llama_adapter.serving.service import Service
 
-    name = name or (TOY if model == TOY else adapter_directory(model).resolve().name)
+    name = name or (model if model in BUILT_IN else adapter_directory(model).resolve().name)
     engine = _start(model, name, limits=limits, device=device)
     for other, directory in further:
         engine.load_adapter(other, directory)
