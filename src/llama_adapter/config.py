@@ -25,6 +25,7 @@ _NAMES_NOW = {"slot_reads": "placeholder_attention", "slot_text": "placeholder_t
 _SCOPES_NOW = {"slots": "placeholders"}
 """What files of version 1 call differently."""
 
+_MOST_LETTERS = 300
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 100
 
@@ -369,6 +370,14 @@ def differing(found: Any, expected: Any, name: str = "") -> Iterator[tuple[str, 
             yield from differing(found[key], expected[key], f"{name}.{key}" if name else key)
     elif found != expected:
         yield name, found, expected
+
+
+def fault_text(fault: Mapping[str, Any]) -> str:
+    """What pydantic says of a value, in one short line with the value, as after `seed: `."""
+    message = fault["msg"].removeprefix("Value error, ")[:_MOST_LETTERS]
+    found = fault["input"]
+    is_section = isinstance(found, Mapping) or hasattr(found, "model_fields_set")
+    return message[:1].lower() + message[1:] + ("" if is_section else f", got {shown(found)}")
 
 
 def did_you_mean(name: object, known: Iterable[str]) -> str:

@@ -22,6 +22,9 @@ The command line prints it and exits with 2.
 
 from __future__ import annotations
 
+from importlib import import_module
+from typing import Any
+
 
 class LlamaAdapterError(Exception):
     """Root of everything this package raises on purpose."""
@@ -89,3 +92,12 @@ class MissingDependencyError(LlamaAdapterError):
             f"{purpose} needs the package {package!r}, which is not installed; "
             f"run: pip install 'llama-adapter[{extra}]'"
         )
+
+
+def import_extra(package: str, *, extra: str, purpose: str) -> Any:
+    """An optional package; MissingDependencyError where it is not installed."""
+    try:
+        return import_module(package)
+    except ImportError as error:
+        missing = (error.name or package).partition(".")[0]
+        raise MissingDependencyError(missing, extra=extra, purpose=purpose) from error

@@ -149,11 +149,11 @@ def test_english_has_no_ideographs():
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"confidence": 2.0}, "confidence must be at most 1"),
+        ({"confidence": 2.0}, "confidence: input should be less than or equal to 1, got 2"),
         ({"languages": ["klingon"]}, "language 'klingon' is not among"),
         ({"models": "/no/such/folder"}, "holds no rec.onnx"),
         ({"wording": "text"}, "must have a place for the text"),
-        ({"threads": 0}, "threads must be at least 1"),
+        ({"threads": 0}, "threads: input should be greater than or equal to 1, got 0"),
     ],
 )
 def test_bad_settings_are_refused(options, words):

@@ -218,6 +218,13 @@ def test_an_entry_that_is_no_report_is_found_anew(value, cache):
     assert report_text(pool.consult([PICTURE], "?")[0]) == "12 wide"
 
 
+def test_half_a_character_is_remembered_as_a_question_mark(cache):
+    report = Report(expert="x", findings=(Finding(text="a\ud800", kind="note", box=(0, 1, 2, 3)),))
+    cache.put("key", report)
+    [finding] = cache.get("key").findings
+    assert (finding.text, finding.box) == ("a?", (0, 1, 2, 3))
+
+
 def test_the_cache_stays_within_its_bound(cache):
     sayer = Sayer(version="1")
     pool = ExpertPool([sayer], cache=cache)

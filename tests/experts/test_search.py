@@ -101,7 +101,7 @@ def test_files_that_cannot_be_read_are_named_and_left_out(folder):
     (folder / "bad.pdf").write_bytes(b"no pdf at all")
     (folder / "binary.txt").write_bytes(b"\x00\x01\x02")
     notes = " ".join(ask(opened(folder), "pool").notes)
-    assert "bad.jsonl: line 2 is not JSON" in notes
+    assert "bad.jsonl: line 2 is not valid JSON" in notes
     assert "bad.pdf" in notes
     assert "binary.txt: is not a text" in notes
 
@@ -210,7 +210,7 @@ def test_the_key_goes_to_the_named_service_alone(service, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("path", "words"), [("/broken", "other than JSON"), ("/refused", "answers 403")]
+    ("path", "words"), [("/broken", "is not valid JSON"), ("/refused", "answers 403")]
 )
 def test_a_service_that_misbehaves_is_reported(service, path, words):
     with pytest.raises(ExpertError, match=words):

@@ -213,4 +213,8 @@ def test_nothing_else_calls_generate() -> None:
             called = node.func if isinstance(node, ast.Call) else None
             if isinstance(called, ast.Attribute) and called.attr == "generate":
                 found.add(path.relative_to(root).as_posix())
-    assert found == {"generation/answer.py", "model/visual_generation.py"}
+    assert found == {
+        "generation/answer.py",
+        "generation/sequential.py",
+        "model/visual_generation.py",
+    }

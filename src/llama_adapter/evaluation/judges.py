@@ -8,7 +8,7 @@ import time
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from llama_adapter.errors import EvaluationError, MissingDependencyError
+from llama_adapter.errors import EvaluationError, import_extra
 from llama_adapter.evaluation.records import Row, Verdict
 from llama_adapter.generation import GenerationSettings
 from llama_adapter.pretrained import load_pretrained
@@ -239,11 +239,7 @@ WORD_JUDGES = {"exact-match": exact_verdict, "synonym-match": synonym_verdict}
 
 def import_openai() -> Any:
     """The `openai` package, or a message that says how to get it."""
-    try:
-        import openai
-    except ImportError as error:
-        raise MissingDependencyError("openai", extra="eval", purpose="an endpoint") from error
-    return openai
+    return import_extra("openai", extra="eval", purpose="an endpoint")
 
 
 def _short(error: BaseException) -> str:

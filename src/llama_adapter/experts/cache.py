@@ -1,6 +1,6 @@
 """What experts found, remembered on disk: bounded, shared by processes, and never in the way.
 
-Entries are JSON in one SQLite file, so a stranger's file can at worst be wrong, never run code.
+Entries are JSON in one SQLite file, so a file from elsewhere can at worst be wrong, never run code.
 The least recently used go first. A file that cannot be read is replaced by an empty one.
 """
 
@@ -15,15 +15,16 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
-from llama_adapter.experts.base import Expert, Finding, Report, Request
+from pydantic import TypeAdapter
+
+from llama_adapter.experts.base import Expert, Report, Request
 
 T = TypeVar("T")
 
 DEFAULT_BYTES = 64 * 2**20
-_DAMAGE = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
-"""What an entry raises that is not one of ours."""
+_REPORT = TypeAdapter(Report)
 _FRESH = 60.0
 """Seconds for which a use need not be noted again."""
 _SCHEMA = """
@@ -78,7 +79,7 @@ class ReportCache:
             found = file.execute(asked, (key,)).fetchone()
             if found is None:
                 return None
-            report = _report_from(_unsealed(found[0]))
+            report = _REPORT.validate_json(_unsealed(found[0]))
             if time.time() - found[1] > _FRESH:
                 file.execute("UPDATE reports SET used = ? WHERE key = ?", (time.time(), key))
             return replace(report, cached=True, seconds=time.perf_counter() - started)
@@ -87,7 +88,9 @@ class ReportCache:
 
     def put(self, key: str, report: Report) -> None:
         """Remember a report; forget the longest unused ones where there is no room."""
-        value = _sealed(json.dumps(asdict(report)))
+        text = json.dumps(asdict(report), ensure_ascii=False)
+        # lone surrogates, which no JSON file takes, become question marks, as in prompts
+        value = _sealed(text.encode("utf-8", "replace").decode())
         if len(value) > self.max_bytes:
             return
 
@@ -118,12 +121,12 @@ class ReportCache:
     def _use(self, work: Callable[[sqlite3.Connection], T]) -> T | None:
         """What comes of some work with the file; None where that fails, which raises nothing.
 
-        A damaged file is started anew; one that is busy or read-only is left alone.
+        A damaged file is replaced; one that is busy or read-only is left alone.
         """
         with self._lock:
             try:
                 return work(self._open())
-            except (sqlite3.DatabaseError, OSError, *_DAMAGE) as error:
+            except (sqlite3.DatabaseError, OSError, ValueError) as error:
                 self._close()
                 if not isinstance(error, sqlite3.OperationalError | OSError):
                     self.path.unlink(missing_ok=True)
@@ -149,17 +152,8 @@ def _sealed(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest() + text
 
 
-def _unsealed(value: str) -> Any:
+def _unsealed(value: str) -> str:
     """What `_sealed` put away; ValueError where a bit of it has changed."""
-    text = value[64:]
-    if _sealed(text) != value:
+    if _sealed(value[64:]) != value:
         raise ValueError("checksum differs")
-    return json.loads(text)
-
-
-def _report_from(stored: dict[str, Any]) -> Report:
-    findings = tuple(
-        Finding(**{**finding, "box": tuple(finding["box"]) if finding["box"] else None})
-        for finding in stored.pop("findings")
-    )
-    return Report(**{**stored, "findings": findings, "notes": tuple(stored["notes"])})
+    return value[64:]

@@ -16,7 +16,7 @@ from pydantic import Field
 
 from llama_adapter.conversation import Conversation
 from llama_adapter.errors import ExpertError
-from llama_adapter.experts.base import Expert, ExpertInfo, Finding, Report, Request
+from llama_adapter.experts.base import Expert, ExpertInfo, Finding, Report, Request, on_each_image
 from llama_adapter.experts.options import Count, ExpertContext, ExpertOptions
 from llama_adapter.experts.pipelines import check_size, load_pipeline, pipeline_version
 from llama_adapter.generation import GenerationSettings
@@ -152,16 +152,10 @@ class PipelineCaptionExpert:
         self.info = ExpertInfo(version=version, uses_question=False)
 
     def consult(self, request: Request) -> Report:
-        """One caption per image; ExpertError where they are not done in time."""
-        captions: list[str] = []
-        for image in request.images:
-            if request.is_late:
-                done = f"{len(captions)} of {len(request.images)}"
-                raise ExpertError(f"only {done} captions were done in time")
-            captions.append(self._caption(image))
-        return _captions(captions)
+        """One caption per image; images not reached in time are noted."""
+        return on_each_image(request, self._caption, Report(expert=self.name))
 
-    def _caption(self, image: Image.Image) -> str:
+    def _caption(self, image: Image.Image) -> Report:
         check_size(self._pipeline, image)
         tokens = self._options.max_new_tokens
         keywords: dict[str, Any] = {
@@ -178,7 +172,7 @@ class PipelineCaptionExpert:
         else:
             # plain captioners go on from a text; without an instruction, from nothing
             [found] = self._pipeline(images=image, text=instruction or "", **keywords)
-        return str(found["generated_text"]).strip()
+        return _captions([str(found["generated_text"]).strip()])
 
 
 def _captions(texts: list[str]) -> Report:

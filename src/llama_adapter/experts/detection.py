@@ -32,11 +32,6 @@ _NOT_NOUNS = frozenset(
     seen shape show side size small thing things top two under upper
     """.split()  # noqa: SIM905
 )
-_NUMBERS = "no one two three four five six seven eight nine ten eleven twelve".split()  # noqa: SIM905
-_IRREGULAR = {
-    "person": "people", "child": "children", "man": "men", "woman": "women", "mouse": "mice",
-    "knife": "knives", "sheep": "sheep", "skis": "skis", "scissors": "scissors",
-}  # fmt: skip
 
 
 class DetectionOptions(ExpertOptions):
@@ -57,7 +52,7 @@ class DetectionOptions(ExpertOptions):
 
 
 class DetectionExpert:
-    """Lists objects and their places: "two dogs, left; a ball, bottom right"."""
+    """Lists objects and their places: "2 x dog, left; ball, bottom right"."""
 
     name = "detection"
 
@@ -157,7 +152,7 @@ def place(box: Box, *, size: tuple[int, int]) -> str:
 
 
 def grouped(objects: Sequence[Finding], *, size: tuple[int, int]) -> list[Finding]:
-    """Objects of one label and place as one finding, such as `two dogs, left`; largest first.
+    """Objects of one label and place as one finding, such as `2 x dog, left`; largest first.
 
     Of boxes of one label that all but coincide the surest counts.
     """
@@ -174,8 +169,9 @@ def grouped(objects: Sequence[Finding], *, size: tuple[int, int]) -> list[Findin
     for (label, where), members in groups.items():
         boxes = [member.box for member in members if member.box is not None]
         lefts, tops, rights, bottoms = zip(*boxes, strict=True)
+        count = f"{len(members)} x " if len(members) > 1 else ""
         finding = Finding(
-            text=f"{counted(len(members), label)}, {where}",
+            text=f"{count}{label}, {where}",
             kind="object",
             confidence=members[0].confidence,
             box=(min(lefts), min(tops), max(rights), max(bottoms)),
@@ -198,20 +194,3 @@ def intersection_over_union(one: Box, other: Box) -> float:
     common = _area((left, top, max(left, min(one[2], other[2])), min(one[3], other[3])))
     union = _area(one) + _area(other) - common
     return common / union if union > 0 else 0.0
-
-
-def counted(count: int, label: str) -> str:
-    """A number and a noun, right for the 80 labels of COCO.
-
-    >>> counted(1, "orange"), counted(2, "bus"), counted(3, "wine glass"), counted(2, "person")
-    ('an orange', 'two buses', 'three wine glasses', 'two people')
-    """
-    if count == 1:
-        return f"{'an' if label[:1].lower() in 'aeiou' else 'a'} {label}"
-    head, space, last = label.rpartition(" ")
-    if last.endswith("y") and last[-2:-1] not in "aeiou":
-        made = f"{last[:-1]}ies"
-    else:
-        made = f"{last}{'es' if last.endswith(('s', 'x', 'z', 'ch', 'sh')) else 's'}"
-    number = _NUMBERS[count] if count < len(_NUMBERS) else str(count)
-    return f"{number} {head}{space}{_IRREGULAR.get(last, made)}"

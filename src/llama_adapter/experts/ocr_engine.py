@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from llama_adapter.errors import ExpertError, MissingDependencyError
+from llama_adapter.errors import ExpertError, import_extra
 from llama_adapter.experts.reading_order import Line
 
 TILE = 1600
@@ -236,16 +236,13 @@ class OcrEngine:
 
 def import_rapidocr() -> Any:
     """RapidOCR's class, or a message that says how to get it."""
-    # which models it loads is nobody's concern here; its own logger alone is set, for sys.stdout
-    # belongs to the threads that print an answer meanwhile
-    logging.getLogger("RapidOCR").setLevel(logging.CRITICAL)
-    try:
-        from rapidocr import RapidOCR
-    except ImportError as error:
-        package = error.name or "rapidocr"
-        raise MissingDependencyError(package, extra="ocr", purpose="reading text") from error
-    logging.getLogger("RapidOCR").setLevel(logging.CRITICAL)
-    return RapidOCR
+    # its own logger alone is set, for sys.stdout belongs to the threads that print an answer
+    # meanwhile; importing it sets the level back
+    logger = logging.getLogger("RapidOCR")
+    logger.setLevel(logging.CRITICAL)
+    rapidocr = import_extra("rapidocr", extra="ocr", purpose="reading text")
+    logger.setLevel(logging.CRITICAL)
+    return rapidocr.RapidOCR
 
 
 def _model_files(models: str | None) -> dict[str, Path]:

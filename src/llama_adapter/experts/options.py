@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from llama_adapter.config import did_you_mean
+from llama_adapter.config import did_you_mean, fault_text
 from llama_adapter.errors import ExpertError
 from llama_adapter.experts.base import Expert
 
@@ -71,24 +71,10 @@ class ExpertOptions(BaseModel):
         """The first fault, unknown options first: what is missing may be what they mean."""
         fault = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
         option = str(fault["loc"][0]) if fault["loc"] else ""
-        given, bounds = str(fault["input"]), fault.get("ctx", {})
-        if (option == cls.main and given == "") or fault["type"] == "missing":
+        if (option == cls.main and fault["input"] == "") or fault["type"] == "missing":
             return f" {cls.wants()}"
-        match fault["type"]:
-            case "extra_forbidden":
-                known = [key for key in cls.model_fields if key != cls.main]
-                hint = did_you_mean(option, known)
-                return f": unknown option {option[:80]!r}{hint} (options: {', '.join(known)})"
-            case "float_parsing" | "float_type" | "finite_number":
-                expected = "must be a number"
-            case "int_parsing" | "int_type" | "int_from_float" | "int_parsing_size":
-                expected = "must be a whole number"
-            case "bool_parsing" | "bool_type":
-                expected = "must be yes or no"
-            case "greater_than_equal":
-                expected = f"must be at least {bounds['ge']:.10g}"
-            case "less_than_equal":
-                expected = f"must be at most {bounds['le']:.10g}"
-            case _:
-                expected = fault["msg"].removeprefix("Value error, ")
-        return f": {option} {expected}, got {given[:80]!r}"
+        if fault["type"] == "extra_forbidden":
+            known = [key for key in cls.model_fields if key != cls.main]
+            hint = did_you_mean(option, known)
+            return f": unknown option {option[:80]!r}{hint} (options: {', '.join(known)})"
+        return f": {option}: {fault_text(fault)}"

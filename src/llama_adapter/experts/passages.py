@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,8 +10,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from llama_adapter.errors import DataError, MissingDependencyError
-from llama_adapter.files import read_bytes
+from llama_adapter.errors import DataError, import_extra
+from llama_adapter.files import parse_json, read_bytes
 
 SUFFIXES = frozenset({".txt", ".md", ".markdown", ".rst", ".text", ".jsonl", ".json", ".pdf"})
 MAX_FILE_BYTES = 64 * 2**20
@@ -116,21 +115,14 @@ def _pieces(paragraph: str) -> Iterator[str]:
 def _of_lines(text: str, name: str) -> Iterator[Passage]:
     for number, line in enumerate(text.splitlines(), start=1):
         if line.strip():
-            record = _json(line, f"{name}: line {number}")
+            record = parse_json(line, name=f"{name}: line {number}", error=DataError)
             yield from _of_record(record, source=f"{name}:{number}")
 
 
 def _of_json(text: str, name: str) -> Iterator[Passage]:
-    content = _json(text, name)
+    content = parse_json(text, name=name, error=DataError)
     for number, record in enumerate(content if isinstance(content, list) else [content], start=1):
         yield from _of_record(record, source=f"{name}, record {number}")
-
-
-def _json(text: str, name: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{name} is not JSON ({error})") from error
 
 
 def _of_record(record: Any, *, source: str) -> Iterator[Passage]:
@@ -150,12 +142,7 @@ def _of_record(record: Any, *, source: str) -> Iterator[Passage]:
 
 
 def _of_pdf(data: bytes, name: str) -> Iterator[Passage]:
-    try:
-        import pypdf
-    except ImportError as error:
-        raise MissingDependencyError(
-            "pypdf", extra="search", purpose="reading PDF files"
-        ) from error
+    pypdf = import_extra("pypdf", extra="search", purpose="reading PDF files")
     try:
         pages = [page.extract_text() for page in pypdf.PdfReader(io.BytesIO(data)).pages]
     except Exception as error:  # a damaged file makes pypdf raise whatever it runs into

@@ -11,7 +11,7 @@ from pydantic import Field
 from llama_adapter.errors import ExpertError
 from llama_adapter.experts.base import ExpertInfo, Finding, Report, Request
 from llama_adapter.experts.options import Count, ExpertContext, ExpertOptions
-from llama_adapter.experts.search_index import FolderIndex, import_bm25s
+from llama_adapter.experts.search_index import FolderIndex
 
 QUERY_WORDS = 64
 """Words of other experts' findings that join the question: a page of text is no query."""
@@ -45,7 +45,6 @@ class SearchExpert:
         if not folder.is_dir():
             what = "is a file" if folder.exists() else "does not exist"
             raise ExpertError(f"expert 'search': folder {options.folder!r} {what}")
-        import_bm25s()
         self._index = FolderIndex(folder)
         self._passages = options.passages
         self._lock = threading.Lock()

@@ -13,18 +13,21 @@ import json
 from pathlib import Path
 from typing import Any
 
-from llama_adapter.errors import DataError, ExpertError, MissingDependencyError
+from pydantic import TypeAdapter
+
+from llama_adapter.errors import DataError, ExpertError, MissingDependencyError, import_extra
 from llama_adapter.experts.passages import Passage, passages_of, text_files
 from llama_adapter.experts.wording import words_of
-from llama_adapter.files import parse_json, read_bytes, write_atomically
+from llama_adapter.files import read_bytes, write_atomically
 
 MAX_INDEX_BYTES = 1 << 30
 """A larger index is made anew."""
 
 Stamp = list[int]
 """Size and time of a file."""
-Rows = list[list[str]]
+Rows = list[tuple[str, str]]
 """Text and source of each passage."""
+_STORED = TypeAdapter(dict[str, tuple[Stamp, Rows]])
 
 
 class FolderIndex:
@@ -67,7 +70,7 @@ class FolderIndex:
         changed = [name for name in files if name not in rows]
         for name in changed:
             try:
-                rows[name] = [[p.text, p.source] for p in passages_of(files[name], name=name)]
+                rows[name] = [(p.text, p.source) for p in passages_of(files[name], name=name)]
             except (DataError, MissingDependencyError) as error:
                 notes.append(f"left out: {error}")
                 rows[name] = []
@@ -88,7 +91,7 @@ class FolderIndex:
             raise ExpertError(
                 f"expert 'search': no text in the {len(files)} files of {str(self.folder)!r}{why}"
             )
-        self._engine = import_bm25s().BM25()
+        self._engine = import_extra("bm25s", extra="search", purpose="searching texts").BM25()
         tokens = [words_of(passage.text) or ["-"] for passage in self._passages]
         self._engine.index(tokens, show_progress=False)
         self._stamps, self.notes = stamps, tuple(notes)
@@ -102,13 +105,8 @@ class FolderIndex:
             checksum, _, rest = content.partition(b"\n")
             if checksum.decode() != hashlib.sha256(rest).hexdigest():
                 raise ValueError("checksum differs")
-            return {
-                name: (list(stamp), [[text, source] for text, source in rows])
-                for name, (stamp, rows) in parse_json(
-                    rest, name=self._path.name, error=DataError
-                ).items()
-            }
-        except (DataError, ValueError, TypeError, AttributeError):
+            return _STORED.validate_json(rest)
+        except (DataError, ValueError):
             notes.append(f"the index {self.directory.name} was damaged and is made anew")
             return {}
 
@@ -126,12 +124,3 @@ class FolderIndex:
 def _stamp(path: Path) -> Stamp:
     stat = path.stat()
     return [stat.st_size, stat.st_mtime_ns]
-
-
-def import_bm25s() -> Any:
-    """bm25s, or a message that says how to get it."""
-    try:
-        import bm25s
-    except ImportError as error:
-        raise MissingDependencyError("bm25s", extra="search", purpose="searching texts") from error
-    return bm25s

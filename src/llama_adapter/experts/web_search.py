@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 import urllib.error
@@ -17,6 +16,7 @@ from llama_adapter.errors import ExpertError
 from llama_adapter.experts.base import ExpertInfo, Finding, Report, Request
 from llama_adapter.experts.options import Count, ExpertContext, ExpertOptions
 from llama_adapter.experts.search import query_of
+from llama_adapter.files import parse_json
 
 KEY_VARIABLE = "LLAMA_ADAPTER_SEARCH_KEY"
 """Sent as a bearer token where it is set."""
@@ -106,10 +106,7 @@ class WebSearchExpert:
             ) from error
         if len(data) > MAX_BYTES:
             raise ExpertError(f"{self._host} answers with more than {MAX_BYTES} bytes")
-        try:
-            return json.loads(data)
-        except (ValueError, RecursionError) as error:
-            raise ExpertError(f"{self._host} answers with something other than JSON") from error
+        return parse_json(data, name=f"the answer of {self._host}", error=ExpertError)
 
 
 def _results(content: Any) -> Iterator[tuple[str, str | None]]:

@@ -24,7 +24,7 @@ from pydantic import (
     model_validator,
 )
 
-from llama_adapter.config import AdapterConfig, did_you_mean, from_version_1
+from llama_adapter.config import AdapterConfig, did_you_mean, fault_text, from_version_1
 from llama_adapter.data import SOURCES, Kind, SourceOptions
 from llama_adapter.errors import ConfigError
 from llama_adapter.files import parse_yaml, read_yaml
@@ -41,7 +41,7 @@ MOST_WORKERS = 512
 MOST_RANK = 2**15
 MOST_WEIGHT = 10_000
 _MOST_DEPTH = 32
-_MOST_FAULTS, _MOST_WORDS = 8, 400
+_MOST_FAULTS = 8
 _LARGEST = 2**63
 
 
@@ -504,11 +504,7 @@ def _explain(error: ValidationError, model: type[BaseModel], *, before: str = ""
         elif fault["type"] == "missing":
             faults.append(f"{place}: is missing")
         else:
-            found = fault["input"]
-            shown = "" if isinstance(found, dict | BaseModel) else f", got {_short(found)}"
-            message = fault["msg"].removeprefix("Value error, ")
-            message = (message[:1].lower() + message[1:])[:_MOST_WORDS]
-            faults.append(f"{place or 'recipe'}: {message}{shown}")
+            faults.append(f"{place or 'recipe'}: {fault_text(fault)}")
     if len(faults) > _MOST_FAULTS:
         faults[_MOST_FAULTS:] = [f"and {len(faults) - _MOST_FAULTS} faults more"]
     return "; ".join(faults)
