@@ -102,7 +102,7 @@ class _Answer:
     content: list[Hashable] = field(default_factory=list)
     """What each token of the prompt is made of; see `Row.content`."""
     ordinals: list[int] = field(default_factory=list)
-    """How many placeholders of its image stand before each token that is one."""
+    """How many placeholders of its image precede each token that is one."""
     tokens: list[int] = field(default_factory=list)
     row: Row | None = None
     error: Exception | None = None

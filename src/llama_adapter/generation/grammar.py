@@ -19,7 +19,7 @@ MOST_CHARACTERS = 1 << 16
 
 
 class Grammars:
-    """Compiles grammars for one tokenizer, beside the loop that answers."""
+    """Compiles grammars for one tokenizer, outside the loop that answers."""
 
     def __init__(self, tokenizer: Any, vocabulary: int) -> None:
         self._tokenizer, self._vocabulary = tokenizer, vocabulary

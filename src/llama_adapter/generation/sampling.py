@@ -1,6 +1,6 @@
 """Drawing the next token of each row, as its own request asks.
 
-A row's draws depend on its own logits and seed alone, never on the rows beside it.
+A row's draws depend on its own logits and seed alone, never on other rows.
 
 Shapes: N rows, V vocabulary.
 """

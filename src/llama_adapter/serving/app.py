@@ -315,7 +315,7 @@ class _Routes:
         }
 
     async def adapters(self) -> dict[str, Any]:
-        """Names of the loaded adapters, for whoever may change them."""
+        """Names of the loaded adapters, for clients that may change them."""
         return {"adapters": list(self.engine.adapters)}
 
     async def load_adapter(self, body: AdapterRequest) -> JSONResponse:
