@@ -30,7 +30,7 @@ from transformers import CLIPImageProcessorPil
 
 from benchmarks.measuring import add_options, report
 from llama_adapter import LlamaAdapterProcessor
-from llama_adapter.data import SOURCES, BatchStream, Kind, Part, SampleEncoder, Source, measure
+from llama_adapter.data import SOURCES, BatchStream, Component, Kind, SampleEncoder, Source, measure
 
 WORDS = ("the", "a", "red", "blue", "small", "large", "star", "circle", "is", "in", "where")
 MOST_GROWTH = 0.10
@@ -64,8 +64,10 @@ def _processor() -> LlamaAdapterProcessor:
 
 def _stream(source: Source, kind: Kind, *, workers: int, rows: int, length: int) -> BatchStream:
     encoder = SampleEncoder(_processor(), row_length=length, too_long="truncate")
-    part = Part(source=source, pieces=measure(source, encoder))
-    return BatchStream(kind, [part], encoder, rows=rows, row_length=length, seed=0, workers=workers)
+    component = Component(source=source, pieces=measure(source, encoder))
+    return BatchStream(
+        kind, [component], encoder, rows=rows, row_length=length, seed=0, workers=workers
+    )
 
 
 # --- reading images -----------------------------------------------------------------------

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from llama_adapter import LlamaAdapterProcessor
-from llama_adapter.data import SOURCES, BatchStream, Part, SampleEncoder, Source, measure
+from llama_adapter.data import SOURCES, BatchStream, Component, SampleEncoder, Source, measure
 
 WORDS = """
     red star blue circle small large the a is in of picture what where how many
@@ -64,5 +64,5 @@ def stream_of(
 ) -> BatchStream:
     settings = {"rows": 2, "row_length": 256, "seed": 0, **options}
     encoder = SampleEncoder(processor, row_length=settings["row_length"])
-    part = Part(source=source, pieces=measure(source, encoder))
-    return BatchStream(kind, [part], encoder, **settings)  # type: ignore[arg-type]
+    component = Component(source=source, pieces=measure(source, encoder))
+    return BatchStream(kind, [component], encoder, **settings)  # type: ignore[arg-type]

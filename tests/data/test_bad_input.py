@@ -180,7 +180,7 @@ def test_shards_that_are_none(tmp_path: Path) -> None:
     )
     path = write(tmp_path / "x.tar", "this is no archive" * 100)
     found = refusal(lambda: open_source("webdataset", "caption", path=str(path)))
-    assert "is no readable tar file" in found
+    assert "is not a readable tar file" in found
 
 
 def test_captions_need_pictures(tmp_path: Path) -> None:
@@ -199,14 +199,14 @@ def test_a_sample_longer_than_the_row(processor: LlamaAdapterProcessor, tmp_path
     assert [cut.tokens for cut in cut_off.cut(source[1])] == [256]
 
 
-def test_too_many_broken_records_stop_with_the_list(
+def test_too_many_invalid_records_stop_with_the_list(
     processor: LlamaAdapterProcessor, tmp_path: Path
 ) -> None:
     records = [GOOD] * 97 + [{"instruction": "unanswered"}] * 3
     path = write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, records)))
     source = open_source("alpaca", "instruction", path=path)
     pieces = measure(source, SampleEncoder(processor, row_length=256))
-    assert [fault.where for fault in pieces.broken] == [f"{path}:{n}" for n in (98, 99, 100)]
+    assert [fault.where for fault in pieces.invalid] == [f"{path}:{n}" for n in (98, 99, 100)]
     pieces.refuse_beyond(0.03, name="alpaca")
     found = refusal(lambda: pieces.refuse_beyond(0.02, name="alpaca"))
     assert "3 of 100 records are invalid, more than the 2.0% of data.max_invalid" in found
@@ -221,17 +221,17 @@ def test_pictures_that_break_in_training_are_skipped_and_listed(
     stream = stream_of(source, processor, "caption", rows=4, max_invalid=0.2)
     (tmp_path / "pictures" / "picture1.png").write_bytes(b"damaged")
     batch = next(stream)
-    assert {fault.where for fault in batch.broken} == {f"{path}:3", f"{path}:8"}
-    assert all("cannot decode image" in fault.reason for fault in batch.broken)
+    assert {fault.where for fault in batch.invalid} == {f"{path}:3", f"{path}:8"}
+    assert all("cannot decode image" in fault.reason for fault in batch.invalid)
     assert not {f"{path}:3", f"{path}:8"} & set(batch.sample_ids)
     assert len(batch.inputs["pixel_values"]) == len(batch.sample_ids)
-    assert len(stream.broken) == 2
+    assert len(stream.invalid) == 2
     (tmp_path / "pictures" / "picture2.png").unlink()
     found = refusal(lambda: [next(stream) for _ in range(4)])
     assert "4 of 10 records are invalid" in found
 
 
-def test_the_limit_of_broken_pictures_goes_on_after_a_resume(
+def test_the_limit_of_invalid_pictures_goes_on_after_a_resume(
     processor: LlamaAdapterProcessor, tmp_path: Path
 ) -> None:
     path = write_pairs(tmp_path, 10, pictures=5)
@@ -243,12 +243,12 @@ def test_the_limit_of_broken_pictures_goes_on_after_a_resume(
     content = first.read_bytes()
     first.write_bytes(b"damaged")
     next(before)
-    assert len(before.broken) == 2
+    assert len(before.invalid) == 2
     after.load_state_dict(before.state_dict())
-    assert after.broken == before.broken
+    assert after.invalid == before.invalid
     # found broken again, they count once
     assert all(next(after) for _ in range(4))
-    assert len(after.broken) == 2
+    assert len(after.invalid) == 2
     first.write_bytes(content)
     after.load_state_dict(before.state_dict())
     second.unlink()

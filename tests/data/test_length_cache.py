@@ -32,7 +32,7 @@ def encoder(processor: LlamaAdapterProcessor) -> SampleEncoder:
 
 
 def same(left: Pieces, right: Pieces) -> bool:
-    return np.array_equal(left.table, right.table) and left.broken == right.broken
+    return np.array_equal(left.table, right.table) and left.invalid == right.invalid
 
 
 def test_a_disk_that_cannot_be_written_costs_a_warning(

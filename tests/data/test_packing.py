@@ -28,8 +28,8 @@ from llama_adapter import (
 )
 from llama_adapter.config import IGNORE_INDEX
 from llama_adapter.data import Source
-from llama_adapter.data.encoding import SampleEncoder
 from llama_adapter.data.packing import OPEN_ROWS, Padding, assemble, pack
+from llama_adapter.data.truncation import SampleEncoder
 from llama_adapter.model import answer_mask
 from llama_adapter.processing.batching import EncodedSample
 

@@ -201,7 +201,7 @@ def test_llavas_input_is_read_beside_its_image(tmp_path: Path) -> None:
         (
             "sharegpt",
             {"system": "a", "conversations": [{"from": "system", "value": "b"}, *TALK]},
-            "has a system message of its own beside one among its turns",
+            "has a system message of its own and one among its turns",
         ),
     ],
 )  # fmt: skip

@@ -91,7 +91,7 @@ def test_shards_that_are_not_read_to_their_end(
     first = write_shard(tmp_path / "a.tar", [("a.png", pixels), ("a.txt", b"One.")])
     other = write_shard(tmp_path / "b.tar", [("b.png", pixels), ("b.txt", b"Two.")])
     first.write_bytes(damage(first.read_bytes(), other.read_bytes()))
-    with pytest.raises(DataError, match=f"a.tar is no readable tar file: {message}"):
+    with pytest.raises(DataError, match=f"a.tar is not a readable tar file: {message}"):
         found(first)
 
 

@@ -12,7 +12,7 @@ import torch
 from tests.data.files import open_source, stream_of, write_alpaca, write_pairs
 
 from llama_adapter import LlamaAdapterProcessor
-from llama_adapter.data import BatchStream, Part, SampleEncoder, Source, TrainBatch, measure
+from llama_adapter.data import BatchStream, Component, SampleEncoder, Source, TrainBatch, measure
 from llama_adapter.errors import ConfigError, DataError, TrainingError
 from llama_adapter.processing.templates import TEMPLATES
 
@@ -73,10 +73,10 @@ def test_ranks_share_the_batches_of_one(captions: Source, processor: LlamaAdapte
         stream_of(captions, processor, "caption", rows=4, rank=rank, world=3) for rank in range(3)
     ]
     for _ in range(4):
-        whole, parts = next(alone), [next(stream) for stream in ranks]
-        assert sum(part.answer_tokens for part in parts) == whole.answer_tokens
+        whole, components = next(alone), [next(stream) for stream in ranks]
+        assert sum(part.answer_tokens for part in components) == whole.answer_tokens
         for row in range(4):
-            part = parts[row % 3].inputs["input_ids"]
+            part = components[row % 3].inputs["input_ids"]
             assert torch.equal(part[row // 3], whole.inputs["input_ids"][row])
         assert len({str(stream.state_dict()) for stream in (alone, *ranks)}) == 1
 
@@ -126,11 +126,11 @@ def test_weights_and_held_out_samples(
 ) -> None:
     encoder = SampleEncoder(processor, row_length=256)
     held_out = np.array([0, 1, 2])
-    parts = [
-        Part(source=texts, pieces=measure(texts, encoder), weight=2.5, held_out=held_out),
-        Part(source=captions, pieces=measure(captions, encoder), weight=0.5),
+    components = [
+        Component(source=texts, pieces=measure(texts, encoder), weight=2.5, held_out=held_out),
+        Component(source=captions, pieces=measure(captions, encoder), weight=0.5),
     ]
-    stream = BatchStream("instruction", parts, encoder, rows=1, row_length=256, seed=0)
+    stream = BatchStream("instruction", components, encoder, rows=1, row_length=256, seed=0)
     seen: Counter[str] = Counter()
     for batch in take(stream, stream.rows_in_epoch()):
         seen.update(batch.sample_ids)
@@ -139,7 +139,7 @@ def test_weights_and_held_out_samples(
     assert set(counts[3:]) == {2, 3}
     assert sum(counts) == round(2.5 * 37)
     assert sum(seen[captions[i].id] for i in range(len(captions))) == 15
-    everything = Part(source=texts, pieces=parts[0].pieces, held_out=np.arange(40))
+    everything = Component(source=texts, pieces=components[0].pieces, held_out=np.arange(40))
     with pytest.raises(DataError, match="leaves no sample to learn from"):
         BatchStream("instruction", [everything], encoder, rows=1, row_length=256, seed=0)
 

@@ -98,13 +98,13 @@ def test_the_estimate_is_near_the_plan(tmp_path: Path) -> None:
         assert report.kinds[kind].rows_per_epoch == pytest.approx(stream.rows_in_epoch(), rel=0.1)
 
 
-def test_broken_records_are_listed_and_too_many_refused(tmp_path: Path) -> None:
+def test_invalid_records_are_listed_and_too_many_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", [*[GOOD] * 60, {"instruction": "no answer"}])
     lenient = check(recipe_of(path, data={"max_invalid": 0.05}))
     lenient.refuse()
     (source,) = lenient.sources
-    assert [fault.where for fault in source.broken] == [f"{path}:61"]
-    assert f"broken: {path}:61: lacks 'output'" in lenient.as_text()
+    assert [fault.where for fault in source.invalid] == [f"{path}:61"]
+    assert f"invalid: {path}:61: lacks 'output'" in lenient.as_text()
     strict = check(recipe_of(path))
     with pytest.raises(DataError, match=r"instructions.sources.0: .*1 of 61 records read"):
         strict.refuse()

@@ -171,7 +171,7 @@ def test_held_out_scores_and_the_best_adapter(
     assert run(held, f"out={tmp_path}/unscored").checksum == scored.checksum
 
 
-def test_broken_pictures_held_out_do_not_end_a_run(
+def test_invalid_pictures_held_out_do_not_end_a_run(
     recipe_file: Recipe, workshop: Path, losses: Any, tmp_path: Path
 ) -> None:
     data = shutil.copytree(workshop / "data", tmp_path / "data")
@@ -191,7 +191,7 @@ def test_broken_pictures_held_out_do_not_end_a_run(
     assert losses(tmp_path / "run")[-1]["held_out/pairs.perplexity"] > 1
 
 
-def test_broken_pictures_are_counted_once_over_a_resume(
+def test_invalid_pictures_are_counted_once_over_a_resume(
     recipe_file: Recipe, workshop: Path, tmp_path: Path
 ) -> None:
     data = shutil.copytree(workshop / "data", tmp_path / "data")
@@ -215,7 +215,7 @@ def test_broken_pictures_are_counted_once_over_a_resume(
     listed = [json.loads(line) for line in (tmp_path / "run/broken.jsonl").read_text().splitlines()]
     where = [row["where"] for row in listed]
     assert sorted(where) == sorted(f"{data / 'captions.tsv'}:{n + 2}" for n in broken)
-    assert result.broken == len(broken)
+    assert result.invalid == len(broken)
 
 
 def test_another_metric_of_the_best_begins_anew(recipe_file: Recipe, tmp_path: Path) -> None:

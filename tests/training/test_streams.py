@@ -84,20 +84,20 @@ def test_nothing_may_be_left_to_learn_from(tmp_path: Path, captions: dict[str, A
         opened(recipe_of(tmp_path, captions=captions))
 
 
-def test_broken_records_are_left_out_and_listed(
+def test_invalid_records_are_left_out_and_listed(
     tmp_path: Path, instructions: dict[str, Any]
 ) -> None:
     recipe = recipe_of(tmp_path, instructions=instructions)
     data = opened(recipe)
-    assert [fault.where for fault in data.broken] == [f"{tmp_path / 'a.jsonl'}:30"]
+    assert [fault.where for fault in data.invalid] == [f"{tmp_path / 'a.jsonl'}:30"]
     result = train(recipe)
-    assert result.broken == 1
+    assert result.invalid == 1
     (row,) = map(json.loads, (tmp_path / "run" / "broken.jsonl").read_text().splitlines())
     assert row["where"].endswith("a.jsonl:30")
     assert "lacks 'output'" in row["reason"]
 
 
-def test_too_many_broken_records_stop_before_the_first_step(
+def test_too_many_invalid_records_stop_before_the_first_step(
     tmp_path: Path, instructions: dict[str, Any]
 ) -> None:
     recipe = recipe_of(tmp_path, instructions=instructions, data={"max_invalid": 0.01})

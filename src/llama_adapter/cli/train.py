@@ -80,7 +80,7 @@ def _as_json(result: TrainingResult) -> dict[str, Any]:
         "checksum": result.checksum,
         "steps": result.steps,
         "started_at": result.started_at,
-        "broken": result.broken,
+        "broken": result.invalid,
         "trained": result.trained,
     }
 

@@ -1,4 +1,4 @@
-"""What a training step takes: one micro-batch of one kind, and where a stream of them stands."""
+"""What a training step takes: one micro-batch of one kind, and the position in a stream of them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PER_IMAGE = frozenset({"pixel_values", "visual_features"})
 class TrainBatch:
     """This process's rows of one global micro-batch.
 
-    Shape suffixes: B rows, T tokens, I pictures.
+    Shape suffixes: B rows, T tokens, I images.
     """
 
     kind: Kind
@@ -26,7 +26,7 @@ class TrainBatch:
     """Keyword arguments of the model's forward. Always `input_ids`, `labels` [B, T]. Packed rows
     hold `position_ids` [B, T], restarted at every sample, and no `attention_mask`: attention is
     then kept within samples by the positions alone, as long as no cache is made (pass
-    `use_cache=False`). Padded rows hold `attention_mask`. With pictures: `pixel_values`
+    `use_cache=False`). Padded rows hold `attention_mask`. With images: `pixel_values`
     [I, 3, H, W] or `visual_features` [I, P, C], `image_index` [B, T] and, where
     only placeholders read, `visual_mask` [B, T]."""
     sample_ids: tuple[str, ...]
@@ -35,8 +35,8 @@ class TrainBatch:
     """Labels that are scored, in these rows."""
     tokens: int
     """Tokens of samples in these rows; padding is not counted."""
-    broken: tuple[InvalidRecord, ...] = ()
-    """Samples of these rows whose picture could not be read; nothing of them is scored."""
+    invalid: tuple[InvalidRecord, ...] = ()
+    """Samples of these rows whose image could not be read; nothing of them is scored."""
 
     def joined(self) -> Self:
         """The rows one after the other as a single row [1, B·T]; for packed rows alone.
@@ -55,7 +55,7 @@ class TrainBatch:
         return replace(self, inputs=moved)
 
     def pin_memory(self) -> Self:
-        """The same batch in pinned memory, from where copies to a GPU run beside its work."""
+        """The same batch in pinned memory, from where copies to a GPU overlap with its work."""
         pinned = {name: value.pin_memory() for name, value in self.inputs.items()}
         return replace(self, inputs=pinned)
 
@@ -70,7 +70,7 @@ class Batches(Protocol):
     def __next__(self) -> TrainBatch: ...
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the stream stands after the last batch handed out; equal on all ranks but for
+        """The position after the last batch handed out; equal on all ranks but for
         `broken`, a list of what each found unreadable.
         """
 

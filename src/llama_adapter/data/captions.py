@@ -216,7 +216,7 @@ class ListedCaptions(CaptionSource):
 
     def _read(self, fields: Fields, number: int) -> tuple[Any, Any]:
         name = fields.value(*IMAGE_KEYS)
-        # the address that an image was loaded from, beside the file; else the file's name
+        # the address that an image was loaded from, next to the file; else the file's name
         url = fields.value("url")
         captions = fields.value(*self._CAPTIONS)
         if isinstance(captions, list):

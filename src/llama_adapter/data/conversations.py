@@ -121,7 +121,7 @@ def single_question(fields: Fields, media: Media) -> Conversation:
         fields.value("text")
     earlier = _history(fields.value("history"))
     if earlier and context:
-        # a conversation's context stands beside its first question
+        # a conversation's context goes with its first question
         question, context = f"{question}\n{context}", ""
     turns = [*earlier, Turn("user", question), Turn("assistant", answer)]
     conversation = conversation_of(turns, media, system=fields.text(*SYSTEM, optional=True))

@@ -49,7 +49,7 @@ class MediaFolder:
 
     def _find(self, name: Any, *, what: str) -> ImageRef:
         if isinstance(name, dict) and not name.get("bytes"):
-            # as Hugging Face's `datasets` writes an image that lies in a file
+            # as Hugging Face's `datasets` writes an image that is in a file
             name = name.get("path")
         if not isinstance(name, str) or not name:
             raise DataError(f"{what} must be a file name, found {_brief(name)}")

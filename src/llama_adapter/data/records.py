@@ -98,7 +98,7 @@ class RecordFile:
                 start += len(line)
 
     def line_of(self, offset: int) -> int:
-        """The line, counted from 1, that a byte lies on."""
+        """The line, counted from 1, that a byte is on."""
         return int(self.lines_of(np.array([offset]))[0])
 
     def lines_of(self, offsets: np.ndarray) -> np.ndarray:
@@ -163,7 +163,7 @@ class JsonRecords(Records):
     """
 
     def __init__(self, path: Path, *, record_keys: Collection[str] = ()) -> None:
-        """`record_keys` are those of a record: an object that has one of them is no wrapper."""
+        """`record_keys` are those of a record: an object that has one of them is not a wrapper."""
         file = RecordFile(path)
         spans = Spans.of(_records(file))
         if len(spans) == 1:
@@ -313,9 +313,9 @@ def _lines(file: RecordFile, start: int) -> Iterator[Span]:
 
 
 def _values(file: RecordFile, start: int) -> Iterator[Span]:
-    """Values that follow one another, arrays opened; what lies between them is malformed."""
+    """Values that follow one another, arrays opened; what is between them is malformed."""
     depth = 0
-    first = last = -1  # of an object, or of what lies between values
+    first = last = -1  # of an object, or of what is between values
     items: _Items | None = None
     for at, end, token in _tokens(file, start):
         if depth == 0 and token in b"{[":

@@ -1,7 +1,7 @@
 """What is learned from: samples, the sources that hold them, and records that hold none.
 
 A source opens its files by itself, in whichever process it is used, and keeps little more in
-memory than where each record starts. Nothing here reads a picture: a sample refers to it.
+memory than where each record starts. Nothing here reads an image: a sample refers to it.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def placed(error: Exception, where: str) -> DataError:
 
 
 class Source(Protocol):
-    """Samples by number. `DataError` from an item says which record is broken, and why."""
+    """Samples by number. `DataError` from an item says which record is invalid, and why."""
 
     @property
     def name(self) -> str:
@@ -54,10 +54,10 @@ class Source(Protocol):
     def __getitem__(self, index: int, /) -> Sample: ...
 
     def where(self, index: int) -> str:
-        """File and line of a sample, also where it is broken."""
+        """File and line of a sample, also where it is invalid."""
 
     def groups(self) -> np.ndarray | None:
-        """For each sample a number that samples about one picture share; None: all differ."""
+        """For each sample a number that samples about one image share; None: all differ."""
 
     def fingerprint(self) -> str:
         """Changes when what the source holds changes."""

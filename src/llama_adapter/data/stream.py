@@ -13,10 +13,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from llama_adapter.config import IGNORE_INDEX
 from llama_adapter.data.batch import TrainBatch
-from llama_adapter.data.encoding import SampleEncoder
-from llama_adapter.data.measuring import Pieces, refuse_invalid
+from llama_adapter.data.length_index import Pieces, refuse_invalid
 from llama_adapter.data.packing import Padding, Rows, assemble, by_length, pack
 from llama_adapter.data.samples import KINDS, InvalidRecord, Kind, Source
+from llama_adapter.data.truncation import SampleEncoder
 from llama_adapter.errors import ConfigError, DataError, LlamaAdapterError, TrainingError
 from llama_adapter.processing.batching import EncodedSample
 
@@ -25,7 +25,7 @@ _AHEAD = 2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Part:
+class Component:
     """A source's share in a stream."""
 
     source: Source
@@ -36,15 +36,15 @@ class Part:
     """Samples that training never sees."""
 
     def trained(self) -> np.ndarray:
-        """Numbers of the pieces to learn from."""
+        """Indices of the pieces to learn from."""
         everything = np.arange(len(self.pieces))
         if self.held_out is None or not len(self.held_out):
             return everything
         return everything[~np.isin(self.pieces.column("sample"), self.held_out)]
 
 
-class Place(NamedTuple):
-    """Where a stream stands: the next row, counted within its epoch."""
+class Cursor(NamedTuple):
+    """The position of a stream: the next row, counted within its epoch."""
 
     epoch: int
     row: int
@@ -53,21 +53,21 @@ class Place(NamedTuple):
 class _Task(NamedTuple):
     """What a worker builds a batch from."""
 
-    after: Place
+    after: Cursor
     rows: tuple[np.ndarray, ...]
 
 
-class _Numbering:
-    """Pieces numbered through all parts."""
+class _PieceIndex:
+    """Finds a piece by its number, counted through all components."""
 
-    def __init__(self, parts: tuple[Part, ...]) -> None:
-        self.parts = parts
-        self.offsets = np.cumsum([0, *(len(part.pieces) for part in parts[:-1])])
+    def __init__(self, components: tuple[Component, ...]) -> None:
+        self.components = components
+        self.offsets = np.cumsum([0, *(len(component.pieces) for component in components[:-1])])
 
     def find(self, number: int) -> tuple[int, tuple[int, int, int]]:
-        """The part of a piece, and its sample with the exchanges."""
+        """The index of a piece's component, and its sample with the exchanges."""
         index = int(np.searchsorted(self.offsets, number, side="right")) - 1
-        row = self.parts[index].pieces.table[number - self.offsets[index], :3]
+        row = self.components[index].pieces.table[number - self.offsets[index], :3]
         sample, first, stop = row.tolist()
         return index, (sample, first, stop)
 
@@ -84,7 +84,7 @@ class BatchStream:
     def __init__(
         self,
         kind: Kind,
-        parts: Sequence[Part],
+        components: Sequence[Component],
         encoder: SampleEncoder,
         *,
         rows: int,
@@ -104,7 +104,7 @@ class BatchStream:
                 f"{kind}s.rows is {rows}, but {world} processes train: each needs a row"
             )
         self.kind: Kind = kind
-        self.parts = tuple(parts)
+        self.components = tuple(components)
         self.encoder = encoder
         self.rows, self.row_length, self.padding = rows, row_length, padding
         self.seed, self.rank, self.world, self.workers = seed, rank, world, workers
@@ -112,16 +112,18 @@ class BatchStream:
         self.join_rows = join_rows
         self.group_by_length = group_by_length
         self.pin_memory = pin_memory
-        self._trained = tuple(part.trained() for part in parts)
-        for part, trained in zip(self.parts, self._trained, strict=True):
+        self._trained = tuple(component.trained() for component in components)
+        for component, trained in zip(self.components, self._trained, strict=True):
             if not len(trained):
-                raise DataError(f"{part.source.name} leaves no sample to learn from")
-        self._numbering = _Numbering(self.parts)
-        self._tokens = np.concatenate([part.pieces.column("tokens") for part in parts])
+                raise DataError(f"{component.source.name} leaves no sample to learn from")
+        self._piece_index = _PieceIndex(self.components)
+        self._tokens = np.concatenate(
+            [component.pieces.column("tokens") for component in components]
+        )
         self._earlier: dict[tuple[int, str], InvalidRecord] = {}
         self._found: dict[tuple[int, str], InvalidRecord] = {}
         self._plan = lru_cache(maxsize=2)(self._make_plan)
-        self._place = Place(0, 0)
+        self._cursor = Cursor(0, 0)
         self._loading: Iterator[Any] | None = None
 
     def __iter__(self) -> Self:
@@ -133,32 +135,32 @@ class BatchStream:
         built = next(self._loading)
         if isinstance(built, LlamaAdapterError):
             raise built
-        self._place, batch, broken = built
-        for part, fault in broken:
-            self._found[part, fault.where] = fault
-        if broken:
-            self._refuse_too_many_broken()
+        self._cursor, batch, invalid = built
+        for component, fault in invalid:
+            self._found[component, fault.where] = fault
+        if invalid:
+            self._refuse_too_many_invalid()
         result: TrainBatch = batch
         return result
 
     @property
-    def broken(self) -> tuple[InvalidRecord, ...]:
+    def invalid(self) -> tuple[InvalidRecord, ...]:
         """Samples that turned out unreadable: before the position that was loaded in any
         process's rows, since then in this one's.
         """
         return tuple({**self._earlier, **self._found}.values())
 
-    def _refuse_too_many_broken(self) -> None:
+    def _refuse_too_many_invalid(self) -> None:
         known = {**self._earlier, **self._found}
-        for number, part in enumerate(self.parts):
+        for number, component in enumerate(self.components):
             found = [fault for (owner, _), fault in self._found.items() if owner == number]
-            total = part.pieces.num_samples
+            total = component.pieces.num_samples
             everywhere = [fault for (owner, _), fault in known.items() if owner == number]
-            faults = (*everywhere, *part.pieces.broken)
-            name = part.source.name
+            faults = (*everywhere, *component.pieces.invalid)
+            name = component.source.name
             if found:
                 refuse_invalid(faults, total, max_invalid=self.max_invalid, name=name)
-                # of several processes each sees its share of the rows, and of what is broken
+                # of several processes each sees its share of the rows, and of what is invalid
                 share = max(1, total // self.world)
                 refuse_invalid(tuple(found), share, max_invalid=self.max_invalid, name=name)
 
@@ -169,17 +171,17 @@ class BatchStream:
         return len(self._plan(epoch))
 
     def fill(self, epoch: int = 0) -> float:
-        """Share of the places in packed rows that hold a token of a sample."""
+        """Share of the tokens in packed rows that are not padding."""
         plan = self._plan(epoch)
         return float(self._tokens[plan.numbers].sum() / (len(plan) * self.row_length))
 
     def _make_plan(self, epoch: int) -> Rows:
         rng = np.random.default_rng([self.seed, KINDS.index(self.kind), epoch])
         chosen = []
-        for part, trained, offset in zip(
-            self.parts, self._trained, self._numbering.offsets, strict=True
+        for component, trained, offset in zip(
+            self.components, self._trained, self._piece_index.offsets, strict=True
         ):
-            times, share = divmod(part.weight, 1.0)
+            times, share = divmod(component.weight, 1.0)
             chosen += [trained + offset] * int(times)
             some = rng.permutation(trained)[: max(round(share * len(trained)), int(times == 0))]
             chosen.append(some + offset)
@@ -194,7 +196,7 @@ class BatchStream:
         return rows.shuffled(rng)
 
     def _tasks(self) -> Iterator[_Task]:
-        epoch, row = self._place
+        epoch, row = self._cursor
         while True:
             mine = []
             for number in range(self.rows):
@@ -203,7 +205,7 @@ class BatchStream:
                 if number % self.world == self.rank:
                     mine.append(self._plan(epoch)[row])
                 row += 1
-            yield _Task(Place(epoch, row), tuple(mine))
+            yield _Task(Cursor(epoch, row), tuple(mine))
 
     def _loader(self) -> DataLoader[Any]:
         return DataLoader(
@@ -232,17 +234,17 @@ class BatchStream:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the stream stands after the last batch handed out; equal on all ranks but for
+        """The position after the last batch handed out; equal on all ranks but for
         `broken`, to which each adds what it found in its own rows.
         """
-        broken = [
-            [part, fault.where, fault.reason]
-            for (part, _), fault in {**self._earlier, **self._found}.items()
+        invalid = [
+            [component, fault.where, fault.reason]
+            for (component, _), fault in {**self._earlier, **self._found}.items()
         ]
         return {
-            "epoch": self._place.epoch,
-            "row": self._place.row,
-            "broken": broken,
+            "epoch": self._cursor.epoch,
+            "row": self._cursor.row,
+            "broken": invalid,
             **self._plan_key(),
         }
 
@@ -258,15 +260,15 @@ class BatchStream:
                     f"{key} was {state.get(key)}, is now {value}"
                 )
         self.close()
-        self._place = Place(int(state["epoch"]), int(state["row"]))
+        self._cursor = Cursor(int(state["epoch"]), int(state["row"]))
         self._found = {}
         self._earlier = {
-            (part, where): InvalidRecord(where=where, reason=reason)
-            for part, where, reason in state.get("broken", ())
+            (component, where): InvalidRecord(where=where, reason=reason)
+            for component, where, reason in state.get("broken", ())
         }
 
     def close(self) -> None:
-        """End worker processes; the stream goes on where it stood if asked again."""
+        """End worker processes; the stream continues from its position if asked again."""
         self._loading = None
 
 
@@ -278,8 +280,8 @@ class _Builder(Dataset[Any]):
     """Reads samples and makes batches of them; runs in worker processes."""
 
     def __init__(self, stream: BatchStream) -> None:
-        self.parts = stream.parts
-        self.numbering = _Numbering(stream.parts)
+        self.components = stream.components
+        self.piece_index = _PieceIndex(stream.components)
         self.kind = stream.kind
         self.encoder = stream.encoder
         self.padding, self.row_length = stream.padding, stream.row_length
@@ -292,9 +294,9 @@ class _Builder(Dataset[Any]):
             # as a value: raised here, a traceback would be put into its message
             return error
 
-    def _build(self, task: _Task) -> tuple[Place, TrainBatch, list[tuple[int, InvalidRecord]]]:
-        broken: list[tuple[int, InvalidRecord]] = []
-        rows = [[p for n in row.tolist() if (p := self._read(n, broken))] for row in task.rows]
+    def _build(self, task: _Task) -> tuple[Cursor, TrainBatch, list[tuple[int, InvalidRecord]]]:
+        invalid: list[tuple[int, InvalidRecord]] = []
+        rows = [[p for n in row.tolist() if (p := self._read(n, invalid))] for row in task.rows]
         prepared = [p for row in rows for p in row]
         inputs = assemble(
             rows, self.encoder.processor, padding=self.padding, row_length=self.row_length
@@ -305,16 +307,16 @@ class _Builder(Dataset[Any]):
             sample_ids=tuple(p.id for p in prepared),
             answer_tokens=int((inputs["labels"] != IGNORE_INDEX).sum()),
             tokens=sum(len(p.encoded) for p in prepared),
-            broken=tuple(fault for _, fault in broken),
+            invalid=tuple(fault for _, fault in invalid),
         )
-        return task.after, batch.joined() if self.join_rows else batch, broken
+        return task.after, batch.joined() if self.join_rows else batch, invalid
 
-    def _read(self, number: int, broken: list[tuple[int, InvalidRecord]]) -> EncodedSample | None:
+    def _read(self, number: int, invalid: list[tuple[int, InvalidRecord]]) -> EncodedSample | None:
         """A piece; or None, and an entry in the list, where it cannot be read any more."""
-        index, (sample, first, stop) = self.numbering.find(number)
-        source = self.parts[index].source
+        index, (sample, first, stop) = self.piece_index.find(number)
+        source = self.components[index].source
         try:
             return self.encoder.prepare(source[sample], first, stop)
         except LlamaAdapterError as error:
-            broken.append((index, InvalidRecord(where=source.where(sample), reason=str(error))))
+            invalid.append((index, InvalidRecord(where=source.where(sample), reason=str(error))))
             return None

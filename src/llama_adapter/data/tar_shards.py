@@ -29,7 +29,7 @@ MAX_SHARDS = 1_000_000
 """Shards that a pattern may mean."""
 _MAX_HEADER_BYTES = 1 << 26
 _BRACES = re.compile(r"\{(\d{1,9})\.\.(\d{1,9})\}")
-# What stands in a text's or an image's place: nothing, or something that cannot be read.
+# In place of a text or an image: nothing, or something that cannot be read.
 _ABSENT, _TWICE, _LINK, _SPARSE = 0, -1, -2, -3
 _FAULTS = {
     _ABSENT: "has no {what}",
@@ -225,7 +225,7 @@ def _samples(shard: str) -> Iterator[Row]:
     for member in _members(shard):
         folder, _, name = member.name.rpartition("/")
         if member.isdir() or name.startswith((".", "__")):
-            continue  # as WebDataset does, and for what macOS leaves beside each file
+            continue  # as WebDataset does, and for what macOS adds to each file
         stem, _, ending = name.partition(".")
         key, ending = f"{folder}/{stem}", ending.lower()
         if key != current.key or member.name in current.names:
@@ -256,7 +256,7 @@ def _members(shard: str) -> Iterator[tarfile.TarInfo]:
                     archive.members = []  # type: ignore[attr-defined]  # or it remembers them all
                 _check_end(file, archive.offset)
         except (tarfile.TarError, OSError, ValueError, EOFError) as error:
-            raise DataError(f"{shard} is no readable tar file: {error}") from error
+            raise DataError(f"{shard} is not a readable tar file: {error}") from error
 
 
 def _check_end(file: BinaryIO, offset: int) -> None:

@@ -13,7 +13,7 @@ from llama_adapter.data.media import MediaFolder
 from llama_adapter.errors import DataError
 
 IMAGE_MARK = "<image>"
-"""Where LLaVA's texts show the image; ours stands beside the message, so the mark goes."""
+"""Where LLaVA's texts show the image; ours belongs to the message, so the mark is removed."""
 _MARKS = re.compile(r"<image>|<video>")
 
 SPEAKERS: dict[str, Role] = {
@@ -44,7 +44,7 @@ class Fields:
         self._what = what
 
     def value(self, *names: str) -> Any:
-        """What stands under the one of the names that holds something; None without any."""
+        """The value under the one of the names that has one; None without any."""
         self._read.update(names)
         found = [name for name in names if not is_empty(self.record.get(name))]
         if len(found) > 1:
@@ -94,7 +94,7 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class Media:
-    """Images and videos that a record names beside its turns."""
+    """Images and videos that a record names outside its turns."""
 
     images: tuple[ImageRef, ...] = ()
     videos: tuple[ImageRef, ...] = ()
@@ -202,7 +202,7 @@ def _linked(name: Any, folder: MediaFolder) -> ImageRef:
 
 
 def conversation_of(turns: Sequence[Turn], media: Media, *, system: str = "") -> Conversation:
-    """Whole exchanges alone, each image beside the question that shows it.
+    """Whole exchanges alone, each image with the question that shows it.
 
     Turns of the assistant before the first question and a last question without an answer are
     left out.
@@ -210,7 +210,7 @@ def conversation_of(turns: Sequence[Turn], media: Media, *, system: str = "") ->
     turns = list(turns)
     if system:
         if turns and turns[0].role == "system" and turns.pop(0).text.strip():
-            raise DataError("has a system message of its own beside one among its turns")
+            raise DataError("has a system message of its own and one among its turns")
         turns.insert(0, Turn("system", system))
     _place(turns, media)
     start = 1 if turns and turns[0].role == "system" else 0

@@ -145,7 +145,7 @@ class ChatTemplate:
         return pieces
 
     def markers(self) -> list[str]:
-        """Regular expressions for what untrusted text must not contain, besides special tokens.
+        """Regular expressions of what untrusted text must not contain, apart from special tokens.
 
         They are read off probe conversations of every kind that the template takes.
         """

@@ -1,4 +1,4 @@
-"""From a rendered prompt to token ids, labels and placeholders, and from rows to a batch.
+"""From a rendered prompt to token ids, labels and placeholders.
 
 A conversation is tokenized once, as a whole; what each token is follows from its character
 offsets. What generation reads has to be the beginning of it, token by token, at every answer. Where

@@ -169,7 +169,7 @@ class LlamaAdapterProcessor(ProcessorMixin):
 
     @property
     def ends(self) -> tuple[str, ...]:
-        """The text after an answer that is learnt with it: the end of generation."""
+        """The text after an answer that is learned with it: the end of generation."""
         return self._renderer.ends
 
     @property

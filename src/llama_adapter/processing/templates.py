@@ -231,7 +231,7 @@ class LineTemplate:
         return end
 
     def markers(self) -> list[str]:
-        """Regular expressions for what untrusted text must not contain, besides special tokens."""
+        """Regular expressions of what untrusted text must not contain besides special tokens."""
         return [self.marker]
 
     def _first(self, conversation: Conversation, placeholder_text: str | None) -> Iterator[Piece]:

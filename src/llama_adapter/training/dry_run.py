@@ -59,7 +59,7 @@ class SourceReport:
     answer_tokens: int = 0
     histogram: tuple[tuple[int, int], ...] = ()
     """Upper limits of token lengths, and how many pieces lie below each and above the last."""
-    broken: tuple[InvalidRecord, ...] = ()
+    invalid: tuple[InvalidRecord, ...] = ()
     example: str = ""
     """A sample as the model reads it; answer tokens are between marks."""
     error: str | None = None
@@ -190,7 +190,7 @@ def _check_source(
     indices = np.unique(np.linspace(0, len(source) - 1, count).astype(int))
     lengths: list[int] = []
     answers = 0
-    broken: list[InvalidRecord] = []
+    invalid: list[InvalidRecord] = []
     example = ""
     for index in indices.tolist():
         try:
@@ -199,7 +199,7 @@ def _check_source(
             # images are decoded here, and placeholders counted
             encoded = encoder.prepare(sample, cuts[0].first, cuts[0].stop).encoded
         except LlamaAdapterError as error:
-            broken.append(InvalidRecord(where=source.where(index), reason=str(error)))
+            invalid.append(InvalidRecord(where=source.where(index), reason=str(error)))
             continue
         lengths += [cut.tokens for cut in cuts]
         answers += sum(cut.answer_tokens for cut in cuts)
@@ -215,19 +215,19 @@ def _check_source(
         tokens=_summary(lengths),
         answer_tokens=answers,
         histogram=_histogram(lengths),
-        broken=tuple(broken),
+        invalid=tuple(invalid),
         example=example,
-        error=_too_many(source, broken, len(indices), recipe.data.max_invalid),
+        error=_too_many(source, invalid, len(indices), recipe.data.max_invalid),
     )
     return report, np.array(lengths)
 
 
-def _too_many(source: Source, broken: list[InvalidRecord], read: int, limit: float) -> str | None:
-    if len(broken) <= limit * read:
+def _too_many(source: Source, invalid: list[InvalidRecord], read: int, limit: float) -> str | None:
+    if len(invalid) <= limit * read:
         return None
     return (
-        f"{source.name}: {len(broken)} of {read} records read are invalid, more than the "
-        f"{limit:.1%} of data.max_invalid; the first: {broken[0]}"
+        f"{source.name}: {len(invalid)} of {read} records read are invalid, more than the "
+        f"{limit:.1%} of data.max_invalid; the first: {invalid[0]}"
     )
 
 
@@ -280,7 +280,7 @@ def _estimate(
         shares.append(share)
         pieces += share * source.pieces
         answers += share * source.answer_tokens
-        samples += share * (source.read - len(source.broken))
+        samples += share * (source.read - len(source.invalid))
     if recipe.data.padding == "packed":
         # an epoch as it would be if all pieces were like those that were read
         scale = min(1.0, _MOST_PACKED / pieces)
@@ -337,7 +337,7 @@ def _source_text(source: SourceReport) -> str:
     if source.read:
         lines.append(
             f"  {source.samples:,} samples, {source.held_out:,} held out; read {source.read:,}, "
-            f"broken {len(source.broken):,}, cut into {source.pieces:,} pieces"
+            f"invalid {len(source.invalid):,}, cut into {source.pieces:,} pieces"
         )
     if source.tokens:
         t = source.tokens
@@ -349,9 +349,9 @@ def _source_text(source: SourceReport) -> str:
         most = max(count for _, count in source.histogram)
         for limit, count in source.histogram:
             lines.append(f"  {f'< {limit}':>9} {'#' * round(_BAR * count / most):<{_BAR}} {count}")
-    lines += [f"  broken: {broken}" for broken in source.broken[:10]]
-    if len(source.broken) > 10:
-        lines.append(f"  broken: and {len(source.broken) - 10} more")
+    lines += [f"  invalid: {invalid}" for invalid in source.invalid[:10]]
+    if len(source.invalid) > 10:
+        lines.append(f"  invalid: and {len(source.invalid) - 10} more")
     if source.example:
         opening, closing = ANSWER_MARKS
         lines.append(f"  example, answer tokens between {opening} and {closing}:")

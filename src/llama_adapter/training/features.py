@@ -12,8 +12,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from llama_adapter.data import Source
-from llama_adapter.data.encoding import whole_image
 from llama_adapter.data.feature_cache import Computed, FeatureCache
+from llama_adapter.data.truncation import whole_image
 from llama_adapter.errors import LlamaAdapterError
 from llama_adapter.families.vision import vision_features
 from llama_adapter.model import LlamaAdapterForConditionalGeneration

@@ -22,7 +22,7 @@ class InvalidRecords:
 
     def add(self, batches: Iterable[TrainBatch], *, step: int, communicator: Communicator) -> None:
         """List what is new in a step's batches of all processes."""
-        own = [record.to_dict() for batch in batches for record in batch.broken]
+        own = [record.to_dict() for batch in batches for record in batch.invalid]
         # a sample cut into pieces may turn up twice in one step
         found = {one["where"]: one for of_rank in communicator.gather(own) for one in of_rank}
         new = {where: one for where, one in found.items() if where not in self.listed}

@@ -75,9 +75,9 @@ def train(
                 pin_memory=accelerator.device.type == "cuda",
                 progress=callbacks.progress if accelerator.is_main_process else silent,
             )
-        for part in (part for stream in data.streams.values() for part in stream.parts):
-            longest = int(part.pieces.column("tokens").max(initial=0))
-            check_positions(sizes, longest, name=part.source.name)
+        for component in (c for stream in data.streams.values() for c in stream.components):
+            longest = int(component.pieces.column("tokens").max(initial=0))
+            check_positions(sizes, longest, name=component.source.name)
         with _closing(data):
             sharded = is_sharded(recipe.compute.strategy, accelerator)
             built = build(recipe, device=accelerator.device, on_device=not sharded)
@@ -98,7 +98,7 @@ def train(
             if accelerator.is_main_process:
                 callbacks.message(_summary(run, engine, accelerator))
             result = run.run(resume=resume)
-            return replace(result, broken=result.broken + len(data.broken))
+            return replace(result, invalid=result.invalid + len(data.invalid))
 
 
 def _acquire_directory(
@@ -211,12 +211,12 @@ def _flat(values: Any, key: str = "") -> Iterator[tuple[str, Any]]:
 def _list_broken(recipe: Recipe, data: RecipeData, callbacks: Callbacks) -> None:
     """Write down once which records are in no row; those that break later are added there."""
     listed = JsonLines(recipe.out / BROKEN)
-    if data.broken and not any(listed.rows()):
-        for fault in data.broken:
+    if data.invalid and not any(listed.rows()):
+        for fault in data.invalid:
             listed.append({"step": 0, **fault.to_dict()})
-    if data.broken:
+    if data.invalid:
         callbacks.message(
-            f"{len(data.broken)} invalid records are left out, listed in {listed.path}"
+            f"{len(data.invalid)} invalid records are left out, listed in {listed.path}"
         )
 
 

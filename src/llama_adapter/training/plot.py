@@ -84,10 +84,10 @@ def _draw(rows: Sequence[Row], *, title: str) -> bytes:
         axes.set_title(name)
         axes.set_xlabel("step")
         axes.grid(alpha=0.3)
-        colours = _colours(len(series))
-        for (label, steps, values), colour in zip(series, colours, strict=True):
+        colors = _colors(len(series))
+        for (label, steps, values), color in zip(series, colors, strict=True):
             marker = "o" if len(steps) < 30 else None
-            axes.plot(steps, values, label=label, color=colour, marker=marker, markersize=3)
+            axes.plot(steps, values, label=label, color=color, marker=marker, markersize=3)
         if series:
             scale(axes)
             axes.legend(fontsize=7, ncols=1 + len(series) // 12)
@@ -98,7 +98,7 @@ def _draw(rows: Sequence[Row], *, title: str) -> bytes:
     return buffer.getvalue()
 
 
-def _colours(count: int) -> list[Any]:
+def _colors(count: int) -> list[Any]:
     from matplotlib import colormaps
 
     if count <= 10:

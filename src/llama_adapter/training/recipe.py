@@ -1,6 +1,6 @@
 """Recipes: everything that decides a training run, as one strict YAML file.
 
-An unknown or misspelt key is an error with a suggestion. Values may be changed from outside by
+An unknown or misspelled key is an error with a suggestion. Values may be changed from outside by
 `key.path=value`, lists by number: `instructions.sources.0.path=mine.json`.
 """
 

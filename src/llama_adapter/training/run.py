@@ -61,7 +61,7 @@ class TrainingResult:
     """SHA-256 of the final adapter's tensors file."""
     started_at: int
     """The step that this process began with: 0, or that of the checkpoint."""
-    broken: int
+    invalid: int
     """Records that could not be learned from, over the whole run."""
     trained: dict[str, int]
     """How many parameters were trained: `adapter`, and `lora` where the recipe has it."""
@@ -114,7 +114,7 @@ class TrainingRun:
         """Train to the last step and write the final adapter.
 
         Raises TrainingError where the loss stays not finite, DataError where too many records are
-        broken, and CheckpointError where a checkpoint cannot be written or read.
+        invalid, and CheckpointError where a checkpoint cannot be written or read.
         """
         began = self._restore() if resume else 0
         if not self._is_over():
@@ -162,7 +162,7 @@ class TrainingRun:
         }
         report = self.trainer.step(**inputs)
         every = [batch for some in batches.values() for batch in some]
-        tokens, broken = self._sums(every)
+        tokens, invalid = self._sums(every)
         row = row_of(report, step=step + 1)
         seconds = self.budget.clock() - began
         row |= {"tokens": tokens, "seconds": round(seconds, 4), "waited": round(waited, 4)}
@@ -171,7 +171,7 @@ class TrainingRun:
         self.budget.took(seconds, step=step)
         if self._due(step + 1, self.recipe.logging.every):
             row |= gate_sizes(self.trainer)
-        if broken:
+        if invalid:
             self.invalid.add(every, step=step + 1, communicator=self.engine)
         self._watch_losses(row, report, every)
         return row
@@ -195,9 +195,11 @@ class TrainingRun:
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big")
 
     def _sums(self, batches: Sequence[TrainBatch]) -> tuple[int, int]:
-        counts = torch.tensor([sum(b.tokens for b in batches), sum(len(b.broken) for b in batches)])
-        tokens, broken = self.engine.all_reduce(counts).tolist()
-        return int(tokens), int(broken)
+        counts = torch.tensor(
+            [sum(b.tokens for b in batches), sum(len(b.invalid) for b in batches)]
+        )
+        tokens, invalid = self.engine.all_reduce(counts).tolist()
+        return int(tokens), int(invalid)
 
     def _watch_losses(self, row: Row, report: StepReport, batches: Sequence[TrainBatch]) -> None:
         """Count steps that moved nothing; the third in a row ends the run."""
@@ -353,7 +355,7 @@ class TrainingRun:
             adapter=adapter,
             checksum=hashlib.sha256(content).hexdigest(),
             started_at=began,
-            broken=len(self.invalid.listed),
+            invalid=len(self.invalid.listed),
             trained=self.trained(),
         )
 

@@ -11,9 +11,9 @@ import numpy as np
 from llama_adapter.data import (
     SOURCES,
     BatchStream,
+    Component,
     InvalidRecord,
     Kind,
-    Part,
     Sample,
     SampleEncoder,
     Source,
@@ -58,13 +58,15 @@ class RecipeData:
     encoders: Mapping[Kind, SampleEncoder]
     held_out: Mapping[str, HeldOut]
     """By the source's type; a second source of a type is called `type-2`."""
-    broken: tuple[InvalidRecord, ...] = ()
+    invalid: tuple[InvalidRecord, ...] = ()
     """Records of which no sample could be made: they are in no row."""
 
     @property
     def sources(self) -> list[Source]:
         """Every source of every kind."""
-        return [part.source for stream in self.streams.values() for part in stream.parts]
+        return [
+            component.source for stream in self.streams.values() for component in stream.components
+        ]
 
     def use_features(self, cache: FeatureCache) -> None:
         """From now on no image is decoded."""
@@ -85,22 +87,24 @@ def open_data(
     """Open and measure every source of a recipe.
 
     Raises DataError for files that are missing or empty, and where more records of a source are
-    broken than `data.max_invalid` allows, with a list.
+    invalid than `data.max_invalid` allows, with a list.
     """
     streams: dict[Kind, BatchStream] = {}
     encoders: dict[Kind, SampleEncoder] = {}
     held_out: dict[str, HeldOut] = {}
     for kind, section in recipe.streams.items():
         encoder = encoders[kind] = encoder_of(recipe, section, processor)
-        parts = []
+        components = []
         for described in section.sources:
-            part = _open_part(recipe, described, kind, encoder, types=types, progress=progress)
-            parts.append(part)
+            component = _open_component(
+                recipe, described, kind, encoder, types=types, progress=progress
+            )
+            components.append(component)
             if described.held_out:
-                held_out[free_name(described.type, held_out)] = _held_out(part, kind)
+                held_out[free_name(described.type, held_out)] = _held_out(component, kind)
         streams[kind] = BatchStream(
             kind,
-            parts,
+            components,
             encoder,
             rows=section.rows,
             row_length=section.row_length,
@@ -115,9 +119,9 @@ def open_data(
             join_rows=recipe.base.attention == "flash_attention_2",
             pin_memory=pin_memory,
         )
-    parts_of_all = (part for stream in streams.values() for part in stream.parts)
-    broken = tuple(fault for part in parts_of_all for fault in part.pieces.broken)
-    return RecipeData(streams=streams, encoders=encoders, held_out=held_out, broken=broken)
+    all_components = (component for stream in streams.values() for component in stream.components)
+    invalid = tuple(fault for component in all_components for fault in component.pieces.invalid)
+    return RecipeData(streams=streams, encoders=encoders, held_out=held_out, invalid=invalid)
 
 
 def encoder_of(
@@ -127,7 +131,7 @@ def encoder_of(
     return SampleEncoder(processor, row_length=section.row_length, too_long=recipe.data.too_long)
 
 
-def _open_part(
+def _open_component(
     recipe: Recipe,
     described: SourceSection,
     kind: Kind,
@@ -135,7 +139,7 @@ def _open_part(
     *,
     types: SourceTypes,
     progress: Progress,
-) -> Part:
+) -> Component:
     source = described.options(types).open(kind)
     pieces = measure(
         source,
@@ -146,7 +150,7 @@ def _open_part(
     )
     pieces.refuse_beyond(recipe.data.max_invalid, name=source.name)
     held_out = choose_held_out(source, described.held_out, seed=recipe.seed)
-    return Part(source=source, pieces=pieces, weight=described.weight, held_out=held_out)
+    return Component(source=source, pieces=pieces, weight=described.weight, held_out=held_out)
 
 
 def cache_of(recipe: Recipe) -> Path | None:
@@ -174,14 +178,14 @@ def choose_held_out(source: Source, count: int, *, seed: int) -> np.ndarray:
     return np.flatnonzero(np.isin(groups, names[order[:enough]]))
 
 
-def _held_out(part: Part, kind: Kind) -> HeldOut:
-    assert part.held_out is not None
+def _held_out(component: Component, kind: Kind) -> HeldOut:
+    assert component.held_out is not None
     # nothing can be asked about an invalid record
-    sound = np.intersect1d(part.held_out, part.pieces.column("sample"))
-    groups = part.source.groups()
+    sound = np.intersect1d(component.held_out, component.pieces.column("sample"))
+    groups = component.source.groups()
     return HeldOut(
         kind=kind,
-        source=part.source,
+        source=component.source,
         indices=sound,
         groups=None if groups is None else groups[sound],
     )

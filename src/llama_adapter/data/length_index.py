@@ -19,8 +19,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from llama_adapter.conversation import Conversation, Message
-from llama_adapter.data.encoding import SampleEncoder
 from llama_adapter.data.samples import InvalidRecord, Source
+from llama_adapter.data.truncation import SampleEncoder
 from llama_adapter.errors import DataError, LlamaAdapterError
 from llama_adapter.files import atomic_file, open_regular
 
@@ -28,10 +28,10 @@ Progress = Callable[[int], None]
 """Called with the number of samples just done."""
 
 _FORMAT = 4
-"""Counts up when samples are cut or tokenised in another way."""
+"""Counts up when samples are cut or tokenized in another way."""
 _CHUNK = 256
 _MAX_HEADER_BYTES = 1 << 26
-"""Bytes of a cache file's first line, which lists broken records."""
+"""Bytes of a cache file's first line, which lists invalid records."""
 COLUMNS = ("sample", "first", "stop", "tokens", "answer_tokens")
 
 
@@ -41,7 +41,7 @@ class Pieces:
 
     table: np.ndarray
     """int32, a row a piece; its columns are `COLUMNS`."""
-    broken: tuple[InvalidRecord, ...]
+    invalid: tuple[InvalidRecord, ...]
     num_samples: int
 
     def __len__(self) -> int:
@@ -52,20 +52,20 @@ class Pieces:
         return self.table[:, COLUMNS.index(name)]
 
     def refuse_beyond(self, max_invalid: float, *, name: str) -> None:
-        """DataError with the list if more than this share of the samples is broken."""
-        refuse_invalid(self.broken, self.num_samples, max_invalid=max_invalid, name=name)
+        """DataError with the list if more than this share of the samples is invalid."""
+        refuse_invalid(self.invalid, self.num_samples, max_invalid=max_invalid, name=name)
 
 
 def refuse_invalid(
-    broken: Sequence[InvalidRecord], total: int, *, max_invalid: float, name: str, shown: int = 5
+    invalid: Sequence[InvalidRecord], total: int, *, max_invalid: float, name: str, shown: int = 5
 ) -> None:
     """DataError with a list if too many of `total` samples are invalid."""
-    if len(broken) <= max_invalid * total:
+    if len(invalid) <= max_invalid * total:
         return
-    listed = "; ".join(str(each) for each in broken[:shown])
-    more = f"; and {len(broken) - shown} more" if len(broken) > shown else ""
+    listed = "; ".join(str(each) for each in invalid[:shown])
+    more = f"; and {len(invalid) - shown} more" if len(invalid) > shown else ""
     raise DataError(
-        f"{name}: {len(broken)} of {total} records are invalid, "
+        f"{name}: {len(invalid)} of {total} records are invalid, "
         f"more than the {max_invalid:.1%} of data.max_invalid: {listed}{more}"
     )
 
@@ -109,7 +109,7 @@ def _measure(
 ) -> Pieces:
     chunks = [range(at, min(at + _CHUNK, len(source))) for at in range(0, len(source), _CHUNK)]
     tables: list[np.ndarray] = []
-    broken: list[InvalidRecord] = []
+    invalid: list[InvalidRecord] = []
     loader = DataLoader(
         _Chunks(source, encoder),
         sampler=chunks,
@@ -120,10 +120,10 @@ def _measure(
     )
     for chunk, (table, faults) in zip(chunks, loader, strict=True):
         tables.append(table)
-        broken += faults
+        invalid += faults
         if progress is not None:
             progress(len(chunk))
-    return Pieces(table=np.concatenate(tables), broken=tuple(broken), num_samples=len(source))
+    return Pieces(table=np.concatenate(tables), invalid=tuple(invalid), num_samples=len(source))
 
 
 def _unchanged(item: Any) -> Any:
@@ -139,14 +139,14 @@ class _Chunks(Dataset[Any]):
 
     def __getitem__(self, indices: range) -> tuple[np.ndarray, list[InvalidRecord]]:
         rows: list[tuple[int, ...]] = []
-        broken: list[InvalidRecord] = []
+        invalid: list[InvalidRecord] = []
         for index in indices:
             try:
                 sample = self.source[index]
                 rows += [(index, *cut) for cut in self.encoder.cut(sample)]
             except LlamaAdapterError as error:
-                broken.append(InvalidRecord(where=self.source.where(index), reason=str(error)))
-        return np.array(rows, dtype=np.int32).reshape(-1, len(COLUMNS)), broken
+                invalid.append(InvalidRecord(where=self.source.where(index), reason=str(error)))
+        return np.array(rows, dtype=np.int32).reshape(-1, len(COLUMNS)), invalid
 
 
 def _key(source: Source, encoder: SampleEncoder) -> str:
@@ -192,15 +192,15 @@ def _kept(path: Path, *, key: str, num_samples: int) -> Pieces | None:
             if size != 4 * len(COLUMNS) * head["pieces"]:
                 return None
             data = file.read(size)
-        broken = tuple(InvalidRecord(**each) for each in head["broken"])
+        invalid = tuple(InvalidRecord(**each) for each in head["broken"])
         stated = (head["key"], head["num_samples"], head["sha256"])
-        if stated != (key, num_samples, hashlib.sha256(data + _listed(broken)).hexdigest()):
+        if stated != (key, num_samples, hashlib.sha256(data + _listed(invalid)).hexdigest()):
             return None
     except (DataError, OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     # a copy, for what comes from bytes cannot be written to
     table = np.frombuffer(data, dtype="<i4").astype(np.int32).reshape(-1, len(COLUMNS))
-    return Pieces(table=table, broken=broken, num_samples=num_samples)
+    return Pieces(table=table, invalid=invalid, num_samples=num_samples)
 
 
 def _keep(pieces: Pieces, path: Path, *, key: str) -> None:
@@ -211,12 +211,12 @@ def _keep(pieces: Pieces, path: Path, *, key: str) -> None:
         "key": key,
         "num_samples": pieces.num_samples,
         "pieces": len(pieces),
-        "sha256": hashlib.sha256(data + _listed(pieces.broken)).hexdigest(),
-        "broken": [each.to_dict() for each in pieces.broken],
+        "sha256": hashlib.sha256(data + _listed(pieces.invalid)).hexdigest(),
+        "broken": [each.to_dict() for each in pieces.invalid],
     }
     with atomic_file(path) as file:
         file.write(json.dumps(head).encode() + b"\n" + data)
 
 
-def _listed(broken: Sequence[InvalidRecord]) -> bytes:
-    return json.dumps([each.to_dict() for each in broken]).encode()
+def _listed(invalid: Sequence[InvalidRecord]) -> bytes:
+    return json.dumps([each.to_dict() for each in invalid]).encode()

@@ -50,7 +50,7 @@ class SampleEncoder:
         Raises DataError where nothing can be scored, or where one exchange alone is too long
         and is to be skipped.
         """
-        self._check_pictures(sample)
+        self._check_images(sample)
         conversation = sample.conversation
         count = sum(turn.role == "assistant" for turn in conversation.turns)
         whole = self._encode(conversation)
@@ -98,7 +98,7 @@ class SampleEncoder:
         return encoded.truncated(self.limit) if self.too_long == "truncate" else encoded
 
     def prepare(self, sample: Sample, first: int, stop: int) -> EncodedSample:
-        """Tokens and pixels. LlamaAdapterError where a picture cannot be read."""
+        """Tokens and pixels. LlamaAdapterError where an image cannot be read."""
         encoded = self.encode(sample, first, stop)
         images = sample.conversation.images
         if not images:
@@ -117,10 +117,10 @@ class SampleEncoder:
     def _encode(self, conversation: Conversation) -> Encoded:
         text = self.processor.render(conversation)
         encoded = encode(text, tokenizer=self.processor.tokenizer, opening=self._opening)
-        # in a packed row this label would be learnt from the last token of another sample
+        # in a packed row this label would be learned from the last token of another sample
         return replace(encoded, labels=(IGNORE_INDEX, *encoded.labels[1:]))
 
-    def _check_pictures(self, sample: Sample) -> None:
+    def _check_images(self, sample: Sample) -> None:
         count = len(sample.conversation.images)
         if count > 1 and self.processor.visual_scope == "all":
             raise DataError(
@@ -145,7 +145,7 @@ def _answer_ends(labels: tuple[int, ...]) -> Iterator[int]:
 
 
 def _part(conversation: Conversation, first: int, stop: int) -> Conversation:
-    """Some exchanges, with the system message and the context; pictures are shown at the start."""
+    """Some exchanges, with the system message and the context; images are shown at the start."""
     turns = conversation.turns[2 * first : 2 * stop]
     before = conversation.messages[: len(conversation.messages) - len(conversation.turns)]
     part = Conversation(messages=(*before, *turns), context=conversation.context)

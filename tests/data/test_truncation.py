@@ -141,7 +141,7 @@ def test_a_damaged_video_is_an_invalid_record(
 ) -> None:
     frames = tuple(Image.new("RGB", (16, 16)) for _ in range(4))
     found = Video(frames=frames, times=(0.0,) * 4, seconds=1.0, name="a.mp4", repeated=1)
-    monkeypatch.setattr("llama_adapter.data.encoding.load_video", lambda *_, **__: found)
+    monkeypatch.setattr("llama_adapter.data.truncation.load_video", lambda *_, **__: found)
     sample = talk(1, images=(ImageRef.of(tmp_path / "a.mp4"),))
     with pytest.raises(DataError, match=r"a\.mp4: 1 of 4 frames cannot be decoded"):
         SampleEncoder(processor, row_length=300).prepare(sample, 0, 1)
