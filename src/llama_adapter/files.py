@@ -1,9 +1,12 @@
-"""Reading files that anybody may have written, and writing files that appear whole.
+"""Reading files that anybody may have written, and writing files atomically.
 
 Reading is bounded: only regular files (a pipe would be waited for, `/dev/zero` never ends), the
 size is compared with a limit before anything is read, and JSON and YAML are refused where they
 are nested too deeply, expand through aliases or name a key twice. Every refusal is one line that
 names the file; the caller says which error of `llama_adapter.errors` it becomes.
+
+Files and directories are written under another name, synced to disk, and renamed. Lines appended
+to a `JsonLines` are not synced: a kill loses none, a power failure may lose the last ones.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ import os
 import shutil
 import stat
 import unicodedata
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from io import BufferedReader
 from pathlib import Path
@@ -29,6 +32,7 @@ MAX_YAML_BYTES = 1 << 20
 MAX_YAML_NODES = 100_000
 """Values of a YAML document with every alias written out."""
 
+_LONGEST_LINE = 1 << 24
 # What PyYAML raises for scalars and tags that make no sense, besides its own YAMLError.
 _YAML_FAULTS = (ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError)
 
@@ -266,10 +270,87 @@ def staged_directory(path: Path) -> Iterator[Path]:
         raise
 
 
-def move_aside(path: Path, aside: Path) -> None:
-    """Rename a directory, in place of what has that name."""
-    shutil.rmtree(aside, ignore_errors=True)
-    path.rename(aside)
+def move_directory(path: Path, target: Path) -> None:
+    """Rename a directory, in place of one that has that name."""
+    shutil.rmtree(target, ignore_errors=True)
+    path.rename(target)
+
+
+def is_partial(path: Path) -> bool:
+    """Whether a killed process left it before it was complete."""
+    return path.name.startswith(".") and ".partial-" in path.name
+
+
+class JsonLines:
+    """A file of JSON objects, a line each, that grows at its end.
+
+    `is_row` says which objects are rows; `strict` refuses to write numbers that are not finite.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        error: type[LlamaAdapterError],
+        is_row: Callable[[dict[str, Any]], bool] = bool,
+        strict: bool = False,
+    ) -> None:
+        self.path = path
+        self.invalid = 0
+        """Lines that the last reading left out, but for one that a kill cut off at the end."""
+        self._error, self._is_row, self._strict = error, is_row, strict
+
+    def append(self, *rows: Mapping[str, Any]) -> None:
+        """Write rows in one go; the error where the disk does not take them."""
+        lines = (
+            json.dumps(row, ensure_ascii=False, allow_nan=not self._strict) + "\n" for row in rows
+        )
+        try:
+            with self.path.open("a", encoding="utf-8", errors="backslashreplace") as file:
+                file.write("".join(lines))
+        except OSError as fault:
+            raise self._error(f"cannot write {self.path}: {fault.strerror}") from fault
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """Every valid row; `invalid` then says how many lines were left out."""
+        return (row for _, row in self._lines())
+
+    def _lines(self) -> Iterator[tuple[bytes, dict[str, Any]]]:
+        self.invalid = 0
+        if not self.path.exists():
+            return
+        with open_regular(self.path, error=self._error) as file:
+            while line := file.readline(_LONGEST_LINE):
+                row = self._row(line)
+                if row is not None:
+                    yield line, row
+                elif line.endswith(b"\n"):
+                    self.invalid += 1
+
+    def _row(self, line: bytes) -> dict[str, Any] | None:
+        try:
+            row = parse_json(line, name=str(self.path), error=self._error)
+        except LlamaAdapterError:
+            return None
+        return row if isinstance(row, dict) and self._is_row(row) else None
+
+    def keep(self, is_kept: Callable[[dict[str, Any]], bool]) -> None:
+        """Drop the other rows, and lines that are not rows."""
+        if not self.path.exists():
+            return
+        kept = [line.rstrip(b"\n") + b"\n" for line, row in self._lines() if is_kept(row)]
+        try:
+            write_atomically(self.path, b"".join(kept))
+        except OSError as fault:
+            raise self._error(f"cannot write {self.path}: {fault.strerror}") from fault
+
+    def drop_partial_line(self, *, limit: int) -> None:
+        """Cut off half a line that a kill left at the end, so that rows can be appended."""
+        if not self.path.exists():
+            return
+        content = read_bytes(self.path, error=self._error, limit=limit)
+        if content and not content.endswith(b"\n"):
+            os.truncate(self.path, content.rfind(b"\n") + 1)
 
 
 def _replace_directory(path: Path, stage: Path) -> None:
@@ -278,7 +359,7 @@ def _replace_directory(path: Path, stage: Path) -> None:
         return
     old = path.with_name(f".{path.name}.replaced-{os.getpid()}")
     try:
-        move_aside(path, old)
+        move_directory(path, old)
         stage.rename(path)
     except BaseException:  # a signal, too, must not leave `path` away
         if old.exists() and not path.exists():

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from llama_adapter.errors import EvaluationError
-from llama_adapter.evaluation.jsonfiles import drop_partial_line
+from llama_adapter.evaluation.jsonfiles import lines_to_append
 from llama_adapter.evaluation.judging import read_judge_prompts
 from llama_adapter.evaluation.manifest import make_manifest, start_or_resume
 from llama_adapter.evaluation.media import IMAGE_SUFFIXES, MediaFolders
@@ -63,8 +63,8 @@ def test_damaged_judgements(write: Any, change: dict[str, Any]) -> None:
 def test_a_cut_line_is_taken_off_and_nothing_else(tmp_path: Path) -> None:
     path = tmp_path / "predictions.jsonl"
     path.write_text('{"a": 1}\n{"b')
-    drop_partial_line(path)
-    drop_partial_line(path)
+    lines_to_append(path)
+    lines_to_append(path)
     assert path.read_text() == '{"a": 1}\n'
 
 

@@ -95,7 +95,7 @@ def _endless(state: dict[str, Any]) -> None:
 
 STATES: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
     (lambda s: s.pop("trainer"), "trainer: Field required"),
-    (lambda s: s.pop("extra"), "extra: Field required"),
+    (lambda s: s.pop("beside"), "extra: Field required"),
     (lambda s: s["trainer"].pop("moments"), "without moments"),
     (lambda s: s["trainer"].update(step_count="2"), "without moments or step_count"),
     (lambda s: s["trainer"].update(step_count=4), "is of step 4, not of step-00000002"),
@@ -104,11 +104,11 @@ STATES: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
     (_cut, "is of shape .3., expected"),
     (_integers, "is of dtype torch.int64, expected torch.float32"),
     (_endless, "not finite"),
-    (lambda s: s["extra"].pop("bad_steps"), "extra.bad_steps: Field required"),
-    (lambda s: s["extra"].update(listed=3), "extra.listed"),
-    (lambda s: s["extra"]["streams"].pop("caption"), "no position in caption data"),
-    (lambda s: s["extra"]["streams"]["caption"].update(epoch=-1), "epoch"),
-    (lambda s: s["extra"]["streams"]["caption"].update(broken=[[1]]), "broken"),
+    (lambda s: s["beside"].pop("bad_steps"), "extra.bad_steps: Field required"),
+    (lambda s: s["beside"].update(listed=3), "extra.listed"),
+    (lambda s: s["beside"]["streams"].pop("caption"), "no position in caption data"),
+    (lambda s: s["beside"]["streams"]["caption"].update(epoch=-1), "epoch"),
+    (lambda s: s["beside"]["streams"]["caption"].update(broken=[[1]]), "broken"),
 ]
 
 

@@ -6,7 +6,6 @@ import csv
 import io
 import json
 import math
-import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -49,11 +48,6 @@ def _usable(value: Any, text: str, path: Path) -> Any:
     if "\\ud" not in text.lower():
         return value
     return json.loads(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace"))
-
-
-def json_line(value: Mapping[str, Any]) -> str:
-    """A line of JSON; a lone surrogate, which no file takes, becomes a question mark."""
-    return json.dumps(value, ensure_ascii=False).encode("utf-8", "replace").decode() + "\n"
 
 
 def _documents(path: Path) -> tuple[list[Any], bool]:
@@ -157,13 +151,12 @@ def _table(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def drop_partial_line(path: Path) -> None:
-    """Cut off half a line that a killed run left at the end, so that lines can be appended."""
-    if not path.exists():
-        return
-    content = files.read_bytes(path, error=EvaluationError, limit=MAX_BYTES)
-    if content and not content.endswith(b"\n"):
-        os.truncate(path, content.rfind(b"\n") + 1)
+def lines_to_append(path: Path) -> files.JsonLines:
+    """A file of JSON lines without half a line at its end, which a killed run may have left."""
+    lines = files.JsonLines(path, error=EvaluationError)
+    lines.drop_partial_line(limit=MAX_BYTES)
+    path.touch()
+    return lines
 
 
 def read_objects(path: Path) -> tuple[list[dict[str, Any]], bool]:

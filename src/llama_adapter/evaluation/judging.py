@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from llama_adapter.errors import EvaluationError
-from llama_adapter.evaluation.jsonfiles import brief, drop_partial_line, json_line, read_json
+from llama_adapter.evaluation.jsonfiles import brief, lines_to_append, read_json
 from llama_adapter.evaluation.judges import WORD_JUDGES, Judge, JudgeUnavailableError
 from llama_adapter.evaluation.predictions import JUDGEMENTS, read_judgements
 from llama_adapter.evaluation.records import Row
 from llama_adapter.evaluation.tasks.base import Judging, Task, fill
-from llama_adapter.files import read_bytes
+from llama_adapter.files import JsonLines, read_bytes
 
 ATTEMPTS = 3
 """A reply that cannot be read is asked for again twice."""
@@ -66,26 +66,25 @@ def judge_rows(
     """Judge every answered row whose verdict is not stored yet; append replies as they come."""
     judging = judging or _judging_of(task)
     path = folder / JUDGEMENTS
-    drop_partial_line(path)
+    lines = lines_to_append(path)
     known = _stored(path, task=task.name, judge=judge.name, judging=judging)
     questions = list(_questions(rows, judging))
     pending = [q for q in questions if (q.id, q.aspect, q.hash) not in known]
     progress(len(questions) - len(pending))
     tally = _Tally()
-    with path.open("a", encoding="utf-8") as file:
-        writer = _Writer(file, task=task.name, judge=judge.name, version=judging.version)
+    writer = _Writer(lines, task=task.name, judge=judge.name, version=judging.version)
 
-        def work(question: _Question) -> None:
-            _judge_one(question, judge, judging, writer, tally)
-            progress(1)
+    def work(question: _Question) -> None:
+        _judge_one(question, judge, judging, writer, tally)
+        progress(1)
 
-        with ThreadPoolExecutor(max_workers=judge.concurrency) as pool:
-            futures = [pool.submit(work, question) for question in pending]
-            done, waiting = wait(futures, return_when=FIRST_EXCEPTION)
-            for future in waiting:
-                future.cancel()
-            for future in done:
-                future.result()
+    with ThreadPoolExecutor(max_workers=judge.concurrency) as pool:
+        futures = [pool.submit(work, question) for question in pending]
+        done, waiting = wait(futures, return_when=FIRST_EXCEPTION)
+        for future in waiting:
+            future.cancel()
+        for future in done:
+            future.result()
     return JudgeReport(
         asked=len(pending),
         kept=len(questions) - len(pending),
@@ -99,13 +98,10 @@ def judge_rows(
 def compare_words(task: Task, rows: Sequence[Row], name: str, folder: Path) -> JudgeReport:
     """Verdicts of a judge that needs no model, for tasks of short answers."""
     check_word_judge(task, name)
-    path = folder / JUDGEMENTS
-    drop_partial_line(path)
     answered = [row for row in rows if row.is_answered]
-    with path.open("a", encoding="utf-8") as file:
-        writer = _Writer(file, task=task.name, judge=name, version="1")
-        for row in answered:
-            writer.write(id=row.record.id, aspect="answer", verdict=WORD_JUDGES[name](row))
+    writer = _Writer(lines_to_append(folder / JUDGEMENTS), task=task.name, judge=name, version="1")
+    for row in answered:
+        writer.write(id=row.record.id, aspect="answer", verdict=WORD_JUDGES[name](row))
     return JudgeReport(
         asked=len(answered),
         kept=0,
@@ -189,18 +185,16 @@ class _Tally:
 
 
 class _Writer:
-    """Appends lines as they come, each whole."""
+    """Appends lines as they come, one at a time."""
 
-    def __init__(self, file: Any, **common: str) -> None:
-        self._file = file
+    def __init__(self, lines: JsonLines, **common: str) -> None:
+        self._lines = lines
         self._common = common
         self._lock = threading.Lock()
 
     def write(self, **fields: Any) -> None:
-        line = json_line({**self._common, **fields})
         with self._lock:
-            self._file.write(line)
-            self._file.flush()
+            self._lines.append({**self._common, **fields})
 
 
 def _judge_one(

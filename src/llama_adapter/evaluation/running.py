@@ -15,7 +15,7 @@ from typing import Any
 from llama_adapter.conversation import Conversation, ImageRef
 from llama_adapter.errors import EvaluationError, ImageError, PromptError, VideoError
 from llama_adapter.evaluation.answering import Answerer, Prediction
-from llama_adapter.evaluation.jsonfiles import drop_partial_line, json_line, read_text
+from llama_adapter.evaluation.jsonfiles import lines_to_append, read_text
 from llama_adapter.evaluation.manifest import make_manifest, read_manifest, start_or_resume
 from llama_adapter.evaluation.media import MediaFolders, media_of
 from llama_adapter.evaluation.predictions import (
@@ -124,20 +124,19 @@ def run(
         example=asker.prompts(records[0])[0],
     )
     start_or_resume(folder, manifest)
+    predictions = lines_to_append(folder / PREDICTIONS)
     done = _done(folder, task)
     report = progress or (lambda *_: None)
     report(len(done), len(records))
-    with (folder / PREDICTIONS).open("a", encoding="utf-8") as file:
-        for index, batch in enumerate(asker.batches(records)):
-            pending = [record for record in batch if record.id not in done]
-            if not pending:
-                continue
-            lines = asker.ask(batch, answerer, missing, seed=generation.seed * 1_000_003 + index)
-            for record in pending:
-                line = {"task": task.name, **record_to_json(record), **lines[record.id]}
-                file.write(json_line(line))
-            file.flush()
-            report(len(pending), len(records))
+    for index, batch in enumerate(asker.batches(records)):
+        pending = [record for record in batch if record.id not in done]
+        if not pending:
+            continue
+        lines = asker.ask(batch, answerer, missing, seed=generation.seed * 1_000_003 + index)
+        predictions.append(
+            *({"task": task.name, **record_to_json(r), **lines[r.id]} for r in pending)
+        )
+        report(len(pending), len(records))
     rows = read_ours(folder / PREDICTIONS, task=task.name).rows
     problems = tuple(f"{row.record.id}: {row.problem}" for row in rows if row.problem)
     return RunReport(
@@ -182,7 +181,6 @@ def _shard_folder(shard: tuple[int, int]) -> str:
 
 def _done(folder: Path, task: Task) -> set[str]:
     path = folder / PREDICTIONS
-    drop_partial_line(path)
     if not path.exists() or not path.stat().st_size:
         return set()
     # what had a problem is tried again: the missing video may be there by now

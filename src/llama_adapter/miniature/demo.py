@@ -12,7 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from llama_adapter.files import write_atomically
+from llama_adapter.files import move_directory, write_atomically
 from llama_adapter.miniature.bundled import RECIPES, load_bundled
 from llama_adapter.miniature.report import gallery, write_report
 from llama_adapter.miniature.sources import SOURCES_WITH_MINIATURES
@@ -77,7 +77,7 @@ def run_demo(out: Path, recipe: Recipe, test: HeldOutScenes, *, stage: Progress)
     training_started = time.perf_counter()
     result = train(recipe, types=SOURCES_WITH_MINIATURES, callbacks=_callbacks(recipe, stage))
     training_seconds = time.perf_counter() - training_started
-    result.adapter.rename(out / ADAPTER)
+    move_directory(result.adapter, out / ADAPTER)
     model = LlamaAdapterForConditionalGeneration.from_pretrained(out / ADAPTER)
     processor = LlamaAdapterProcessor.from_pretrained(out / ADAPTER)
     trained = measured("the fresh adapter", model, processor)

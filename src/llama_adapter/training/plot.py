@@ -15,7 +15,7 @@ from typing import Any
 from llama_adapter.errors import TrainingError
 from llama_adapter.files import MAX_YAML_BYTES, read_text, write_atomically
 from llama_adapter.training.metrics import Row
-from llama_adapter.training.run_directory import METRICS, RECIPE, JsonLines
+from llama_adapter.training.run_directory import METRICS, RECIPE, rows_of_steps
 
 PNG, HTML = "plot.png", "plot.html"
 _STYLE = """
@@ -42,7 +42,7 @@ def plot_run(
     `say` gets a sentence about lines that were left out. Raises TrainingError where the directory
     holds no run, nothing was measured yet, or the files cannot be written.
     """
-    metrics = JsonLines(run / METRICS)
+    metrics = rows_of_steps(run / METRICS)
     rows = list(metrics.rows())
     if not rows:
         raise TrainingError(f"{run} has no {METRICS} with a row in it")

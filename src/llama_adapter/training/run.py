@@ -36,9 +36,9 @@ from llama_adapter.training.run_directory import (
     ADAPTER,
     BEST,
     METRICS,
-    JsonLines,
     RunDirectory,
     check_checksums,
+    rows_of_steps,
     step_of,
 )
 from llama_adapter.training.schedule import StepBudget, kinds_of
@@ -89,7 +89,7 @@ class TrainingRun:
         self.engine = engine
         self.callbacks = callbacks or Callbacks()
         self.directory = RunDirectory(recipe.out)
-        self.metrics = JsonLines(recipe.out / METRICS)
+        self.metrics = rows_of_steps(recipe.out / METRICS)
         self.invalid = InvalidRecords(recipe.out)
         self.budget = budget or StepBudget(
             recipe.streams, steps=recipe.steps, minutes=recipe.minutes
@@ -321,7 +321,7 @@ class TrainingRun:
 
     def _truncate_after(self, step: int) -> None:
         for file in (self.metrics, self.invalid.file):
-            file.truncate_after(step)
+            file.keep(lambda row: row["step"] <= step)
             if file.invalid:
                 self._tell(f"{file.path}: {file.invalid} lines are not rows and are left out")
 

@@ -16,7 +16,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -26,9 +26,10 @@ from safetensors import SafetensorError
 
 from llama_adapter.errors import CheckpointError, TrainingError
 from llama_adapter.files import (
-    move_aside,
+    JsonLines,
+    is_partial,
+    move_directory,
     open_regular,
-    parse_json,
     read_json_object,
     read_yaml,
     staged_directory,
@@ -50,7 +51,6 @@ TRACKED = "llama-adapter"
 """The project's name for trackers; tensorboard writes into a folder of that name."""
 _WITHOUT_RESULTS = frozenset({RECIPE, METRICS, BROKEN, CACHE, CHECKPOINTS, TRACKED, LOCK})
 """What a run that wrote no checkpoint can leave; nothing of it is worth to be kept."""
-_LONGEST_ROW = 1 << 24
 _MOST_STEPS = 10**12
 _STEP = re.compile(r"step-(\d{1,12})")
 _MAY_CHANGE = (
@@ -97,7 +97,7 @@ class RunDirectory:
             return
         if not self.path.is_dir():
             raise TrainingError(f"{self.path} exists and holds no run; choose another out=")
-        names = {path.name for path in self.path.iterdir() if not _is_partial(path)}
+        names = {path.name for path in self.path.iterdir() if not is_partial(path)}
         if names <= {CACHE, LOCK} or self._is_without_results(names):
             return
         if RECIPE not in names:
@@ -142,9 +142,9 @@ class RunDirectory:
         What a run left that wrote no checkpoint is forgotten. Raises TrainingError where the
         directory cannot be written.
         """
-        names = {path.name for path in self.path.iterdir() if not _is_partial(path)}
+        names = {path.name for path in self.path.iterdir() if not is_partial(path)}
         try:
-            for abandoned in filter(_is_partial, list(self.path.iterdir())):
+            for abandoned in filter(is_partial, list(self.path.iterdir())):
                 _remove(abandoned)
             if RECIPE not in names or self._is_without_results(names):
                 for name in (METRICS, BROKEN):
@@ -155,7 +155,7 @@ class RunDirectory:
 
     def _release(self, absent: list[Path]) -> None:
         for path in self.path.iterdir():
-            if path.name == LOCK or _is_partial(path):
+            if path.name == LOCK or is_partial(path):
                 _remove(path)
         for folder in (self.path / CACHE, *absent):  # those that are not empty stay
             with suppress(OSError):
@@ -193,7 +193,7 @@ class RunDirectory:
         """Rename a damaged checkpoint, so that no run resumes from it or counts it."""
         aside = checkpoint.with_name(f"damaged-{checkpoint.name}")
         try:
-            move_aside(checkpoint, aside)
+            move_directory(checkpoint, aside)
         except OSError as error:
             raise CheckpointError(f"cannot rename {checkpoint}: {error.strerror}") from error
 
@@ -229,57 +229,14 @@ class RunDirectory:
         return target
 
 
-class JsonLines:
-    """A file of JSON objects with a `step`, written line by line."""
+def rows_of_steps(path: Path) -> JsonLines:
+    """A file of rows with a `step`."""
+    return JsonLines(path, error=TrainingError, is_row=_has_step, strict=True)
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.invalid = 0
-        """Lines that the last reading left out, but for one that a kill tore at the end."""
 
-    def append(self, row: Mapping[str, Any]) -> None:
-        """Write one row at once; TrainingError where the disk does not take it."""
-        line = json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
-        try:
-            with self.path.open("a", encoding="utf-8", errors="backslashreplace") as file:
-                file.write(line)
-        except OSError as error:
-            raise TrainingError(f"cannot write {self.path}: {error.strerror}") from error
-
-    def rows(self) -> Iterator[dict[str, Any]]:
-        """Every valid row; `invalid` then says how many lines were left out."""
-        return (row for _, row in self._lines())
-
-    def _lines(self) -> Iterator[tuple[bytes, dict[str, Any]]]:
-        self.invalid = 0
-        if not self.path.exists():
-            return
-        with open_regular(self.path, error=TrainingError) as file:
-            while line := file.readline(_LONGEST_ROW):
-                row = self._row(line)
-                if row is not None:
-                    yield line, row
-                elif line.endswith(b"\n"):
-                    self.invalid += 1
-
-    def _row(self, line: bytes) -> dict[str, Any] | None:
-        try:
-            row = parse_json(line, name=str(self.path), error=TrainingError)
-        except TrainingError:
-            return None
-        step = row.get("step") if isinstance(row, dict) else None
-        is_step = isinstance(step, int) and not isinstance(step, bool) and 0 <= step < _MOST_STEPS
-        return row if is_step else None
-
-    def truncate_after(self, step: int) -> None:
-        """Keep valid rows up to a step: those after it will be written again."""
-        if not self.path.exists():
-            return
-        kept = [line.rstrip(b"\n") + b"\n" for line, row in self._lines() if row["step"] <= step]
-        try:
-            write_atomically(self.path, b"".join(kept))
-        except OSError as error:
-            raise TrainingError(f"cannot write {self.path}: {error.strerror}") from error
+def _has_step(row: dict[str, Any]) -> bool:
+    step = row.get("step")
+    return isinstance(step, int) and not isinstance(step, bool) and 0 <= step < _MOST_STEPS
 
 
 def step_of(checkpoint: Path) -> int:
@@ -322,11 +279,6 @@ def check_checksums(directory: Path) -> None:
 def _sha256(path: Path) -> str:
     with open_regular(path, error=CheckpointError) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _is_partial(path: Path) -> bool:
-    """Whether a kill left it in the middle of being written."""
-    return path.name.startswith(".") and ".partial" in path.name
 
 
 def _remove(path: Path) -> None:
