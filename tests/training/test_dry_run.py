@@ -266,4 +266,4 @@ def test_tokens_and_positions_that_the_base_does_not_have(
     rows = len(toy_tokenizer) - 8
     base = small_base(tmp_path / "narrow", toy_tokenizer, vocab_size=rows)
     recipe = recipe_of(path, base={"model": str(base)}, **common)
-    refused_alike(recipe, f"number {len(toy_tokenizer) - 1}, but the base has embeddings of {rows}")
+    refused_alike(recipe, f"id {len(toy_tokenizer) - 1}, but the base has embeddings of {rows}")
