@@ -60,8 +60,8 @@ def test_text_is_utf_8(tmp_path: Path) -> None:
     [
         ("{", "is not valid JSON"),
         ("", "is not valid JSON"),
-        ('{"a": 1, "a": 2}', "key 'a' stands twice"),
-        ('{"b": {"a": 1, "a": 2}}', "key 'a' stands twice"),
+        ('{"a": 1, "a": 2}', "key 'a' occurs twice"),
+        ('{"b": {"a": 1, "a": 2}}', "key 'a' occurs twice"),
         ("[" * 100_000, "nested too deeply"),
         ("1" * 5000, "Exceeds the limit"),
     ],
@@ -91,7 +91,7 @@ BOMB = "a: &a [x, x]\n" + "\n".join(
     [
         (BOMB, "with its aliases written out"),
         ("a: &a [*a]", "an alias contains itself"),
-        ("a: 1\na: 2", "key 'a' stands twice"),
+        ("a: 1\na: 2", "key 'a' occurs twice"),
         ("[" * 5000, "nested too deeply|not valid YAML"),
         ("a: !!bool x", "not valid YAML"),
         ("a: !!int x", "not valid YAML"),

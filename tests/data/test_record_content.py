@@ -99,7 +99,7 @@ def test_every_value_of_a_file_is_a_record(tmp_path: Path, text: str, expected: 
         (b"\x1f\x8b\x08\x00", "is compressed (gzip)"),
         (b'[{"a": 1}}', "malformed JSON: an array ends with '}'"),
         (b'{\n"a": 1\n', "malformed JSON: the object never ends"),
-        (b'{"data": [{}], "data": [{}]}', "key 'data' stands twice"),
+        (b'{"data": [{}], "data": [{}]}', "key 'data' occurs twice"),
     ],
 )
 def test_files_that_are_refused(tmp_path: Path, content: bytes, message: str) -> None:
