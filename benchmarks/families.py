@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, StaticCache
 
 from llama_adapter import LlamaAdapterConfig, LlamaAdapterForConditionalGeneration
-from llama_adapter.families.compatibility import oracle_difference
+from llama_adapter.families.projections import relative_difference, run_attention
 from llama_adapter.model.visual_generation import CACHE
 
 VOCABULARY = 97
@@ -134,13 +134,20 @@ def noop_difference(family: str, implementation: str | None = None) -> float:
         return float((model(ids, pixel_values=images).logits - expected).abs().max())
 
 
+@torch.no_grad()
 def oracle(family: str) -> float:
     """How far keys and values of prompts are from the module's own, with learned values."""
     model = make_adapted(make_base(family))
     stir(model)
+    x_1Md = torch.linspace(-1, 1, 2 * COMMON["hidden_size"]).view(1, 2, -1)
     return max(
-        oracle_difference(model.language_model, attention)
-        for attention, _ in model.adapter.prompts()
+        relative_difference(ours, own)
+        for attention, prompt in model.adapter.prompts()
+        for ours, own in zip(
+            prompt.project(attention, x_1Md),
+            run_attention(attention, x_1Md, prompt.project.inputs),
+            strict=True,
+        )
     )
 
 

@@ -1,4 +1,4 @@
-"""Tiny random models of any type that transformers registers, made by shrinking a config's sizes."""
+"""Tiny random models of any type of transformers, made by shrinking its config's sizes."""
 
 from __future__ import annotations
 
@@ -140,9 +140,15 @@ SIZES: dict[str, Any] = {
 
 OVERRIDES: dict[str, dict[str, Any]] = {
     "falcon_h1": {"mamba_d_head": 16},
+    "bamba": {"attn_layer_indices": [1, 3]},
     "deepseek_v2": {"num_experts_per_tok": 2},
     "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1},
-    "gpt_neo": {"attention_types": [[["global", "local"], 2]], "attention_layers": ["global", "local"] * 2},
+    "gpt_neo": {
+        "attention_types": [[["global", "local"], 2]],
+        "attention_layers": ["global", "local"] * 2,
+    },
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 2},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "hunyuan_v1_dense": {"head_dim": 16},
     "hunyuan_v1_moe": {"head_dim": 16},
     "ministral": {"head_dim": 16},
@@ -227,7 +233,9 @@ def tiny_config(model_type: str, **overrides: Any) -> Any:
         raise CannotBuildError(f"{type(error).__name__}: {error}") from error
 
 
-def tiny_base(model_type: str, *, seed: int = 0, attention: str | None = None, **overrides: Any) -> Any:
+def tiny_base(
+    model_type: str, *, seed: int = 0, attention: str | None = None, **overrides: Any
+) -> Any:
     """A tiny random causal language model of a type, in evaluation mode."""
     config = tiny_config(model_type, **overrides)
     torch.manual_seed(seed)
@@ -236,12 +244,21 @@ def tiny_base(model_type: str, *, seed: int = 0, attention: str | None = None, *
             warnings.simplefilter("ignore")
             model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
             model = model.eval()
+            _vary(model)
             ids = torch.arange(3, 15).view(1, -1)
             with torch.no_grad():
                 model(input_ids=ids, use_cache=False)
     except Exception as error:
         raise CannotBuildError(f"{type(error).__name__}: {error}") from error
     return model
+
+
+def _vary(model: torch.nn.Module) -> None:
+    """Random values where all are alike: zeros may hide what a trained model would show."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.is_floating_point() and bool((parameter == parameter.view(-1)[0]).all()):
+                parameter.add_(torch.randn_like(parameter) * 0.1)
 
 
 def tiny_vision_encoder(seed: int = 1) -> Any:

@@ -141,12 +141,7 @@ REFUSED = {
     "falcon": {},
     "bloom": {},
     "mpt": {"d_model": 64, "n_heads": 4, "n_layers": 2},
-    "gptj": {"n_embd": 64, "n_head": 4, "n_layer": 2, "rotary_dim": 8},
-    "gpt2": {"n_embd": 64, "n_head": 4, "n_layer": 2},
     "mamba": {},
-    "persimmon": {},
-    "stablelm": {**families.COMMON, "num_key_value_heads": 4},
-    "diffllama": {},
 }
 
 

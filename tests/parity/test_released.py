@@ -258,11 +258,9 @@ def test_the_rotary_order_cannot_be_dropped(case: Case) -> None:
 def test_prompts_bypass_lora(case: Case) -> None:
     if not case.report.config.lora_rank:
         pytest.skip("this variant has no LoRA")
-    from llama_adapter.families.projections import project_prompt
-
     attention, adaption = next(iter(case.model.adapter.prompts()))
     prompts = adaption.prompt.unsqueeze(0)
-    keys, _ = project_prompt(attention, prompts)
+    keys, _ = adaption.project(attention, prompts)
     raw = attention.k_proj.base_layer(prompts).view(1, prompts.shape[1], keys.shape[1], -1)
     close(keys, raw.transpose(1, 2))
     assert (attention.k_proj(prompts).view_as(raw).transpose(1, 2) - keys).abs().max() > MATTERS

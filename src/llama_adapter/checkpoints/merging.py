@@ -17,7 +17,6 @@ from llama_adapter.checkpoints.directories import adapter_sources, mark_export, 
 from llama_adapter.checkpoints.extras import EXTRAS_NAME
 from llama_adapter.config import AdapterConfig
 from llama_adapter.errors import CheckpointError, UnsupportedModelError
-from llama_adapter.families.projections import prompt_linears
 from llama_adapter.model import LlamaAdapterForConditionalGeneration
 from llama_adapter.model.adapter import Adapter
 from llama_adapter.model.configuration import ADAPTER_CONFIG_NAME, LlamaAdapterConfig
@@ -198,7 +197,9 @@ def _remaining_state(model: LlamaAdapterForConditionalGeneration) -> dict[str, T
 def _bypassed(adapter: Adapter) -> set[str]:
     """Attributes, such as `k_proj`, of the linears whose LoRA prompts bypass; it stays unmerged."""
     linears = {
-        id(linear) for attention, _ in adapter.prompts() for linear in prompt_linears(attention)
+        id(linear)
+        for attention, prompt in adapter.prompts()
+        for linear in prompt.project.linears(attention)
     }
     return {target.attribute for target in adapter.targets if id(target.module) in linears}
 

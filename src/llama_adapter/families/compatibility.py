@@ -1,24 +1,23 @@
 """A family is adapted only if everything of ours does there what it should.
 
-Keys and values of a prompt must be those that the family's own attention would make, and visual
-prompts given to the model must arrive at its attention.
+Every trainable must get a gradient, and samples that share a row must not change each other.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from llama_adapter.errors import UnsupportedModelError
+from llama_adapter.families.discovery import TOKEN, tracing, variables_of
 from llama_adapter.families.offloading import execution_device
-from llama_adapter.families.probing import capture_keys_values, visual_prompts_arrive
-from llama_adapter.families.projections import KeysValues, project_prompt
+from llama_adapter.families.projections import RELATIVE_TOLERANCE, relative_difference
 from llama_adapter.families.quantized import keep_unpacked
-from llama_adapter.families.structure import Attention, family_of
-
-RELATIVE_TOLERANCE = 1e-3
-"""Of the largest number compared; the same products in another order differ by far less."""
+from llama_adapter.families.structure import family_of
 
 ROUGH_TOLERANCE = 5e-2
 """The same for logits behind a whole model in a half type or quantized."""
@@ -27,91 +26,27 @@ ROUGH_LEAK = 1e-2
 """The same for what should not change at all: a mixture of experts still rounds differently."""
 
 
-def check_projections(
-    language_model: PreTrainedModel, attentions: list[tuple[str, Attention]]
+def check_trainables(
+    language_model: PreTrainedModel,
+    trainables: Iterable[tuple[str, Tensor]],
+    run: Callable[[Tensor], Any],
 ) -> None:
-    """Refuse a family whose keys and values of a prompt we would compute differently.
+    """Refuse a family in which something of an adapter would get no gradient.
 
-    Raises UnsupportedModelError that names the family and the module.
-    """
-    for name, attention in attentions:
-        if execution_device(attention).type == "meta":
-            continue
-        difference = oracle_difference(language_model, attention, name=name)
-        if not difference <= RELATIVE_TOLERANCE:
-            raise UnsupportedModelError(
-                f"{family_of(language_model)} cannot be adapted: keys and values of a prompt in "
-                f"{name} would differ from the module's own by {difference:.2g} of their size"
-            )
-
-
-@torch.no_grad()
-def oracle_difference(
-    language_model: PreTrainedModel, attention: Attention, *, name: str = ""
-) -> float:
-    """How far our keys and values are from those that the module's own forward makes.
-
-    The module runs under the identity rotation, and what reaches the attention function is
-    compared: the largest difference, relative to the largest number. Infinite where shapes differ.
-    """
-    hidden_size = int(language_model.config.get_text_config().hidden_size)
-    x_1Md = torch.linspace(-1, 1, 2 * hidden_size).view(1, 2, hidden_size)
-    x_1Md = x_1Md.to(execution_device(attention), language_model.dtype)
-    try:
-        ours = project_prompt(attention, x_1Md)
-    except (AttributeError, RuntimeError, TypeError, UnsupportedModelError) as error:
-        raise UnsupportedModelError(
-            f"{family_of(language_model)} cannot be adapted: {error}"
-        ) from error
-    own = _own_keys_values(language_model, attention, x_1Md, ours[0].shape[-1], name)
-    return max(relative_difference(a, b) for a, b in zip(ours, own, strict=True))
-
-
-def _own_keys_values(
-    language_model: PreTrainedModel, attention: Attention, x_1Md: Tensor, head_size: int, name: str
-) -> KeysValues:
-    cos = x_1Md.new_ones(1, x_1Md.shape[1], _rotary_size(attention, head_size))
-    try:
-        with capture_keys_values() as captured:
-            attention(
-                hidden_states=x_1Md,
-                position_embeddings=(cos, torch.zeros_like(cos)),
-                attention_mask=None,
-            )
-    except (TypeError, AttributeError, RuntimeError, ValueError) as error:
-        raise UnsupportedModelError(
-            f"{family_of(language_model)} cannot be adapted: {name} does not run alone ({error})"
-        ) from error
-    if not captured:
-        raise UnsupportedModelError(
-            f"{family_of(language_model)} cannot be adapted: {name} does not use transformers' "
-            "attention registry"
-        )
-    return captured[0]
-
-
-@torch.no_grad()
-def check_visual_route(language_model: PreTrainedModel, *, visual_prompts: object) -> None:
-    """Refuse a family that drops keywords on the way to attention: images would do nothing.
-
-    Raises UnsupportedModelError that names the family. Costs the layers before the first prompts.
+    `run` passes one token through the adapted decoder. Costs that pass, and no memory for it.
+    Raises UnsupportedModelError that names the family and the first such trainable.
     """
     device = execution_device(language_model.get_input_embeddings())
-    if device.type == "meta":
+    if device.type == "meta" or torch.is_inference_mode_enabled():
         return
-    tokens = torch.zeros(1, 1, dtype=torch.long, device=device)
-
-    def run() -> None:
-        language_model(tokens, visual_prompts=visual_prompts, use_cache=False)
-
-    try:
-        arrived = visual_prompts_arrive(run)
-    except TypeError:
-        arrived = False
-    if not arrived:
+    wanted = list(trainables)
+    with tracing(language_model, training=False):
+        learned = variables_of(run(torch.full((1, 1), TOKEN, device=device)).logits)
+    without = [name for name, tensor in wanted if id(tensor) not in learned]
+    if without:
         raise UnsupportedModelError(
-            f"{family_of(language_model)} cannot be adapted to see: visual prompts do not reach "
-            "its attention (fusion 'none' is text only)"
+            f"{family_of(language_model)} cannot be adapted: {len(without)} of {len(wanted)} "
+            f"trainables would get no gradient, such as {without[0]}"
         )
 
 
@@ -167,22 +102,3 @@ def check_packing(language_model: PreTrainedModel) -> None:
         f"{family_of(language_model)} cannot share a row between samples: {reason}; "
         "give each sample a row of its own (in a recipe, data.padding: padded)"
     )
-
-
-def relative_difference(ours: Tensor, own: Tensor) -> float:
-    """The largest difference, relative to the largest number; infinite where shapes differ."""
-    if ours.shape != own.shape:
-        return float("inf")
-    largest = own.float().abs().max().clamp(min=torch.finfo(torch.float32).tiny)
-    return float((ours.float() - own.float()).abs().max() / largest)
-
-
-def _rotary_size(attention: Attention, head_size: int) -> int:
-    explicit = getattr(attention, "rotary_ndims", None)
-    if explicit is not None:
-        return int(explicit)
-    parameters = getattr(attention.config, "rope_parameters", None) or {}
-    if "partial_rotary_factor" not in parameters:  # nested by layer type, as in gemma3
-        nested = [v for v in parameters.values() if isinstance(v, dict)]
-        parameters = nested[0] if nested else parameters
-    return int(head_size * parameters.get("partial_rotary_factor", 1.0))

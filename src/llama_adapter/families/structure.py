@@ -6,10 +6,14 @@ import re
 from collections.abc import Iterator
 from typing import Any, Protocol, cast
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from llama_adapter.errors import UnsupportedModelError
+
+KeysValues = tuple[Tensor, Tensor]
+"""Of one attention module, [E, G, M, D] each."""
 
 
 class Attention(Protocol):
@@ -48,7 +52,7 @@ def readable_name(name: str) -> str:
 
 
 def attention_modules(language_model: PreTrainedModel) -> list[tuple[str, Attention]]:
-    """Self-attention modules of the decoder in layer order, by name.
+    """Self-attention modules of the decoder in layer order, told by their classes' names alone.
 
     Raises UnsupportedModelError if there is not exactly one per layer.
     """
@@ -73,7 +77,7 @@ def attention_modules(language_model: PreTrainedModel) -> list[tuple[str, Attent
     return [(name, cast(Attention, module)) for _, name, module in found]
 
 
-def decoder_linears(decoder: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+def decoder_linears(decoder: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Linears inside decoder layers, by name; experts and routers of a mixture are left alone."""
     mixtures = [name for name, module in decoder.named_modules() if hasattr(module, "experts")]
     found = "-"
@@ -83,15 +87,29 @@ def decoder_linears(decoder: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
         # inside a linear that peft has wrapped are further ones, which are its own
         if is_linear(module) and in_layer and not in_mixture and not name.startswith(found + "."):
             found = name
-            yield name, cast(nn.Linear, module)
+            yield name, module
 
 
 def decoder_norms(decoder: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Every norm of the decoder that has weights, the final one too."""
+    """Every norm of the decoder that has weights, gated ones and the final one too.
+
+    Of one that contains linears, those are adapted instead.
+    """
     for name, module in decoder.named_modules():
-        if type(module).__name__.endswith("Norm") and any(True for _ in module.parameters()):
+        is_norm = type(module).__name__.endswith(("Norm", "NormGated"))
+        is_plain = not any(is_linear(part) for part in module.modules())
+        if is_norm and is_plain and any(True for _ in module.parameters()):
             yield name, module
 
 
 def is_linear(module: nn.Module) -> bool:
-    return hasattr(module, "in_features") and hasattr(module, "out_features")
+    """A linear of any kind: plain, quantized, wrapped by peft or us, or transposed as in GPT-2."""
+    has_sizes = hasattr(module, "in_features") and hasattr(module, "out_features")
+    return has_sizes or isinstance(module, Conv1D)
+
+
+def linear_sizes(linear: Any) -> tuple[int, int]:
+    """The numbers of features that go in and come out."""
+    if isinstance(linear, Conv1D):
+        return int(linear.nx), int(linear.nf)
+    return int(linear.in_features), int(linear.out_features)

@@ -14,12 +14,9 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from llama_adapter.errors import UnsupportedModelError
-from llama_adapter.families.compatibility import (
-    RELATIVE_TOLERANCE,
-    ROUGH_TOLERANCE,
-    relative_difference,
-)
+from llama_adapter.families.compatibility import ROUGH_TOLERANCE
 from llama_adapter.families.offloading import execution_device
+from llama_adapter.families.projections import RELATIVE_TOLERANCE, relative_difference
 from llama_adapter.families.structure import family_of
 from llama_adapter.generation.rows import RowCache
 from llama_adapter.model.attention_registry import PREFIX

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -12,24 +12,23 @@ from transformers import PreTrainedModel
 
 from llama_adapter.config import AdapterConfig, Targets, did_you_mean
 from llama_adapter.errors import CheckpointError, ConfigError, UnsupportedModelError
-from llama_adapter.families.compatibility import check_projections, check_visual_route
+from llama_adapter.families.compatibility import check_trainables
+from llama_adapter.families.discovery import VISUAL, FoundAttention, discover
 from llama_adapter.families.offloading import execution_device
-from llama_adapter.families.structure import (
-    Attention,
-    attention_modules,
-    decoder_linears,
-    decoder_norms,
-    family_of,
-    readable_name,
+from llama_adapter.families.structure import Attention, family_of, readable_name
+from llama_adapter.model.attention_registry import (
+    IMPLEMENTATIONS,
+    PREFIX,
+    register_attention,
+    visual_context,
 )
-from llama_adapter.model.attention_registry import IMPLEMENTATIONS, PREFIX, register_attention
 from llama_adapter.model.gated_attention import (
     GatedPrompt,
     LateFusionPrompt,
     StaticPrompt,
     VisualPrompt,
 )
-from llama_adapter.model.groups import AdapterModule, Group, Trainable
+from llama_adapter.model.groups import AdapterModule, Group, Role, Trainable
 from llama_adapter.model.projection import VisualProjection
 from llama_adapter.model.routing import VisualPrompts
 from llama_adapter.model.scaled_linear import LearnedNorm, ScaledLinear
@@ -73,38 +72,68 @@ class Adapter:
         refuse_unroutable(language_model)
         if any(isinstance(module, AdapterModule) for module in language_model.modules()):
             raise ConfigError("this base carries an adapter already; load_adapter adds another one")
-        attentions = attention_modules(language_model)
-        self.num_layers = len(attentions)
         text_config = language_model.config.get_text_config()
         self.targets: list[Target] = []
         self._merged: dict[str, nn.Module] = {}
-        self._add_linears_and_norms(generator)
-        self._add_prompts(attentions, text_config, generator)
-        hidden_size = int(text_config.hidden_size)
-        home = execution_device(language_model.get_input_embeddings())
         self.projection: VisualProjection | None = None
-        if config.is_multimodal:
-            if feature_size is None:
-                raise ConfigError(
-                    f"fusion {config.fusion!r} needs a vision encoder; none was given "
-                    "(fusion 'none' is text only)"
-                )
-            self.projection = VisualProjection(feature_size, hidden_size, config=config).to(home)
+        self._route()
+        try:
+            self.structure = discover(language_model)
+            self.num_layers = len(self.structure.attentions)
+            self._add_linears_and_norms(generator)
+            visual = self._add_prompts(generator)
+            width = visual[0].width if visual else int(text_config.hidden_size)
+            home = execution_device(language_model.get_input_embeddings())
+            if config.is_multimodal:
+                if feature_size is None:
+                    raise ConfigError(
+                        f"fusion {config.fusion!r} needs a vision encoder; none was given "
+                        "(fusion 'none' is text only)"
+                    )
+                self.projection = VisualProjection(feature_size, width, config=config).to(home)
+        except (ConfigError, UnsupportedModelError):
+            self._unroute()
+            raise
         self.attach()
         try:
-            check_projections(language_model, self._prompted())
-            if config.is_multimodal:
-                nothing_IMd = torch.zeros(1, 1, hidden_size, device=home)
-                check_visual_route(
-                    language_model, visual_prompts=VisualPrompts(prompts_IMd=nothing_IMd)
-                )
+            self._check_trainables(torch.zeros(1, 1, width, device=home))
         except UnsupportedModelError:
             self.detach()
             raise
 
+    def _check_trainables(self, prompts_IMd: Tensor) -> None:
+        """Refuse a base in which anything would not learn, or images would do nothing."""
+        wanted = [(t.name, t.parameter) for t in self.trainables() if t.role != Role.PROJECTION]
+        inputs: dict[str, Any] = {}
+        if self.config.is_multimodal:
+            prompts_IMd.requires_grad_(True)
+            wanted.append(("visual prompts", prompts_IMd))
+            inputs[VISUAL] = VisualPrompts(prompts_IMd=prompts_IMd)
+        check_trainables(
+            self.language_model,
+            wanted,
+            lambda ids: self.call(self.language_model, input_ids=ids, use_cache=False, **inputs),
+        )
+
+    def call(self, function: Callable[..., Any], **inputs: Any) -> Any:
+        """Call the decoder, or the model around it, so that visual prompts reach attention.
+
+        Where a family hands no keywords on to it, they go around the decoder.
+        """
+        if self.structure.takes_visual_keyword or VISUAL not in inputs:
+            return function(**inputs)
+        visual = inputs.pop(VISUAL)
+        if torch.compiler.is_compiling():
+            raise UnsupportedModelError(
+                f"{family_of(self.language_model)} cannot be compiled with images: it hands no "
+                "keywords on to its attention"
+            )
+        with visual_context(visual):
+            return function(**inputs)
+
     def _add_linears_and_norms(self, generator: torch.Generator | None) -> None:
-        config, decoder = self.config, self.language_model.get_decoder()
-        linears = dict(decoder_linears(decoder))
+        config = self.config
+        linears = dict(self.structure.linears)
         kinds = {name.rsplit(".", 1)[1] for name in linears}
         biased = _resolve_targets(config.bias_targets, kinds, "bias_targets")
         scaled = _resolve_targets(config.scale_targets, kinds, "scale_targets")
@@ -119,44 +148,41 @@ class Adapter:
                     scale=kind in scaled,
                     scale_side=config.scale_side,
                     lora_rank=lora_rank,
+                    is_masked=name in self.structure.masked,
                     generator=generator,
                 )
                 self._add_site(name, linear, module)
         if config.train_norms:
-            for name, norm in decoder_norms(decoder):
+            for name, norm in self.structure.norms:
                 self._add_site(name, norm, LearnedNorm(norm))
 
-    def _add_prompts(
-        self,
-        attentions: list[tuple[str, Attention]],
-        text_config: Any,
-        generator: torch.Generator | None,
-    ) -> None:
-        config, total = self.config, self.num_layers
-        static = set(config.prompt_layer_indices(total))
+    def _add_prompts(self, generator: torch.Generator | None) -> list[FoundAttention]:
+        """Prompts in the layers that carry them; the attention modules that read images."""
+        config, reading = self.config, []
+        static = set(config.prompt_layer_indices(self.num_layers))
         visual = set(config.visual_layer_indices())
-        for index, (name, attention) in enumerate(attentions):
+        for index, found in enumerate(self.structure.attentions):
             if index not in visual and index not in static:
                 continue
-            gates: dict[str, Any] = {
-                "num_heads": int(text_config.num_attention_heads),
-                "gate": config.gate,
-                "gate_scale": config.gate_scale,
-                "device": execution_device(attention),
-            }
+            gates: dict[str, Any] = {"gate": config.gate, "gate_scale": config.gate_scale}
             module: GatedPrompt
             if index in visual:
-                module = VisualPrompt(attention, **gates)
+                module = VisualPrompt(found, **gates)
             else:
                 kind = LateFusionPrompt if config.fusion == "late" else StaticPrompt
                 module = kind(
-                    attention,
-                    prompt_length=config.prompt_length,
-                    hidden_size=int(text_config.hidden_size),
-                    generator=generator,
-                    **gates,
+                    found, prompt_length=config.prompt_length, generator=generator, **gates
                 )
-            self._add_site(f"{name}.adaption", None, module)
+            if module.reads_images:
+                reading.append(found)
+            self._add_site(f"{found.name}.adaption", None, module)
+        widths = {found.width for found in reading}
+        if len(widths) > 1:
+            raise UnsupportedModelError(
+                f"{family_of(self.language_model)} cannot be adapted to see: layers that read "
+                f"images have hidden states of several widths, {sorted(widths)}"
+            )
+        return reading
 
     def _add_site(self, name: str, original: nn.Module | None, module: AdapterModule) -> None:
         parent_name, _, attribute = name.rpartition(".")
@@ -174,6 +200,11 @@ class Adapter:
 
     def attach(self) -> None:
         """Put every module in its place and route attention through ours."""
+        self._route()
+        for target in self.targets:
+            setattr(target.parent, target.attribute, self._merged.get(target.name, target.module))
+
+    def _route(self) -> None:
         register_attention()
         was_attached, self.is_attached = self.is_attached, True
         try:
@@ -181,8 +212,11 @@ class Adapter:
         except UnsupportedModelError:
             self.is_attached = was_attached
             raise
-        for target in self.targets:
-            setattr(target.parent, target.attribute, self._merged.get(target.name, target.module))
+
+    def _unroute(self) -> None:
+        """The base's own attention again, where nothing else has been put on."""
+        self.is_attached = False
+        self.set_attn_implementation(self.language_model.config._attn_implementation)
 
     def check_route(self) -> None:
         """UnsupportedModelError where the base no longer routes attention through ours.
@@ -245,13 +279,6 @@ class Adapter:
                 prompt.drop_cache()
         if self.is_attached:
             self.attach()
-
-    def _prompted(self) -> list[tuple[str, Attention]]:
-        return [
-            (target.name, cast(Attention, target.parent))
-            for target in self.targets
-            if isinstance(target.module, GatedPrompt)
-        ]
 
     def prompts(self) -> Iterator[tuple[Attention, GatedPrompt]]:
         """Every attention module that carries prompts, with them."""

@@ -36,7 +36,7 @@ class Backbone(nn.Module):
         """
         model = self._model[0]
         inputs = model.decoder_inputs(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
-        return model.get_decoder()(**inputs)
+        return model.adapter.call(model.get_decoder(), **inputs)
 
     @property
     def config(self) -> Any:

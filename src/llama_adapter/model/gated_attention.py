@@ -18,8 +18,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from llama_adapter.families.projections import KeysValues, project_prompt
-from llama_adapter.families.structure import Attention
+from llama_adapter.families.discovery import FoundAttention
+from llama_adapter.families.offloading import execution_device
+from llama_adapter.families.structure import Attention, KeysValues
 from llama_adapter.model.fast.attention import attention as attend
 from llama_adapter.model.groups import AdapterModule, Group, Role
 from llama_adapter.model.routing import Routing, VisualPrompts
@@ -33,18 +34,18 @@ class GatedPrompt(AdapterModule):
 
     def __init__(
         self,
-        attention: Attention,
+        found: FoundAttention,
         *,
-        num_heads: int,
         gate: str,
         gate_scale: bool,
-        device: torch.device,
     ) -> None:
         super().__init__()
-        self.layer_index = int(attention.layer_idx)
-        self.num_heads = num_heads
+        self.layer_index = found.layer_index
+        self.num_heads = found.num_heads
+        self.project = found.projection
         self.gate_kind = gate
-        self.gate = nn.Parameter(torch.zeros(num_heads, device=device))
+        device = execution_device(found.module)
+        self.gate = nn.Parameter(torch.zeros(self.num_heads, device=device))
         self.gate_scale = nn.Parameter(torch.ones(1, device=device)) if gate_scale else None
 
     def gate_values_H(self) -> Tensor:
@@ -57,7 +58,7 @@ class GatedPrompt(AdapterModule):
 
         The gate multiplies the values (M of them) rather than the attention output (T of them).
         """
-        keys_EGMD, values_EGMD = project_prompt(attention, entries_EMd)
+        keys_EGMD, values_EGMD = self.project(attention, entries_EMd)
         repeat = self.num_heads // keys_EGMD.shape[1]
         if repeat > 1:
             keys_EGMD = keys_EGMD.repeat_interleave(repeat, dim=1)
@@ -109,19 +110,17 @@ class StaticPrompt(GatedPrompt):
 
     def __init__(
         self,
-        attention: Attention,
+        found: FoundAttention,
         *,
         prompt_length: int,
-        hidden_size: int,
-        device: torch.device,
         generator: torch.Generator | None = None,
         **gates: Any,
     ) -> None:
-        super().__init__(attention, device=device, **gates)
+        super().__init__(found, **gates)
         # unit variance, like the normalized hidden states that share these projections;
         # drawn on the CPU, so that a seed gives the same values everywhere
-        prompt_Md = torch.randn(prompt_length, hidden_size, generator=generator)
-        self.prompt = nn.Parameter(prompt_Md.to(device))
+        prompt_Md = torch.randn(prompt_length, found.width, generator=generator)
+        self.prompt = nn.Parameter(prompt_Md.to(self.gate.device))
         # buffers, so that they follow the model to another device; never stored
         self.register_buffer("static_keys", None, persistent=False)
         self.register_buffer("static_values", None, persistent=False)

@@ -23,10 +23,10 @@ from llama_adapter.config import AdapterConfig, did_you_mean
 from llama_adapter.errors import ConfigError, TrainingError, UnsupportedModelError
 from llama_adapter.families.compatibility import check_packing
 from llama_adapter.families.offloading import execution_device
-from llama_adapter.families.quantized import keep_unpacked
+from llama_adapter.families.quantized import keep_unfused, keep_unpacked
 from llama_adapter.families.vision import vision_encoder_of, vision_feature_size, vision_features
 from llama_adapter.model.adapter import Adapter
-from llama_adapter.model.attention_registry import PAGED
+from llama_adapter.model.attention_registry import PAGED, same_visual_context
 from llama_adapter.model.backbone import Backbone
 from llama_adapter.model.configuration import LlamaAdapterConfig
 from llama_adapter.model.groups import Group
@@ -218,7 +218,7 @@ class LlamaAdapterForConditionalGeneration(
         if return_dict is not None:
             inputs["return_dict"] = True
         with masked_head(self.get_output_embeddings(), logits_to_keep) as kept:
-            output = self.language_model(**inputs, logits_to_keep=kept)
+            output = self.adapter.call(self.language_model, **inputs, logits_to_keep=kept)
         if labels is not None:
             total = num_items_in_batch if num_answer_tokens is None else num_answer_tokens
             loss = answer_loss(output.logits, labels, num_answer_tokens=total, kept=logits_to_keep)
@@ -279,6 +279,7 @@ class LlamaAdapterForConditionalGeneration(
             "use_cache": use_cache,
             **kwargs,
         }
+        inputs = {name: value for name, value in inputs.items() if value is not None}
         if known is not None:
             inputs[CACHE] = known
         if visual_prompts is not None:
@@ -500,6 +501,7 @@ class LlamaAdapterForConditionalGeneration(
             )
         super().train(mode)
         keep_unpacked(self.language_model)
+        keep_unfused(self.language_model)
         if self.vision is not None:
             self.vision.eval()  # the encoder is frozen, dropout included
         return self
@@ -574,6 +576,8 @@ class LlamaAdapterForConditionalGeneration(
         would lose gradients of whatever learns in a layer.
         """
         keywords = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
+        if not self.adapter.structure.takes_visual_keyword:
+            keywords["context_fn"] = same_visual_context
         if keywords["use_reentrant"]:
             raise ConfigError(
                 "gradient checkpointing with use_reentrant=True would lose gradients; leave it "

@@ -123,7 +123,7 @@ def describe_model(model: Any) -> dict[str, Any]:
     """
     config = model.config
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    shape = getattr(config, "vision_config", text)
+    shape = getattr(config, "vision_config", None) or text
     name = str(getattr(model, "name_or_path", "") or getattr(config, "_name_or_path", ""))
     part = on_base(model)
     return {

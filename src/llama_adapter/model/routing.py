@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from llama_adapter.errors import ConfigError
-from llama_adapter.families.projections import KeysValues
+from llama_adapter.families.structure import KeysValues
 from llama_adapter.model.places import of_this_pass
 
 

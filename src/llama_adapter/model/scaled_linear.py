@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from typing import ClassVar, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
 
 from llama_adapter.errors import UnsupportedModelError
 from llama_adapter.families.offloading import HOOK, copy_at_home, execution_device, weights_at_hand
+from llama_adapter.families.structure import linear_sizes
 from llama_adapter.model.fast.rms_norm import rms_epsilon, rms_norm
-from llama_adapter.model.fast.scale import scale_and_shift
+from llama_adapter.model.fast.scale import plain_scale_and_shift, scale_and_shift
 from llama_adapter.model.groups import AdapterModule, Group, Role, Trainable
 
 
@@ -44,19 +46,21 @@ class ScaledLinear(AdapterModule):
 
     def __init__(
         self,
-        base_layer: nn.Linear,
+        base_layer: nn.Module,
         *,
         bias: bool = True,
         scale: bool = True,
         scale_side: str = "output",
         lora_rank: int = 0,
+        is_masked: bool = False,
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
-        self.base_layer = base_layer
-        self.in_features = int(base_layer.in_features)
-        self.out_features = int(base_layer.out_features)
+        self.base_layer = cast(nn.Linear, base_layer)
+        self.in_features, self.out_features = linear_sizes(base_layer)
         self.scale_side = scale_side
+        self.is_masked = is_masked
+        """Whether zeros come in where a row is padded, which nothing learned may turn into more."""
         device = execution_device(base_layer)
         scale_size = self.out_features if scale_side == "output" else self.in_features
         self.adapter_bias = self.scale = self.lora_down = self.lora_up = None
@@ -85,18 +89,25 @@ class ScaledLinear(AdapterModule):
     def without_lora(self, x: Tensor) -> Tensor:
         """The same linear without LoRA, as prompts see it (released V2)."""
         scale, shift = self.scale, self.adapter_bias
+        if self.is_masked and shift is not None:
+            on_output = self.scale_side == "output"
+            y = self.base_layer(x if on_output else scale_and_shift(x, scale, None))
+            kept = shift * (x != 0).any(-1, keepdim=True)
+            return plain_scale_and_shift(y, scale if on_output else None, kept)
         if self.scale_side == "input":  # W (s ⊙ x) + b₀ + b
             return scale_and_shift(self.base_layer(scale_and_shift(x, scale, None)), None, shift)
         return scale_and_shift(self.base_layer(x), scale, shift)  # s ⊙ (W x + b₀ + b)
 
     @torch.no_grad()
     def merged(self) -> MergedLinear | None:
-        """The plain linear that this equals; None if the base weight is quantized.
+        """The plain linear that this equals; None if the base weight is quantized, or with a bias
+        that padding must not get.
 
         Exact in real arithmetic; in floating point the outputs agree to rounding.
         """
         weight = self.base_layer.weight
-        if type(self.base_layer) is not nn.Linear or weight.is_meta:
+        is_masked = self.is_masked and self.adapter_bias is not None
+        if type(self.base_layer) not in (nn.Linear, Conv1D) or weight.is_meta or is_masked:
             return None
         return MergedLinear(self, *self.merged_weights())
 
@@ -166,10 +177,12 @@ class LearnedNorm(AdapterModule):
     def weight(self) -> Tensor:
         return cast(Tensor, self.norm.weight)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *gate: Any, **options: Any) -> Tensor:
         if isinstance(self.norm, nn.LayerNorm):
             # layer_norm wants input and weights of one dtype
             return self.norm(x.float()).to(x.dtype)
+        if gate or options:
+            return cast(Tensor, self.norm(x, *gate, **options)).to(x.dtype)
         return rms_norm(self.norm, x, epsilon=self.rms_epsilon)
 
     @torch.no_grad()

@@ -9,6 +9,7 @@ Shapes: N tokens, d hidden size.
 from __future__ import annotations
 
 import copy
+import inspect
 from typing import Any, cast
 
 import torch
@@ -25,7 +26,8 @@ def rms_epsilon(norm: nn.Module) -> float | None:
     """
     epsilon = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
     names = [name for name, _ in norm.named_parameters()]
-    if not isinstance(epsilon, float) or names != ["weight"]:
+    takes_more = len(inspect.signature(type(norm).forward).parameters) != 2  # a gate
+    if not isinstance(epsilon, float) or names != ["weight"] or takes_more:
         return None
     trial = copy.deepcopy(norm).to_empty(device="cpu").float()
     weight = cast(Tensor, trial.weight)
