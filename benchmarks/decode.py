@@ -28,7 +28,7 @@ from benchmarks.measuring import (
     synchronized,
 )
 from llama_adapter import LlamaAdapterConfig, LlamaAdapterForConditionalGeneration
-from llama_adapter.model.visual_generation import CACHE
+from llama_adapter.families.structure import CACHE
 
 TARGETS = {"decode": 1.05, "prefill": 1.10}
 

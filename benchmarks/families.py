@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, StaticCache
 
 from llama_adapter import LlamaAdapterConfig, LlamaAdapterForConditionalGeneration
 from llama_adapter.families.projections import relative_difference, run_attention
-from llama_adapter.model.visual_generation import CACHE
+from llama_adapter.families.structure import CACHE
 
 VOCABULARY = 97
 BEGIN, END = "<!-- begin families -->", "<!-- end families -->"

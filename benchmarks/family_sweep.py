@@ -22,7 +22,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from benchmarks.tiny_models import VOCABULARY, CannotBuildError, tiny_base, tiny_vision_encoder
 from llama_adapter import LlamaAdapterConfig, LlamaAdapterForConditionalGeneration
 from llama_adapter.errors import LlamaAdapterError
-from llama_adapter.model.visual_generation import CACHE
+from llama_adapter.families.structure import CACHE
 
 TIME_LIMIT = 150
 MEMORY_LIMIT = 12 << 30

@@ -84,18 +84,28 @@ def refused(call, where, *words, kind: type[LlamaAdapterError] = LlamaAdapterErr
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (llava, ["'llava'", "images and text", "must be a text decoder", "'llama'"]),
         (clip, ["'clip'", "images and text", "must be a text decoder"]),
         (lambda: CLIPVisionModel(CLIPVisionConfig(**VISION)), ["'clip_vision_model'", "encoder"]),
         (lambda: ViTModel(ViTConfig(**VISION)), ["'vit'", "a vision encoder", "text decoder"]),
         (t5, ["'t5'", "another kind of model", "text decoder"]),
     ],
-    ids=["llava", "clip", "clip-vision", "vit", "t5"],
+    ids=["clip", "clip-vision", "vit", "t5"],
 )
 def test_what_is_not_a_text_decoder_is_not_a_base(make, words, tmp_path):
     make().save_pretrained(tmp_path)
     refused(load_language_model, tmp_path, *words, kind=CheckpointError)
     refused(Ours.from_base, tmp_path, *words)
+
+
+def test_of_a_multimodal_model_the_text_decoder_is_taken(tmp_path):
+    whole = llava().eval()
+    whole.save_pretrained(tmp_path)
+    ids = torch.arange(2, 8).unsqueeze(0)
+    for base in (load_language_model(str(tmp_path)), Ours.from_base(whole).language_model):
+        assert type(base).__name__ == "LlamaForCausalLM"
+        assert not any("vision" in name for name, _ in base.named_parameters())
+        with torch.no_grad():
+            assert torch.equal(base(input_ids=ids).logits, whole(input_ids=ids).logits)
 
 
 def test_what_takes_no_pixels_is_not_a_vision_encoder(base, tmp_path):

@@ -7,7 +7,7 @@ import torch
 from torch.testing import assert_close
 
 from llama_adapter import ConfigError, TrainingError
-from llama_adapter.model.visual_generation import CACHE
+from llama_adapter.families.structure import CACHE
 
 SETTINGS = [
     ("v2", {}),

@@ -9,7 +9,7 @@ from torch.testing import assert_close
 from transformers import DynamicCache, StaticCache
 
 from llama_adapter import ConfigError
-from llama_adapter.model.visual_generation import CACHE
+from llama_adapter.families.structure import CACHE
 
 EXACT = {"rtol": 1e-5, "atol": 1e-5}
 SETTINGS = [

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 from transformers import StaticCache
 
 from llama_adapter import ConfigError
-from llama_adapter.model.visual_generation import CACHE
+from llama_adapter.families.structure import CACHE
 
 FUSIONS = [("v2", {}), ("v1-multimodal", {})]
 SLOTTED = [*FUSIONS, ("v2", {"placeholder_attention": "own"})]

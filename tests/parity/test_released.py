@@ -21,8 +21,8 @@ from torch import Tensor
 from llama_adapter import LlamaAdapterForConditionalGeneration
 from llama_adapter.checkpoints import ImportReport, import_released
 from llama_adapter.checkpoints.layout import BaseShape, Entry, layout
+from llama_adapter.families.structure import CACHE
 from llama_adapter.model.scaled_linear import LearnedNorm
-from llama_adapter.model.visual_generation import CACHE
 
 FIXTURES = Path(__file__).resolve().parents[3] / "shared" / "fixtures" / "released"
 LOGITS, GRADIENTS = 2e-5, 1e-5

@@ -24,9 +24,16 @@ from transformers.cache_utils import Cache
 from llama_adapter.errors import UnsupportedModelError
 from llama_adapter.families.offloading import execution_device
 from llama_adapter.families.probing import observing, tracing_attention
-from llama_adapter.families.projections import ALL_SEEN, PROMPTS, PromptProjection, projection_of
+from llama_adapter.families.projections import (
+    ALL_SEEN,
+    PROMPTS,
+    PromptProjection,
+    projection_of,
+    relative_difference,
+)
 from llama_adapter.families.quantized import keep_unfused, keep_unpacked
 from llama_adapter.families.structure import (
+    CACHE,
     Attention,
     attention_modules,
     decoder_linears,
@@ -41,6 +48,9 @@ VISUAL = "visual_prompts"
 
 TOKEN = 3
 """What the probing passes read: the embedding of a padding token, often the first, may be 0."""
+
+CACHE_TOLERANCE = 5e-2
+"""Of the largest logit: a wrong state differs by more, a half type by less."""
 
 _ROTARY = re.compile(r"position_embed|rotary|rope|freqs|pos_emb|^cos$|^sin$")
 """Arguments of attention modules that say how to rotate."""
@@ -138,6 +148,9 @@ def discover(language_model: PreTrainedModel) -> DecoderStructure:
             f"{family_of(language_model)} cannot be adapted: no attention module of it makes keys "
             "from hidden states alone"
         )
+    mixes = _mixes(decoder, calls)
+    if mixes and not is_meta:
+        _check_cache(language_model)
     inside = tuple(f"{names[id(call.module)]}." for call in calls)
     others = [(name, module) for name, module in linears if not name.startswith(inside)]
     return DecoderStructure(
@@ -145,7 +158,7 @@ def discover(language_model: PreTrainedModel) -> DecoderStructure:
         reusing=reusing,
         linears=[(name, module) for name, module in linears if id(module) in record.reached],
         norms=[(name, module) for name, module in norms if id(module) in record.reached],
-        masked=_masked(language_model, others) if _mixes(decoder, calls) else frozenset(),
+        masked=_masked(language_model, others) if mixes else frozenset(),
         takes_visual_keyword=all(call.got_visual for call in calls),
     )
 
@@ -153,7 +166,30 @@ def discover(language_model: PreTrainedModel) -> DecoderStructure:
 def _mixes(decoder: nn.Module, calls: list[_Call]) -> bool:
     """Whether something other than softmax attention carries values from token to token."""
     convolves = any(isinstance(module, nn.Conv1d) for module in decoder.modules())
-    return convolves or len(calls) < int(decoder.config.num_hidden_layers)
+    config: Any = decoder.config
+    return convolves or len(calls) < int(config.num_hidden_layers)
+
+
+@torch.no_grad()
+def _check_cache(language_model: PreTrainedModel) -> None:
+    """Refuse a family whose states behind a cache are others than without, or not in the cache."""
+    tokens = torch.arange(
+        TOKEN, TOKEN + 4, device=execution_device(language_model.get_input_embeddings())
+    )
+    tokens = tokens.unsqueeze(0) % int(language_model.config.get_text_config().vocab_size)
+    with tracing(language_model, training=False), torch.no_grad():
+        whole = language_model(input_ids=tokens, use_cache=False).logits[:, -1]
+        output = language_model(input_ids=tokens[:, :-1], use_cache=True)
+        past = output.get(CACHE)
+        if past is not None:
+            inputs = {"input_ids": tokens[:, -1:], "use_cache": True, CACHE: past}
+            found = relative_difference(language_model(**inputs).logits[:, -1], whole)
+    if past is None or not found <= CACHE_TOLERANCE:
+        reason = "it keeps its state in itself" if past is None else f"by {found:.2g} of their size"
+        raise UnsupportedModelError(
+            f"{family_of(language_model)} cannot be adapted: logits behind a cache differ from "
+            f"those without ({reason})"
+        )
 
 
 @torch.no_grad()

@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import fields
 from typing import Any, Protocol, cast
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.pytorch_utils import Conv1D
 
 from llama_adapter.errors import UnsupportedModelError
+
+CACHE = (
+    "cache"
+    if any(field.name == "cache" for field in fields(CausalLMOutputWithPast))
+    else "past_key_values"
+)
+"""What the installed transformers calls the keys and values of earlier tokens: it renamed them in
+5.24, and warns of the old name, as an input and on an output."""
 
 KeysValues = tuple[Tensor, Tensor]
 """Of one attention module, [E, G, M, D] each."""

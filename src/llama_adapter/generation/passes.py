@@ -17,12 +17,11 @@ from llama_adapter.errors import UnsupportedModelError
 from llama_adapter.families.compatibility import ROUGH_TOLERANCE
 from llama_adapter.families.offloading import execution_device
 from llama_adapter.families.projections import RELATIVE_TOLERANCE, relative_difference
-from llama_adapter.families.structure import family_of
+from llama_adapter.families.structure import CACHE, family_of
 from llama_adapter.generation.rows import RowCache
 from llama_adapter.model.attention_registry import PREFIX
 from llama_adapter.model.loss import masked_head
 from llama_adapter.model.stack import AdapterStack, RowReads
-from llama_adapter.model.visual_generation import CACHE
 
 _SLIDING, _FULL = "sliding_attention", "full_attention"
 _UNUSED = (

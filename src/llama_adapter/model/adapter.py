@@ -103,7 +103,9 @@ class Adapter:
 
     def _check_trainables(self, prompts_IMd: Tensor) -> None:
         """Refuse a base in which anything would not learn, or images would do nothing."""
-        wanted = [(t.name, t.parameter) for t in self.trainables() if t.role != Role.PROJECTION]
+        wanted: list[tuple[str, Tensor]] = [
+            (t.name, t.parameter) for t in self.trainables() if t.role != Role.PROJECTION
+        ]
         inputs: dict[str, Any] = {}
         if self.config.is_multimodal:
             prompts_IMd.requires_grad_(True)

@@ -4,32 +4,28 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING, AutoConfig
+from transformers import MODEL_MAPPING, AutoConfig
 
 from llama_adapter.config import shown
 from llama_adapter.errors import CheckpointError, UnsupportedModelError
+from llama_adapter.families.multimodal import holds_text_decoder, is_text_decoder
 from llama_adapter.model.configuration import LlamaAdapterConfig, read_adapter_config
 from llama_adapter.model.loading import folder_of
 from llama_adapter.pretrained import load_pretrained
 
 
 def read_base_config(path: str, revision: str | None = None) -> Any:
-    """The config of a base by name or path; CheckpointError where it is not of a text decoder."""
+    """The config of a base by name or path; CheckpointError where it has no text decoder."""
     config = load_pretrained(AutoConfig, path, what="base", revision=revision or "main")
     _refuse_adapter(config, path, what="base", option="base.model")
     # of a model with code of its own, loading says that it is never run
-    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or getattr(config, "auto_map", None):
+    loads = is_text_decoder(config) or holds_text_decoder(config)
+    if loads or getattr(config, "auto_map", None):
         return config
-    text: Any = getattr(config, "text_config", None)
-    name = f"{path!r} is {_kind(config)} (model_type {shown(config.model_type)})"
-    if type(text) in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise CheckpointError(
-            f"{name}, but a base must be a text decoder: give the text decoder that it is built "
-            f"on (its text_config has model_type {shown(text.model_type)}), and a vision encoder "
-            "next to it"
-        )
     raise CheckpointError(
-        f"{name}, but a base must be a text decoder, which AutoModelForCausalLM can load"
+        f"{path!r} is {_kind(config)} (model_type {shown(config.model_type)}), but a base must be "
+        "a text decoder, which AutoModelForCausalLM can load, or a model of images and text around "
+        "one"
     )
 
 
@@ -75,6 +71,6 @@ def _kind(config: Any) -> str:
         return "a model of images and text"
     if _takes_pixels(config):
         return "a vision encoder"
-    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+    if is_text_decoder(config):
         return "a text decoder"
     return "another kind of model"

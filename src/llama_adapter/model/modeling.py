@@ -22,8 +22,10 @@ from transformers.utils.generic import TransformersKwargs
 from llama_adapter.config import AdapterConfig, did_you_mean
 from llama_adapter.errors import ConfigError, TrainingError, UnsupportedModelError
 from llama_adapter.families.compatibility import check_packing
+from llama_adapter.families.multimodal import text_decoder_of
 from llama_adapter.families.offloading import execution_device
 from llama_adapter.families.quantized import keep_unfused, keep_unpacked
+from llama_adapter.families.structure import CACHE
 from llama_adapter.families.vision import vision_encoder_of, vision_feature_size, vision_features
 from llama_adapter.model.adapter import Adapter
 from llama_adapter.model.attention_registry import PAGED, same_visual_context
@@ -41,7 +43,7 @@ from llama_adapter.model.references import (
 )
 from llama_adapter.model.routing import VisualPrompts, route
 from llama_adapter.model.trainer_checkpoints import TrainerCheckpoints
-from llama_adapter.model.visual_generation import CACHE, VisualGenerationMixin
+from llama_adapter.model.visual_generation import VisualGenerationMixin
 from llama_adapter.pretrained import seeded
 
 
@@ -122,7 +124,7 @@ class LlamaAdapterForConditionalGeneration(
         """
         changed = None
         if not isinstance(language_model, str):
-            language_model = unwrapped(language_model)
+            language_model = text_decoder_of(unwrapped(language_model))
             changed = what_differs(language_model)
         else:
             language_model = load_language_model(

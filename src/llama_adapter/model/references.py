@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModel, PreTrainedModel
 
 from llama_adapter.config import shown
 from llama_adapter.errors import CheckpointError, UnsupportedModelError
+from llama_adapter.families.multimodal import loader_of, text_decoder_of
 from llama_adapter.families.vision import vision_encoder_of
 from llama_adapter.files import can_be_path
 from llama_adapter.home import HOME_SCHEME, home
@@ -275,6 +276,8 @@ def _check_peft(found: dict[str, Any], expected: dict[str, Any], *, what: str, s
 def load_language_model(reference: str, **options: Any) -> PreTrainedModel:
     """A frozen decoder by name or path, or an adapter of peft with the decoder that it is for.
 
+    Of a multimodal model the text decoder is taken, and its own vision left out.
+
     Raises CheckpointError if there is none there.
     """
     options = {key: value for key, value in options.items() if value is not None}
@@ -282,7 +285,8 @@ def load_language_model(reference: str, **options: Any) -> PreTrainedModel:
     folder = peft_folder(path)
     below = path if folder is None else base_below(path)
     config = read_base_config(below, options.get("revision"))
-    model = load_whole(AutoModelForCausalLM, below, what="base", config=config, **options).eval()
+    loaded = load_whole(loader_of(config), below, what="base", config=config, **options).eval()
+    model = text_decoder_of(loaded)
     if folder is not None:
         put_on(model, folder)
     return model

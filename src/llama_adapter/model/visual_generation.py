@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin
-from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from llama_adapter.config import did_you_mean
 from llama_adapter.errors import ConfigError, UnsupportedModelError
+from llama_adapter.families.structure import CACHE
 from llama_adapter.model.places import continued, num_cached
 from llama_adapter.model.routing import VisualPrompts
-
-CACHE = (
-    "cache"
-    if any(field.name == "cache" for field in fields(CausalLMOutputWithPast))
-    else "past_key_values"
-)
-"""What the installed transformers calls the keys and values of earlier tokens: it renamed them in
-5.24, and warns of the old name, as an input and on an output."""
 
 READING = ("visual_prompts", "visual_mask", "image_index")
 """Inputs that say what is read and by which tokens."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from llama_adapter.families.projections import KeysValues
+from llama_adapter.families.structure import KeysValues
 from llama_adapter.model.fast.attention import attention as attend
 from llama_adapter.model.stack.reads import (
     Entries,

@@ -17,8 +17,7 @@ from transformers import PreTrainedModel
 from llama_adapter.config import AdapterConfig, did_you_mean
 from llama_adapter.errors import ConfigError
 from llama_adapter.families.offloading import execution_device
-from llama_adapter.families.projections import KeysValues
-from llama_adapter.families.structure import Attention
+from llama_adapter.families.structure import Attention, KeysValues
 from llama_adapter.families.vision import vision_features
 from llama_adapter.model.adapter import Adapter
 from llama_adapter.model.attention_registry import PREFIX, register_attention
