@@ -356,3 +356,50 @@ def test_a_step_that_crashes_costs_its_requests_and_not_the_engine(monkeypatch):
             list(engine.submit(request(engine, i)))
     assert engine.health.state == "dead"
     assert "ZeroDivisionError" in engine.health.reason
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_any_interleaving_gives_each_request_its_own_answer(engine, seed):
+    """Adapters, images, lengths, cancelled, failing and sampled requests, in any order."""
+    rng = random.Random(seed)
+    hook = poison(engine, 500)
+    bad = EncodedPrompt(input_ids=(1, *rng.choices(range(300, 400), k=9), 500, 7))
+    greedy: list[tuple[int, int, Generation]] = []
+    others: list[Generation] = []
+    try:
+        for _ in range(30):
+            index, length = rng.randrange(12), rng.choice([1, 3, 9, 24])
+            match rng.choice(["greedy", "greedy", "greedy", "cancelled", "failing", "sampled"]):
+                case "greedy":
+                    generation = engine.submit(request(engine, index, max_tokens=length))
+                    greedy.append((index, length, generation))
+                case "cancelled":
+                    others.append(engine.submit(request(engine, index)))
+                    threading.Timer(rng.random() / 5, others[-1].cancel).start()
+                case "failing":
+                    name = rng.choice([None, "v2", "caption"])
+                    sampling = Sampling(max_tokens=length)
+                    asked = GenerationRequest(prompt=bad, adapter=name, sampling=sampling)
+                    others.append(engine.submit(asked))
+                case _:
+                    options = {"temperature": 3.0, "n": rng.choice([1, 2, 3])}
+                    others.append(engine.submit(request(engine, index, **options)))
+            if rng.random() < 0.3:
+                time.sleep(rng.random() / 10)
+        for index, length, generation in greedy:
+            text, tokens, finish = expected(index)
+            found = text_of(generation)
+            assert found[1] == tokens[:length], conversations()[index]
+            if length >= len(tokens):
+                assert found == (text, tokens, finish)
+        for generation in others:
+            if generation.request.prompt is bad:
+                with pytest.raises(RuntimeError, match="poisoned"):
+                    list(generation)
+            else:
+                list(generation)
+    finally:
+        hook.remove()
+    assert engine.stats.busy_rows == engine.stats.queued == 0
+    assert engine._stack.free_images + len(engine._images) == engine.settings.images
+    assert not any(image.users for image in engine._images.values())
