@@ -50,9 +50,12 @@ def test_rows_that_begin_at_different_times_are_as_alone(family):
         assert text[: len(found)] == found[: len(text)]
 
 
-@pytest.mark.parametrize("family", ["lfm2", "qwen3_next"])
-def test_a_base_whose_cache_is_of_another_kind_is_refused_by_name(family):
-    config = transformers.AutoConfig.for_model(family, **families.COMMON, head_dim=16)
+@pytest.mark.parametrize(("family", "kind"), [("lfm2", "conv"), ("qwen3_next", "linear_attention")])
+def test_a_base_whose_cache_is_of_another_kind_is_refused_by_name(family, kind):
+    layers = [kind, "full_attention"] * 2
+    config = transformers.AutoConfig.for_model(
+        family, **families.COMMON, head_dim=16, layer_types=layers
+    )
     torch.manual_seed(0)
     base = transformers.AutoModelForCausalLM.from_config(config).eval()
     with pytest.raises(UnsupportedModelError, match=rf"{family}.* cannot answer in rows"):
