@@ -15,7 +15,13 @@ import torch
 from PIL import Image
 
 from llama_adapter.conversation import Conversation
-from llama_adapter.errors import ConfigError, PromptError, QueueFullError, UnavailableError
+from llama_adapter.errors import (
+    ConfigError,
+    PromptError,
+    QueueFullError,
+    UnavailableError,
+    UnsupportedModelError,
+)
 from llama_adapter.generation.answer import answer
 from llama_adapter.generation.engine import EngineSettings, RowEngine
 from llama_adapter.generation.requests import (
@@ -403,3 +409,11 @@ def test_any_interleaving_gives_each_request_its_own_answer(engine, seed):
     assert engine.stats.busy_rows == engine.stats.queued == 0
     assert engine._stack.free_images + len(engine._images) == engine.settings.images
     assert not any(image.users for image in engine._images.values())
+
+
+def test_a_base_that_is_refused_is_left_as_it_was():
+    model, processor = load_bundled("v2")
+    model.language_model.generation_config.no_repeat_ngram_size = 3
+    with pytest.raises(UnsupportedModelError, match="sets no_repeat_ngram_size"):
+        RowEngine(model, processor, name="v2")
+    assert model.active_adapters() == ["default"]

@@ -20,7 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llama_adapter.errors import ConfigError, PromptError, QueueFullError, UnavailableError
+from llama_adapter.errors import (
+    ConfigError,
+    PromptError,
+    QueueFullError,
+    UnavailableError,
+    UnsupportedModelError,
+)
 from llama_adapter.generation.grammar import Grammars, Matcher
 from llama_adapter.generation.passes import Chunk, RowModel
 from llama_adapter.generation.requests import (
@@ -219,7 +225,12 @@ class RowEngine:
         known = (getattr(base.config.get_text_config(), "max_position_embeddings", None),)
         lengths = (self.settings.context_length, processor.context_length, *known)
         self._length = min(length for length in lengths if length)
-        self._model = RowModel(base, self._stack, rows=self.settings.rows, length=self._length)
+        try:
+            rows = self.settings.rows
+            self._model = RowModel(base, self._stack, rows=rows, length=self._length)
+        except UnsupportedModelError:
+            model.enable_adapters()  # as it was given, for another engine
+            raise
         self._stack.add(name, adapter, vision)
         self._grammars = Grammars(processor.tokenizer, self._model.vocabulary)
         self._cache = self._model.cache
