@@ -153,10 +153,10 @@ class Adapter:
                     is_masked=name in self.structure.masked,
                     generator=generator,
                 )
-                self._add_site(name, linear, module)
+                self._add_target(name, linear, module)
         if config.train_norms:
             for name, norm in self.structure.norms:
-                self._add_site(name, norm, LearnedNorm(norm))
+                self._add_target(name, norm, LearnedNorm(norm))
 
     def _add_prompts(self, generator: torch.Generator | None) -> list[FoundAttention]:
         """Prompts in the layers that carry them; the attention modules that read images."""
@@ -177,7 +177,7 @@ class Adapter:
                 )
             if module.reads_images:
                 reading.append(found)
-            self._add_site(f"{found.name}.adaption", None, module)
+            self._add_target(f"{found.name}.adaption", None, module)
         widths = {found.width for found in reading}
         if len(widths) > 1:
             raise UnsupportedModelError(
@@ -186,7 +186,7 @@ class Adapter:
             )
         return reading
 
-    def _add_site(self, name: str, original: nn.Module | None, module: AdapterModule) -> None:
+    def _add_target(self, name: str, original: nn.Module | None, module: AdapterModule) -> None:
         parent_name, _, attribute = name.rpartition(".")
         parent = self.language_model.get_decoder().get_submodule(parent_name)
         readable = readable_name(parent_name if original is None else name)
