@@ -182,6 +182,7 @@ class _Connection(http.client.HTTPConnection):
         super().__init__(host, port)
         self._address = address
         self._is_tls = is_tls
+        self._connected: socket.socket | None = None
 
     def connect(self) -> None:
         """Connect to the address, whatever the name resolves to by now."""
@@ -189,12 +190,13 @@ class _Connection(http.client.HTTPConnection):
         if self._is_tls:
             context = ssl.create_default_context()
             connected = context.wrap_socket(connected, server_hostname=self.host)
-        self.sock = connected
+        self.sock = self._connected = connected
 
     def give_up(self) -> None:
         """End whatever is being waited for, from another thread."""
-        with suppress(OSError, AttributeError):  # not connected yet, or not any more
-            self.sock.shutdown(socket.SHUT_RDWR)
+        with suppress(OSError):  # not connected any more
+            if self._connected is not None:
+                self._connected.shutdown(socket.SHUT_RDWR)
 
 
 def _decode(url: str, *, name: str) -> bytes:
