@@ -17,7 +17,7 @@ import httpx2
 import openai
 import pytest
 
-from llama_adapter.generation.sequential import SequentialEngine
+from llama_adapter.generation.engine import EngineSettings, RowEngine
 from llama_adapter.miniature.bundled import bundled_adapter, load_bundled
 from llama_adapter.miniature.rendering import render
 from llama_adapter.miniature.scenes import Scene, Thing
@@ -66,7 +66,7 @@ class Running:
 @pytest.fixture(scope="session")
 def engine() -> Iterator[Any]:
     """The built-in model with two adapters: `toy` and `caption`."""
-    engine = SequentialEngine(*load_bundled(), name="toy", max_queue=64)
+    engine = RowEngine(*load_bundled(), name="toy", settings=EngineSettings(rows=4))
     engine.load_adapter("caption", bundled_adapter("caption"))
     until = time.monotonic() + 120
     while engine.health.state == "starting" and time.monotonic() < until:

@@ -102,6 +102,26 @@ def test_stop_texts_end_the_answer(server, red_star) -> None:
     assert short.choices[0].finish_reason == "length"
 
 
+def test_an_answer_follows_a_json_schema_or_a_grammar(server, red_star) -> None:
+    client = server.client()
+    schema = {"type": "object", "properties": {"color": {"enum": ["red", "blue"]}}}
+    schema |= {"required": ["color"], "additionalProperties": False}
+    wanted = {"type": "json_schema", "json_schema": {"name": "color", "schema": schema}}
+    answer = answer_of(client, messages=asks(red_star), response_format=wanted, max_tokens=60)
+    assert json.loads(answer)["color"] in {"red", "blue"}
+    grammar = 'root ::= "red" | "blue"'
+    body = {"grammar": grammar}
+    assert answer_of(client, messages=asks(red_star), extra_body=body) in {"red", "blue"}
+    never = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"$ref": "#"}}}
+    endless = client.chat.completions.create(
+        model="toy", messages=asks(red_star), response_format={"type": "json_object"}, max_tokens=9
+    )
+    assert endless.usage.completion_tokens <= 9
+    for wrong in ({"extra_body": {"grammar": "root ::="}}, {"response_format": never}):
+        with pytest.raises(openai.BadRequestError):
+            answer_of(client, messages=asks(red_star), max_tokens=9, **wrong)
+
+
 def test_a_text_goes_on(server) -> None:
     client = server.client()
     done = client.completions.create(model="toy-base", prompt="the star is", max_tokens=3)

@@ -12,7 +12,12 @@ from typer import Option
 from llama_adapter.cli.experts import ExpertSettings
 from llama_adapter.cli.models import BUILT_IN, MODEL
 from llama_adapter.cli.numbers import MAX_FRAMES, MAX_NEW_TOKENS, between
-from llama_adapter.errors import ConfigError, MissingDependencyError, ServingError
+from llama_adapter.errors import (
+    ConfigError,
+    MissingDependencyError,
+    ServingError,
+    UnsupportedModelError,
+)
 
 if TYPE_CHECKING:
     from llama_adapter.generation.requests import Engine
@@ -118,6 +123,17 @@ class BoundSettings:
 
     section: ClassVar[str] = "Bounds"
 
+    rows: Annotated[int, Option(help="Answers worked on at once.", callback=between(1, 4096))] = 16
+    context_length: Annotated[
+        int,
+        Option(
+            help="Most tokens of a prompt and its answer, for which each row has memory.",
+            callback=between(16, MAX_NEW_TOKENS),
+        ),
+    ] = 2048
+    max_adapters: Annotated[
+        int, Option(help="Adapters loaded at once.", callback=between(1, 10_000))
+    ] = 16
     max_requests: Annotated[
         int,
         Option(
@@ -214,7 +230,7 @@ def serve(
             further,
             experts=experts,
             sources=sources,
-            limits=bounds.limits,
+            bounds=bounds,
             device=device,
         )
         _run(bound, service, options, drain_seconds=bounds.drain_seconds)
@@ -235,7 +251,7 @@ def _open(
     *,
     experts: ExpertSettings,
     sources: SourceSettings,
-    limits: Limits,
+    bounds: BoundSettings,
     device: str | None,
 ) -> Service:
     """The engine with every adapter, and everything around it."""
@@ -245,7 +261,8 @@ def _open(
     from llama_adapter.serving.service import Service
 
     name = name or (model if model in BUILT_IN else adapter_directory(model).resolve().name)
-    engine = _start(model, name, limits=limits, device=device)
+    engine = _start(model, name, bounds=bounds, device=device)
+    limits = bounds.limits
     for other, directory in further:
         engine.load_adapter(other, directory)
     served = None
@@ -264,13 +281,26 @@ def _open(
     )
 
 
-def _start(model: str, name: str, *, limits: Limits, device: str | None) -> Engine:
-    """The engine that MODEL's base can have."""
+def _start(model: str, name: str, *, bounds: BoundSettings, device: str | None) -> Engine:
+    """The engine that MODEL's base can have: with rows, or one request after another."""
     from llama_adapter.cli.models import load
+    from llama_adapter.generation.engine import EngineSettings, RowEngine
     from llama_adapter.generation.sequential import SequentialEngine
+    from llama_adapter.serving.metrics import log
 
     loaded, processor = load(model, device=device)
-    return SequentialEngine(loaded, processor, name=name, max_queue=limits.max_requests)
+    settings = EngineSettings(
+        rows=bounds.rows,
+        context_length=bounds.context_length,
+        max_queue=bounds.max_requests,
+        adapters=bounds.max_adapters,
+    )
+    try:
+        return RowEngine(loaded, processor, name=name, settings=settings)
+    except UnsupportedModelError as error:
+        log("one request at a time", reason=str(error))
+        loaded.enable_adapters()
+        return SequentialEngine(loaded, processor, name=name, max_queue=bounds.max_requests)
 
 
 def _run(bound: Any, service: Service, options: dict[str, Any], *, drain_seconds: float) -> None:
