@@ -31,7 +31,7 @@ _MOST_PHRASE = 6
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Thing:
-    """A noun of the caption with what stands before it."""
+    """A noun of the caption with what precedes it."""
 
     noun: str
     """The singular."""

@@ -14,7 +14,7 @@ HINTS = (
     "Answer the question using a single word or phrase.",
     "Short answer.",
 )
-"""What may stand behind a question to ask for a short answer."""
+"""What may follow a question to ask for a short answer."""
 _SIMPLE_COLORS = ("black", "white", "red", "blue", "green", "yellow", "brown", "orange", "pink")
 _COMMON_VERBS = (
     "running", "playing", "standing", "sitting", "jumping", "walking", "swimming", "sleeping",

@@ -1,9 +1,9 @@
 """Sources made from any file of captions by rule, without a question about an image.
 
 `caption_tasks` shows an image and asks for its captions in many forms. `caption_questions` is text
-alone: captions stand where an image would stand, and questions about them, and the same forms, are
-asked of the text. What answers questions about a text there can answer them about an image that
-comes to stand there, though no question about an image is ever trained on.
+alone: captions take the place of an image, and questions about them, and the same forms, are asked
+of the text. What answers questions about a text there can answer them about an image in the same
+place, though no question about an image is ever trained on.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from llama_adapter.data.samples import Kind, Sample, SourceOptions, placed
 from llama_adapter.errors import DataError, PromptError
 
 TEXT_MARK = "Text:"
-"""Stands before a text next to an image, or next to a description in the image's place."""
+"""Precedes a text next to an image, or next to a description in the image's place."""
 
 
 class CaptionTextOptions(SourceOptions):

@@ -25,7 +25,7 @@ ADJECTIVES = _words(
     "giant open round beautiful happy lone haired colored painted plaid leather paved wooded "
     "green-haired"
 )
-"""Words that may stand between what opens a noun phrase and its noun."""
+"""Words that may come between what opens a noun phrase and its noun."""
 
 _NOUNS = {
     "person": "man woman boy girl child person baby toddler kid lady guy player skateboarder "

@@ -103,8 +103,8 @@ class AlpacaSource(JsonSource):
 def single_question(fields: Fields, media: Media) -> Conversation:
     """A question with its context and its answer, in the keys of Alpaca and its relatives.
 
-    `history` holds earlier questions and answers; they are learned too. What stands in the input
-    beside an empty instruction is the question. Both as in LLaMA-Factory.
+    `history` holds earlier questions and answers; they are learned too. An input with an
+    empty instruction is the question. Both as in LLaMA-Factory.
     """
     answered = _only_instance(fields)
     context = answered.text(*CONTEXT, optional=True)

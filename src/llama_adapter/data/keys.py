@@ -43,7 +43,7 @@ def check_keys(
     """DataError that names a key which is neither read nor known to hold nothing to learn from.
 
     Harmless are empty values, numbers, truth values and the names of `_METADATA`; what names an
-    image, a video or a sound only beside one that is shown.
+    image, a video or a sound only with one that is shown.
     """
     for key, value in record.items():
         # LLaMA-Factory writes an empty list of tools as text

@@ -81,7 +81,7 @@ def measure(
     """The pieces of all samples of a source.
 
     `cache` is a folder where they are kept; a change of source, template, tokenizer, processor or
-    row finds none, a damaged file is made anew, and a disk that cannot be written costs no more
+    row finds none, a damaged file is made again, and a disk that cannot be written costs no more
     than a warning.
     """
     key = "" if cache is None else _key(source, encoder)

@@ -102,7 +102,7 @@ class MediaFolder:
 def reached_from(folder: Path) -> tuple[Path, ...]:
     """Where links in a folder may lead: into it.
 
-    A snapshot of the Hugging Face hub is made of links to the `blobs` beside `snapshots`.
+    A snapshot of the Hugging Face hub is made of links to the `blobs` next to `snapshots`.
     """
     root = folder.resolve()
     for inner in (root, *root.parents):

@@ -67,7 +67,7 @@ class ShardSource:
         if not any(size > 0 and text > 0 for _, _, size, _, text, _ in rows):
             raise DataError(
                 f"{self.shards[0]} holds no image with a text of the same name "
-                f"(.{', .'.join(IMAGE_ENDINGS)} beside .{', .'.join(TEXT_ENDINGS)})"
+                f"(.{', .'.join(IMAGE_ENDINGS)} next to .{', .'.join(TEXT_ENDINGS)})"
             )
         self._shard = np.array([row[0] for row in rows], dtype=np.int64)
         # first byte and length of the image, first byte and length of the text

@@ -256,7 +256,7 @@ def _place(turns: list[Turn], media: Media) -> None:
         for mark in _MARKS.findall(turn.text):
             if waiting[mark]:
                 if turn.role != "user":
-                    raise DataError(f"a {mark} mark stands in a turn from {turn.role!r}")
+                    raise DataError(f"a {mark} mark is in a turn from {turn.role!r}")
                 turn.media.append(waiting[mark].pop(0))
         turn.text = _unmarked(turn.text)
     left = [ref for refs in waiting.values() for ref in refs]

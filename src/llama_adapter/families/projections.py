@@ -89,7 +89,7 @@ LAYOUTS = (
 
 
 PROMPTS, ALL_SEEN = "<prompts>", "<all seen>"
-"""Arguments made anew for each run: the prompts once more, and a mask that hides none of them."""
+"""Arguments made for each run: the prompts once more, and a mask that hides none of them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,7 +99,7 @@ class PromptProjection:
     layout: _Layout | None
     """Its plain projections; None where the module itself is run."""
     inputs: dict[str, Any]
-    """What its forward is given beside the prompts."""
+    """What its forward is given besides the prompts."""
 
     def __call__(self, attention: Attention, x_EMd: Tensor) -> KeysValues:
         """Keys and values [E, G, M, D] of prompts, not rotated.
