@@ -13,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -534,6 +535,7 @@ class RowEngine:
         return "deadline" if is_late else None
 
     def _admit(self) -> None:
+        self._encode_together()
         for answer in self._waiting():
             busy = self._decoding + self._prefilling
             if busy == len(self._cache.rows):
@@ -566,26 +568,46 @@ class RowEngine:
             self._stack.release([self._images.pop(unused.pop(0)).entry])
         return self._stack.free_images >= missing
 
+    def _encode_together(self) -> None:
+        """Read images of several requests in one pass; where that fails, each is read alone."""
+        groups: dict[tuple[StackedAdapter, torch.Size], dict[str, Tensor]] = {}
+        free = len(self._cache.rows) - self._decoding - self._prefilling
+        for answer in self._waiting()[:free]:
+            for key, pixels in self._new_images(answer).items():
+                assert answer.adapter is not None
+                groups.setdefault((answer.adapter, pixels.shape), {})[key] = pixels
+        for (adapter, _), new in groups.items():
+            if 1 < len(new) <= self._stack.free_images:
+                with suppress(Exception):
+                    self._encode(adapter, new)
+
     def _encode_images(self, answer: _Answer) -> None:
-        keys, adapter = answer.keys, answer.adapter
-        if not keys or adapter is None:
-            return
-        frames, new = _num_frames(answer.request), {}
-        for key, image in zip(keys, answer.request.prompt.images, strict=True):
-            if (adapter, key) not in self._images:
-                pixels = image.pixel_values
-                if frames > 1 and pixels.ndim == 3:
-                    pixels = pixels.expand(frames, *pixels.shape)
-                new[key] = pixels
+        new, adapter = self._new_images(answer), answer.adapter
         if len({pixels.shape for pixels in new.values()}) > 1:
             raise PromptError("images and videos of one prompt must have equally many frames")
-        if new:
-            entries = self._stack.encode(adapter.name, torch.stack(list(new.values())))
-            for key, entry in zip(new, entries, strict=True):
-                self._images[adapter, key] = _Image(entry)
-        answer.images = [self._images[adapter, key] for key in keys]
+        if new and adapter is not None:
+            self._encode(adapter, new)
+        answer.images = [self._images[adapter, key] for key in answer.keys if adapter]
         for ready in answer.images:
             ready.users += 1
+
+    def _new_images(self, answer: _Answer) -> dict[str, Tensor]:
+        """Pixels of an answer's images that are not ready yet."""
+        new: dict[str, Tensor] = {}
+        if answer.adapter is None:
+            return new
+        for key, image in zip(answer.keys, answer.request.prompt.images, strict=False):
+            if (answer.adapter, key) not in self._images:
+                pixels = image.pixel_values
+                if pixels.ndim == 3 and (frames := _num_frames(answer.request)) > 1:
+                    pixels = pixels.expand(frames, *pixels.shape)
+                new[key] = pixels
+        return new
+
+    def _encode(self, adapter: StackedAdapter, new: dict[str, Tensor]) -> None:
+        entries = self._stack.encode(adapter.name, torch.stack(list(new.values())))
+        for key, entry in zip(new, entries, strict=True):
+            self._images[adapter, key] = _Image(entry, used_at=self._steps)
 
     def _place(self, answer: _Answer) -> None:
         """Give an answer the row that holds most of its prompt already, or a copy of that."""
