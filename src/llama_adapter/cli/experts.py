@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from threading import TIMEOUT_MAX
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import typer
 from typer import Option
@@ -15,7 +16,7 @@ from llama_adapter.cli.output import one_line
 from llama_adapter.errors import ConfigError
 
 if TYPE_CHECKING:
-    from llama_adapter.experts import ExpertPool, Report
+    from llama_adapter.experts import Expert, ExpertPool, Report
     from llama_adapter.model import LlamaAdapterForConditionalGeneration
     from llama_adapter.processing.processor import LlamaAdapterProcessor
 
@@ -66,6 +67,7 @@ class ExpertSettings:
         loaded: LlamaAdapterForConditionalGeneration | None,
         processor: LlamaAdapterProcessor | None,
         device: str | None = None,
+        caption_expert: Callable[[Path, Any], Expert] | None = None,
     ) -> ExpertPool:
         """The pool for MODEL, which is loaded already or answers elsewhere."""
         from llama_adapter.experts import ExpertContext, make_pool
@@ -74,7 +76,12 @@ class ExpertSettings:
         named = self.expert or ()
         return make_pool(
             named,
-            ExpertContext(model=loaded, device=device, defaults=expert_defaults(model)),
+            ExpertContext(
+                model=loaded,
+                device=device,
+                defaults=expert_defaults(model),
+                caption_expert=caption_expert,
+            ),
             processor=processor,
             timeout=self.expert_timeout,
             max_tokens=self.expert_tokens,

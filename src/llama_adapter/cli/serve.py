@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
@@ -217,6 +218,8 @@ def serve(
         raise ConfigError(f"--log-level must be debug, info, warning or error, got {log_level!r}")
     options = access.open()
     further = [_name_and_directory(text) for text in adapter or ()]
+    if "auto" in (experts.expert or ()):
+        raise ConfigError("--expert auto chooses for `chat`; a server takes experts by name")
     experts.check(model)
 
     from llama_adapter.serving.metrics import set_up_logging
@@ -256,7 +259,7 @@ def _open(
 ) -> Service:
     """The engine with every adapter, and everything around it."""
     from llama_adapter.cli.models import adapter_directory
-    from llama_adapter.serving.experts import ServedExperts
+    from llama_adapter.serving.experts import EngineCaptions, ServedExperts
     from llama_adapter.serving.media import Media
     from llama_adapter.serving.service import Service
 
@@ -267,7 +270,13 @@ def _open(
         engine.load_adapter(other, directory)
     served = None
     if experts.expert:
-        pool = experts.open(model, loaded=None, processor=engine.processor(name), device=device)
+        pool = experts.open(
+            model,
+            loaded=None,
+            processor=engine.processor(name),
+            device=device,
+            caption_expert=partial(EngineCaptions, engine),
+        )
         served = ServedExperts(pool)
     return Service(
         engine=engine,

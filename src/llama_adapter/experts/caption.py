@@ -50,6 +50,8 @@ class CaptionOptions(ExpertOptions):
         directory = Path(self.model).expanduser()
         if not (directory / ADAPTER_CONFIG_NAME).is_file():
             return PipelineCaptionExpert(self, device=context.device)
+        if context.caption_expert is not None:
+            return context.caption_expert(directory, self)
         if context.model is None:
             raise ExpertError("a caption adapter needs its base: no model is loaded")
         return load_caption_expert(directory, self, model=context.model)
@@ -98,7 +100,7 @@ class CaptionExpert:
             self.model.set_adapter(active)
         if request.is_late:
             raise ExpertError(f"captions took longer than {seconds:.3g} seconds")
-        return _captions([one.text for one in answers])
+        return captions([one.text for one in answers])
 
 
 def load_caption_expert(
@@ -172,9 +174,10 @@ class PipelineCaptionExpert:
         else:
             # plain captioners go on from a text; without an instruction, from nothing
             [found] = self._pipeline(images=image, text=instruction or "", **keywords)
-        return _captions([str(found["generated_text"]).strip()])
+        return captions([str(found["generated_text"]).strip()])
 
 
-def _captions(texts: list[str]) -> Report:
+def captions(texts: list[str]) -> Report:
+    """The report of one caption for each image."""
     findings = (Finding(text=t, kind="caption", picture=i) for i, t in enumerate(texts))
     return Report(expert=CaptionOptions.name, findings=tuple(findings))

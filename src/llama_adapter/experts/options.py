@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
@@ -34,6 +35,9 @@ class ExpertContext:
     """Where an expert's own model runs."""
     defaults: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Options by expert where the user gives none, such as the caption adapter of a base."""
+    caption_expert: Callable[[Path, Any], Expert] | None = None
+    """Makes the expert of a caption adapter's directory and its options, where an engine runs the
+    model; None: the expert runs `model` itself."""
 
 
 class ExpertOptions(BaseModel):

@@ -4,11 +4,21 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from pathlib import Path
 
 from llama_adapter.conversation import Conversation
 from llama_adapter.errors import ExpertError
 from llama_adapter.experts import Expert, ExpertInfo, ExpertPool, Report
 from llama_adapter.experts.base import Request
+from llama_adapter.experts.caption import ADAPTER_INSTRUCTION, CaptionOptions, captions
+from llama_adapter.generation.requests import (
+    Engine,
+    Generation,
+    GenerationRequest,
+    Sampling,
+    encode_prompt,
+)
+from llama_adapter.model.configuration import LlamaAdapterConfig, read_adapter_config
 from llama_adapter.serving.errors import ApiError
 
 
@@ -74,3 +84,46 @@ class _OneAtATime:
             return self._expert.consult(request)
         finally:
             self._lock.release()
+
+
+class EngineCaptions:
+    """Captions by an adapter of the server's engine, in rows next to those of other requests."""
+
+    name = CaptionOptions.name
+    info = ExpertInfo(uses_question=False)
+
+    def __init__(self, engine: Engine, directory: Path, options: CaptionOptions) -> None:
+        """Load the adapter as `caption-expert`."""
+        self._engine = engine
+        self._adapter = "caption-expert"
+        engine.load_adapter(self._adapter, directory)
+        config = LlamaAdapterConfig.from_dict(read_adapter_config(directory))
+        assert isinstance(config, LlamaAdapterConfig)
+        learned = config.adapter_config.caption_instruction
+        self._instruction = options.instruction or learned or ADAPTER_INSTRUCTION
+        self._sampling = Sampling(max_tokens=options.max_new_tokens)
+
+    def consult(self, request: Request) -> Report:
+        """One caption per image; ExpertError where they are not done in time."""
+        processor = self._engine.processor(self._adapter)
+        asked = [
+            self._engine.submit(
+                GenerationRequest(
+                    prompt=encode_prompt(
+                        processor, Conversation.ask(self._instruction, images=[image])
+                    ),
+                    adapter=self._adapter,
+                    sampling=self._sampling,
+                    deadline=request.deadline,
+                )
+            )
+            for image in request.images
+        ]
+        return captions([_whole(generation) for generation in asked])
+
+
+def _whole(generation: Generation) -> str:
+    parts = list(generation)
+    if parts[-1].finish == "deadline":
+        raise ExpertError("captions took too long")
+    return "".join(part.text for part in parts)
