@@ -1,0 +1,32 @@
+"""What the schema describes, sent in random variations: no answer is a fault of the server's."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from typing import Any
+
+import schemathesis
+from hypothesis import HealthCheck, given, settings
+from hypothesis.errors import Unsatisfiable
+from schemathesis import GenerationMode
+
+
+def test_no_request_breaks_the_server(server: Any) -> None:
+    described = schemathesis.openapi.from_url(f"{server.url}/openapi.json")
+    operations = [found.ok() for found in described.get_all_operations()]
+    assert {operation.path for operation in operations} >= {"/v1/chat/completions", "/tokenize"}
+    for operation in operations:
+        for mode in GenerationMode:
+
+            @given(case=operation.as_strategy(generation_mode=mode))
+            @settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
+            def check(case: Any) -> None:
+                answer = case.call(timeout=60)
+                assert answer.status_code < 500 or case.path == "/ready"
+                if answer.status_code >= 400:
+                    assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
+
+            with suppress(Unsatisfiable):  # a route that takes nothing cannot be asked wrongly
+                check()
+    assert server.is_idle()
+    assert server.get("/health").status_code == 200
