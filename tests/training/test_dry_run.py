@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +107,7 @@ def test_invalid_records_are_listed_and_too_many_refused(tmp_path: Path) -> None
     assert [fault.where for fault in source.invalid] == [f"{path}:61"]
     assert f"invalid: {path}:61: lacks 'output'" in lenient.as_text()
     strict = check(recipe_of(path))
-    with pytest.raises(DataError, match=r"instructions.sources.0: .*1 of 61 records read"):
+    with pytest.raises(DataError, match=r"instructions.sources.0: .*1 of 61 records are invalid"):
         strict.refuse()
 
 
@@ -267,3 +268,13 @@ def test_tokens_and_positions_that_the_base_does_not_have(
     base = small_base(tmp_path / "narrow", toy_tokenizer, vocab_size=rows)
     recipe = recipe_of(path, base={"model": str(base)}, **common)
     refused_alike(recipe, f"id {len(toy_tokenizer) - 1}, but the base has embeddings of {rows}")
+
+
+def test_the_disk_that_cached_features_take_is_told(recipe_file: Callable[..., Path]) -> None:
+    path = recipe_file(vision__cache_features=True)
+    recipe = load_recipe(path)
+    report = check_recipe(recipe, load_processor(recipe))
+    assert not report.errors
+    # 24 images of 4 patches in 24 channels, in float16
+    assert report.feature_cache_bytes == 24 * 4 * 24 * 2
+    assert "disk for the features of about 24 images" in report.as_text()

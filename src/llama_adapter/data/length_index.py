@@ -130,14 +130,20 @@ def _unchanged(item: Any) -> Any:
     return item
 
 
+def measure_some(source: Source, encoder: SampleEncoder, indices: Sequence[int]) -> Pieces:
+    """The pieces of some samples."""
+    table, invalid = _Chunks(source, encoder)[indices]
+    return Pieces(table=table, invalid=tuple(invalid), num_samples=len(indices))
+
+
 class _Chunks(Dataset[Any]):
-    """Measures a range of samples; runs in worker processes."""
+    """Measures some samples; runs in worker processes."""
 
     def __init__(self, source: Source, encoder: SampleEncoder) -> None:
         self.source = source
         self.encoder = encoder
 
-    def __getitem__(self, indices: range) -> tuple[np.ndarray, list[InvalidRecord]]:
+    def __getitem__(self, indices: Sequence[int]) -> tuple[np.ndarray, list[InvalidRecord]]:
         rows: list[tuple[int, ...]] = []
         invalid: list[InvalidRecord] = []
         for index in indices:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -12,22 +12,24 @@ import torch
 from llama_adapter.config import IGNORE_INDEX
 from llama_adapter.data import (
     SOURCES,
+    Component,
     InvalidRecord,
     Kind,
+    Pieces,
     Sample,
     SampleEncoder,
     Source,
 )
-from llama_adapter.data.packing import pack
+from llama_adapter.data.length_index import COLUMNS, measure_some
 from llama_adapter.errors import DataError, LlamaAdapterError
 from llama_adapter.processing.encoding import Encoded
 from llama_adapter.processing.processor import LlamaAdapterProcessor
 from llama_adapter.training.build import build
 from llama_adapter.training.held_out import CaptionScorer
 from llama_adapter.training.memory import Sizes, sizes_of
-from llama_adapter.training.recipe import Recipe, SourceTypes, StreamSection
+from llama_adapter.training.recipe import Recipe, SourceTypes
 from llama_adapter.training.startup import check_positions, faults_of
-from llama_adapter.training.streams import choose_held_out, encoder_of
+from llama_adapter.training.streams import encoder_of, open_source, stream_of
 
 READ = 200
 """Samples of each source that are read, images too."""
@@ -59,6 +61,8 @@ class SourceReport:
     answer_tokens: int = 0
     histogram: tuple[tuple[int, int], ...] = ()
     """Upper limits of token lengths, and how many pieces lie below each and above the last."""
+    images: int = 0
+    """Of the whole source, estimated; frames of videos count singly."""
     invalid: tuple[InvalidRecord, ...] = ()
     example: str = ""
     """A sample as the model reads it; answer tokens are between marks."""
@@ -87,6 +91,8 @@ class CheckReport:
     steps: int | None
     minutes: float | None
     sizes: Sizes | None
+    feature_cache_bytes: int
+    """What the features of all images take on disk, where the recipe caches them."""
     errors: tuple[str, ...]
     """Everything that would stop the run, one line each."""
     warnings: tuple[str, ...]
@@ -128,16 +134,23 @@ def check_recipe(
     """
     sources: list[SourceReport] = []
     kinds: dict[Kind, KindReport] = {}
+    errors: list[str] = []
     for kind, section in recipe.streams.items():
-        encoder = encoder_of(recipe, section, processor)
+        encoder = encoder_of(section, recipe.data, processor)
         found = [
             _check_source(recipe, kind, number, encoder, types=types, samples=samples)
             for number in range(len(section.sources))
         ]
-        sources += [source for source, _ in found]
-        if all(len(lengths) for _, lengths in found):
-            kinds[kind] = _estimate(recipe, section, found)
-    errors = [f"{s.place}: {s.error}" for s in sources if s.error is not None]
+        sources += [report for report, _ in found]
+        components = [component for _, component in found if component is not None]
+        if len(components) == len(found) and all(len(c.pieces) for c in components):
+            try:
+                kinds[kind] = _estimate(
+                    recipe, kind, [report for report, _ in found], components, encoder, world=world
+                )
+            except LlamaAdapterError as error:
+                errors.append(str(error))
+    errors = [*(f"{s.place}: {s.error}" for s in sources if s.error is not None), *errors]
     sizes = None
     try:
         sizes = sizes_of(recipe, world=world)
@@ -153,6 +166,9 @@ def check_recipe(
         steps=recipe.steps,
         minutes=recipe.minutes,
         sizes=sizes,
+        feature_cache_bytes=(
+            0 if sizes is None else sizes.feature_bytes * sum(s.images for s in sources)
+        ),
         errors=tuple(errors),
         warnings=tuple(_warnings(recipe, sources, kinds, sizes)),
     )
@@ -176,65 +192,69 @@ def _check_source(
     *,
     types: SourceTypes,
     samples: int,
-) -> tuple[SourceReport, np.ndarray]:
-    """What was found in a source, and the lengths of the pieces."""
+) -> tuple[SourceReport, Component | None]:
+    """What was found in a source, and the pieces of the samples that were read."""
     described = recipe.streams[kind].sources[number]
     place = f"{kind}s.sources.{number}"
     try:
-        source = described.options(types).open(kind)
-        held_out = len(choose_held_out(source, described.held_out, seed=recipe.seed))
+        source, held_out = open_source(described, kind, types=types, seed=recipe.seed)
     except LlamaAdapterError as error:
-        report = SourceReport(name=described.type, kind=kind, place=place, error=str(error))
-        return report, np.zeros(0, dtype=np.int64)
+        return SourceReport(name=described.type, kind=kind, place=place, error=str(error)), None
     count = min(samples, len(source))
-    indices = np.unique(np.linspace(0, len(source) - 1, count).astype(int))
-    lengths: list[int] = []
-    answers = 0
-    invalid: list[InvalidRecord] = []
-    example = ""
-    for index in indices.tolist():
-        try:
-            sample = source[index]
-            cuts = encoder.cut(sample)
-            # images are decoded here, and placeholders counted
-            encoded = encoder.prepare(sample, cuts[0].first, cuts[0].stop).encoded
-        except LlamaAdapterError as error:
-            invalid.append(InvalidRecord(where=source.where(index), reason=str(error)))
-            continue
-        lengths += [cut.tokens for cut in cuts]
-        answers += sum(cut.answer_tokens for cut in cuts)
-        example = example or _example(sample, encoded, encoder.processor)
+    indices = np.unique(np.linspace(0, len(source) - 1, count).astype(int)).tolist()
+    pieces, images, example = _read(source, encoder, indices)
+    refusal = None
+    try:
+        pieces.refuse_beyond(recipe.data.max_invalid, name=source.name)
+    except DataError as error:
+        refusal = str(error)
+    groups = source.groups()
+    distinct = len(source) if groups is None else len(np.unique(groups))
     report = SourceReport(
         name=source.name,
         kind=kind,
         place=place,
         samples=len(source),
-        held_out=held_out,
+        held_out=len(held_out),
         read=len(indices),
-        pieces=len(lengths),
-        tokens=_summary(lengths),
-        answer_tokens=answers,
-        histogram=_histogram(lengths),
-        invalid=tuple(invalid),
+        pieces=len(pieces),
+        tokens=_summary(pieces.column("tokens")),
+        answer_tokens=int(pieces.column("answer_tokens").sum()),
+        histogram=_histogram(pieces.column("tokens")),
+        images=round(images / len(indices) * distinct),
+        invalid=pieces.invalid,
         example=example,
-        error=_too_many(source, invalid, len(indices), recipe.data.max_invalid),
+        error=refusal,
     )
-    return report, np.array(lengths)
+    return report, Component(source=source, pieces=pieces, weight=described.weight)
 
 
-def _too_many(source: Source, invalid: list[InvalidRecord], read: int, limit: float) -> str | None:
-    if len(invalid) <= limit * read:
-        return None
-    return (
-        f"{source.name}: {len(invalid)} of {read} records read are invalid, more than the "
-        f"{limit:.1%} of data.max_invalid; the first: {invalid[0]}"
-    )
+def _read(source: Source, encoder: SampleEncoder, indices: list[int]) -> tuple[Pieces, int, str]:
+    """The pieces of samples whose images can be read too, the number of images, and an example."""
+    pieces = measure_some(source, encoder, indices)
+    invalid = list(pieces.invalid)
+    unreadable: list[int] = []
+    images, example = 0, ""
+    _, firsts = np.unique(pieces.column("sample"), return_index=True)
+    for index, first, stop in pieces.table[firsts, :3].tolist():
+        try:
+            sample = source[index]
+            # images are decoded here, and placeholders counted
+            encoded = encoder.prepare(sample, first, stop)
+        except LlamaAdapterError as error:
+            invalid.append(InvalidRecord(where=source.where(index), reason=str(error)))
+            unreadable.append(index)
+            continue
+        if encoded.pixels is not None:
+            images += encoded.pixels.shape[:-3].numel()
+        example = example or _example(sample, encoded.encoded, encoder.processor)
+    table = pieces.table[~np.isin(pieces.column("sample"), unreadable)]
+    return replace(pieces, table=table, invalid=tuple(invalid)), images, example
 
 
-def _summary(lengths: list[int]) -> dict[str, int]:
-    if not lengths:
+def _summary(values: np.ndarray) -> dict[str, int]:
+    if not len(values):
         return {}
-    values = np.array(lengths)
     return {
         "least": int(values.min()),
         "median": int(np.median(values)),
@@ -244,9 +264,9 @@ def _summary(lengths: list[int]) -> dict[str, int]:
     }
 
 
-def _histogram(lengths: list[int]) -> tuple[tuple[int, int], ...]:
+def _histogram(lengths: np.ndarray) -> tuple[tuple[int, int], ...]:
     """Counts by powers of two, from the first that holds any."""
-    if not lengths:
+    if not len(lengths):
         return ()
     limits = [2**n for n in range(3, 18)]
     counts = np.histogram(lengths, bins=[0, *limits])[0].tolist()
@@ -271,29 +291,33 @@ def _example(sample: Sample, encoded: Encoded, processor: LlamaAdapterProcessor)
 
 
 def _estimate(
-    recipe: Recipe, section: StreamSection, found: list[tuple[SourceReport, np.ndarray]]
+    recipe: Recipe,
+    kind: Kind,
+    reports: list[SourceReport],
+    components: list[Component],
+    encoder: SampleEncoder,
+    *,
+    world: int,
 ) -> KindReport:
-    pieces = answers = samples = 0.0
-    shares = []
-    for described, (source, _) in zip(section.sources, found, strict=True):
-        share = described.weight * (source.samples - source.held_out) / source.read
-        shares.append(share)
-        pieces += share * source.pieces
-        answers += share * source.answer_tokens
-        samples += share * (source.read - len(source.invalid))
-    if recipe.data.padding == "packed":
-        # an epoch as it would be if all pieces were like those that were read
-        scale = min(1.0, _MOST_PACKED / pieces)
-        rng = np.random.default_rng(recipe.seed)
-        drawn = [
-            np.resize(rng.permutation(lengths), max(1, round(scale * share * len(lengths))))
-            for share, (_, lengths) in zip(shares, found, strict=True)
-        ]
-        tokens = np.concatenate(drawn)
-        order = rng.permutation(len(tokens))
-        rows = max(1, round(len(pack(order, tokens, row_length=section.row_length)) / scale))
-    else:
-        rows = max(1, round(pieces))
+    section = recipe.streams[kind]
+    shares = [(source.samples - source.held_out) / source.read for source in reports]
+    weighted = [c.weight * share for c, share in zip(components, shares, strict=True)]
+    pieces, answers, samples = (
+        sum(w * count for w, count in zip(weighted, counts, strict=True))
+        for counts in zip(
+            *((s.pieces, s.answer_tokens, s.read - len(s.invalid)) for s in reports), strict=True
+        )
+    )
+    # an epoch as it would be if all pieces were like those that were read
+    scale = min(1.0, _MOST_PACKED / pieces)
+    rng = np.random.default_rng(recipe.seed)
+    epoch = []
+    for component, share in zip(components, shares, strict=True):
+        count = max(1, round(scale * share * len(component.pieces)))
+        table = np.resize(rng.permutation(component.pieces.table), (count, len(COLUMNS)))
+        epoch.append(replace(component, pieces=replace(component.pieces, table=table)))
+    stream = stream_of(kind, epoch, encoder, section, recipe.data, seed=recipe.seed, world=world)
+    rows = max(1, round(stream.rows_in_epoch() / scale))
     # until the last kind sets in, each that has comes in every step
     last = max(other.start for other in recipe.streams.values())
     rows_per_step = section.rows * section.accumulation
@@ -382,6 +406,12 @@ def _plan_text(report: CheckReport) -> str:
             f"(frozen {_gib(sizes.frozen_bytes)}, trained with optimizer "
             f"{_gib(sizes.trained_bytes)}, activations {_gib(sizes.activation_bytes)}, "
             f"logits at most {_gib(sizes.logit_bytes)})"
+        )
+    if report.feature_cache_bytes:
+        images = sum(source.images for source in report.sources)
+        lines.append(
+            f"  disk for the features of about {images:,} images: "
+            f"{_gib(report.feature_cache_bytes)}"
         )
     return "\n".join(lines)
 

@@ -18,9 +18,8 @@ from llama_adapter.generation.answer import answer_inputs, log_likelihoods_of_in
 from llama_adapter.model import LlamaAdapterForConditionalGeneration
 from llama_adapter.processing.processor import LlamaAdapterProcessor
 from llama_adapter.processing.prompts import frames_of
-from llama_adapter.training.device import autocast_dtype
 from llama_adapter.training.parallel import Engine
-from llama_adapter.training.recipe import Recipe
+from llama_adapter.training.recipe import EvaluationSection
 from llama_adapter.training.streams import HeldOut
 
 CaptionScorer = Callable[[Sequence[str], Sequence[Sequence[str]]], Mapping[str, float]]
@@ -35,7 +34,8 @@ class HeldOutScorer:
     Works on the model as it trains: nothing is merged or cached that would disturb training.
     """
 
-    recipe: Recipe
+    section: EvaluationSection
+    autocast_dtype: torch.dtype | None
     model: LlamaAdapterForConditionalGeneration
     processor: LlamaAdapterProcessor
     engine: Engine
@@ -46,15 +46,12 @@ class HeldOutScorer:
     @torch.no_grad()
     def __call__(self) -> dict[str, float]:
         """Scores by `SOURCE.METRIC`."""
-        section = self.recipe.evaluation
-        assert section is not None
         self.model.eval()
-        device = self.model.device
-        half = autocast_dtype(self.recipe.compute, device)
+        device, dtype = self.model.device.type, self.autocast_dtype
         scores = {}
-        with torch.autocast(device.type, half, enabled=half is not None):
+        with torch.autocast(device, dtype, enabled=dtype is not None):
             for name, held_out in self.held_out.items():
-                wanted = range(min(section.samples, len(held_out)))
+                wanted = range(min(self.section.samples, len(held_out)))
                 samples = self._sound(held_out, wanted)
                 if not samples:
                     continue
@@ -85,10 +82,8 @@ class HeldOutScorer:
         return math.exp(min(total / max(tokens, 1), 50.0))
 
     def _captions(self, held_out: HeldOut) -> Mapping[str, float]:
-        section = self.recipe.evaluation
-        assert section is not None
         assert self.score_captions is not None
-        images = self._images(held_out, section.samples)
+        images = self._images(held_out, self.section.samples)
         own: list[tuple[int, str]] = []
         numbered = list(enumerate(samples[0] for samples in images))
         for some, counts in self._shares(numbered):
@@ -101,8 +96,6 @@ class HeldOutScorer:
         return self.score_captions(captions, references)
 
     def _generate(self, questions: Sequence[Conversation]) -> list[str]:
-        section = self.recipe.evaluation
-        assert section is not None
         inputs = self._inputs(questions).to(self.model.device)
         # made here, for `generate` would use layers beyond a forward pass, where they are in shards
         self.engine.unshard_root()
@@ -113,7 +106,7 @@ class HeldOutScorer:
             self.model,
             self.processor,
             inputs,
-            GenerationSettings(max_new_tokens=section.max_new_tokens),
+            GenerationSettings(max_new_tokens=self.section.max_new_tokens),
             synced_gpus=True if self.engine.world_size > 1 else None,
         )
         return [answer.text for answer in answers]

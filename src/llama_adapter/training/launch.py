@@ -17,7 +17,7 @@ from llama_adapter.errors import TrainingError
 from llama_adapter.processing.processor import LlamaAdapterProcessor
 from llama_adapter.training.build import Built, build, load_processor
 from llama_adapter.training.callbacks import Callbacks, silent
-from llama_adapter.training.device import require_tracker, wants_cpu
+from llama_adapter.training.device import autocast_dtype, require_tracker, wants_cpu
 from llama_adapter.training.distributed import (
     ProcessGroup,
     engine_for,
@@ -29,9 +29,9 @@ from llama_adapter.training.features import fill_cache, open_cache
 from llama_adapter.training.held_out import CaptionScorer, HeldOutScorer
 from llama_adapter.training.metrics import Row
 from llama_adapter.training.parallel import Communicator, Engine, on_rank_0
-from llama_adapter.training.recipe import Recipe, SourceTypes
+from llama_adapter.training.recipe import CACHE, Recipe, SourceTypes
 from llama_adapter.training.run import TrainingResult, TrainingRun
-from llama_adapter.training.run_directory import BROKEN, CACHE, TRACKED, RunDirectory, rows_of_steps
+from llama_adapter.training.run_directory import BROKEN, TRACKED, RunDirectory, rows_of_steps
 from llama_adapter.training.schedule import Clock, StepBudget
 from llama_adapter.training.startup import check_positions, refuse_at_start
 from llama_adapter.training.streams import RecipeData, open_data
@@ -173,7 +173,8 @@ def _evaluation(
     if recipe.evaluation is None:
         return None
     return HeldOutScorer(
-        recipe=recipe,
+        section=recipe.evaluation,
+        autocast_dtype=autocast_dtype(recipe.compute, model.device),
         model=model,
         processor=processor,
         engine=engine,

@@ -8,10 +8,14 @@ from dataclasses import asdict, dataclass
 from itertools import chain
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from llama_adapter.families.vision import vision_features
+from llama_adapter.model import LlamaAdapterForConditionalGeneration
 from llama_adapter.training.build import META, build
-from llama_adapter.training.recipe import Recipe
+from llama_adapter.training.parallel import dummy_image
+from llama_adapter.training.recipe import Recipe, VisionSection
 
 _BYTES = {"float32": 4.0, "float16": 2.0, "bfloat16": 2.0}
 _QUANTIZED_BYTES = {"nf4": 0.53, "int8": 1.0}
@@ -41,6 +45,8 @@ class Sizes:
     """A rough figure: what the backward pass keeps of a micro-batch."""
     least_activation_bytes: int
     """Of them what no setting saves: the input of the first layer."""
+    feature_bytes: int
+    """Of one image in the cache of features; 0 where the recipe has none."""
     logit_bytes: int
     """If every place of the rows were scored; packed rows score half of theirs or more."""
 
@@ -96,9 +102,21 @@ def sizes_of(recipe: Recipe, *, world: int = 1) -> Sizes:
         * (8 if recipe.data.padding == "padded" else length)
         * text.hidden_size
         * 2,
+        feature_bytes=_feature_bytes(model, recipe.vision),
         # the logits, their float32 form, its softmax and the gradient
         logit_bytes=rows * length * text.vocab_size * (2 + 12 if half else 16),
     )
+
+
+def _feature_bytes(
+    model: LlamaAdapterForConditionalGeneration, section: VisionSection | None
+) -> int:
+    if section is None or not section.cache_features or model.vision is None:
+        return 0
+    ids = torch.zeros(1, 1, dtype=torch.int64, device=META)
+    pixels = dummy_image(model, ids)["pixel_values"]
+    features = vision_features(model.vision, pixels, model.adapter_config)
+    return features.numel() * int(getattr(torch, section.cache_dtype).itemsize)
 
 
 def _activations(text: Any, *, tokens: int, width: int, checkpointing: bool) -> int:

@@ -31,6 +31,8 @@ from llama_adapter.files import parse_yaml, read_yaml
 
 SourceTypes = Mapping[str, type[SourceOptions]]
 
+CACHE = "cache"
+"""The folder of a run directory for lengths of samples and features of images."""
 MOST_STEPS = 10**9
 MOST_MINUTES = 10**6
 MOST_ROWS = 2**17

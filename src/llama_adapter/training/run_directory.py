@@ -36,7 +36,7 @@ from llama_adapter.files import (
     write_atomically,
 )
 from llama_adapter.training.directory_lock import LOCK, locked, refuse_locked
-from llama_adapter.training.recipe import Recipe
+from llama_adapter.training.recipe import CACHE, Recipe
 
 RECIPE = "recipe.yaml"
 METRICS = "metrics.jsonl"
@@ -44,7 +44,6 @@ BROKEN = "broken.jsonl"
 ADAPTER = "adapter"
 BEST = "best"
 STATE = "state.pt"
-CACHE = "cache"
 CHECKPOINTS = "checkpoints"
 CHECKSUMS = "checksums.json"
 TRACKED = "llama-adapter"

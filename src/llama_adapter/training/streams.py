@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -24,6 +24,8 @@ from llama_adapter.errors import DataError
 from llama_adapter.processing.processor import LlamaAdapterProcessor
 from llama_adapter.training.callbacks import Progress, silent
 from llama_adapter.training.recipe import (
+    CACHE,
+    DataSection,
     Recipe,
     SourceSection,
     SourceTypes,
@@ -93,28 +95,33 @@ def open_data(
     encoders: dict[Kind, SampleEncoder] = {}
     held_out: dict[str, HeldOut] = {}
     for kind, section in recipe.streams.items():
-        encoder = encoders[kind] = encoder_of(recipe, section, processor)
+        encoder = encoders[kind] = encoder_of(section, recipe.data, processor)
         components = []
         for described in section.sources:
-            component = _open_component(
-                recipe, described, kind, encoder, types=types, progress=progress
+            source, indices = open_source(described, kind, types=types, seed=recipe.seed)
+            pieces = measure(
+                source,
+                encoder,
+                workers=recipe.data.workers,
+                cache=recipe.out / CACHE if recipe.data.cache else None,
+                progress=progress(source.name, len(source)),
+            )
+            pieces.refuse_beyond(recipe.data.max_invalid, name=source.name)
+            component = Component(
+                source=source, pieces=pieces, weight=described.weight, held_out=indices
             )
             components.append(component)
             if described.held_out:
                 held_out[free_name(described.type, held_out)] = _held_out(component, kind)
-        streams[kind] = BatchStream(
+        streams[kind] = stream_of(
             kind,
             components,
             encoder,
-            rows=section.rows,
-            row_length=section.row_length,
-            padding=recipe.data.padding,
+            section,
+            recipe.data,
             seed=recipe.seed,
             rank=rank,
             world=world,
-            workers=recipe.data.workers,
-            max_invalid=recipe.data.max_invalid,
-            group_by_length=recipe.data.group_by_length,
             # it tells packed samples apart in a single row alone, and silently mixes them in others
             join_rows=recipe.base.attention == "flash_attention_2",
             pin_memory=pin_memory,
@@ -124,38 +131,42 @@ def open_data(
     return RecipeData(streams=streams, encoders=encoders, held_out=held_out, invalid=invalid)
 
 
+def stream_of(
+    kind: Kind,
+    components: Sequence[Component],
+    encoder: SampleEncoder,
+    section: StreamSection,
+    data: DataSection,
+    **options: Any,
+) -> BatchStream:
+    """The batches of a section."""
+    return BatchStream(
+        kind,
+        components,
+        encoder,
+        rows=section.rows,
+        row_length=section.row_length,
+        padding=data.padding,
+        workers=data.workers,
+        max_invalid=data.max_invalid,
+        group_by_length=data.group_by_length,
+        **options,
+    )
+
+
 def encoder_of(
-    recipe: Recipe, section: StreamSection, processor: LlamaAdapterProcessor
+    section: StreamSection, data: DataSection, processor: LlamaAdapterProcessor
 ) -> SampleEncoder:
     """What encodes the samples of a section."""
-    return SampleEncoder(processor, row_length=section.row_length, too_long=recipe.data.too_long)
+    return SampleEncoder(processor, row_length=section.row_length, too_long=data.too_long)
 
 
-def _open_component(
-    recipe: Recipe,
-    described: SourceSection,
-    kind: Kind,
-    encoder: SampleEncoder,
-    *,
-    types: SourceTypes,
-    progress: Progress,
-) -> Component:
-    source = described.options(types).open(kind)
-    pieces = measure(
-        source,
-        encoder,
-        workers=recipe.data.workers,
-        cache=cache_of(recipe),
-        progress=progress(source.name, len(source)),
-    )
-    pieces.refuse_beyond(recipe.data.max_invalid, name=source.name)
-    held_out = choose_held_out(source, described.held_out, seed=recipe.seed)
-    return Component(source=source, pieces=pieces, weight=described.weight, held_out=held_out)
-
-
-def cache_of(recipe: Recipe) -> Path | None:
-    """Where the lengths of samples are kept, if anywhere."""
-    return recipe.out / "cache" if recipe.data.cache else None
+def open_source(
+    section: SourceSection, kind: Kind, *, types: SourceTypes, seed: int
+) -> tuple[Source, np.ndarray]:
+    """A source, and the indices of its samples that are held out."""
+    source = section.options(types).open(kind)
+    return source, choose_held_out(source, section.held_out, seed=seed)
 
 
 def choose_held_out(source: Source, count: int, *, seed: int) -> np.ndarray:
