@@ -313,7 +313,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     # V2's language group alone, for multi-turn chat.
     "v2-chat": {"fusion": "none"},
-    # The released files (DESIGN: "Released checkpoints differ from the paper").
+    # The released files, which differ from the paper (docs/released-checkpoints.md).
     "released-v1": {"fusion": "none", "prompt_layers": 30, **_NO_LINEARS},
     "released-v2-bias": {
         "fusion": "late",

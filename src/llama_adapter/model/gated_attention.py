@@ -31,6 +31,8 @@ class GatedPrompt(AdapterModule):
 
     tensors: ClassVar = {"gate": ("gate", Role.GATE), "gate_scale": ("gate_scale", Role.GATE)}
     reads_images: ClassVar[bool] = False
+    has_fallback: ClassVar[bool] = False
+    """Whether tokens without an image have something to attend to as well."""
 
     def __init__(
         self,
@@ -83,6 +85,26 @@ class GatedPrompt(AdapterModule):
         entries_EMd = self.image_entries_EMd(visual, fallback=visual.routing is not None)
         entries_EMd = entries_EMd.to(query_BHTD)
         return _alike(self.keys_values(attention, entries_EMd), query_BHTD)
+
+    def attend_to_images(
+        self,
+        attention: Attention,
+        query_BHTD: Tensor,
+        visual: VisualPrompts,
+        *,
+        scaling: float,
+        softcap: float | None,
+    ) -> Tensor:
+        """What the prompts of images add, [B, T, H, D]."""
+        added_BHTD = attend_to_images(
+            query_BHTD,
+            *self.image_keys_values(attention, visual, query_BHTD),
+            visual.routing,
+            scale=scaling,
+            softcap=softcap,
+            has_fallback=self.has_fallback,
+        )
+        return added_BHTD.transpose(1, 2)
 
     def forward(
         self,
@@ -178,23 +200,16 @@ class VisualPrompt(GatedPrompt):
     ) -> Tensor | None:
         if visual is None:
             return None
-        keys, values = self.image_keys_values(attention, visual, query_BHTD)
-        added_BHTD = attend_to_images(
-            query_BHTD,
-            keys,
-            values,
-            visual.routing,
-            scale=scaling,
-            softcap=softcap,
-            has_fallback=False,
+        return self.attend_to_images(
+            attention, query_BHTD, visual, scaling=scaling, softcap=softcap
         )
-        return added_BHTD.transpose(1, 2)
 
 
 class LateFusionPrompt(StaticPrompt):
     """Late fusion (V1 §3.3): the prompts of an image are added to the static ones."""
 
     reads_images = True
+    has_fallback = True
 
     def image_entries_EMd(self, visual: VisualPrompts, *, fallback: bool) -> Tensor:
         """The fallback is the static prompt alone."""
@@ -213,17 +228,9 @@ class LateFusionPrompt(StaticPrompt):
     ) -> Tensor | None:
         if visual is None:
             return super().forward(attention, query_BHTD, None, scaling=scaling, softcap=softcap)
-        keys, values = self.image_keys_values(attention, visual, query_BHTD)
-        added_BHTD = attend_to_images(
-            query_BHTD,
-            keys,
-            values,
-            visual.routing,
-            scale=scaling,
-            softcap=softcap,
-            has_fallback=True,
+        return self.attend_to_images(
+            attention, query_BHTD, visual, scaling=scaling, softcap=softcap
         )
-        return added_BHTD.transpose(1, 2)
 
 
 def _alike(keys_values: KeysValues, query: Tensor) -> KeysValues:
