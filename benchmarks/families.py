@@ -2,12 +2,16 @@
 
 python -m benchmarks.families                     # the table, as markdown
 python -m benchmarks.families --write docs/families.md
+python -m benchmarks.families --all --write docs/families.md   # every type of transformers
+python -m benchmarks.families --train --write docs/families.md # train, chat and export
 """
 
 from __future__ import annotations
 
 import argparse
 import re
+import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -19,12 +23,16 @@ import transformers
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, StaticCache
 
+from benchmarks.family_sweep import decoder_types, read_rows, sweep
+from benchmarks.family_training import TYPES, train_type, training_table
 from llama_adapter import LlamaAdapterConfig, LlamaAdapterForConditionalGeneration
 from llama_adapter.families.projections import relative_difference, run_attention
 from llama_adapter.families.structure import CACHE
 
 VOCABULARY = 97
 BEGIN, END = "<!-- begin families -->", "<!-- end families -->"
+TRAINING_BEGIN, TRAINING_END = "<!-- begin training -->", "<!-- end training -->"
+SWEEP_BEGIN, SWEEP_END = "<!-- begin sweep -->", "<!-- end sweep -->"
 
 COMMON: dict[str, Any] = {
     "vocab_size": VOCABULARY,
@@ -250,19 +258,84 @@ def table(rows: list[Row], *, backend: str) -> str:
     return "\n".join([made, "", head, *(row.markdown() for row in rows)])
 
 
+def put_between(path: Path, begin: str, end: str, text: str) -> None:
+    """Replace what stands between two markers of a file."""
+    between = re.compile(f"{re.escape(begin)}.*{re.escape(end)}", re.DOTALL)
+    path.write_text(between.sub(lambda _: f"{begin}\n{text}\n{end}", path.read_text()))
+
+
+def run_sweep(results: Path) -> list[dict[str, Any]]:
+    """Rows of every type, with progress on stderr."""
+    results.parent.mkdir(parents=True, exist_ok=True)
+    for row in sweep(decoder_types(), results):
+        print(f"{row['status']:9} {row['type']}", file=sys.stderr, flush=True)
+    known = read_rows(results)
+    return [known[model_type] for model_type in decoder_types()]
+
+
+def sweep_table(rows: list[dict[str, Any]]) -> str:
+    """How many types are accepted and refused, and each with its columns or its reason."""
+    by_status = {
+        status: [row for row in rows if row["status"] == status]
+        for status in ("accepted", "refused", "unsound", "unbuilt", "wrong")
+    }
+    counts = ", ".join(f"{len(found)} {status}" for status, found in by_status.items())
+    lines = [
+        f"Made by `python -m benchmarks.families --all` on {datetime.now(UTC).date()} with torch "
+        f"{torch.__version__}, transformers {transformers.__version__}, float32 on the CPU: "
+        f"{counts}.",
+        "",
+        "| type | layers with static, visual prompts | change of logits | cached − uncached "
+        "(of the bare base) | padded on the left − alone (of the bare base) |",
+        "|---|---|---|---|---|",
+    ]
+    for row in by_status.pop("accepted"):
+        lines.append(
+            f"| {row['type']} | {row['static']}, {row['visual']} | {row['noop']} | "
+            f"{_number(row, 'cached')} ({_number(row, 'base_cached')}) | "
+            f"{_number(row, 'padded')} ({_number(row, 'base_padded')}) |"
+        )
+    lines += ["", "| not adapted | | reason |", "|---|---|---|"]
+    for status, found in by_status.items():
+        for row in found:
+            reason = " ".join(row["reason"].split()).partition(" cannot be adapted: ")
+            lines.append(f"| {row['type']} | {status} | {reason[2] or reason[0]} |")
+    return "\n".join(lines)
+
+
+def _number(row: dict[str, Any], name: str) -> str:
+    value = row.get(name)
+    return "–" if value is None else f"{value:.0e}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--family", choices=FAMILIES, action="append", help="only these")
     parser.add_argument("--backend", default="inductor", help="of torch.compile")
     parser.add_argument("--write", type=Path, help="put the table between the file's markers")
+    parser.add_argument("--all", action="store_true", help="every causal type of transformers")
+    parser.add_argument("--results", type=Path, default=Path("runs/families.jsonl"),
+                        help="with --all: rows so far; what is there is not run again")  # fmt: skip
+    parser.add_argument("--train", action="store_true", help="train, chat and export")
     options = parser.parse_args()
+    if options.train:
+        with tempfile.TemporaryDirectory() as folder:
+            text = training_table([train_type(name, Path(folder) / name) for name in TYPES])
+        print(text)
+        if options.write is not None:
+            put_between(options.write, TRAINING_BEGIN, TRAINING_END, text)
+        return
+    if options.all:
+        text = sweep_table(run_sweep(options.results))
+        print(text)
+        if options.write is not None:
+            put_between(options.write, SWEEP_BEGIN, SWEEP_END, text)
+        return
     rows = [measure(family, backend=options.backend) for family in options.family or FAMILIES]
     text = table(rows, backend=options.backend)
     print(text)
     if options.write is not None:
-        page = options.write.read_text()
-        between = re.compile(f"{re.escape(BEGIN)}.*{re.escape(END)}", re.DOTALL)
-        options.write.write_text(between.sub(f"{BEGIN}\n{text}\n{END}", page))
+        put_between(options.write, BEGIN, END, text)
 
 
 if __name__ == "__main__":

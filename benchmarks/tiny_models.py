@@ -147,6 +147,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "attention_types": [[["global", "local"], 2]],
         "attention_layers": ["global", "local"] * 2,
     },
+    "zamba": {"attention_head_dim": 32},
+    "zamba2": {"attention_head_dim": 32, "n_mamba_heads": 8},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 2},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "hunyuan_v1_dense": {"head_dim": 16},

@@ -38,6 +38,7 @@ from llama_adapter.families.structure import (
     attention_modules,
     decoder_linears,
     decoder_norms,
+    decoder_of,
     family_of,
     is_linear,
     linear_sizes,
@@ -96,7 +97,7 @@ def discover(language_model: PreTrainedModel) -> DecoderStructure:
     Raises UnsupportedModelError for a family without softmax attention in transformers' registry,
     or whose attention modules cannot be run on prompts.
     """
-    decoder = _decoder_of(language_model)
+    decoder = decoder_of(language_model)
     linears, norms = list(decoder_linears(decoder)), list(decoder_norms(decoder))
     is_meta = execution_device(language_model.get_input_embeddings()).type == "meta"
     record = _Record()
@@ -148,8 +149,8 @@ def discover(language_model: PreTrainedModel) -> DecoderStructure:
             f"{family_of(language_model)} cannot be adapted: no attention module of it makes keys "
             "from hidden states alone"
         )
-    mixes = _mixes(decoder, calls)
-    if mixes and not is_meta:
+    mixes = not is_meta and _mixes(decoder, calls)
+    if mixes:
         _check_cache(language_model)
     inside = tuple(f"{names[id(call.module)]}." for call in calls)
     others = [(name, module) for name, module in linears if not name.startswith(inside)]
@@ -218,15 +219,6 @@ def _masked(
         mask = torch.tensor([[0, 1], [1, 1]], device=device)
         language_model(input_ids=tokens, attention_mask=mask, use_cache=False)
     return frozenset(found)
-
-
-def _decoder_of(language_model: PreTrainedModel) -> nn.Module:
-    decoder = language_model.get_decoder()
-    if not isinstance(decoder, nn.Module):
-        raise UnsupportedModelError(
-            f"{family_of(language_model)} cannot be adapted: it has no decoder"
-        )
-    return decoder
 
 
 def _trial(width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -319,7 +311,7 @@ class _Record:
         # what is added to a module's output; one that reaches the logits has a gradient
         marks = {id(module): torch.zeros((), requires_grad=True) for module in modules}
         with ExitStack() as stack:
-            for part in _decoder_of(language_model).modules():
+            for part in decoder_of(language_model).modules():
                 handle = part.register_forward_pre_hook(self._before, with_kwargs=True)
                 stack.callback(handle.remove)
             for module in modules:
@@ -328,7 +320,10 @@ class _Record:
                 stack.callback(handle.remove)
             stack.enter_context(observing(self._attention))
             stack.enter_context(tracing(language_model, training=True))
-            logits = _logits(language_model, torch.full((1, 1), TOKEN, device=device))
+            inputs = {"input_ids": torch.full((1, 1), TOKEN, device=device)}
+            if device.type == "meta":  # a mask that nobody has to look into
+                inputs["attention_mask"] = torch.zeros(1, 1, 1, 1, device=device)
+            logits = _logits(language_model, inputs)
         learned = variables_of(logits)
         self.reached = {key for key, mark in marks.items() if id(mark) in learned}
 
@@ -377,14 +372,14 @@ def _marking(mark: Tensor) -> Any:
     return add
 
 
-def _logits(language_model: PreTrainedModel, tokens: Tensor) -> Tensor:
+def _logits(language_model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
     """Logits of a pass that is given visual prompts where the decoder takes such a keyword."""
     try:
-        output = language_model(input_ids=tokens, use_cache=False, **{VISUAL: object()})
+        output = language_model(**inputs, use_cache=False, **{VISUAL: object()})
     except TypeError as error:
         if VISUAL not in str(error):
             raise
-        output = language_model(input_ids=tokens, use_cache=False)
+        output = language_model(**inputs, use_cache=False)
     return cast(Tensor, output.logits)
 
 

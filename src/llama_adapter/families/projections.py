@@ -8,6 +8,7 @@ Shapes: E prompt entries, M prompts, G key/value heads, D head size, d hidden si
 
 from __future__ import annotations
 
+from collections import UserDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -182,12 +183,13 @@ def _made(value: Any, x_EMd: Tensor) -> Any:
         return value.to(x_EMd.device)
     if isinstance(value, tuple | list):
         return type(value)(_made(part, x_EMd) for part in value)
-    if isinstance(value, dict):
-        return {key: _made(part, x_EMd) for key, part in value.items()}
-    if value == ALL_SEEN:
+    if isinstance(value, dict | UserDict):  # a copy: modules leave keys and values in it
+        made = {key: _made(part, x_EMd) for key, part in value.items()}
+        return made if isinstance(value, dict) else type(value)(made)
+    if isinstance(value, str) and value == ALL_SEEN:
         length = x_EMd.shape[1]
         return x_EMd.new_zeros(1, 1, length, length)
-    return x_EMd if value == PROMPTS else value
+    return x_EMd if isinstance(value, str) and value == PROMPTS else value
 
 
 @contextmanager

@@ -56,6 +56,21 @@ def family_of(language_model: PreTrainedModel) -> str:
     return f"{language_model.config.model_type} ({type(language_model).__name__})"
 
 
+def decoder_of(language_model: PreTrainedModel) -> nn.Module:
+    """The decoder without its head; some families call the head itself their decoder.
+
+    Raises UnsupportedModelError where there is none.
+    """
+    decoder = language_model.get_decoder()
+    if isinstance(decoder, nn.Linear):
+        decoder = language_model.base_model
+    if not isinstance(decoder, nn.Module):
+        raise UnsupportedModelError(
+            f"{family_of(language_model)} cannot be adapted: it has no decoder"
+        )
+    return decoder
+
+
 def readable_name(name: str) -> str:
     """Name of a decoder module in adapter files: `attention` whatever the family calls it."""
     return re.sub(r"\.self_attn(?=\.|$)", ".attention", name)
@@ -64,25 +79,20 @@ def readable_name(name: str) -> str:
 def attention_modules(language_model: PreTrainedModel) -> list[tuple[str, Attention]]:
     """Self-attention modules of the decoder in layer order, told by their classes' names alone.
 
-    Raises UnsupportedModelError if there is not exactly one per layer.
+    Raises UnsupportedModelError if there is none, or several in a layer.
     """
-    decoder = language_model.get_decoder()
-    if not isinstance(decoder, nn.Module):
-        raise UnsupportedModelError(
-            f"{family_of(language_model)} cannot be adapted: it has no decoder"
-        )
+    decoder = decoder_of(language_model)
     found = [
         (cast(int, module.layer_idx), name, module)
         for name, module in decoder.named_modules()
         if isinstance(getattr(module, "layer_idx", None), int)
         and re.search("attention", type(module).__name__, re.IGNORECASE)
     ]
-    expected = list(range(int(language_model.config.get_text_config().num_hidden_layers)))
     found.sort(key=lambda item: item[0])
-    if [index for index, _, _ in found] != expected:
+    if not found or len({index for index, _, _ in found}) < len(found):
         raise UnsupportedModelError(
-            f"{family_of(language_model)} cannot be adapted: expected one self-attention module "
-            f"in each of {len(expected)} layers, found layers {[index for index, _, _ in found]}"
+            f"{family_of(language_model)} cannot be adapted: expected at most one self-attention "
+            f"module in a layer, found layers {[index for index, _, _ in found]}"
         )
     return [(name, cast(Attention, module)) for _, name, module in found]
 

@@ -15,7 +15,12 @@ from llama_adapter.errors import CheckpointError, ConfigError, UnsupportedModelE
 from llama_adapter.families.compatibility import check_trainables
 from llama_adapter.families.discovery import VISUAL, FoundAttention, discover
 from llama_adapter.families.offloading import execution_device
-from llama_adapter.families.structure import Attention, family_of, readable_name
+from llama_adapter.families.structure import (
+    Attention,
+    decoder_of,
+    family_of,
+    readable_name,
+)
 from llama_adapter.model.attention_registry import (
     IMPLEMENTATIONS,
     PREFIX,
@@ -188,7 +193,7 @@ class Adapter:
 
     def _add_target(self, name: str, original: nn.Module | None, module: AdapterModule) -> None:
         parent_name, _, attribute = name.rpartition(".")
-        parent = self.language_model.get_decoder().get_submodule(parent_name)
+        parent = decoder_of(self.language_model).get_submodule(parent_name)
         readable = readable_name(parent_name if original is None else name)
         self.targets.append(
             Target(

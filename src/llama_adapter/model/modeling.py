@@ -25,7 +25,7 @@ from llama_adapter.families.compatibility import check_packing
 from llama_adapter.families.multimodal import text_decoder_of
 from llama_adapter.families.offloading import execution_device
 from llama_adapter.families.quantized import keep_unfused, keep_unpacked
-from llama_adapter.families.structure import CACHE
+from llama_adapter.families.structure import CACHE, decoder_of
 from llama_adapter.families.vision import vision_encoder_of, vision_feature_size, vision_features
 from llama_adapter.model.adapter import Adapter
 from llama_adapter.model.attention_registry import PAGED, same_visual_context
@@ -292,7 +292,7 @@ class LlamaAdapterForConditionalGeneration(
     def known_keywords(self) -> frozenset[str]:
         """Keywords that `forward` knows: its own, the base's, and those of every model."""
         base = self.language_model
-        ways = (type(self).forward, type(base).forward, type(base.get_decoder()).forward)
+        ways = (type(self).forward, type(base).forward, type(decoder_of(base)).forward)
         named = {name for way in ways for name in inspect.signature(way).parameters}
         # those of continuous batching pass: attention refuses them and says why
         named |= {*TransformersKwargs.__optional_keys__, *PAGED}
@@ -530,7 +530,7 @@ class LlamaAdapterForConditionalGeneration(
         return self.language_model.get_output_embeddings()
 
     def get_decoder(self) -> nn.Module:
-        return self.language_model.get_decoder()
+        return decoder_of(self.language_model)
 
     def set_attn_implementation(
         self, attn_implementation: str | dict[str, str], allow_all_kernels: bool = False
