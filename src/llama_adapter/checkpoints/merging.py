@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from llama_adapter.checkpoints.bases import REFERENCE, describe_stored
 from llama_adapter.checkpoints.directories import adapter_sources, mark_export, output_directory
@@ -121,6 +122,7 @@ def merge_into_base(
     family's configuration has no place for.
     """
     base = model.language_model
+    _refuse_shared(model.adapter)
     config, holders = _bias_holders(base, model.adapter_config)
     names = {id(module): name for name, module in base.named_modules()}
     bypassed = _bypassed(model.adapter)
@@ -154,13 +156,27 @@ def merge_into_base(
 
 def _merge_linear(module: ScaledLinear, name: str) -> Tensor | None:
     """Fold into the frozen weight; returns the bias that goes with it."""
-    if type(module.base_layer) is not nn.Linear:
+    linear = module.base_layer
+    if type(linear) not in (nn.Linear, Conv1D):
         raise UnsupportedModelError(
-            f"{name} is a {type(module.base_layer).__name__}: a quantized base cannot be merged"
+            f"{name} is a {type(linear).__name__}: a quantized base cannot be merged"
         )
     weight, bias = module.merged_weights()
-    module.base_layer.weight.copy_(weight)
+    linear.weight.copy_(weight.T if isinstance(linear, Conv1D) else weight)
     return bias
+
+
+def _refuse_shared(adapter: Adapter) -> None:
+    """Refuse linears that share a weight: each has learned a scale of its own."""
+    names: dict[int, str] = {}
+    for target in adapter.targets:
+        if isinstance(target.module, ScaledLinear):
+            other = names.setdefault(id(target.module.weight), target.name)
+            if other != target.name:
+                raise UnsupportedModelError(
+                    f"{other} and {target.name} share a weight of the base and have learned apart: "
+                    "they cannot be merged"
+                )
 
 
 def _bias_holders(base: PreTrainedModel, adapter: AdapterConfig) -> tuple[Any, set[str]]:
@@ -178,7 +194,7 @@ def _bias_holders(base: PreTrainedModel, adapter: AdapterConfig) -> tuple[Any, s
     return config, {
         name
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module.bias is not None
+        if isinstance(module, nn.Linear | Conv1D) and module.bias is not None
     }
 
 

@@ -113,9 +113,10 @@ class ScaledLinear(AdapterModule):
 
     @torch.no_grad()
     def merged_weights(self) -> tuple[Tensor, Tensor | None]:
-        """Weight and bias, in float32, of the single linear that this module equals."""
+        """Weight [out, in] and bias, in float32, of the single linear that this module equals."""
         with weights_at_hand(self.base_layer):
             weight = self.base_layer.weight.float()
+            weight = weight.T if isinstance(self.base_layer, Conv1D) else weight
             bias = None if self.base_layer.bias is None else self.base_layer.bias.float()
         if self.adapter_bias is not None:
             bias = self.adapter_bias.clone() if bias is None else bias + self.adapter_bias
