@@ -4,10 +4,11 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo test clients fuzz check lint types layers bench docs clean help
+.PHONY: install demo photos test clients fuzz check lint types layers bench docs clean help
 
 help:
 	@echo "make demo    train an adapter on this machine and write runs/demo/report.html"
+	@echo "make photos  fetch a small LLM and an encoder (175 MiB) and show it photographs"
 	@echo "make test    run the tests"
 	@echo "make clients  the chat page in a browser and OpenAI's JavaScript client, against the server"
 	@echo "make fuzz    a long run of the fuzz campaigns; counts go to runs/fuzz.jsonl"
@@ -24,7 +25,12 @@ $(STAMP): pyproject.toml constraints-cpu.txt
 	@touch $@
 
 demo: install
+	-@$(BIN)/llama-adapter get photos
 	$(BIN)/llama-adapter demo --out runs/demo
+
+photos: install
+	$(BIN)/llama-adapter get photos
+	$(BIN)/llama-adapter demo --photos-only --out runs/photographs
 
 # One thread each: tiny models gain nothing from more. A file's tests share their fixtures.
 WORKERS ?= 2

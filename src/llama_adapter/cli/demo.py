@@ -1,13 +1,17 @@
-"""`llama-adapter demo`: what the bundled adapters can do, and a fresh one trained live."""
+"""`llama-adapter demo`: photographs, then the miniature world with an adapter trained live."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from llama_adapter.cli.numbers import MAX_SEED, between
+from llama_adapter.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from llama_adapter.photos.gallery import Gallery
 
 
 def demo(
@@ -24,42 +28,80 @@ def demo(
     quick: Annotated[
         bool, typer.Option("--quick", help="One minute of training and a smaller test.")
     ] = False,
+    photos_only: Annotated[
+        bool, typer.Option("--photos-only", help="The photographs and nothing else.")
+    ] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the results as one JSON object.")
     ] = False,
 ) -> None:
     """Watch a frozen text model learn to see, on this machine.
 
-    Measures the bundled adapters, trains a fresh one on captions and text instructions, and
-    measures that too; writes report.html, results.json and the adapter. The training is that of
-    recipes/miniature-v2.yaml, for minutes; the measuring is `llama-adapter eval miniature`.
+    First the model `photos` describes eight photographs and answers questions about them. Then, in
+    the miniature world, the bundled adapters are measured, a fresh one is trained on captions and
+    text instructions, and that is measured too. Writes report.html, results.json and the adapter.
+    The training is that of recipes/miniature-v2.yaml, for minutes; the measuring is `llama-adapter
+    eval miniature`.
 
     \b
     Examples:
       llama-adapter demo
       llama-adapter demo --quick --out /tmp/demo
       llama-adapter demo --minutes 20 --seed 1
+      llama-adapter demo --photos-only --out runs/photographs
     """
     from llama_adapter.cli.output import json_only
     from llama_adapter.cli.progress import stages
-    from llama_adapter.miniature.demo import demo_recipe, run_demo
+    from llama_adapter.miniature.demo import demo_recipe, run_demo, show_photographs
     from llama_adapter.miniature.task import HeldOutScenes
 
     recipe = demo_recipe(out, minutes=1.0 if quick else minutes, seed=seed)
-    test = HeldOutScenes.draw(images=150, questions=220) if quick else HeldOutScenes.draw()
     with json_only(as_json) as emit:
         with stages() as stage:
-            results = run_demo(out, recipe, test, stage=stage)
+            photographs = _photographs(stage, needed=photos_only)
+            if photos_only:
+                results = show_photographs(out, photographs)
+            else:
+                sizes = {"images": 150, "questions": 220} if quick else {}
+                test = HeldOutScenes.draw(**sizes)
+                results = run_demo(out, recipe, test, photographs=photographs, stage=stage)
         if as_json:
             emit(results)
         else:
-            _print_table(results)
+            _print_photographs(photographs)
+            if not photos_only:
+                _print_table(results)
     typer.echo(f"\nreport:  {out / 'report.html'}", err=True)
-    typer.echo(f"adapter: {out / 'adapter'}", err=True)
+    if not photos_only:
+        typer.echo(f"adapter: {out / 'adapter'}", err=True)
+    model = "photos" if photographs.cards else out / "adapter"
     typer.echo(
-        f'ask it:  llama-adapter chat {out / "adapter"} --image FILE --prompt "What do you see?"',
-        err=True,
+        f'ask it:  llama-adapter chat {model} --image FILE --prompt "What do you see?"', err=True
     )
+
+
+def _photographs(stage: Any, *, needed: bool) -> Gallery:
+    """The photographs with captions and answers; one line says what they lack."""
+    from llama_adapter.cli.models import load
+    from llama_adapter.photos.bundled import why_missing
+    from llama_adapter.photos.gallery import Gallery, answer_gallery, photographs
+
+    missing = why_missing()
+    if missing is not None and needed:
+        raise CheckpointError(f"no photographs can be shown: {missing}")
+    if missing is not None:
+        typer.echo(f"photographs are left out: {missing}", err=True)
+        return Gallery(missing=missing)
+    advance = stage("photographs", len(photographs()))
+    return answer_gallery(*load("photos"), advance=advance)
+
+
+def _print_photographs(gallery: Gallery) -> None:
+    for card in gallery.cards:
+        typer.echo(f"{card.photograph.path.name}: {card.caption}")
+        for one in card.answers:
+            mark = "right" if one.is_right else f"expected: {' or '.join(one.expected)}"
+            typer.echo(f"  {one.question} {one.answer} ({mark})")
 
 
 def _print_table(results: dict[str, Any]) -> None:

@@ -24,6 +24,7 @@ from llama_adapter.miniature.task import (
     num_answers,
 )
 from llama_adapter.model import Group, LlamaAdapterForConditionalGeneration
+from llama_adapter.photos.gallery import Gallery
 from llama_adapter.processing.processor import LlamaAdapterProcessor
 from llama_adapter.training.callbacks import Callbacks, Progress
 from llama_adapter.training.launch import train
@@ -56,7 +57,9 @@ def demo_recipe(out: Path, *, minutes: float, seed: int) -> Recipe:
     return load_recipe(path, overrides, types=SOURCES_WITH_MINIATURES)
 
 
-def run_demo(out: Path, recipe: Recipe, test: HeldOutScenes, *, stage: Progress) -> dict[str, Any]:
+def run_demo(
+    out: Path, recipe: Recipe, test: HeldOutScenes, *, photographs: Gallery, stage: Progress
+) -> dict[str, Any]:
     """Measure the bundled adapters, train a fresh one, measure it too, and write it all to `out`.
 
     `report.html`, `results.json`, the adapter, and the run's directory; what an earlier
@@ -87,6 +90,7 @@ def run_demo(out: Path, recipe: Recipe, test: HeldOutScenes, *, stage: Progress)
         "trained live": trained.captions,
     }
     results = {
+        "photographs": photographs.to_dict(),
         "bundled": bundled.to_dict(),
         "trained": trained.to_dict(),
         "seconds": round(time.perf_counter() - started, 1),
@@ -101,10 +105,20 @@ def run_demo(out: Path, recipe: Recipe, test: HeldOutScenes, *, stage: Progress)
     write_atomically(out / "results.json", json.dumps(results, indent=2) + "\n")
     write_report(
         out / "report.html",
-        results,
+        photographs=photographs,
+        results=results,
         curve=plot_run(out / TRAINING)[0],
         gallery=gallery(model, processor, test, captions=captions),
     )
+    return results
+
+
+def show_photographs(out: Path, photographs: Gallery) -> dict[str, Any]:
+    """Write `report.html` and `results.json` of the photographs alone."""
+    results = {"photographs": photographs.to_dict()}
+    out.mkdir(parents=True, exist_ok=True)
+    write_atomically(out / "results.json", json.dumps(results, indent=2) + "\n")
+    write_report(out / "report.html", photographs=photographs)
     return results
 
 

@@ -16,6 +16,7 @@ from llama_adapter.files import write_atomically
 from llama_adapter.miniature.questions import ask
 from llama_adapter.miniature.task import METRICS, SEEN_TYPES, HeldOutScenes, write_answers
 from llama_adapter.model import LlamaAdapterForConditionalGeneration
+from llama_adapter.photos.gallery import Gallery
 from llama_adapter.processing.processor import LlamaAdapterProcessor
 
 SHOWN_IMAGES = 8
@@ -23,9 +24,17 @@ QUESTIONS_EACH = 3
 
 
 def write_report(
-    path: Path, results: Mapping[str, Any], *, curve: Path, gallery: Sequence[Mapping[str, Any]]
+    path: Path,
+    *,
+    photographs: Gallery,
+    results: Mapping[str, Any] | None = None,
+    curve: Path | None = None,
+    gallery: Sequence[Mapping[str, Any]] = (),
 ) -> None:
-    """Write the page; nothing in it is fetched from anywhere."""
+    """Write the page: photographs, then the miniature world where it has `results`.
+
+    Nothing in the page is fetched from anywhere.
+    """
     environment = Environment(
         loader=PackageLoader("llama_adapter.miniature", "templates"),
         autoescape=select_autoescape(["html", "j2"]),
@@ -33,9 +42,14 @@ def write_report(
     page = environment.get_template("report.html.j2").render(
         texts=METRICS,
         results=results,
-        measured=[results["bundled"], results["trained"]],
+        measured=[] if results is None else [results["bundled"], results["trained"]],
+        photographs=photographs,
+        pixels={
+            card.photograph.path: _data_url(card.photograph.path.read_bytes(), kind="jpeg")
+            for card in photographs.cards
+        },
         questions=sorted(SEEN_TYPES),
-        curve=_data_url(curve.read_bytes()),
+        curve=None if curve is None else _data_url(curve.read_bytes()),
         gallery=gallery,
     )
     write_atomically(path, page)
@@ -74,5 +88,5 @@ def _png(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def _data_url(png: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(png).decode()
+def _data_url(data: bytes, *, kind: str = "png") -> str:
+    return f"data:image/{kind};base64," + base64.b64encode(data).decode()

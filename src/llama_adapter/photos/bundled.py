@@ -25,6 +25,17 @@ def bundled_adapter() -> Path:
     return ADAPTER
 
 
+def why_missing() -> str | None:
+    """What the photos model lacks to be loaded here, with what to do about it; None for nothing."""
+    from llama_adapter.photos.get import is_there
+
+    try:
+        bundled_adapter()
+    except CheckpointError as refusal:
+        return str(refusal)
+    return None if is_there() else "its base is not fetched yet; run: llama-adapter get photos"
+
+
 def expert_defaults() -> Mapping[str, Mapping[str, Any]]:
     """Who captions for the photos model: the bundled caption expert, or else the model itself."""
     caption = ADAPTER / CAPTION_FOLDER

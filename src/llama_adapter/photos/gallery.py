@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,19 @@ class Card:
     answers: tuple[Answered, ...]
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Gallery:
+    """The cards of all photographs, or why there are none."""
+
+    cards: tuple[Card, ...] = ()
+    missing: str | None = None
+    """What the photos model lacks on this machine."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Ready for JSON: files by name."""
+        return json.loads(json.dumps(asdict(self), default=lambda path: path.name))
+
+
 def photographs() -> list[Photograph]:
     """The photographs of the package, in the order of their credits."""
     stored = json.loads((EXAMPLES / "credits.json").read_text())["photographs"]
@@ -85,8 +98,9 @@ def answer_gallery(
     processor: LlamaAdapterProcessor,
     *,
     advance: Callable[[int], None],
-) -> Iterator[Card]:
+) -> Gallery:
     """A card of each photograph, its caption and answers generated together."""
+    cards = []
     settings = GenerationSettings(max_new_tokens=MAX_NEW_TOKENS)
     for photograph in photographs():
         image = ImageRef.of(photograph.path)
@@ -94,11 +108,9 @@ def answer_gallery(
         prompts = [Conversation.ask(question, images=[image]) for question in questions]
         caption, *said = (one.text for one in answer(model, processor, prompts, settings))
         advance(1)
-        yield Card(
-            photograph=photograph,
-            caption=caption,
-            answers=tuple(
-                Answered(question=q, answer=a, expected=e, is_right=is_right(a, e))
-                for (q, e), a in zip(photograph.questions, said, strict=True)
-            ),
+        answers = tuple(
+            Answered(question=q, answer=a, expected=e, is_right=is_right(a, e))
+            for (q, e), a in zip(photograph.questions, said, strict=True)
         )
+        cards.append(Card(photograph=photograph, caption=caption, answers=answers))
+    return Gallery(cards=tuple(cards))
