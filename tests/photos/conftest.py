@@ -40,7 +40,7 @@ def tiny_photos(tmp_path_factory: pytest.TempPathFactory, bytes_tokenizer: Any) 
             num_key_value_heads=2,
             max_position_embeddings=512,
         )
-    ).save_pretrained(base)
+    ).half().save_pretrained(base)
     bytes_tokenizer.save_pretrained(base)
     Dinov2Model(
         Dinov2Config(
@@ -68,7 +68,7 @@ def tiny_photos(tmp_path_factory: pytest.TempPathFactory, bytes_tokenizer: Any) 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LLAMA_ADAPTER_HOME", str(folder / "home"))
         model = LlamaAdapterForConditionalGeneration.from_base(
-            str(base), str(vision), LlamaAdapterConfig(adapter=config)
+            str(base), str(vision), LlamaAdapterConfig(adapter=config), dtype=torch.float32
         )
         model.save_pretrained(folder / "adapter")
         LlamaAdapterProcessor(

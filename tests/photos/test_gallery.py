@@ -9,7 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from llama_adapter.cli.models import load
+from llama_adapter.home import home
 from llama_adapter.photos.gallery import EXAMPLES, is_right, photographs
 from llama_adapter.processing.images import load_image
 
@@ -52,6 +55,13 @@ def test_photos_is_a_model(cli: Callable[..., Any], photos_model: Path) -> None:
     [report] = json.loads(with_caption.stdout)["contexts"]
     assert (report["expert"], report["problem"]) == ("caption", None)
     assert cli("info", "photos", "--json").status == 0
+
+
+def test_half_precision_is_stored_and_not_computed_with(photos_model: Path) -> None:
+    loaded, _ = load("photos", device="cpu")
+    assert loaded.language_model.dtype == torch.float32
+    stored = json.loads((home() / "photos/base/config.json").read_text())["dtype"]
+    assert stored == "float16"
 
 
 def test_without_its_base_one_line_names_the_command(

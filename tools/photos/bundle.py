@@ -79,7 +79,7 @@ rely on it for anything that matters.
 
 def bundle(run: Path, adapter: Path, out: Path, *, results: dict[str, Any]) -> None:
     """Write an adapter of a run as the package's; CheckpointError where it is too large."""
-    model = LlamaAdapterForConditionalGeneration.from_pretrained(adapter)
+    model = LlamaAdapterForConditionalGeneration.from_pretrained(adapter, dtype=torch.float32)
     tensors = {
         name: tensor.half() for name, tensor in read_checked(adapter / ADAPTER_WEIGHTS_NAME).items()
     }

@@ -105,12 +105,24 @@ def load(
     from llama_adapter.processing.processor import LlamaAdapterProcessor
 
     directory = adapter_directory(model)
-    read_adapter_config(directory)  # a folder that is not an adapter at all is called that
+    content = read_adapter_config(directory)  # a folder that is not an adapter is called that
     processor = LlamaAdapterProcessor.from_pretrained(directory)
     options.setdefault("device_map", torch_device(device))
+    options.setdefault("dtype", _dtype(content, device=str(options["device_map"])))
     loaded = LlamaAdapterForConditionalGeneration.from_pretrained(directory, **options)
     loaded.prepare_for_inference()
     return loaded, processor
+
+
+def _dtype(content: Mapping[str, Any], *, device: str) -> Any:
+    """float32 on a CPU for a base that was trained on in float32 and is stored in half of it.
+
+    Many CPUs compute slowly in float16. None: as the base is stored.
+    """
+    import torch
+
+    trained = ((content["base"] or {}).get("weights") or {}).get("dtype")
+    return torch.float32 if device == "cpu" and trained == "float32" else None
 
 
 def torch_device(name: str | None) -> str:
