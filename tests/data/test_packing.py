@@ -89,7 +89,7 @@ def adapted(
 
 def prepare(source: Source, processor: LlamaAdapterProcessor) -> list[EncodedSample]:
     encoder = SampleEncoder(processor, row_length=256)
-    return [encoder.prepare(source[i], 0, 1) for i in range(len(source))]
+    return [encoder.encode_sample(source[i], 0, 1) for i in range(len(source))]
 
 
 def loss_and_gradients(

@@ -434,7 +434,7 @@ def test_videos_beside_images_in_a_row(processor: LlamaAdapterProcessor, tmp_pat
     assert "does not end as a video's name does" in refusal(lambda: source[3])
     assert "has 1 <video> marks, but 2 videos" in refusal(lambda: source[4])
     encoder = SampleEncoder(processor, row_length=256)
-    prepared = [encoder.prepare(source[index], 0, 1) for index in range(2)]
+    prepared = [encoder.encode_sample(source[index], 0, 1) for index in range(2)]
     inputs = assemble([prepared], processor, padding="packed", row_length=256)
     pixels = inputs["pixel_values"]
     assert pixels.ndim == 5

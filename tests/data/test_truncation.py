@@ -93,7 +93,7 @@ def test_every_piece_shows_the_picture(
     cuts = encoder.cut(sample)
     assert len(cuts) > 1
     for cut in cuts:
-        prepared = encoder.prepare(sample, cut.first, cut.stop)
+        prepared = encoder.encode_sample(sample, cut.first, cut.stop)
         assert prepared.pixels is not None
         assert len(prepared.pixels) == 1
         assert [slot for slot in prepared.encoded.placeholders if slot >= 0] == [0]
@@ -130,7 +130,7 @@ def test_real_llava_conversations(
     source = open_source("llava", "instruction", path=path, images=tmp_path)
     encoder = SampleEncoder(processor, row_length=4096)
     for index, record in enumerate(kept):
-        prepared = encoder.prepare(source[index], 0, 1)
+        prepared = encoder.encode_sample(source[index], 0, 1)
         assert prepared.pixels is not None
         scored = answers(processor, prepared.encoded.labels)
         assert record["QA"][0]["a"][:40] in scored
@@ -144,4 +144,4 @@ def test_a_damaged_video_is_an_invalid_record(
     monkeypatch.setattr("llama_adapter.data.truncation.load_video", lambda *_, **__: found)
     sample = talk(1, images=(ImageRef.of(tmp_path / "a.mp4"),))
     with pytest.raises(DataError, match=r"a\.mp4: 1 of 4 frames cannot be decoded"):
-        SampleEncoder(processor, row_length=300).prepare(sample, 0, 1)
+        SampleEncoder(processor, row_length=300).encode_sample(sample, 0, 1)

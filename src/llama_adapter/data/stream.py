@@ -316,7 +316,7 @@ class _Builder(Dataset[Any]):
         index, (sample, first, stop) = self.piece_index.find(number)
         source = self.components[index].source
         try:
-            return self.encoder.prepare(source[sample], first, stop)
+            return self.encoder.encode_sample(source[sample], first, stop)
         except LlamaAdapterError as error:
             invalid.append((index, InvalidRecord(where=source.where(sample), reason=str(error))))
             return None

@@ -97,7 +97,7 @@ class SampleEncoder:
         encoded = self._encode(conversation)
         return encoded.truncated(self.limit) if self.too_long == "truncate" else encoded
 
-    def prepare(self, sample: Sample, first: int, stop: int) -> EncodedSample:
+    def encode_sample(self, sample: Sample, first: int, stop: int) -> EncodedSample:
         """Tokens and pixels. LlamaAdapterError where an image cannot be read."""
         encoded = self.encode(sample, first, stop)
         images = sample.conversation.images

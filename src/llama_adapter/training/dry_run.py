@@ -240,7 +240,7 @@ def _read(source: Source, encoder: SampleEncoder, indices: list[int]) -> tuple[P
         try:
             sample = source[index]
             # images are decoded here, and placeholders counted
-            encoded = encoder.prepare(sample, first, stop)
+            encoded = encoder.encode_sample(sample, first, stop)
         except LlamaAdapterError as error:
             invalid.append(InvalidRecord(where=source.where(index), reason=str(error)))
             unreadable.append(index)

@@ -70,7 +70,7 @@ class HeldOutScorer:
             rows = []
             for sample in some:
                 cut = encoder.cut(sample)[0]
-                rows.append([encoder.prepare(sample, cut.first, cut.stop)])
+                rows.append([encoder.encode_sample(sample, cut.first, cut.stop)])
             inputs = assemble(rows, self.processor, padding="padded", row_length=encoder.limit)
             batch = {key: tensor.to(self.model.device) for key, tensor in inputs.items()}
             found = log_likelihoods_of_inputs(self.model, batch)

@@ -10,14 +10,14 @@ from llama_adapter.errors import CheckpointError, TrainingError
 from llama_adapter.model.persistence import ADAPTER_WEIGHTS_NAME
 from llama_adapter.model.tensor_files import read_tensors
 from llama_adapter.training.parallel import Communicator
-from llama_adapter.training.run_directory import BROKEN, rows_of_steps
+from llama_adapter.training.run_directory import INVALID, rows_of_steps
 
 
 class InvalidRecords:
     """The list of records that turned out unreadable, each once, in broken.jsonl."""
 
     def __init__(self, directory: Path) -> None:
-        self.file = rows_of_steps(directory / BROKEN)
+        self.file = rows_of_steps(directory / INVALID)
         self.listed: set[str] = set()
 
     def add(self, batches: Iterable[TrainBatch], *, step: int, communicator: Communicator) -> None:

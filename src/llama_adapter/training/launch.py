@@ -31,7 +31,7 @@ from llama_adapter.training.metrics import Row
 from llama_adapter.training.parallel import Communicator, Engine, on_rank_0
 from llama_adapter.training.recipe import CACHE, Recipe, SourceTypes
 from llama_adapter.training.run import TrainingResult, TrainingRun
-from llama_adapter.training.run_directory import BROKEN, TRACKED, RunDirectory, rows_of_steps
+from llama_adapter.training.run_directory import INVALID, TRACKED, RunDirectory, rows_of_steps
 from llama_adapter.training.schedule import Clock, StepBudget
 from llama_adapter.training.startup import check_positions, refuse_at_start
 from llama_adapter.training.streams import RecipeData, open_data
@@ -211,7 +211,7 @@ def _flat(values: Any, key: str = "") -> Iterator[tuple[str, Any]]:
 
 def _list_broken(recipe: Recipe, data: RecipeData, callbacks: Callbacks) -> None:
     """Write down once which records are in no row; those that break later are added there."""
-    listed = rows_of_steps(recipe.out / BROKEN)
+    listed = rows_of_steps(recipe.out / INVALID)
     if data.invalid and not any(listed.rows()):
         for fault in data.invalid:
             listed.append({"step": 0, **fault.to_dict()})

@@ -2,7 +2,7 @@
 
 recipe.yaml            the resolved recipe
 metrics.jsonl          a row for each step
-broken.jsonl           records that could not be learned from
+broken.jsonl           invalid records, from which nothing is learned
 checkpoints/step-…     the newest few; each holds a loadable `adapter`, `state.pt` and checksums
 adapter, best          the final adapter; the best one by the recipe's metric
 .lock                  held by the process that writes here
@@ -40,7 +40,7 @@ from llama_adapter.training.recipe import CACHE, Recipe
 
 RECIPE = "recipe.yaml"
 METRICS = "metrics.jsonl"
-BROKEN = "broken.jsonl"
+INVALID = "broken.jsonl"
 ADAPTER = "adapter"
 BEST = "best"
 STATE = "state.pt"
@@ -48,7 +48,7 @@ CHECKPOINTS = "checkpoints"
 CHECKSUMS = "checksums.json"
 TRACKED = "llama-adapter"
 """The project's name for trackers; tensorboard writes into a folder of that name."""
-_WITHOUT_RESULTS = frozenset({RECIPE, METRICS, BROKEN, CACHE, CHECKPOINTS, TRACKED, LOCK})
+_WITHOUT_RESULTS = frozenset({RECIPE, METRICS, INVALID, CACHE, CHECKPOINTS, TRACKED, LOCK})
 """What a run that wrote no checkpoint can leave; nothing of it is worth to be kept."""
 _MOST_STEPS = 10**12
 _STEP = re.compile(r"step-(\d{1,12})")
@@ -146,7 +146,7 @@ class RunDirectory:
             for abandoned in filter(is_partial, list(self.path.iterdir())):
                 _remove(abandoned)
             if RECIPE not in names or self._is_without_results(names):
-                for name in (METRICS, BROKEN):
+                for name in (METRICS, INVALID):
                     (self.path / name).unlink(missing_ok=True)
                 write_atomically(self.path / RECIPE, recipe.to_yaml())
         except OSError as error:
