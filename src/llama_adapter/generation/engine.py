@@ -493,7 +493,8 @@ class RowEngine:
         if name in self._processors or name in self._leaving:
             raise ConfigError(f"an adapter named {name!r} is loaded already")
         key = _encoder_key(read_adapter_config(Path(directory)).get("vision"))
-        with self._stack.detached():
+        # a new adapter finds its places by gradients
+        with self._stack.detached(), torch.inference_mode(False):
             model = LlamaAdapterForConditionalGeneration.from_pretrained(
                 directory, language_model=self._stack.language_model, vision=self._encoders.get(key)
             )
