@@ -83,10 +83,10 @@ def check_type(model_type: str) -> dict[str, Any]:
         with torch.no_grad():
             expected = base(input_ids=ids, use_cache=False).logits
         row["base_cached"], row["base_padded"] = _of_base(base, ids, expected)
+        model = adapted(base)
         if (row["base_cached"] or 0.0) > UNSOUND:
             reason = f"the bare base differs with a cache by {row['base_cached']:.2g}"
             return row | {"status": "unsound", "reason": reason}
-        model = adapted(base)
         row |= {"static": 0, "visual": 0, "trainables": len(list(model.adapter.trainables()))}
         for _, prompt in model.adapter.prompts():
             row["visual" if prompt.reads_images else "static"] += 1
