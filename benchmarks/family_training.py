@@ -66,7 +66,8 @@ def _write_base(model_type: str, folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(DECODER)
     special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id")
                for name in ("bos", "eos", "pad")}  # fmt: skip
-    base = tiny_base(model_type, vocab_size=len(tokenizer), max_position_embeddings=1024, **special)
+    sizes = dict.fromkeys(("vocab_size", "vocab_size_per_layer_input"), len(tokenizer))
+    base = tiny_base(model_type, max_position_embeddings=1024, **sizes, **special)
     base.save_pretrained(folder)
     for path in DECODER.glob("tokenizer*"):
         shutil.copy(path, folder)
