@@ -20,7 +20,7 @@ import pytest
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from llama_adapter.miniature.rendering import render
-from llama_adapter.miniature.scenes import Scene, Thing
+from llama_adapter.miniature.scenes import Scene, SceneObject
 
 HERE = Path(__file__).parent
 SHOTS = HERE.parent / "runs" / "page"
@@ -51,9 +51,9 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def scene(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    star = Thing(shape="star", color="red", size="large", place="center")
+    star = SceneObject(shape="star", color="red", size="large", place="center")
     path = tmp_path_factory.mktemp("scene") / "scene.png"
-    render(Scene(things=(star,)), random.Random(5), size=256).save(path)
+    render(Scene(objects=(star,)), random.Random(5), size=256).save(path)
     return path
 
 

@@ -89,7 +89,7 @@ def test_the_caption_expert_gives_the_active_adapter_back(loaded, adapter_dir, p
     before = session(loaded).ask("what do you see?", images=[picture]).text
     expert = CaptionExpert(model, processor, max_new_tokens=4)
     report = expert.consult(Request(images=[picture, picture]))
-    assert [finding.picture for finding in report.findings] == [0, 1]
+    assert [finding.image for finding in report.findings] == [0, 1]
     assert report.findings[0].text == report.findings[1].text
     assert model.active_adapter == "default"
     assert session(loaded).ask("what do you see?", images=[picture]).text == before

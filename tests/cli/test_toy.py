@@ -8,14 +8,14 @@ import random
 import pytest
 
 from llama_adapter.miniature.rendering import render
-from llama_adapter.miniature.scenes import Scene, Thing
+from llama_adapter.miniature.scenes import Scene, SceneObject
 
 
 @pytest.fixture
 def picture(tmp_path):
-    star = Thing(shape="star", color="red", size="large", place="center")
+    star = SceneObject(shape="star", color="red", size="large", place="center")
     path = tmp_path / "scene.png"
-    render(Scene(things=(star,)), random.Random(5), size=256).save(path)
+    render(Scene(objects=(star,)), random.Random(5), size=256).save(path)
     return path
 
 

@@ -15,7 +15,7 @@ REAL = Path(__file__).resolve().parents[3] / "shared" / "real"
 
 @pytest.fixture(scope="session")
 def real() -> Path:
-    """Published data files that lie beside the repository and never in it."""
+    """Published data files that are next to the repository and never in it."""
     if not REAL.is_dir():
         pytest.skip("needs the published data files in ../shared/real")
     return REAL

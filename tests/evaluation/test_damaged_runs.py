@@ -45,10 +45,10 @@ def test_damaged_manifests(write: Any, content: str) -> None:
     assert path.read_text() == content
 
 
-JUDGEMENTS: list[Any] = [{"id": 1}, {"aspect": 5}, {"verdict": "yes"}, {"reply": ["x"]}]
+JUDGMENTS: list[Any] = [{"id": 1}, {"aspect": 5}, {"verdict": "yes"}, {"reply": ["x"]}]
 
 
-@pytest.mark.parametrize("change", JUDGEMENTS)
+@pytest.mark.parametrize("change", JUDGMENTS)
 def test_damaged_judgements(write: Any, change: dict[str, Any]) -> None:
     path = write("predictions.jsonl", ours("vqa", [("1", "a")]))
     line = {"task": "vqa", "id": "1", "aspect": "answer", "judge": "m", "reply": "Yes, score: 4"}

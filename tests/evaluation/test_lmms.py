@@ -15,19 +15,19 @@ import pytest
 from PIL import Image
 
 TASK = """\
-task: toy_colours
+task: toy_colors
 dataset_path: json
 dataset_kwargs:
   data_files:
     test: {data}
 test_split: test
 output_type: generate_until
-doc_to_visual: !function colours.doc_to_visual
+doc_to_visual: !function colors.doc_to_visual
 doc_to_text: question
 doc_to_target: answer
 generation_kwargs:
   max_new_tokens: 3
-process_results: !function colours.process_results
+process_results: !function colors.process_results
 metric_list:
   - metric: words
     aggregation: mean
@@ -57,15 +57,15 @@ def test_it_runs_a_local_task(tmp_path: Path, adapter_dir: Path) -> None:
     for i in range(3):
         Image.new("RGB", (16, 16), (80 * i, 0, 0)).save(tmp_path / f"{i}.png")
         path = str(tmp_path / f"{i}.png")
-        lines.append({"path": path, "question": "What colour is it?", "answer": "red"})
+        lines.append({"path": path, "question": "What color is it?", "answer": "red"})
     data = tmp_path / "data.jsonl"
     data.write_text("".join(json.dumps(line) + "\n" for line in lines))
     tasks = tmp_path / "tasks"
     tasks.mkdir()
-    (tasks / "toy_colours.yaml").write_text(TASK.format(data=data))
-    (tasks / "colours.py").write_text(FUNCTIONS)
+    (tasks / "toy_colors.yaml").write_text(TASK.format(data=data))
+    (tasks / "colors.py").write_text(FUNCTIONS)
     command = [sys.executable, "-m", "lmms_eval", "--model", "llama_adapter"]
-    command += ["--model_args", f"pretrained={adapter_dir}", "--tasks", "toy_colours"]
+    command += ["--model_args", f"pretrained={adapter_dir}", "--tasks", "toy_colors"]
     command += ["--include_path", str(tasks), "--batch_size", "2", "--log_samples"]
     command += ["--output_path", str(tmp_path / "out")]
     home = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")}
@@ -74,6 +74,6 @@ def test_it_runs_a_local_task(tmp_path: Path, adapter_dir: Path) -> None:
     )
     assert done.returncode == 0, done.stderr[-3000:]
     (results,) = (tmp_path / "out").glob("**/*_results.json")
-    assert "toy_colours" in json.loads(results.read_text())["results"]
-    (samples,) = (tmp_path / "out").glob("**/*_samples_toy_colours.jsonl")
+    assert "toy_colors" in json.loads(results.read_text())["results"]
+    (samples,) = (tmp_path / "out").glob("**/*_samples_toy_colors.jsonl")
     assert len(samples.read_text().splitlines()) == 3

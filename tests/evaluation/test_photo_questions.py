@@ -1,4 +1,4 @@
-"""VQAv2's accuracy, and answers beside no image or another record's."""
+"""VQAv2's accuracy, and answers about no image or another record's."""
 
 from __future__ import annotations
 

@@ -246,7 +246,7 @@ def test_reviews(write: Any, kind: str) -> None:
         ({"text": None}, 1),
     ],
 )
-def test_reviews_with_scores_beside_the_text(write: Any, line: Any, unparsed: int) -> None:
+def test_reviews_with_scores_next_to_the_text(write: Any, line: Any, unparsed: int) -> None:
     lines = [{"question_id": "a", "text": "8 9"}, {"question_id": "b", **line}]
     found = quick("vicuna-80", write("review.jsonl", lines))
     assert (found.n, found.unparsed, found.unjudged) == (2, unparsed, 0)

@@ -23,7 +23,7 @@ from .conftest import ours
 
 @pytest.fixture
 def runs(tmp_path: Path, write: Any) -> Path:
-    """A run of twelve judged answers with pictures, and one nobody judged."""
+    """A run of twelve judged answers with images, and one nobody judged."""
     lines = []
     for i in range(12):
         Image.new("RGB", (300, 200), (20 * i, 0, 0)).save(tmp_path / f"{i}.png")
@@ -39,7 +39,7 @@ def runs(tmp_path: Path, write: Any) -> Path:
     return tmp_path / "runs"
 
 
-def test_ours_stand_beside_the_published(runs: Path) -> None:
+def test_ours_are_next_to_the_published(runs: Path) -> None:
     lines = table(find_runs([runs], resamples=20))
     systems = {line.system for line in lines if line.task == "msvd-qa"}
     assert "LLaMA-Adapter" in systems

@@ -34,7 +34,7 @@ SHORT = Generation(max_new_tokens=4, batch_size=4)
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    """Ten questions about three pictures, one of them missing."""
+    """Ten questions about three images, one of them missing."""
     folder = tmp_path / "data"
     folder.mkdir()
     for i in range(2):
@@ -123,12 +123,12 @@ def test_shards_merge_into_the_whole(data: Path, tmp_path: Path, local: LocalAns
     assert list(answers_of(tmp_path / "out")) == list(answers_of(tmp_path / "whole"))
 
 
-def test_all_pictures_missing_is_an_error_that_says_where_it_looked(
+def test_all_images_missing_is_an_error_that_says_where_it_looked(
     data: Path, tmp_path: Path, local: LocalAnswerer
 ) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()
-    with pytest.raises(EvaluationError, match=r"none of the pictures .* below .*empty.*'0.png'"):
+    with pytest.raises(EvaluationError, match=r"none of the images .* below .*empty.*'0.png'"):
         run(VQA, local, Inputs(data=data), tmp_path / "out", media=empty)
 
 
@@ -136,7 +136,7 @@ def test_a_prompt_too_long_spoils_no_other(
     tmp_path: Path, data: Path, local: LocalAnswerer
 ) -> None:
     lines = [json.loads(line) for line in data.read_text().splitlines()][:2]
-    (data.parent / "1.png").write_bytes(b"no picture")
+    (data.parent / "1.png").write_bytes(b"no image")
     data.write_text("".join(json.dumps(line) + "\n" for line in lines))
     report = run(VQA, local, Inputs(data=data), tmp_path / "out", generation=SHORT)
     assert len(report.problems) == 1
@@ -144,9 +144,7 @@ def test_a_prompt_too_long_spoils_no_other(
     assert answers_of(tmp_path / "out")["q0"]
 
 
-def test_an_endpoint_is_sent_pictures_and_its_failures_are_noted(
-    data: Path, tmp_path: Path
-) -> None:
+def test_an_endpoint_is_sent_images_and_its_failures_are_noted(data: Path, tmp_path: Path) -> None:
     def behave(prompt: str, _: int) -> Any:
         return (400, {}, '{"error": {"message": "too long"}}') if len(prompt) > 40 else "a dog"
 

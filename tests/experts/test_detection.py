@@ -29,12 +29,12 @@ def seen(label, box, confidence=0.9):
         ((40, 0, 60, 20), "top"),
         ((80, 0, 100, 20), "top right"),
         ((0, 40, 20, 60), "left"),
-        ((40, 40, 60, 60), "centre"),
+        ((40, 40, 60, 60), "center"),
         ((80, 40, 100, 60), "right"),
         ((0, 80, 20, 100), "bottom left"),
         ((40, 80, 60, 100), "bottom"),
         ((80, 80, 100, 100), "bottom right"),
-        ((2, 2, 98, 99), "filling the picture"),
+        ((2, 2, 98, 99), "filling the image"),
     ],
 )
 def test_places_are_cells_of_a_grid(box, where):
@@ -43,7 +43,7 @@ def test_places_are_cells_of_a_grid(box, where):
     assert place(wide, size=(300, 100)) == where
 
 
-def test_things_of_one_kind_and_place_are_counted():
+def test_objects_of_one_kind_and_place_are_counted():
     things = [
         seen("ball", (80, 80, 95, 95)),
         seen("dog", (0, 30, 30, 60)),
@@ -95,8 +95,8 @@ def test_a_detr_says_what_is_where(detector):
     expert = DetectionExpert(DetectionOptions(model=detector, confidence=0.0))
     images = [Image.new("RGB", (64, 48), (200, 30, 30)), Image.new("RGB", (48, 64))]
     report = expert.consult(Request(images=images, question="what is there?"))
-    assert {finding.picture for finding in report.findings} == {0, 1}
-    assert report_text(report).startswith("Picture 1: In the picture: ")
+    assert {finding.image for finding in report.findings} == {0, 1}
+    assert report_text(report).startswith("Image 1: In the image: ")
     for finding in report.findings:
         assert finding.kind == "object"
         assert any(label in finding.text for label in ("dog", "ball"))

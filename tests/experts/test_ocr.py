@@ -1,4 +1,4 @@
-"""Reading real pictures with the real engine."""
+"""Reading real images with the real engine."""
 
 import sys
 import threading
@@ -16,7 +16,7 @@ from llama_adapter.experts.ocr import OcrExpert, OcrOptions
 from llama_adapter.experts.ocr_engine import _spans, _tiles
 from llama_adapter.experts.wording import report_text
 from llama_adapter.miniature.rendering import SceneImage
-from llama_adapter.miniature.scenes import Scene, Thing
+from llama_adapter.miniature.scenes import Scene, SceneObject
 
 LINES = ["CORNER SHOP", "TEA 9.00", "COFFEE 12.50", "TOTAL 21.50"]
 
@@ -117,8 +117,8 @@ def test_a_strip_too_thin_for_letters_is_said(reader):
 
 
 def test_a_sign_of_the_miniature_world_is_read_and_its_cross_is_not():
-    things = (Thing(shape="cross", color="orange", size="large", place="north"),)
-    image = SceneImage(scene=Scene(things=things, sign="hotel"), seed=1, index=0, size=256)()
+    objects = (SceneObject(shape="cross", color="orange", size="large", place="north"),)
+    image = SceneImage(scene=Scene(objects=objects, sign="hotel"), seed=1, index=0, size=256)()
     expert = OcrExpert(OcrOptions(languages=["en"], wording="a sign says {}."))
     assert report_text(read(expert, image)).lower() == "a sign says hotel."
 

@@ -18,7 +18,7 @@ TINY = {
     "num_hidden_layers": 1,
     "num_attention_heads": 2,
 }
-PICTURE = Image.new("RGB", (40, 30), (200, 30, 30))
+IMAGE = Image.new("RGB", (40, 30), (200, 30, 30))
 
 
 @pytest.fixture(scope="module")
@@ -87,30 +87,30 @@ def finder(tmp_path_factory, tokenizer):
 def test_any_captioner_of_transformers_captions(captioner):
     [expert] = make_experts([f"caption={captioner},max_new_tokens=4"])
     assert isinstance(expert, PipelineCaptionExpert)
-    report = expert.consult(Request(images=[PICTURE, PICTURE]))
-    assert [finding.picture for finding in report.findings] == [0, 1]
+    report = expert.consult(Request(images=[IMAGE, IMAGE]))
+    assert [finding.image for finding in report.findings] == [0, 1]
     assert report.findings[0].text == report.findings[1].text
     assert report.findings[0].text
     assert expert.info.version
-    late = expert.consult(Request(images=[PICTURE], deadline=0.0))
+    late = expert.consult(Request(images=[IMAGE], deadline=0.0))
     assert (late.findings, late.complete) == ((), False)
     assert late.notes == ("time for 0 of 1 images only",)
 
 
 def test_a_zero_shot_detector_looks_for_what_the_question_names(finder):
     expert = DetectionExpert(DetectionOptions(model=finder, confidence=0.0))
-    report = expert.consult(Request(images=[PICTURE], question="Where is the dog?"))
+    report = expert.consult(Request(images=[IMAGE], question="Where is the dog?"))
     assert report.findings
     assert all("dog" in finding.text for finding in report.findings)
     for left, top, right, bottom in (finding.box for finding in report.findings):
         assert 0 <= left <= right <= 40
         assert 0 <= top <= bottom <= 30
     assert expert.info.uses_question
-    nothing = expert.consult(Request(images=[PICTURE], question="What do you see?"))
+    nothing = expert.consult(Request(images=[IMAGE], question="What do you see?"))
     assert nothing.notes == ("the question names nothing to look for",)
     named = DetectionExpert(DetectionOptions(model=finder, labels=["ball"], confidence=0.0))
     assert not named.info.uses_question
-    assert "ball" in report_text(named.consult(Request(images=[PICTURE])))
+    assert "ball" in report_text(named.consult(Request(images=[IMAGE])))
 
 
 def test_what_cannot_caption_is_refused(finder, tmp_path):

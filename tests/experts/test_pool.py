@@ -1,5 +1,6 @@
 """Experts side by side: in bounded time, whatever one of them does, and remembered."""
 
+import hashlib
 import sqlite3
 import threading
 import time
@@ -26,7 +27,7 @@ from llama_adapter.experts.wording import report_text, rough_tokens
 from llama_adapter.generation import GenerationSettings
 from llama_adapter.processing.prompts import frames_of
 
-PICTURE = Image.new("RGB", (12, 12), (200, 30, 30))
+IMAGE = Image.new("RGB", (12, 12), (200, 30, 30))
 
 
 class Sayer:
@@ -43,7 +44,7 @@ class Sayer:
         self.asked += 1
         time.sleep(self.seconds)
         findings = [
-            Finding(text=f"{image.size[0]} wide", kind=self.kind, picture=i)
+            Finding(text=f"{image.size[0]} wide", kind=self.kind, image=i)
             for i, image in enumerate(request.images)
         ]
         return Report(expert=self.name, findings=tuple(findings))
@@ -70,7 +71,7 @@ class Librarian:
 def test_they_work_at_the_same_time_and_answer_in_order():
     sayers = [Sayer(f"sayer {i}", seconds=0.3) for i in range(4)]
     started = time.perf_counter()
-    found = ExpertPool(sayers).consult([PICTURE], "?")
+    found = ExpertPool(sayers).consult([IMAGE], "?")
     assert time.perf_counter() - started < 0.9
     assert [r.expert for r in found] == [s.name for s in sayers]
     assert all(r.seconds >= 0.3 for r in found)
@@ -80,17 +81,17 @@ def test_one_that_fails_or_is_late_is_reported_and_the_rest_is_heard():
     slow = Sayer("slow", seconds=3.0)
     pool = ExpertPool([slow, Faller(), Sayer()], timeout=0.2)
     started = time.perf_counter()
-    late, fallen, heard = pool.consult([PICTURE], "?")
+    late, fallen, heard = pool.consult([IMAGE], "?")
     assert time.perf_counter() - started < 1.5
     assert late.problem == "took longer than 0.2 seconds"
     assert fallen.problem == "RuntimeError: out of luck"
     assert report_text(heard) == "12 wide"
-    again = pool.consult([PICTURE], "?")[0]
+    again = pool.consult([IMAGE], "?")[0]
     assert "still busy" in again.problem
     assert slow.asked == 1
 
 
-def test_without_pictures_only_those_that_need_none_are_asked():
+def test_without_images_only_those_that_need_none_are_asked():
     sayer = Sayer()
     found = ExpertPool([sayer, Librarian()]).consult([], "stars")
     assert [report_text(r) for r in found] == ["about stars"]
@@ -98,17 +99,17 @@ def test_without_pictures_only_those_that_need_none_are_asked():
 
 
 def test_a_librarian_starts_from_what_the_others_found():
-    found = ExpertPool([Librarian(), Sayer()]).consult([PICTURE], "?")
+    found = ExpertPool([Librarian(), Sayer()]).consult([IMAGE], "?")
     assert [report_text(r) for r in found] == ["about 12 wide", "12 wide"]
 
 
 def test_frames_of_a_video_are_few_and_said_once():
-    frames = [PICTURE] * 9
+    frames = [IMAGE] * 9
     [report] = ExpertPool([Sayer()]).consult([frames], "?")
-    assert [(f.text, f.picture, f.frame) for f in report.findings] == [("12 wide", 0, 0)]
+    assert [(f.text, f.image, f.frame) for f in report.findings] == [("12 wide", 0, 0)]
     wide = Image.new("RGB", (20, 5))
-    [report] = ExpertPool([Sayer()]).consult([PICTURE, [wide, PICTURE]], "?")
-    places = [(f.text, f.picture, f.frame) for f in report.findings]
+    [report] = ExpertPool([Sayer()]).consult([IMAGE, [wide, IMAGE]], "?")
+    places = [(f.text, f.image, f.frame) for f in report.findings]
     assert places == [("12 wide", 0, None), ("20 wide", 1, 0), ("12 wide", 1, 1)]
 
 
@@ -145,11 +146,11 @@ def cache(tmp_path):
     cache.close()
 
 
-def test_a_picture_is_looked_at_once(cache):
+def test_an_image_is_looked_at_once(cache):
     sayer = Sayer(version="1", seconds=0.05)
     pool = ExpertPool([sayer], cache=cache)
-    first = pool.consult([PICTURE], "?")[0]
-    again = pool.consult([PICTURE.copy()], "another question")[0]
+    first = pool.consult([IMAGE], "?")[0]
+    again = pool.consult([IMAGE.copy()], "another question")[0]
     assert (sayer.asked, first.cached, again.cached) == (1, False, True)
     assert again.findings == first.findings
     assert again.seconds < first.seconds
@@ -168,8 +169,8 @@ def test_a_picture_is_looked_at_once(cache):
     ],
 )
 def test_only_what_depends_on_the_same_is_remembered(other, asked, cache):
-    ExpertPool([Sayer(version="1")], cache=cache).consult([PICTURE], "?")
-    ExpertPool([other], cache=cache).consult([PICTURE], "!")
+    ExpertPool([Sayer(version="1")], cache=cache).consult([IMAGE], "?")
+    ExpertPool([other], cache=cache).consult([IMAGE], "!")
     assert other.asked == asked
 
 
@@ -182,8 +183,8 @@ def test_failures_are_not_remembered(cache):
             return super().consult(request)
 
     pool = ExpertPool([Recovering(version="1")], cache=cache)
-    assert pool.consult([PICTURE], "?")[0].problem == "OSError: not yet"
-    assert report_text(pool.consult([PICTURE], "?")[0]) == "12 wide"
+    assert pool.consult([IMAGE], "?")[0].problem == "OSError: not yet"
+    assert report_text(pool.consult([IMAGE], "?")[0]) == "12 wide"
 
 
 def test_what_was_cut_short_is_not_remembered(cache):
@@ -194,28 +195,37 @@ def test_what_was_cut_short_is_not_remembered(cache):
             return found if in_time else Report(expert=self.name, complete=False)
 
     hasty = Hasty(version="1")
+    assert report_text(ExpertPool([hasty], timeout=1.0, cache=cache).consult([IMAGE], "?")[0]) == ""
     assert (
-        report_text(ExpertPool([hasty], timeout=1.0, cache=cache).consult([PICTURE], "?")[0]) == ""
-    )
-    assert (
-        report_text(ExpertPool([hasty], timeout=9.0, cache=cache).consult([PICTURE], "?")[0])
+        report_text(ExpertPool([hasty], timeout=9.0, cache=cache).consult([IMAGE], "?")[0])
         == "12 wide"
     )
     assert (
-        report_text(ExpertPool([hasty], timeout=1.0, cache=cache).consult([PICTURE], "?")[0])
+        report_text(ExpertPool([hasty], timeout=1.0, cache=cache).consult([IMAGE], "?")[0])
         == "12 wide"
     )
 
 
 @pytest.mark.parametrize("value", ['"text"', "null", "[" * 100_000, '{"findings": [5]}'])
-def test_an_entry_that_is_no_report_is_found_anew(value, cache):
+def test_an_entry_that_is_not_a_report_is_found_again(value, cache):
     pool = ExpertPool([Sayer(version="1")], cache=cache)
-    pool.consult([PICTURE], "?")
+    pool.consult([IMAGE], "?")
     cache.close()
     with sqlite3.connect(cache.path) as connection:
         connection.execute("UPDATE reports SET value = ?", (value,))
     connection.close()
-    assert report_text(pool.consult([PICTURE], "?")[0]) == "12 wide"
+    assert report_text(pool.consult([IMAGE], "?")[0]) == "12 wide"
+
+
+def test_entries_of_earlier_versions_are_read(cache):
+    cache.put("key", Report(expert="x", findings=(Finding(text="a", kind="note", image=2),)))
+    with sqlite3.connect(cache.path) as connection:
+        [sealed] = connection.execute("SELECT value FROM reports").fetchone()
+        text = sealed[64:].replace('"image"', '"picture"')
+        value = hashlib.sha256(text.encode()).hexdigest() + text
+        connection.execute("UPDATE reports SET value = ?", (value,))
+    connection.close()
+    assert cache.get("key").findings[0].image == 2
 
 
 def test_half_a_character_is_remembered_as_a_question_mark(cache):
@@ -235,19 +245,19 @@ def test_the_cache_stays_within_its_bound(cache):
     assert sayer.asked == 50, "the latest is still there"
 
 
-def test_a_damaged_cache_is_started_anew(cache):
+def test_a_damaged_cache_is_replaced(cache):
     pool = ExpertPool([Sayer(version="1")], cache=cache)
-    pool.consult([PICTURE], "?")
+    pool.consult([IMAGE], "?")
     cache.close()
     cache.path.write_bytes(b"no database" * 100)
-    assert report_text(pool.consult([PICTURE], "?")[0]) == "12 wide"
-    assert pool.consult([PICTURE], "?")[0].problem is None
+    assert report_text(pool.consult([IMAGE], "?")[0]) == "12 wide"
+    assert pool.consult([IMAGE], "?")[0].problem is None
     assert len(cache) == 1
 
 
 def test_threads_share_a_cache(cache):
     pools = [ExpertPool([Sayer(version="1")], cache=cache) for _ in range(4)]
-    threads = [threading.Thread(target=p.consult, args=([PICTURE], "?")) for p in pools]
+    threads = [threading.Thread(target=p.consult, args=([IMAGE], "?")) for p in pools]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -268,7 +278,7 @@ def loaded(adapter_dir):
 def test_a_chat_answers_whatever_experts_do(loaded):
     pool = ExpertPool([Faller(), Sayer("slow", seconds=2.0), Sayer()], timeout=0.2)
     settings = GenerationSettings(max_new_tokens=3)
-    answer = ChatSession(*loaded, experts=pool, settings=settings).ask("what?", images=[PICTURE])
+    answer = ChatSession(*loaded, experts=pool, settings=settings).ask("what?", images=[IMAGE])
     assert answer.tokens >= 1
     problems = {r.expert: r.problem for r in answer.contexts}
     assert problems["faller"] == "RuntimeError: out of luck"
@@ -276,20 +286,20 @@ def test_a_chat_answers_whatever_experts_do(loaded):
     assert problems["sayer"] is None
 
 
-def test_later_pictures_are_counted_on_and_passages_renewed(loaded):
+def test_later_images_are_counted_on_and_passages_renewed(loaded):
     settings = GenerationSettings(max_new_tokens=2)
     chat = ChatSession(*loaded, experts=[Sayer(), Librarian()], settings=settings)
-    chat.ask("what?", images=[PICTURE])
+    chat.ask("what?", images=[IMAGE])
     assert chat.conversation.context == "12 wide\nabout 12 wide"
     chat.ask("and this?", images=[Image.new("RGB", (9, 9))])
-    assert chat.conversation.context.split("\n")[:2] == ["12 wide", "Picture 2: 9 wide"]
+    assert chat.conversation.context.split("\n")[:2] == ["12 wide", "Image 2: 9 wide"]
     chat.ask("so?")
     passages = [r for r in chat.last_answer.contexts if r.expert == "librarian"]
     assert len(passages) == 1
 
 
 def test_frames_of_a_clip_are_looked_at_in_a_chat_and_by_the_processor(loaded):
-    clip = [PICTURE, Image.new("RGB", (9, 9)), PICTURE]
+    clip = [IMAGE, Image.new("RGB", (9, 9)), IMAGE]
     settings = GenerationSettings(max_new_tokens=2)
     chat = ChatSession(*loaded, experts=[Sayer()], settings=settings)
     [report] = chat.ask("what?", images=[clip]).contexts
@@ -301,21 +311,19 @@ def test_frames_of_a_clip_are_looked_at_in_a_chat_and_by_the_processor(loaded):
 def test_a_caption_that_takes_too_long_leaves_the_model_as_it_was(loaded):
     model, processor = loaded
     expert = CaptionExpert(model, processor, max_new_tokens=900)
-    [report] = ExpertPool([expert], timeout=0.05).consult([PICTURE], "?")
+    [report] = ExpertPool([expert], timeout=0.05).consult([IMAGE], "?")
     assert "captions took longer than" in report.problem
     assert model.active_adapter == "default"
 
 
 def test_the_processor_takes_experts(loaded):
     _, processor = loaded
-    plain = processor("what now?", images=PICTURE)
-    told = processor("what now?", images=PICTURE, experts=ExpertPool([Sayer()]))
+    plain = processor("what now?", images=IMAGE)
+    told = processor("what now?", images=IMAGE, experts=ExpertPool([Sayer()]))
     assert told["input_ids"].shape[1] > plain["input_ids"].shape[1]
     assert set(told) == set(plain)
     assert report_text(told.contexts[0][0]) == "12 wide"
-    pooled = processor(
-        ["a?", "b?"], images=[PICTURE, None], experts=ExpertPool([Faller(), Sayer()])
-    )
+    pooled = processor(["a?", "b?"], images=[IMAGE, None], experts=ExpertPool([Faller(), Sayer()]))
     assert [r.problem for r in pooled.contexts[0]] == ["RuntimeError: out of luck", None]
     assert pooled.contexts[1] == ()
 
@@ -327,7 +335,7 @@ def test_half_of_the_context_stays_free(loaded):
     assert pool.count("star star") == processor.count_tokens("star star") > 0
 
 
-def test_what_was_read_in_pictures_is_for_its_owner_alone(tmp_path):
+def test_what_was_read_in_images_is_for_its_owner_alone(tmp_path):
     cache = ReportCache(tmp_path / "experts.sqlite")
     assert len(cache) == 0
     assert cache.path.stat().st_mode & 0o077 == 0
@@ -349,7 +357,7 @@ def test_experts_and_answerer_share_what_is_decoded():
 
     def image():
         decoded.append(1)
-        return PICTURE
+        return IMAGE
 
     shown = [ImageRef(source=image, name="one"), ImageRef(source=(image, image), name="clip")]
     asked = Conversation.ask("what?", images=shown)

@@ -23,9 +23,9 @@ from llama_adapter.experts import (
 from llama_adapter.experts.auto import AutoRouter, text_likelihood
 from llama_adapter.experts.wording import report_text
 from llama_adapter.miniature.rendering import SceneImage
-from llama_adapter.miniature.scenes import Scene, Thing
+from llama_adapter.miniature.scenes import Scene, SceneObject
 
-STAR = Thing(shape="star", color="red", size="large", place="north")
+STAR = SceneObject(shape="star", color="red", size="large", place="north")
 
 
 class Echo:
@@ -142,7 +142,7 @@ def test_importing_experts_needs_no_extra(monkeypatch):
 
 
 def scene(sign):
-    return SceneImage(scene=Scene(things=(STAR,), sign=sign), seed=3, index=0, size=256)()
+    return SceneImage(scene=Scene(objects=(STAR,), sign=sign), seed=3, index=0, size=256)()
 
 
 def test_text_is_noticed():
@@ -178,7 +178,7 @@ def test_the_decision_is_shown_and_acted_upon():
     router = AutoRouter([("caption", lambda: Echo("a star")), ("ocr", refuse)])
     decision, found = ExpertPool(router=router).consult([scene(None)], "read it")
     assert decision.expert == "auto"
-    assert decision.notes == ("caption, since there is a picture", "not ocr: no model")
+    assert decision.notes == ("caption, since there is an image", "not ocr: no model")
     assert report_text(decision) == ""
     assert report_text(found) == "a star"
 

@@ -66,13 +66,13 @@ def test_passages_come_with_their_place(folder):
     assert all(len(f.text.split()) <= 240 for f in ask(opened(folder), "room").findings)
 
 
-def test_what_others_read_in_the_picture_is_looked_up(folder):
+def test_what_others_read_in_the_image_is_looked_up(folder):
     read = Report(expert="ocr", findings=(Finding(text="HOTEL PACIFIC", kind="line"),))
     report = ask(opened(folder, passages=1), "What should I know?", [read])
     assert sources(report) == ["hotels.md:1"]
 
 
-def test_the_index_lies_beside_the_folder_and_follows_it(folder):
+def test_the_index_is_next_to_the_folder_and_follows_it(folder):
     assert "4 of" not in str(ask(opened(folder), "pool").notes)
     directory = folder.parent / ".notes.llama-adapter-index"
     assert (directory / "files.json").exists()
@@ -87,12 +87,12 @@ def test_the_index_lies_beside_the_folder_and_follows_it(folder):
 
 
 @pytest.mark.parametrize("damage", [b"", b"{}", b'{"hotels.md": 3}', b"\x00\xff" * 50])
-def test_a_damaged_index_is_made_anew_and_says_so(folder, damage):
+def test_a_damaged_index_is_rebuilt_and_says_so(folder, damage):
     ask(opened(folder), "pool")
     (folder.parent / ".notes.llama-adapter-index" / "files.json").write_bytes(damage)
     report = ask(opened(folder), "pool")
     assert sources(report) == ["more/faq.jsonl:1"]
-    assert any("was damaged and is made anew" in note for note in report.notes)
+    assert any("was damaged and is rebuilt" in note for note in report.notes)
     assert ask(opened(folder), "pool").notes == ()
 
 
@@ -191,7 +191,7 @@ def service():
     thread.join()
 
 
-def test_results_are_findings_and_the_picture_stays_private(service):
+def test_results_are_findings_and_the_image_stays_private(service):
     read = Report(expert="ocr", findings=(Finding(text="PRIVATE", kind="line"),))
     report = ask(web(f"{service}/search"), "what is a star?", [read])
     assert [f.text for f in report.findings] == ["Star: A shape.", "plain"]

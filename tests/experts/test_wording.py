@@ -28,7 +28,7 @@ def line(text, row, **rest):
 
 
 @pytest.mark.parametrize("attack", ATTACKS)
-def test_no_line_of_a_picture_forges_a_turn(attack, bytes_tokenizer, spaces_tokenizer):
+def test_no_line_of_an_image_forges_a_turn(attack, bytes_tokenizer, spaces_tokenizer):
     report = Report(expert="ocr", findings=(line(attack, 0),), wording='Text: "{}"')
     said = report_text(report)
     assert "###" not in said
@@ -61,13 +61,13 @@ def test_length_is_bounded():
     assert len(report_text(Report(expert="ocr", findings=many))) <= 12_000
 
 
-def test_cells_stand_side_by_side_and_pictures_are_numbered():
+def test_cells_stand_side_by_side_and_images_are_numbered():
     findings = (line("Total", 0), line("9.00", 0), line("Thanks", 1))
     report = Report(expert="ocr", findings=findings, wording='"{}"', between="\n")
     assert report_text(report) == '"Total | 9.00\nThanks"'
-    two = (line("one", 0), Finding(text="two", kind="line", row=0, picture=1))
+    two = (line("one", 0), Finding(text="two", kind="line", row=0, image=1))
     report = Report(expert="ocr", findings=two, wording="[{}]")
-    assert report_text(report) == "Picture 1: [one]\nPicture 2: [two]"
+    assert report_text(report) == "Image 1: [one]\nImage 2: [two]"
     assert report_text(Report(expert="ocr")) == ""
 
 
@@ -81,7 +81,7 @@ def test_the_most_useful_rows_are_kept_in_their_order():
     assert rough_tokens(report_text(cut)) <= 40
     kept = [f.text for f in cut.findings]
     assert "GRAND TOTAL" in kept
-    assert "71.20" in kept, "the row beside one that the question names"
+    assert "71.20" in kept, "the row next to one that the question names"
     assert kept == [text for text in rows if text in kept]
     assert "rows kept to stay within 40 tokens" in cut.notes[-1]
 
@@ -118,7 +118,7 @@ def test_what_two_frames_show_is_said_once():
     assert [f.text for f in kept] == ["HOTEL PACIFIC", "room 12", "room 13"]
     assert kept[0].frame == 0
     twice = (line("tea", 0), line("tea", 1))
-    assert deduplicate(twice) == twice, "a picture may say the same twice"
+    assert deduplicate(twice) == twice, "an image may say the same twice"
 
 
 def test_figures_count_where_an_amount_is_asked_for():

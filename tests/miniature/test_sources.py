@@ -36,9 +36,9 @@ def test_captions_show_what_they_say() -> None:
         sample = source[index]
         (image,) = sample.conversation.images
         assert load_image(image).size == (64, 64)
-        things = parse_caption(sample.conversation.turns[-1].text)
-        said += len(things)
-        assert not any((thing.shape, thing.color) in HELD_OUT for thing in things)
+        objects = parse_caption(sample.conversation.turns[-1].text)
+        said += len(objects)
+        assert not any((one.shape, one.color) in HELD_OUT for one in objects)
     assert said > 20
 
 

@@ -35,7 +35,7 @@ def test_wilson_interval_of_known_cases():
 
 def test_every_test_scene_has_a_held_out_combination(small):
     for scene in small.scenes:
-        assert any((t.shape, t.color) in HELD_OUT for t in scene.things)
+        assert any((t.shape, t.color) in HELD_OUT for t in scene.objects)
     assert HeldOutScenes.draw(images=24, questions=11, seed=99).questions == small.questions
 
 

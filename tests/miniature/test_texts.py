@@ -25,16 +25,16 @@ from llama_adapter.miniature.scenes import (
     PLACES,
     SHAPES,
     Scene,
+    SceneObject,
     Split,
-    Thing,
     sample_scene,
 )
 from llama_adapter.processing.templates import TEMPLATES
 
 SCENE = Scene(
-    things=(
-        Thing(shape="star", color="red", size="small", place="north"),
-        Thing(shape="circle", color="orange", size="large", place="southeast"),
+    objects=(
+        SceneObject(shape="star", color="red", size="small", place="north"),
+        SceneObject(shape="circle", color="orange", size="large", place="southeast"),
     ),
     sign="42",
 )
@@ -69,7 +69,7 @@ def test_a_full_description_is_read_back_exactly(name):
     task = next(task for task in describe_tasks() if task.name == name)
     for _ in range(200):
         scene = sample_scene(rng, split=rng.choice(list(Split)))
-        assert parse_caption(task.write(scene, rng)) == list(scene.things)
+        assert parse_caption(task.write(scene, rng)) == list(scene.objects)
 
 
 def test_a_contradictory_or_partial_caption_yields_no_thing():
@@ -83,32 +83,32 @@ def test_a_passage_names_every_attribute_of_every_thing_and_the_sign():
     for _ in range(300):
         scene = sample_scene(rng, split=Split.TEST)
         words = set(re.findall(r"\w+", passage(scene, rng)))
-        for thing in scene.things:
-            assert {thing.shape, thing.color, thing.size, thing.place} <= words
+        for one in scene.objects:
+            assert {one.shape, one.color, one.size, one.place} <= words
         assert scene.sign is None or scene.sign in words
 
 
 def test_answers_agree_with_the_scene():
     for scene, asked in itertools.chain(questions("color"), questions("size")):
         shape = next(s for s in SHAPES if s in asked.question)
-        thing = next(t for t in scene.things if t.shape == shape)
-        value = thing.color if asked.kind == "color" else thing.size
+        one = next(t for t in scene.objects if t.shape == shape)
+        value = one.color if asked.kind == "color" else one.size
         assert asked.answer == f"the {shape} is {value}."
     for scene, asked in questions("count"):
-        assert str(["zero", "one", "two", "three"][len(scene.things)]) in asked.answer
+        assert str(["zero", "one", "two", "three"][len(scene.objects)]) in asked.answer
     for scene, asked in questions("sign"):
         assert asked.answer == f"the sign says {scene.sign}."
     for scene, asked in questions("at"):
         place = asked.answer.rstrip(".").split()[-1]
-        thing = next(t for t in scene.things if t.place == place)
-        assert asked.answer == f"a {thing.shape} is in the {place}."
+        one = next(t for t in scene.objects if t.place == place)
+        assert asked.answer == f"a {one.shape} is in the {place}."
 
 
 def test_existence_is_balanced_and_true():
     yes = 0
     for scene, asked in questions("exist", 600):
         color, shape = asked.question.rstrip("?").split()[-2:]
-        exists = any((t.color, t.shape) == (color, shape) for t in scene.things)
+        exists = any((t.color, t.shape) == (color, shape) for t in scene.objects)
         assert asked.answer.startswith("yes" if exists else "no")
         yes += exists
     assert 0.42 < yes / 600 < 0.58
@@ -118,7 +118,7 @@ def test_comparison_is_balanced_and_true():
     yes = 0
     for scene, asked in questions("compare", 600):
         a, b = (w for w in re.findall(r"\w+", asked.question) if w in SHAPES)
-        size = {t.shape: t.size for t in scene.things}
+        size = {t.shape: t.size for t in scene.objects}
         larger = (size[a], size[b]) == ("large", "small")
         assert asked.answer.startswith("yes" if larger else "no")
         yes += larger
@@ -135,9 +135,9 @@ def test_a_relation_question_has_one_answer():
     for scene, asked in questions("relation"):
         axis, sign = next(beyond[w] for w in re.findall(r"\w+", asked.question) if w in beyond)
         shape = next(s for s in SHAPES if s in asked.question)
-        thing = next(t for t in scene.things if t.shape == shape)
+        one = next(t for t in scene.objects if t.shape == shape)
         there = [
-            t.shape for t in scene.things if sign * (getattr(t, axis) - getattr(thing, axis)) > 0
+            t.shape for t in scene.objects if sign * (getattr(t, axis) - getattr(one, axis)) > 0
         ]
         assert there == [asked.keywords[0].word]
 
@@ -161,13 +161,13 @@ def test_one_word_answers_are_the_keyword():
 
 
 def test_scenes_without_a_sign_or_a_second_thing_allow_no_such_question():
-    lonely = Scene(things=SCENE.things[:1])
+    lonely = Scene(objects=SCENE.objects[:1])
     rng = random.Random(0)
     assert [ask(lonely, rng, kind) for kind in ("sign", "relation", "compare")] == [None] * 3
 
 
 def held_out_pairs(text: str) -> list[tuple[str, str]]:
-    """Held-out shape and colour in one clause about one thing."""
+    """Held-out shape and color in one clause about one thing."""
     pairs = []
     for clause in re.split(r"[.,?:]|\band\b", text):
         words = clause.split()
@@ -208,7 +208,7 @@ def test_places_are_named_as_in_scenes():
     assert asked == set(PLACES)
 
 
-def test_what_stands_before_a_text_beside_a_picture_is_what_the_bases_read():
+def test_what_is_before_a_text_with_an_image_is_what_the_bases_read():
     tokenizer = toy_processor(AdapterConfig(visual_scope="all")).tokenizer
     ids = {
         tuple(tokenizer(words, add_special_tokens=False).input_ids)

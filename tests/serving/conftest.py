@@ -20,7 +20,7 @@ import pytest
 from llama_adapter.generation.engine import EngineSettings, RowEngine
 from llama_adapter.miniature.bundled import bundled_adapter, load_bundled
 from llama_adapter.miniature.rendering import render
-from llama_adapter.miniature.scenes import Scene, Thing
+from llama_adapter.miniature.scenes import Scene, SceneObject
 from llama_adapter.serving.app import make_app
 from llama_adapter.serving.limits import Limits
 from llama_adapter.serving.media import Media
@@ -131,12 +131,12 @@ def data_url(image: Any) -> str:
 @pytest.fixture(scope="session")
 def red_star() -> str:
     """A picture of a red star as a `data:` URL."""
-    star = Thing(shape="star", color="red", size="large", place="center")
-    return data_url(render(Scene(things=(star,)), random.Random(5), size=256))
+    star = SceneObject(shape="star", color="red", size="large", place="center")
+    return data_url(render(Scene(objects=(star,)), random.Random(5), size=256))
 
 
 @pytest.fixture(scope="session")
 def blue_square() -> str:
     """A picture of a blue square as a `data:` URL."""
-    square = Thing(shape="square", color="blue", size="large", place="center")
-    return data_url(render(Scene(things=(square,)), random.Random(5), size=256))
+    square = SceneObject(shape="square", color="blue", size="large", place="center")
+    return data_url(render(Scene(objects=(square,)), random.Random(5), size=256))

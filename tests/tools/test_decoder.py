@@ -8,7 +8,7 @@ import pytest
 import torch
 from tools.miniature.decoder import DecoderPretraining
 from tools.miniature.pretraining_text import sample_document
-from tools.miniature.tokenizer import SLOTS, build_tokenizer
+from tools.miniature.tokenizer import PLACEHOLDERS, build_tokenizer
 from tools.miniature.wiring import PretrainSettings
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
@@ -52,7 +52,7 @@ def test_digits_and_template_marks_are_single_tokens(tokenizer):
 
 def test_every_word_of_the_world_is_one_token(tokenizer):
     rng = random.Random(0)
-    spelt = set(range(3 + len(SLOTS), tokenizer.convert_tokens_to_ids("z") + 1))
+    spelt = set(range(3 + len(PLACEHOLDERS), tokenizer.convert_tokens_to_ids("z") + 1))
     for _ in range(300):
         instruction = sample_instruction(rng)
         text = " ".join(piece.text for piece in sample_document(rng).pieces)
@@ -61,8 +61,8 @@ def test_every_word_of_the_world_is_one_token(tokenizer):
 
 
 def test_slots_are_special_and_reserved(tokenizer):
-    ids = tokenizer(f"{SLOTS[0]}{SLOTS[15]} what?").input_ids
-    assert ids[1:3] == tokenizer.convert_tokens_to_ids([SLOTS[0], SLOTS[15]])
+    ids = tokenizer(f"{PLACEHOLDERS[0]}{PLACEHOLDERS[15]} what?").input_ids
+    assert ids[1:3] == tokenizer.convert_tokens_to_ids([PLACEHOLDERS[0], PLACEHOLDERS[15]])
     assert tokenizer.decode(ids, skip_special_tokens=True) == "what?"
     assert len(tokenizer) <= 700
 
@@ -79,7 +79,9 @@ def test_tokenizer_survives_saving(tokenizer, tmp_path):
     loaded = AutoTokenizer.from_pretrained(tmp_path)
     text = "What colour is Bob's star 42?"
     assert loaded(text).input_ids == tokenizer(text).input_ids
-    assert loaded.convert_tokens_to_ids(list(SLOTS)) == tokenizer.convert_tokens_to_ids(list(SLOTS))
+    assert loaded.convert_tokens_to_ids(list(PLACEHOLDERS)) == tokenizer.convert_tokens_to_ids(
+        list(PLACEHOLDERS)
+    )
 
 
 def test_resumed_pretraining_equals_uninterrupted(tmp_path):

@@ -8,12 +8,12 @@ from tools.miniature.masking import without_unscored
 from tools.miniature.pretraining_text import Document, Piece
 from tools.miniature.tokenizer import build_tokenizer
 
-from llama_adapter.miniature.scenes import Scene, Thing
+from llama_adapter.miniature.scenes import Scene, SceneObject
 
 SCENE = Scene(
-    things=(
-        Thing(shape="square", color="green", size="small", place="north"),
-        Thing(shape="star", color="white", size="large", place="south"),
+    objects=(
+        SceneObject(shape="square", color="green", size="small", place="north"),
+        SceneObject(shape="star", color="white", size="large", place="south"),
     )
 )
 

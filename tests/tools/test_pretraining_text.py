@@ -36,7 +36,7 @@ def test_the_text_that_counts_comes_last_and_marked():
         other, own, *_ = document.pieces
         assert own.text.startswith(NEXT_TEXT)
         assert (other.segment, own.segment) == (0, 1)
-        assert all(thing.shape in own.text for thing in document.scene.things)
+        assert all(one.shape in own.text for one in document.scene.objects)
 
 
 def test_pretraining_never_shows_the_template_of_instructions():

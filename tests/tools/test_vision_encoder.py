@@ -56,14 +56,14 @@ def test_bundled_vision_encoder_reads_held_out_combinations() -> None:
 
     def features(split: Split, count: int) -> tuple[list[tuple[str, str]], torch.Tensor]:
         scenes = [
-            sample_scene(rng, split=split, num_things=1, sign_probability=0) for _ in range(count)
+            sample_scene(rng, split=split, num_objects=1, sign_probability=0) for _ in range(count)
         ]
         with torch.no_grad():
             patches = encoder(
                 pixel_values=to_pixels([render(s, rng) for s in scenes])
             ).last_hidden_state
         pooled = patches.amax(1)
-        return [(s.things[0].shape, s.things[0].color) for s in scenes], pooled
+        return [(s.objects[0].shape, s.objects[0].color) for s in scenes], pooled
 
     known, known_features = features(Split.TRAIN, 300)
     asked, asked_features = features(Split.TEST, 60)
@@ -99,8 +99,8 @@ def test_batches_name_no_held_out_combination() -> None:
         for phrase in batch.phrases_NW:
             words = {WORDS[i] for i in phrase.nonzero().flatten().tolist()}
             assert not any(set(pair) <= words for pair in HELD_OUT)
-        for thing in batch.things_BTW.flatten(0, 1):
-            words = {WORDS[i] for i in thing.nonzero().flatten().tolist()}
+        for one in batch.objects_BTW.flatten(0, 1):
+            words = {WORDS[i] for i in one.nonzero().flatten().tolist()}
             assert not any(set(pair) <= words for pair in HELD_OUT)
 
 
@@ -109,7 +109,7 @@ def test_a_fair_batch_leaves_held_out_combinations_undecided() -> None:
     true_BNT, scored_BNT = judge(batch)
     circle, green = WORDS.index("circle"), WORDS.index("green")
     denies_circle = batch.phrases_NW[:, circle] > 0
-    is_green = batch.things_BTW[:, :, green] > 0
+    is_green = batch.objects_BTW[:, :, green] > 0
     assert is_green.any()
     assert not scored_BNT.transpose(1, 2)[is_green][:, denies_circle].any()
     assert (scored_BNT | ~true_BNT)[~batch.strange_B].all()

@@ -35,8 +35,8 @@ def unscored_tokens(
     token_of = _tokens(tokenizer)
     unscored_BT = torch.full_like(labels_BT, -1)
     for labels_T, unscored_T, scene in zip(labels_BT, unscored_BT, scenes, strict=True):
-        for thing in scene.things if scene is not None else ():
-            pairs = {thing.shape: _SHAPE_OUT.get(thing.color), thing.color: _COLOR_OUT[thing.shape]}
+        for one in scene.objects if scene is not None else ():
+            pairs = {one.shape: _SHAPE_OUT.get(one.color), one.color: _COLOR_OUT[one.shape]}
             for said, left_out in pairs.items():
                 if left_out is not None:
                     unscored_T[labels_T == token_of[said]] = token_of[left_out]

@@ -23,13 +23,13 @@ from llama_adapter.miniature.rendering import PALETTE, RADIUS, center_of, render
 from llama_adapter.miniature.scenes import (
     COLORS,
     HELD_OUT,
-    MAX_THINGS,
+    MAX_OBJECTS,
     PLACES,
     SHAPES,
     SIZES,
     Scene,
+    SceneObject,
     Split,
-    Thing,
     sample_scene,
 )
 
@@ -59,7 +59,7 @@ STRANGE_SHARE = 0.5
 Phrase = dict[str, str]
 """Attribute to word: {"shape": "star", "color": "red"}. True of a thing that has them all."""
 
-_NO_THING, _UNCLEAR = -1, -2
+_NO_OBJECT, _UNCLEAR = -1, -2
 
 
 class PhraseScorer(nn.Module):
@@ -88,7 +88,7 @@ class Batch:
     """Images, what stands on each patch, and phrases about them."""
 
     pixels_BCHW: Tensor
-    things_BTW: Tensor
+    objects_BTW: Tensor
     """Which words are true of each thing; rows of absent things are zero."""
     owner_BP: Tensor
     """Which thing covers a patch, _NO_THING, or _UNCLEAR for the edges of things."""
@@ -111,22 +111,22 @@ def sample_batch(rng: random.Random, *, size: int, fair: bool) -> Batch:
     scenes = [sample_scene(rng, split=Split.TRAIN) for _ in range(size)]
     phrases = [phrase for scene in scenes for phrase in _sample_phrases(scene, rng)]
     phrases += [{name: word} for name, words in ATTRIBUTES.items() for word in words]
-    things_BTW = torch.zeros(size, MAX_THINGS, len(WORDS))
+    objects_BTW = torch.zeros(size, MAX_OBJECTS, len(WORDS))
     for row, scene in enumerate(scenes):
-        for column, thing in enumerate(scene.things):
-            things_BTW[row, column] = multi_hot(_all_words(thing))
+        for column, one in enumerate(scene.objects):
+            objects_BTW[row, column] = multi_hot(_all_words(one))
     strange_B = torch.zeros(size, dtype=torch.bool)
     images = []
     for row, scene in enumerate(scenes):
         palette = PALETTE
         if fair and rng.random() < STRANGE_SHARE:
             strange_B[row] = True
-            things_BTW[row, :, _WORD_IS["color"]] = 0
+            objects_BTW[row, :, _WORD_IS["color"]] = 0
             palette = unnamed_palette(scene, rng)
         images.append(render(scene, rng, size=IMAGE_SIZE, palette=palette))
     return Batch(
         pixels_BCHW=to_pixels(images),
-        things_BTW=things_BTW,
+        objects_BTW=objects_BTW,
         owner_BP=torch.stack([_patch_owners(scene) for scene in scenes]),
         phrases_NW=torch.stack([multi_hot(phrase) for phrase in phrases]),
         strange_B=strange_B,
@@ -152,7 +152,7 @@ def vision_loss(encoder: SiglipVisionModel, scorer: PhraseScorer, batch: Batch) 
 
     owner_BP = batch.owner_BP
     # One column more than things: of a patch with no thing every phrase is false, and scored.
-    column_BNP = torch.where(owner_BP < 0, MAX_THINGS, owner_BP)[:, None, :].expand_as(logits_BNP)
+    column_BNP = torch.where(owner_BP < 0, MAX_OBJECTS, owner_BP)[:, None, :].expand_as(logits_BNP)
     true_BNP = nn.functional.pad(true_BNT, (0, 1)).gather(2, column_BNP)
     scored_BNP = nn.functional.pad(scored_BNT, (0, 1), value=True).gather(2, column_BNP)
     scored_BNP = scored_BNP & (owner_BP != _UNCLEAR)[:, None, :]
@@ -161,32 +161,32 @@ def vision_loss(encoder: SiglipVisionModel, scorer: PhraseScorer, batch: Batch) 
 
 def judge(batch: Batch) -> tuple[Tensor, Tensor]:
     """Which phrases are true of which things, and which of these verdicts are scored."""
-    things_BWT = batch.things_BTW.transpose(1, 2)
-    true_BNT = batch.phrases_NW @ things_BWT == batch.phrases_NW.sum(-1)[:, None]
+    objects_BWT = batch.objects_BTW.transpose(1, 2)
+    true_BNT = batch.phrases_NW @ objects_BWT == batch.phrases_NW.sum(-1)[:, None]
     scored_BNT = torch.ones_like(true_BNT)
     if batch.fair:
-        held_out_BNT = (batch.phrases_NW @ _HELD_OUT_WW) @ things_BWT > 0
+        held_out_BNT = (batch.phrases_NW @ _HELD_OUT_WW) @ objects_BWT > 0
         names_color_N = batch.phrases_NW[:, _WORD_IS["color"]].any(-1)
         scored_BNT = true_BNT | ~held_out_BNT
         scored_BNT &= ~(batch.strange_B[:, None] & names_color_N)[:, :, None]
     return true_BNT, scored_BNT
 
 
-def _all_words(thing: Thing) -> Phrase:
-    return {name: getattr(thing, name) for name in ATTRIBUTES}
+def _all_words(one: SceneObject) -> Phrase:
+    return {name: getattr(one, name) for name in ATTRIBUTES}
 
 
 def _sample_phrases(scene: Scene, rng: random.Random) -> list[Phrase]:
     """One true phrase about a thing of the scene, and some that differ by one word."""
-    thing = rng.choice(scene.things)
+    one = rng.choice(scene.objects)
     names = rng.sample(list(ATTRIBUTES), rng.choice((1, 2, 2, 3, 4)))
-    phrase = {name: getattr(thing, name) for name in names}
+    phrase = {name: getattr(one, name) for name in names}
     phrases = [phrase]
     if len(names) > 1:
         changed = rng.choice(names)
         phrases.append({**phrase, changed: rng.choice(ATTRIBUTES[changed])})
-        if len(scene.things) > 1:
-            phrases.append({**phrase, changed: getattr(rng.choice(scene.things), changed)})
+        if len(scene.objects) > 1:
+            phrases.append({**phrase, changed: getattr(rng.choice(scene.objects), changed)})
     return [p for p in phrases if (p.get("shape"), p.get("color")) not in HELD_OUT]
 
 
@@ -198,10 +198,10 @@ def multi_hot(phrase: Phrase) -> Tensor:
 
 def _patch_owners(scene: Scene) -> Tensor:
     """Which thing covers each patch, judged by where the thing stands before jitter."""
-    owner_YX = torch.full((PATCHES_PER_SIDE, PATCHES_PER_SIDE), _NO_THING)
+    owner_YX = torch.full((PATCHES_PER_SIDE, PATCHES_PER_SIDE), _NO_OBJECT)
     edges = torch.arange(PATCHES_PER_SIDE) * float(PATCH_SIZE)
-    for index, thing in enumerate(scene.things):
-        (x, y), radius = center_of(thing), RADIUS[thing.size]
+    for index, one in enumerate(scene.objects):
+        (x, y), radius = center_of(one), RADIUS[one.size]
         reach = 3.0  # jitter of place and size
         near_Y, near_X = (_overlap(edges, c, radius + reach) > 0 for c in (y, x))
         owner_YX[near_Y[:, None] & near_X] = _UNCLEAR

@@ -152,7 +152,7 @@ def course(done: float) -> Curriculum:
 
 
 def _fact(scene: Scene, rng: random.Random) -> str:
-    t = rng.choice(scene.things)
+    t = rng.choice(scene.objects)
     facts = [
         f"the {t.shape} is {t.color}.",
         f"the {t.shape} is {t.size}.",
@@ -163,7 +163,7 @@ def _fact(scene: Scene, rng: random.Random) -> str:
         f"there is {with_article(t.color)} {t.shape}.",
         count_sentence(scene),
     ]
-    for other in scene.things:
+    for other in scene.objects:
         facts += relation_sentences(t, other)
     return rng.choice(facts)
 
@@ -196,7 +196,7 @@ def sample_document(rng: random.Random, curriculum: Curriculum = STANDARD) -> Do
     scene = sample_scene(
         rng,
         sign_probability=curriculum.signs,
-        num_things=3 if rng.random() < curriculum.crowded else None,
+        num_objects=3 if rng.random() < curriculum.crowded else None,
     )
     text = passage(scene, rng, repeats=curriculum.repeats, styles=curriculum.styles)
     pieces = []

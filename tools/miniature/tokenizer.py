@@ -15,7 +15,7 @@ from tokenizers.models import BPE
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from llama_adapter.miniature.bundled import SLOTS
+from llama_adapter.miniature.bundled import PLACEHOLDERS
 from llama_adapter.miniature.captions import (
     NUMBERS,
     RELATIONS,
@@ -24,7 +24,15 @@ from llama_adapter.miniature.captions import (
 )
 from llama_adapter.miniature.instructions import KNOWLEDGE
 from llama_adapter.miniature.questions import ONE_WORD, QUESTION_TYPES, ask
-from llama_adapter.miniature.scenes import COLORS, PLACES, SHAPES, SIGN_WORDS, SIZES, Scene, Thing
+from llama_adapter.miniature.scenes import (
+    COLORS,
+    PLACES,
+    SHAPES,
+    SIGN_WORDS,
+    SIZES,
+    Scene,
+    SceneObject,
+)
 
 PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
 MAX_LENGTH = 1024
@@ -58,9 +66,9 @@ def _texts() -> Iterator[str]:
     yield from (" ".join(pair) for pair in KNOWLEDGE)
     yield f"{_TEMPLATE_WORDS} {_COMMON_WORDS} {ONE_WORD}"
     scene = Scene(
-        things=(
-            Thing(shape="star", color="red", size="small", place="north"),
-            Thing(shape="circle", color="orange", size="large", place="southeast"),
+        objects=(
+            SceneObject(shape="star", color="red", size="small", place="north"),
+            SceneObject(shape="circle", color="orange", size="large", place="southeast"),
         ),
         sign="42",
     )
@@ -84,7 +92,7 @@ def _words() -> list[str]:
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """The tokenizer of the miniature world; always the same one."""
-    special = [PAD, BOS, EOS, *SLOTS]
+    special = [PAD, BOS, EOS, *PLACEHOLDERS]
     bytes_ = [f"<0x{value:02X}>" for value in range(256)]
     words = [_SPACE + word for word in _words()]
     tokens = [*special, *bytes_, _SPACE, *string.ascii_lowercase, *words]
@@ -117,7 +125,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         pad_token=PAD,
         bos_token=BOS,
         eos_token=EOS,
-        extra_special_tokens=list(SLOTS),
+        extra_special_tokens=list(PLACEHOLDERS),
         model_max_length=MAX_LENGTH,
         padding_side="left",
         clean_up_tokenization_spaces=False,

@@ -34,7 +34,7 @@ from transformers import SiglipImageProcessorPil, SiglipVisionConfig, SiglipVisi
 from llama_adapter.errors import TrainingError
 from llama_adapter.miniature.bundled import VISION
 from llama_adapter.miniature.rendering import render
-from llama_adapter.miniature.scenes import MAX_THINGS, Scene, Split, sample_scene
+from llama_adapter.miniature.scenes import MAX_OBJECTS, Scene, Split, sample_scene
 from llama_adapter.model.references import resolve_reference
 from llama_adapter.pretrained import load_pretrained
 from llama_adapter.training.muon import Muon
@@ -84,7 +84,7 @@ class VisionTraining:
 class VisionAccuracy:
     """How often the best phrase is the true one, over the things of test scenes."""
 
-    num_things: int
+    num_objects: int
     """Things in each of the scenes."""
     scenes: int
     color_given_shape: float
@@ -94,7 +94,7 @@ class VisionAccuracy:
 
     def __str__(self) -> str:
         return (
-            f"{self.num_things} thing(s): color|shape {self.color_given_shape:.3f} "
+            f"{self.num_objects} thing(s): color|shape {self.color_given_shape:.3f} "
             f"size|shape {self.size_given_shape:.3f} place|shape {self.place_given_shape:.3f} "
             f"shape|place {self.shape_given_place:.3f} ({self.scenes} scenes)"
         )
@@ -187,9 +187,9 @@ def evaluate(
     rng = random.Random(seed)
     encoder.eval()
     accuracies = []
-    for num_things in range(1, MAX_THINGS + 1):
+    for num_objects in range(1, MAX_OBJECTS + 1):
         scenes = [
-            sample_scene(rng, split=Split.TEST, num_things=num_things) for _ in range(scenes_each)
+            sample_scene(rng, split=Split.TEST, num_objects=num_objects) for _ in range(scenes_each)
         ]
         pixels_BCHW = to_pixels([render(scene, rng, size=IMAGE_SIZE) for scene in scenes])
         with torch.no_grad():
@@ -207,7 +207,7 @@ def evaluate(
                     ("shape", "place"),
                 )
             }
-        accuracies.append(VisionAccuracy(num_things=num_things, scenes=scenes_each, **shares))
+        accuracies.append(VisionAccuracy(num_objects=num_objects, scenes=scenes_each, **shares))
     return accuracies
 
 
@@ -308,12 +308,12 @@ def _share_right(
     """Over all things: is the best answer word, beside the given word, the true one?"""
     right = total = 0
     for patches_PD, scene in zip(patches_BPD, scenes, strict=True):
-        for thing in scene.things:
+        for one in scene.objects:
             words = ATTRIBUTES[asked]
-            phrases = [{given: getattr(thing, given), asked: word} for word in words]
+            phrases = [{given: getattr(one, given), asked: word} for word in words]
             phrases_NW = torch.stack([multi_hot(phrase) for phrase in phrases])
             best = scorer(patches_PD[None], phrases_NW)[0].amax(-1).argmax().item()
-            right += words[int(best)] == getattr(thing, asked)
+            right += words[int(best)] == getattr(one, asked)
             total += 1
     return right / total
 

@@ -361,7 +361,7 @@ class _Plan:
         device: str | None,
         emit: Callable[[dict[str, Any]], object] | None,
     ) -> None:
-        """Verdicts, numbers, `score.json`, and the numbers once more for whoever asked."""
+        """Verdicts, numbers, `score.json`, and the numbers once more for the user."""
         from llama_adapter.cli.score import print_report
         from llama_adapter.evaluation.running import merge_shards
         from llama_adapter.evaluation.score import score

@@ -41,7 +41,7 @@ class Answerer(Protocol):
         ...
 
     def describe(self) -> dict[str, Any]:
-        """What stands in the manifest: enough to tell one model from another."""
+        """What the manifest says of it: enough to tell one model from another."""
         ...
 
 
@@ -141,7 +141,7 @@ class EndpointAnswerer:
 
 
 def as_messages(conversation: Conversation) -> list[dict[str, Any]]:
-    """The conversation in the format of OpenAI's chat completions, pictures as data URLs."""
+    """The conversation in the format of OpenAI's chat completions, images as data URLs."""
     messages = []
     context = conversation.context
     for message in conversation.messages:

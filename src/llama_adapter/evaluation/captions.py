@@ -3,7 +3,7 @@
 Each caption is boiled down to sums, so that any subset's corpus score is a function of totals.
 BLEU, ROUGE-L and CIDEr are computed here, to the last digit as pycocoevalcap computes them;
 tokens and METEOR come from the Java programs that it carries. Where Java is missing, a plain
-tokenizer stands in, METEOR is left out and the result is marked as an approximation.
+tokenizer replaces theirs, METEOR is left out and the result is marked as an approximation.
 """
 
 from __future__ import annotations

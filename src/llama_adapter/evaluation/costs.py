@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from llama_adapter.errors import EvaluationError
-from llama_adapter.evaluation.predictions import JUDGEMENTS, number, read_judgements
+from llama_adapter.evaluation.predictions import JUDGMENTS, number, read_judgments
 
 _MILLION = 1_000_000
 
@@ -38,10 +38,10 @@ def judge_usage(folder: Path, *, prices: Prices | None = None) -> dict[str, Any]
 
     None where nobody judged, or where words were compared.
     """
-    path = folder / JUDGEMENTS
+    path = folder / JUDGMENTS
     if not path.exists():
         return None
-    lines = read_judgements(path)
+    lines = read_judgments(path)
     judge = lines[-1].get("judge") if lines else None
     own = [line for line in lines if line.get("judge") == judge and line.get("reply") is not None]
     if not own:

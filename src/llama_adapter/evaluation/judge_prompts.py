@@ -1,7 +1,7 @@
 """What judges are asked, in our own words. `--judge-prompts FILE` replaces any of them.
 
 The published prompts are not ours to ship; numbers from other prompts are another measure, which
-is why the prompt and its hash stand in every result.
+is why the prompt and its hash are in every result.
 """
 
 from __future__ import annotations

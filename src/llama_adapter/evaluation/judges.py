@@ -34,7 +34,7 @@ class Judge(Protocol):
     """Replies to a prompt; may be called from several threads if `concurrency` says so."""
 
     name: str
-    """Stands in every result."""
+    """Is in every result."""
     concurrency: int
     """How many prompts may wait for a reply at once."""
 
@@ -95,7 +95,7 @@ class EndpointJudge:
                 raise JudgeUnavailableError(f"{self.name}: {_short(error)}") from error
             raise EvaluationError(f"judge {self.name} refuses: {_short(error)}") from error
         except (openai.APIError, ValueError, IndexError, TypeError, AttributeError) as error:
-            # not JSON, or JSON that is no chat completion
+            # not JSON, or JSON that is not a chat completion
             raise JudgeUnavailableError(f"{self.name}: no completion: {_short(error)}") from error
         usage = answer.usage
         return Reply(

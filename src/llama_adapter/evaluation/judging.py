@@ -13,7 +13,7 @@ from typing import Any
 from llama_adapter.errors import EvaluationError
 from llama_adapter.evaluation.jsonfiles import brief, lines_to_append, read_json
 from llama_adapter.evaluation.judges import WORD_JUDGES, Judge, JudgeUnavailableError
-from llama_adapter.evaluation.predictions import JUDGEMENTS, read_judgements
+from llama_adapter.evaluation.predictions import JUDGMENTS, read_judgments
 from llama_adapter.evaluation.records import Row
 from llama_adapter.evaluation.tasks.base import Judging, Task, fill
 from llama_adapter.files import JsonLines, read_bytes
@@ -65,7 +65,7 @@ def judge_rows(
 ) -> JudgeReport:
     """Judge every answered row whose verdict is not stored yet; append replies as they come."""
     judging = judging or _judging_of(task)
-    path = folder / JUDGEMENTS
+    path = folder / JUDGMENTS
     lines = lines_to_append(path)
     known = _stored(path, task=task.name, judge=judge.name, judging=judging)
     questions = list(_questions(rows, judging))
@@ -99,7 +99,7 @@ def compare_words(task: Task, rows: Sequence[Row], name: str, folder: Path) -> J
     """Verdicts of a judge that needs no model, for tasks of short answers."""
     check_word_judge(task, name)
     answered = [row for row in rows if row.is_answered]
-    writer = _Writer(lines_to_append(folder / JUDGEMENTS), task=task.name, judge=name, version="1")
+    writer = _Writer(lines_to_append(folder / JUDGMENTS), task=task.name, judge=name, version="1")
     for row in answered:
         writer.write(id=row.record.id, aspect="answer", verdict=WORD_JUDGES[name](row))
     return JudgeReport(
@@ -165,7 +165,7 @@ def _stored(
         return set()
     return {
         (line["id"], line["aspect"], line.get("prompt_hash"))
-        for line in read_judgements(path)
+        for line in read_judgments(path)
         if line.get("task") == task
         and line.get("judge") == judge
         and line.get("reply") is not None

@@ -1,4 +1,4 @@
-"""Finding the pictures and videos that a benchmark's records name."""
+"""Finding the images and videos that a benchmark's records name."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ class MediaFolders:
         self.roots = tuple(dict.fromkeys(root.resolve() for root in roots if root.is_dir()))
 
     @classmethod
-    def beside(cls, data: Path, media: Path | None = None) -> MediaFolders:
+    def around(cls, data: Path, media: Path | None = None) -> MediaFolders:
         """The folder named, or the data's own and the one around it."""
         if media is not None:
             if not media.is_dir():
-                raise EvaluationError(f"{media}: no such folder of pictures or videos")
+                raise EvaluationError(f"{media}: no such folder of images or videos")
             return cls([media])
         folder = data if data.is_dir() else data.parent
         return cls([folder, folder.resolve().parent])

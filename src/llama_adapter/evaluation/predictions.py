@@ -1,8 +1,8 @@
 """Stored answers: our own `predictions.jsonl` and `judgements.jsonl`, and joining with the data.
 
 A line of ours holds all that scoring needs, so that numbers can be had from it alone:
-`{"task", "id", "questions", "answers", "gold", "facts", ...}`. Verdicts lie beside it, a line
-each: `{"task", "id", "aspect", "verdict", "reply", "prompt_hash", ...}`; the last one counts.
+`{"task", "id", "questions", "answers", "gold", "facts", ...}`. Verdicts are in a file of their own,
+a line each: `{"task", "id", "aspect", "verdict", "reply", "prompt_hash", ...}`; the last counts.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from llama_adapter.evaluation.records import Record, Row, Verdict
 from llama_adapter.files import open_regular, read_bytes, write_atomically
 
 PREDICTIONS = "predictions.jsonl"
-JUDGEMENTS = "judgements.jsonl"
+JUDGMENTS = "judgements.jsonl"
 _FIRST_LINE = 1 << 20  # bytes in which a line of ours names its task and its answers
 Parse = Callable[[str, str], Verdict | None]
 """From an aspect and a judge's reply to the verdict."""
@@ -39,7 +39,7 @@ class Predictions:
     is_ours: bool = False
     """Whether a run of ours wrote them: its ids are the benchmark's own."""
     stated: Mapping[str, Any] | None = None
-    """What a public result file says about itself beside its answers, such as its own count."""
+    """What a public result file says about itself besides its answers, such as its own count."""
 
 
 def record_to_json(record: Record) -> dict[str, Any]:
@@ -113,13 +113,13 @@ def is_ours(path: Path) -> bool:
 
 
 def read_ours(path: Path, *, task: str, parse: Parse | None = None) -> Predictions:
-    """Read a `predictions.jsonl`, with the verdicts that lie beside it.
+    """Read a `predictions.jsonl`, with the verdicts stored next to it.
 
-    `parse` reads the judge's stored replies anew.
+    `parse` reads the judge's stored replies again.
     """
     lines, is_cut = read_jsonl(path)
     notes = ["the last line was cut short and is left out"] if is_cut else []
-    verdicts, judge = read_verdicts(path.with_name(JUDGEMENTS), task=task, parse=parse)
+    verdicts, judge = read_verdicts(path.with_name(JUDGMENTS), task=task, parse=parse)
     rows = []
     for number, line in enumerate(lines, start=1):
         where = f"{path}: line {number}"
@@ -172,7 +172,7 @@ def read_verdicts(
     verdicts: dict[str, dict[str, Verdict]] = {}
     if not path.exists():
         return verdicts, None
-    lines = [line for line in read_judgements(path) if line.get("task") == task]
+    lines = [line for line in read_judgments(path) if line.get("task") == task]
     judge = lines[-1].get("judge") if lines else None
     for line in lines:
         if line.get("judge") != judge:
@@ -185,7 +185,7 @@ def read_verdicts(
     return verdicts, judge
 
 
-def read_judgements(path: Path) -> list[dict[str, Any]]:
+def read_judgments(path: Path) -> list[dict[str, Any]]:
     """The lines of a `judgements.jsonl`, each of the shape that a run writes."""
     lines, _ = read_jsonl(path)
     for number, line in enumerate(lines, start=1):
@@ -211,7 +211,7 @@ def without_repeats(rows: Iterable[Row], *, where: str) -> tuple[list[Row], tupl
         key = _full_name(row.record)
         earlier = kept.get(key)
         if earlier is None or not earlier.answers:
-            # A record whose picture was missing at first may be answered by a later run.
+            # A record whose image was missing at first may be answered by a later run.
             kept[key] = row
         elif row.answers in (earlier.answers, ()):
             repeats += 1

@@ -1,4 +1,4 @@
-"""Published numbers to stand beside ours, with where they were published."""
+"""Published numbers to compare with ours, with where they were published."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One table of all runs found, beside published numbers; and a gallery of answers."""
+"""One table of all runs found, with published numbers; and a gallery of answers."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def _lines_of(run: Run) -> list[Line]:
         "unjudged": found.unjudged,
     }
     missing = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
-    # a run without any number stands in the table too
+    # a run without any number is in the table too
     values: dict[str, float | None] = {**found.metrics} or {"": None}
     return [
         Line(

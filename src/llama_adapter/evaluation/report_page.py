@@ -1,4 +1,4 @@
-"""The report as one HTML file: tables, a plot a task, and answers with their pictures."""
+"""The report as one HTML file: tables, a plot a task, and answers with their images."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def write_report(runs: Sequence[Run], out: Path) -> list[Path]:
 
 
 def as_html(lines: Sequence[Line], runs: Sequence[Run]) -> str:
-    """A page that needs nothing beside itself."""
+    """A page that needs nothing else."""
     body = ["<h1>Results</h1>"]
     for task in dict.fromkeys(line.task for line in lines):
         own = [line for line in lines if line.task == task]
@@ -139,7 +139,7 @@ def _gallery(run: Run) -> str:
         "Unjudged" if judged else "Answers": [*unjudged[:SHOWN]],
     }
     data = Path(run.manifest.get("data") or ".")
-    folders = MediaFolders.beside(data) if is_there(data) else MediaFolders([])
+    folders = MediaFolders.around(data) if is_there(data) else MediaFolders([])
     parts = []
     for kind, chosen in kinds.items():
         if chosen:
@@ -150,12 +150,12 @@ def _gallery(run: Run) -> str:
 
 def _card(value: float | None, row: Row, folders: MediaFolders) -> str:
     paths, missing = media_of(row.record, folders)
-    pictures = "".join(f'<img alt="" src="{url}">' for url in map(_thumbnail, paths) if url)
+    images = "".join(f'<img alt="" src="{url}">' for url in map(_thumbnail, paths) if url)
     absent = f"<small>missing: {escape(', '.join(missing))}</small>" if missing else ""
     answer = " / ".join(row.answers) or f"({row.problem or 'no answer'})"
     score = "" if value is None else f"<br><b>score</b> {value:g}"
     return (
-        f'<div class="card">{pictures}{absent}<br><b>{escape(row.record.id)}</b> '
+        f'<div class="card">{images}{absent}<br><b>{escape(row.record.id)}</b> '
         f"{escape(' / '.join(row.record.questions))}<br><b>answer</b> {escape(answer[:600])}"
         f"<br><b>known</b> {escape(str(row.record.reference)[:400])}{score}</div>"
     )
@@ -165,12 +165,12 @@ def _thumbnail(path: Path) -> str | None:
     """A small JPEG as a data URL; None where the file cannot be shown."""
     try:
         if path.suffix.lower() in VIDEO_SUFFIXES:
-            picture = load_video(path, frames=1).frames[0]
+            image = load_video(path, frames=1).frames[0]
         else:
-            picture = load_image(path)
+            image = load_image(path)
     except (ImageError, VideoError):
         return None
-    picture.thumbnail(_THUMBNAIL)
+    image.thumbnail(_THUMBNAIL)
     buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=80)
+    image.save(buffer, "JPEG", quality=80)
     return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"

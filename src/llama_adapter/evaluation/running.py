@@ -19,7 +19,7 @@ from llama_adapter.evaluation.jsonfiles import lines_to_append, read_text
 from llama_adapter.evaluation.manifest import make_manifest, read_manifest, start_or_resume
 from llama_adapter.evaluation.media import MediaFolders, media_of
 from llama_adapter.evaluation.predictions import (
-    JUDGEMENTS,
+    JUDGMENTS,
     PREDICTIONS,
     read_ours,
     record_to_json,
@@ -110,7 +110,7 @@ def run(
     records = selection.of(task, task.read(inputs))
     if not records:
         raise EvaluationError(f"{inputs.data}: selection holds no records")
-    folders = MediaFolders.beside(inputs.data, media)
+    folders = MediaFolders.around(inputs.data, media)
     folder = run_folder(out, selection)
     paths, missing = _shown(records, generation, folders)
     asker = _Asker(task, generation, paths)
@@ -145,7 +145,7 @@ def run(
 
 
 def merge_shards(task: Task, out: Path) -> Path:
-    """Put the predictions and judgements of all shards into `out`, in one file each."""
+    """Put the predictions and judgments of all shards into `out`, in one file each."""
     named = sorted(out.glob("shard-*-of-*"))
     folders = [path for path in named if re.fullmatch(r"shard-\d+-of-\d{1,4}", path.name)]
     if not folders:
@@ -163,7 +163,7 @@ def merge_shards(task: Task, out: Path) -> Path:
             raise EvaluationError(
                 f"{folder}: is not done, {len(found.rows)} of {stored.get('records')} records"
             )
-    for name in (PREDICTIONS, JUDGEMENTS):
+    for name in (PREDICTIONS, JUDGMENTS):
         files = [out / part / name for part in expected if (out / part / name).exists()]
         if files:
             write_atomically(out / name, "".join(map(read_text, files)))
@@ -244,7 +244,7 @@ def _find_media(
     if missing and len(missing) == wanted:
         where = ", ".join(map(str, folders.roots))
         raise EvaluationError(
-            f"none of the pictures and videos of {wanted} records is below {where}; the first is "
+            f"none of the images and videos of {wanted} records is below {where}; the first is "
             f"{next(iter(missing.values())).removeprefix('missing ')!r}. Name their folder: --media"
         )
     return paths, missing

@@ -47,7 +47,7 @@ class AutoRouter:
 
         Args:
             candidates: names and makers; an expert is made when it is first chosen.
-            missing: why experts that could be of use are no candidates.
+            missing: why experts that could be of use are not candidates.
         """
         self._candidates = candidates
         self._missing = missing or {}
@@ -84,13 +84,13 @@ def reason_for(name: str, request: Request) -> str | None:
     if not request.images:
         return None
     match name:
-        # beside text, too: in the miniature world, signs are read better with a caption before them
+        # where there is text, too: in the miniature world a caption helps to read a sign
         case "caption":
-            return "there is a picture"
+            return "there is an image"
         case "ocr" if _READS.search(question):
             return "the question asks to read"
         case "ocr" if any(text_likelihood(image) >= TEXT_THRESHOLD for image in request.images):
-            return "there seems to be text in the picture"
+            return "there seems to be text in the image"
         case "detection" if _LOCATES.search(question):
             return "the question asks where or how many"
         case "ocr" | "detection":

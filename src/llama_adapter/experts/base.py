@@ -5,14 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Annotated, Protocol
 
 from PIL import Image
+from pydantic import AliasChoices, Field
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Finding:
-    """One thing an expert found."""
+    """What an expert found: a line, an object, a passage."""
 
     text: str
     kind: str
@@ -21,8 +22,11 @@ class Finding:
     """From 0 to 1, where the expert has one."""
     box: tuple[float, float, float, float] | None = None
     """Left, top, right, bottom in pixels of the image."""
-    picture: int = 0
-    """Index of the image: of the request's to an expert, of the question's in a pool's report."""
+    image: Annotated[int, Field(validation_alias=AliasChoices("image", "picture"))] = 0
+    """Index of the image: of the request's to an expert, of the question's in a pool's report.
+
+    Caches of earlier versions hold it under its older name.
+    """
     frame: int | None = None
     """Index of the frame, where the image is a video."""
     row: int | None = None
@@ -91,7 +95,7 @@ class ExpertInfo:
 
 
 class Expert(Protocol):
-    """Anything that reports on images; it is never trained here.
+    """Whatever reports on images; it is never trained here.
 
     `consult` may be called from any thread, one call at a time. It should stop by itself at the
     request's deadline: what is not found in time is left out and noted, or ExpertError raised.
@@ -119,7 +123,7 @@ def on_each_image(
         found = look(image)
         report = replace(
             report,
-            findings=(*report.findings, *(replace(f, picture=index) for f in found.findings)),
+            findings=(*report.findings, *(replace(f, image=index) for f in found.findings)),
             notes=tuple(dict.fromkeys((*report.notes, *found.notes))),
             complete=report.complete and found.complete,
         )

@@ -43,7 +43,7 @@ def deduplicate(findings: Sequence[Finding]) -> tuple[Finding, ...]:
 
 
 def _same(one: Finding, other: Finding) -> bool:
-    if one.frame == other.frame or (one.picture, one.kind) != (other.picture, other.kind):
+    if one.frame == other.frame or (one.image, one.kind) != (other.image, other.kind):
         return False
     a, b = one.text.casefold().strip(), other.text.casefold().strip()
     if a == b:

@@ -28,7 +28,7 @@ from llama_adapter.processing.processor import LlamaAdapterProcessor
 
 ADAPTER_INSTRUCTION = "describe the picture."
 """What adapters are asked that name no instruction of their own."""
-MODEL_INSTRUCTION = "Describe the picture in one sentence."
+MODEL_INSTRUCTION = "Describe the image in one sentence."
 
 
 class CaptionOptions(ExpertOptions):
@@ -106,7 +106,7 @@ class CaptionExpert:
 def load_caption_expert(
     directory: Path, options: CaptionOptions, *, model: LlamaAdapterForConditionalGeneration
 ) -> CaptionExpert:
-    """The caption expert of an adapter directory, loaded beside the model's other adapters.
+    """The caption expert of an adapter directory, loaded next to the model's other adapters.
 
     Raises CheckpointError where it belongs to another base.
     """
@@ -179,5 +179,5 @@ class PipelineCaptionExpert:
 
 def captions(texts: list[str]) -> Report:
     """The report of one caption for each image."""
-    findings = (Finding(text=t, kind="caption", picture=i) for i, t in enumerate(texts))
+    findings = (Finding(text=t, kind="caption", image=i) for i, t in enumerate(texts))
     return Report(expert=CaptionOptions.name, findings=tuple(findings))

@@ -82,7 +82,7 @@ class DetectionExpert:
         labels = self._labels or nouns(request.question)
         if self._is_zero_shot and not labels:
             return Report(expert=self.name, notes=("the question names nothing to look for",))
-        report = Report(expert=self.name, wording="In the picture: {}.", between="; ")
+        report = Report(expert=self.name, wording="In the image: {}.", between="; ")
         return on_each_image(request, lambda image: self._look(image, labels), report)
 
     def _look(self, image: Image.Image, labels: Sequence[str]) -> Report:
@@ -140,15 +140,15 @@ def place(box: Box, *, size: tuple[int, int]) -> str:
     >>> place((40, 80, 60, 100), size=(100, 100))
     'bottom'
     >>> place((0, 0, 95, 99), size=(100, 100))
-    'filling the picture'
+    'filling the image'
     """
     width, height = size
     if _area(box) >= 0.8 * width * height:
-        return "filling the picture"
+        return "filling the image"
     x, y = (box[0] + box[2]) / 2 / width, (box[1] + box[3]) / 2 / height
     column = "left" if x < 1 / 3 else "right" if x > 2 / 3 else ""
     row = "top" if y < 1 / 3 else "bottom" if y > 2 / 3 else ""
-    return f"{row} {column}".strip() or "centre"
+    return f"{row} {column}".strip() or "center"
 
 
 def grouped(objects: Sequence[Finding], *, size: tuple[int, int]) -> list[Finding]:
@@ -158,13 +158,13 @@ def grouped(objects: Sequence[Finding], *, size: tuple[int, int]) -> list[Findin
     """
     groups: dict[tuple[str, str], list[Finding]] = {}
     kept: list[Finding] = []
-    for thing in sorted(objects, key=_confidence, reverse=True):
-        assert thing.box is not None
-        twins = (k.box for k in kept if k.text == thing.text and k.box is not None)
-        if all(intersection_over_union(box, thing.box) < SAME for box in twins):
-            kept.append(thing)
-            where = place(thing.box, size=size)
-            groups.setdefault((thing.text, where), []).append(thing)
+    for found_object in sorted(objects, key=_confidence, reverse=True):
+        assert found_object.box is not None
+        twins = (k.box for k in kept if k.text == found_object.text and k.box is not None)
+        if all(intersection_over_union(box, found_object.box) < SAME for box in twins):
+            kept.append(found_object)
+            where = place(found_object.box, size=size)
+            groups.setdefault((found_object.text, where), []).append(found_object)
     found = []
     for (label, where), members in groups.items():
         boxes = [member.box for member in members if member.box is not None]

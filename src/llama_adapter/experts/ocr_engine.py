@@ -28,7 +28,7 @@ TILE = 1600
 SHORT_TILE = 1280
 """Longest side of a tile that is less than half as wide: in longer ones lines were missed."""
 OVERLAP = 160
-"""Pixels that neighbouring tiles share, so that a line is whole in one of them."""
+"""Pixels that neighboring tiles share, so that a line is whole in one of them."""
 MAX_TILES = 64
 """Beyond that an image is reduced first."""
 SMALL_SIDE = 96
@@ -76,7 +76,7 @@ class OcrEngine:
         Args:
             languages: what the text is in, by RapidOCR's names; those the wheel's models cannot
                 read need `models`.
-            models: a folder with `rec.onnx` (its alphabet inside, or in `keys.txt` beside it)
+            models: a folder with `rec.onnx` (its alphabet inside, or in `keys.txt` next to it)
                 and perhaps `det.onnx`.
             threads: threads of the processor for one image.
         """
@@ -128,7 +128,7 @@ class OcrEngine:
 
     def _small(self, image: Image.Image) -> Page:
         """A cut-out word or a thumbnail: the surest of what it says as it is, enlarged, or
-        taken for a single word, since a word that fills its image is no region to a detector.
+        taken for a single word, since a word that fills its image is not a region to a detector.
         """
         factor = max(2, min(MAX_FACTOR, math.ceil(SMALL_SIDE / min(image.size))))
         pages = [Page(lines=tuple(self._lines(image))), self._enlarged(image, factor)]

@@ -40,7 +40,7 @@ class Informed(NamedTuple):
 
     conversation: Conversation
     told: tuple[Report, ...]
-    """Reports as they stand in the context: cut to the budget; those that failed say why."""
+    """Reports as the context holds them: cut to the budget; those that failed say why."""
     reports: tuple[Report, ...]
     """The same uncut, for the next question of the conversation."""
 
@@ -234,8 +234,8 @@ def _placed(report: Report, shots: Sequence[Sequence[Image.Image]]) -> Report:
     ]
     placed: list[Finding] = []
     for finding in report.findings:
-        index, frame = places[min(max(finding.picture, 0), len(places) - 1)]
-        placed.append(replace(finding, picture=index, frame=frame))
+        index, frame = places[min(max(finding.image, 0), len(places) - 1)]
+        placed.append(replace(finding, image=index, frame=frame))
     return replace(report, findings=deduplicate(placed))
 
 
@@ -247,7 +247,7 @@ def _joined(earlier: Sequence[Report], found: Sequence[Report], *, seen: int) ->
     renewed = {report.expert for report in found if _is_of_texts(report)}
     kept = [r for r in earlier if not (r.expert in renewed and _is_of_texts(r))]
     moved = [
-        replace(r, findings=tuple(replace(f, picture=f.picture + seen) for f in r.findings))
+        replace(r, findings=tuple(replace(f, image=f.image + seen) for f in r.findings))
         for r in found
     ]
     return (*kept, *moved)

@@ -1,7 +1,7 @@
 """Lines of text in the order in which a person reads them: rows, columns, tables.
 
 Geometry alone. Lines come as quadrilaterals; a page that stands slightly askew is straightened
-first. Lines beside each other make a row, whose parts are cells; long lines on both sides of a
+first. Lines next to each other make a row, whose parts are cells; long lines on both sides of a
 gap that runs down several rows make columns, which are read one after the other.
 """
 
@@ -116,7 +116,7 @@ def _rows(placed: Sequence[_Placed]) -> list[_Row]:
     for line in sorted(placed, key=lambda p: p.middle):
         # only the last few rows reach so far down
         for row in reversed(rows[-3:]):
-            if _beside(row, line):
+            if _continues(row, line):
                 row.append(line)
                 break
         else:
@@ -127,7 +127,7 @@ def _rows(placed: Sequence[_Placed]) -> list[_Row]:
     return rows
 
 
-def _beside(row: _Row, line: _Placed) -> bool:
+def _continues(row: _Row, line: _Placed) -> bool:
     """Whether a line continues a row: level with its nearest cell, and not above or below one."""
     for cell in row:
         common = min(cell.right, line.right) - max(cell.left, line.left)

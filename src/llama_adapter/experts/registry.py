@@ -2,7 +2,7 @@
 
     caption=DIR         a caption adapter for the same base; a model of another kind by its name
     ocr                 words in the image
-    detection=MODEL     things in the image
+    detection=MODEL     objects in the image
     search=FOLDER       passages of the user's own texts
     web=URL             results of a search service that the user names
     auto                whichever of the others a question and its image call for

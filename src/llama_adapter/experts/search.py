@@ -14,7 +14,7 @@ from llama_adapter.experts.options import Count, ExpertContext, ExpertOptions
 from llama_adapter.experts.search_index import FolderIndex
 
 QUERY_WORDS = 64
-"""Words of other experts' findings that join the question: a page of text is no query."""
+"""Words of other experts' findings that join the question: a page of text is not a query."""
 
 
 class SearchOptions(ExpertOptions):

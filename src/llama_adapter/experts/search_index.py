@@ -1,7 +1,7 @@
-"""An index of a folder of texts, kept beside it and brought up to date file by file.
+"""An index of a folder of texts, kept next to it and brought up to date file by file.
 
 `.NAME.llama-adapter-index/files.json` holds a checksum of what follows, then each file's size,
-time and passages; where the checksum differs the index is made anew. Only files that changed are
+time and passages; where the checksum differs the index is rebuilt. Only files that changed are
 read again. bm25s's own tables are made from the passages when the index is opened (a second for
 some 20,000): every one of them changes with any file.
 """
@@ -21,7 +21,7 @@ from llama_adapter.experts.wording import words_of
 from llama_adapter.files import read_bytes, write_atomically
 
 MAX_INDEX_BYTES = 1 << 30
-"""A larger index is made anew."""
+"""A larger index is rebuilt."""
 
 Stamp = list[int]
 """Size and time of a file."""
@@ -107,7 +107,7 @@ class FolderIndex:
                 raise ValueError("checksum differs")
             return _STORED.validate_json(rest)
         except (DataError, ValueError):
-            notes.append(f"the index {self.directory.name} was damaged and is made anew")
+            notes.append(f"the index {self.directory.name} was damaged and is rebuilt")
             return {}
 
     def _store(self, files: dict[str, tuple[Stamp, Rows]], notes: list[str]) -> None:
@@ -118,7 +118,7 @@ class FolderIndex:
             checksum = hashlib.sha256(content).hexdigest().encode()
             write_atomically(self._path, checksum + b"\n" + content)
         except OSError as error:
-            notes.append(f"the index cannot be kept beside the folder ({error.strerror})")
+            notes.append(f"the index cannot be kept next to the folder ({error.strerror})")
 
 
 def _stamp(path: Path) -> Stamp:

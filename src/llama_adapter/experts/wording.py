@@ -17,7 +17,7 @@ from typing import Any
 from llama_adapter.experts.base import Finding, Report
 
 LONGEST_FINDING = 1200
-"""Characters of one finding that may stand in a prompt."""
+"""Characters of one finding that a prompt may hold."""
 LONGEST_PARAGRAPH = 12_000
 """Characters of a report's text, whatever the budget in tokens."""
 CELLS = " | "
@@ -48,9 +48,9 @@ def report_text(report: Report) -> str:
     No finding can end the paragraph or a quotation in it.
     """
     quoted = any(mark in report.wording for mark in "\"'")
-    several = any(finding.picture > 0 for finding in report.findings)
+    several = any(finding.image > 0 for finding in report.findings)
     parts: list[str] = []
-    for picture, group in groupby(report.findings, lambda finding: finding.picture):
+    for image, group in groupby(report.findings, lambda finding: finding.image):
         cells = [[harmless(finding.text) for finding in row] for row in rows_of(list(group))]
         rows = (CELLS.join(cell for cell in row if cell) for row in cells)
         text = report.between.join(row for row in rows if row)
@@ -58,7 +58,7 @@ def report_text(report: Report) -> str:
             text = _QUOTES.sub("'", text)
         if text:
             said = report.wording.replace("{}", text)
-            parts.append(f"Picture {picture + 1}: {said}" if several else said)
+            parts.append(f"Image {image + 1}: {said}" if several else said)
     text = ("\n" if several else " ").join(parts)[:LONGEST_PARAGRAPH]
     # a PDF or JSON file may hold lone surrogates, which no prompt may
     return text.encode("utf-8", "replace").decode()
@@ -82,7 +82,7 @@ def rows_of(findings: Sequence[Finding]) -> list[list[Finding]]:
 
     def key(item: tuple[int, Finding]) -> tuple[object, ...]:
         index, found = item
-        return (found.picture, found.frame, found.row, index if found.row is None else None)
+        return (found.image, found.frame, found.row, index if found.row is None else None)
 
     return [[found for _, found in group] for _, group in groupby(enumerate(findings), key)]
 

@@ -6,14 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel
 
 from llama_adapter.config import AdapterConfig
 from llama_adapter.model import LlamaAdapterForConditionalGeneration
 from llama_adapter.model.references import (
     load_language_model,
-    load_vision,
     resolve_reference,
 )
 from llama_adapter.pretrained import load_pretrained
@@ -25,9 +23,9 @@ VISION = "package:llama_adapter/miniature/bases/vision"
 ADAPTERS = "package:llama_adapter/miniature/adapters"
 RECIPES = Path(__file__).parent / "recipes"
 """How the adapters are trained; `recipes/` of the repository links to them."""
-SLOTS = tuple(f"<|slot_{i}|>" for i in range(16))
-PLACEHOLDER_TEXT = "".join(SLOTS)
-"""What stands where a picture is read, in scope `placeholders`: the tokenizer's reserved tokens."""
+PLACEHOLDERS = tuple(f"<|slot_{i}|>" for i in range(16))
+PLACEHOLDER_TEXT = "".join(PLACEHOLDERS)
+"""What is where an image is read, in scope `placeholders`: the tokenizer's reserved tokens."""
 
 
 def load_decoder() -> PreTrainedModel:
@@ -35,13 +33,8 @@ def load_decoder() -> PreTrainedModel:
     return load_language_model(DECODER, dtype=torch.float32)
 
 
-def load_tower() -> nn.Module:
-    """The frozen toy vision encoder, in float32."""
-    return load_vision(VISION).float()
-
-
 def toy_processor(config: AdapterConfig) -> LlamaAdapterProcessor:
-    """The processor of a toy adapter: the toy template, slots where the config asks for them."""
+    """The processor of a toy adapter: the toy template, and placeholders if the config has them."""
     return LlamaAdapterProcessor(
         load_image_processor(resolve_reference(VISION)),
         load_pretrained(AutoTokenizer, resolve_reference(DECODER), what="tokenizer"),

@@ -2,9 +2,9 @@
 
 Two kinds of text say what a scene holds. A *passage* is given to the decoder: its
 wording, order and completeness of repetition vary. A *description* is asked of the
-decoder, by one of a few instructions; its things come in reading order of their places,
+decoder, by one of a few instructions; its objects come in reading order of their places,
 so that a description of a scene is one text. Descriptions serve as targets for
-passages and, later, for pictures; most of them consist of the very sentences that
+passages and, later, for images; most of them consist of the same sentences that
 answer questions, so that describing exercises what answering needs.
 """
 
@@ -15,20 +15,20 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from llama_adapter.miniature.scenes import COLORS, PLACES, SHAPES, SIZES, Scene, Thing
+from llama_adapter.miniature.scenes import COLORS, PLACES, SHAPES, SIZES, Scene, SceneObject
 
 NEXT_TEXT = "text:"
-"""Stands between a picture or an earlier text and the text that questions are about."""
+"""Is between an image or an earlier text and the text that questions are about."""
 
 NUMBERS = ("zero", "one", "two", "three")
 
-RELATIONS: dict[str, Callable[[Thing, Thing], bool]] = {
+RELATIONS: dict[str, Callable[[SceneObject, SceneObject], bool]] = {
     "left of": lambda a, b: a.column < b.column,
     "right of": lambda a, b: a.column > b.column,
     "above": lambda a, b: a.row < b.row,
     "below": lambda a, b: a.row > b.row,
 }
-"""What holds between two things when the first is, say, "left of" the second."""
+"""What holds between two objects when the first is, say, "left of" the second."""
 
 
 def listed(parts: Sequence[str]) -> str:
@@ -44,23 +44,23 @@ def with_article(word: str) -> str:
     return f"an {word}" if word == "orange" else f"a {word}"
 
 
-def noun_phrase(thing: Thing) -> str:
-    return f"a {thing.size} {thing.color} {thing.shape}"
+def noun_phrase(one: SceneObject) -> str:
+    return f"a {one.size} {one.color} {one.shape}"
 
 
 def count_sentence(scene: Scene) -> str:
-    count = len(scene.things)
+    count = len(scene.objects)
     return "there is one thing." if count == 1 else f"there are {NUMBERS[count]} things."
 
 
 def colors_sentence(scene: Scene) -> str:
-    """The colours in the order of `COLORS`, whatever the order of the things."""
-    colors = sorted((t.color for t in scene.things), key=COLORS.index)
+    """The colors in the order of `COLORS`, whatever the order of the objects."""
+    colors = sorted((t.color for t in scene.objects), key=COLORS.index)
     return f"the {'color is' if len(colors) == 1 else 'colors are'} {listed(colors)}."
 
 
-def relation_sentences(first: Thing, second: Thing) -> list[str]:
-    """Every relation of the first thing to the second, as sentences."""
+def relation_sentences(first: SceneObject, second: SceneObject) -> list[str]:
+    """Every relation of the first object to the second, as sentences."""
     return [
         f"the {first.shape} is {relation} the {second.shape}."
         for relation, holds in RELATIONS.items()
@@ -68,17 +68,17 @@ def relation_sentences(first: Thing, second: Thing) -> list[str]:
     ]
 
 
-def caption_of(things: Sequence[Thing]) -> str:
-    """The standard caption: size, colour, shape and place of each of the things."""
-    return listed([f"{noun_phrase(t)} in the {t.place}" for t in things]) + "."
+def caption_of(objects: Sequence[SceneObject]) -> str:
+    """The standard caption: size, color, shape and place of each of the objects."""
+    return listed([f"{noun_phrase(t)} in the {t.place}" for t in objects]) + "."
 
 
-def _each(sentence: Callable[[Thing], str]) -> Callable[[Sequence[Thing]], str]:
-    return lambda things: " ".join(sentence(t) for t in things)
+def _each(sentence: Callable[[SceneObject], str]) -> Callable[[Sequence[SceneObject]], str]:
+    return lambda objects: " ".join(sentence(t) for t in objects)
 
 
-def _tags(things: Sequence[Thing]) -> str:
-    return ", ".join(f"{t.place} {t.shape} {t.color} {t.size}" for t in things) + "."
+def _tags(objects: Sequence[SceneObject]) -> str:
+    return ", ".join(f"{t.place} {t.shape} {t.color} {t.size}" for t in objects) + "."
 
 
 _facts = _each(
@@ -91,7 +91,7 @@ _color_facts = _each(
 )
 _places = _each(lambda t: f"{noun_phrase(t)} is in the {t.place}.")
 
-_PASSAGE_STYLES: tuple[tuple[float, Callable[[Sequence[Thing]], str]], ...] = (
+_PASSAGE_STYLES: tuple[tuple[float, Callable[[Sequence[SceneObject]], str]], ...] = (
     (5, caption_of),
     (2, _tags),
     (1, _places),
@@ -114,14 +114,14 @@ def passage(
     order of attributes, which makes them much easier to look up. `styles` restricts the
     wording to the first few styles.
     """
-    things = list(scene.things)
+    objects = list(scene.objects)
     if rng.random() < 0.7:
-        rng.shuffle(things)
+        rng.shuffle(objects)
     weights, written = zip(*_PASSAGE_STYLES[:styles], strict=True)
     style = rng.choices(written, weights)[0]
-    parts = [style(things)]
+    parts = [style(objects)]
     if style is not _tags and rng.random() < repeats:
-        parts.insert(rng.randrange(2), f"tags: {_tags(things)}")
+        parts.insert(rng.randrange(2), f"tags: {_tags(objects)}")
     if scene.sign is not None:
         parts.insert(rng.choice((0, len(parts))), sign_sentence(scene))
     return " ".join(parts)
@@ -138,26 +138,26 @@ class DescribeTask:
     names_colors: bool = True
 
     def write(self, scene: Scene, rng: random.Random) -> str:  # noqa: ARG002
-        """The description, things in reading order; one text per scene."""
+        """The description, objects in reading order; one text per scene."""
         return self.compose(scene)
 
 
 def _relations(scene: Scene) -> str:
-    pairs = [(a, b) for i, a in enumerate(scene.things) for b in scene.things[i + 1 :]]
+    pairs = [(a, b) for i, a in enumerate(scene.objects) for b in scene.objects[i + 1 :]]
     return " ".join(s for a, b in pairs for s in relation_sentences(a, b)) or count_sentence(scene)
 
 
 def _task(
     name: str,
     instructions: tuple[str, ...],
-    things: Callable[[Sequence[Thing]], str],
+    objects: Callable[[Sequence[SceneObject]], str],
     *,
     names_colors: bool = True,
 ) -> DescribeTask:
     return DescribeTask(
         name=name,
         instructions=instructions,
-        compose=lambda scene: things(scene.things),
+        compose=lambda scene: objects(scene.objects),
         names_colors=names_colors,
     )
 
@@ -173,12 +173,12 @@ _DESCRIBE_TASKS = (
     _task(
         "short",
         ("give a short caption.", "describe the picture in a few words."),
-        lambda things: listed([f"{with_article(t.color)} {t.shape}" for t in things]) + ".",
+        lambda objects: listed([f"{with_article(t.color)} {t.shape}" for t in objects]) + ".",
     ),
     _task(
         "shapes",
         ("describe the shapes.", "list the shapes and their places."),
-        lambda things: listed([f"a {t.size} {t.shape} in the {t.place}" for t in things]) + ".",
+        lambda objects: listed([f"a {t.size} {t.shape} in the {t.place}" for t in objects]) + ".",
         names_colors=False,
     ),
     _task("tags", ("list the tags.", "write tags for the picture."), _tags),
@@ -234,11 +234,11 @@ _CATEGORIES = {"size": SIZES, "color": COLORS, "shape": SHAPES, "place": PLACES}
 _CATEGORY_OF = {word: name for name, words in _CATEGORIES.items() for word in words}
 
 
-def parse_caption(text: str) -> list[Thing]:
-    """The things that a description states in full, in order of appearance.
+def parse_caption(text: str) -> list[SceneObject]:
+    """The objects that a description states in full, in order of appearance.
 
     Reads the standard caption, tags, place sentences and fact lists. A clause that says
-    only some attributes joins an earlier one of the same shape; things of which an
+    only some attributes joins an earlier one of the same shape; objects of which an
     attribute stays unsaid, or is said twice differently, are left out.
 
     >>> [thing.place for thing in parse_caption("a small red star in the north.")]
@@ -259,7 +259,7 @@ def parse_caption(text: str) -> list[Thing]:
         for category, words in said.items():
             known.setdefault(category, set()).update(words)
     return [
-        Thing(**{category: next(iter(words)) for category, words in each.items()})
+        SceneObject(**{category: next(iter(words)) for category, words in each.items()})
         for each in found
         if len(each) == len(_CATEGORIES) and all(len(words) == 1 for words in each.values())
     ]

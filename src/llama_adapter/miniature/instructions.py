@@ -93,7 +93,7 @@ def sample_task(
 ) -> DescribeTask:
     """A way to describe, the first of them more often: it says most.
 
-    Without `names_colors` only of those that leave colours out.
+    Without `names_colors` only of those that leave colors out.
     """
     tasks = [task for task in describe_tasks() if names_colors or not task.names_colors]
     return rng.choices(tasks, [caption_weight] + [1.0] * (len(tasks) - 1))[0]

@@ -22,8 +22,8 @@ from llama_adapter.miniature.scenes import (
     SIGN_WORDS,
     SIZES,
     Scene,
+    SceneObject,
     Split,
-    Thing,
 )
 
 KEYWORDS: dict[str, tuple[str, ...]] = {
@@ -90,7 +90,7 @@ _Asked = tuple[Wordings, str] | None
 
 
 def _color(scene: Scene, rng: random.Random) -> _Asked:
-    t = rng.choice(scene.things)
+    t = rng.choice(scene.objects)
     return (
         f"what color is the {t.shape}?",
         f"what colour is the {t.shape}?",
@@ -100,7 +100,7 @@ def _color(scene: Scene, rng: random.Random) -> _Asked:
 
 
 def _shape(scene: Scene, rng: random.Random) -> _Asked:
-    t = rng.choice(scene.things)
+    t = rng.choice(scene.objects)
     return (
         f"what shape is the {t.color} thing?",
         f"what is the {t.color} thing?",
@@ -109,7 +109,7 @@ def _shape(scene: Scene, rng: random.Random) -> _Asked:
 
 
 def _size(scene: Scene, rng: random.Random) -> _Asked:
-    t = rng.choice(scene.things)
+    t = rng.choice(scene.objects)
     return (
         f"what size is the {t.shape}?",
         f"how big is the {t.shape}?",
@@ -118,7 +118,7 @@ def _size(scene: Scene, rng: random.Random) -> _Asked:
 
 
 def _where(scene: Scene, rng: random.Random) -> _Asked:
-    t = rng.choice(scene.things)
+    t = rng.choice(scene.objects)
     return (
         f"where is the {t.shape}?",
         f"where can i find the {t.shape}?",
@@ -127,7 +127,7 @@ def _where(scene: Scene, rng: random.Random) -> _Asked:
 
 
 def _where_color(scene: Scene, rng: random.Random) -> _Asked:
-    t = rng.choice(scene.things)
+    t = rng.choice(scene.objects)
     return (
         f"where is the {t.color} thing?",
         f"where can i find the {t.color} thing?",
@@ -136,7 +136,7 @@ def _where_color(scene: Scene, rng: random.Random) -> _Asked:
 
 
 def _at(scene: Scene, rng: random.Random) -> _Asked:
-    t = rng.choice(scene.things)
+    t = rng.choice(scene.objects)
     return (
         f"what is in the {t.place}?",
         f"which thing is in the {t.place}?",
@@ -161,8 +161,8 @@ def _colors(scene: Scene, rng: random.Random) -> _Asked:  # noqa: ARG001
 
 
 def _absent_pair(scene: Scene, rng: random.Random) -> tuple[str, str]:
-    """A (shape, colour) that no thing has, often made of a shape and a colour that occur."""
-    pairs = {(t.shape, t.color) for t in scene.things}
+    """A (shape, color) that no object has, often made of a shape and a color that occur."""
+    pairs = {(t.shape, t.color) for t in scene.objects}
     shapes, colors = [s for s, _ in pairs], [c for _, c in pairs]
     while True:
         u = rng.random()
@@ -175,7 +175,7 @@ def _absent_pair(scene: Scene, rng: random.Random) -> tuple[str, str]:
 
 def _exist(scene: Scene, rng: random.Random) -> _Asked:
     if rng.random() < 0.5:
-        t = rng.choice(scene.things)
+        t = rng.choice(scene.objects)
         shape, color, answer = t.shape, t.color, f"yes, there is {with_article(t.color)} {t.shape}."
     else:
         shape, color = _absent_pair(scene, rng)
@@ -188,10 +188,10 @@ def _exist(scene: Scene, rng: random.Random) -> _Asked:
 
 
 def _relation(scene: Scene, rng: random.Random) -> _Asked:
-    asked: list[tuple[Thing, str, Thing]] = []
-    for t in scene.things:
+    asked: list[tuple[SceneObject, str, SceneObject]] = []
+    for t in scene.objects:
         for relation, holds in RELATIONS.items():
-            others = [other for other in scene.things if holds(other, t)]
+            others = [other for other in scene.objects if holds(other, t)]
             if len(others) == 1:
                 asked.append((t, relation, others[0]))
     if not asked:
@@ -205,7 +205,7 @@ def _relation(scene: Scene, rng: random.Random) -> _Asked:
 
 
 def _compare(scene: Scene, rng: random.Random) -> _Asked:
-    pairs = [(a, b) for a in scene.things for b in scene.things if a is not b]
+    pairs = [(a, b) for a in scene.objects for b in scene.objects if a is not b]
     larger = [(a, b) for a, b in pairs if (a.size, b.size) == ("large", "small")]
     if not larger:
         return None

@@ -1,8 +1,8 @@
-"""Pictures of scenes: anti-aliased, noisy, over varied backgrounds.
+"""Images of scenes: anti-aliased, noisy, over varied backgrounds.
 
-All lengths are in units of 1/64 of the picture's side, so the same scene and the same
-seed give the same picture at every size, only finer: the words on a sign are for the
-OCR expert, which is shown a large picture; the vision encoder sees 64 pixels.
+All lengths are in units of 1/64 of the image's side, so the same scene and the same
+seed give the same image at every size, only finer: the words on a sign are for the
+OCR expert, which is shown a large image; the vision encoder sees 64 pixels.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from typing import TypeAlias
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from llama_adapter.miniature.scenes import HELD_OUT, Scene, Thing
+from llama_adapter.miniature.scenes import HELD_OUT, Scene, SceneObject
 
 Point: TypeAlias = tuple[float, float]
 Color: TypeAlias = tuple[int, int, int]
 
 UNITS = 64
-"""Units along one side of a picture."""
+"""Units along one side of an image."""
 
 PALETTE = {
     "red": (215, 35, 40),
@@ -35,21 +35,21 @@ PALETTE = {
     "white": (242, 242, 242),
     "pink": (250, 150, 198),
 }
-"""The middle of each colour; a thing's own colour strays from it by COLOR_JITTER."""
+"""The middle of each color; an object's own color strays from it by COLOR_JITTER."""
 
 RADIUS = {"small": 4.5, "large": 7.8}
 COLOR_JITTER = 14
 NOISE = 6
 PLATE_HEIGHT = 10.0
-"""The lowest units, kept free of things for the sign."""
+"""The lowest units, kept free of objects for the sign."""
 
 _SUPERSAMPLING = 4
 
 
-def center_of(thing: Thing) -> Point:
-    """Where a thing stands before jitter, in units from the top left corner."""
+def center_of(one: SceneObject) -> Point:
+    """Where an object is before jitter, in units from the top left corner."""
     cell_height = (UNITS - PLATE_HEIGHT) / 3
-    return (thing.column + 0.5) * UNITS / 3, (thing.row + 0.5) * cell_height
+    return (one.column + 0.5) * UNITS / 3, (one.row + 0.5) * cell_height
 
 
 def render(
@@ -59,14 +59,14 @@ def render(
     size: int = 64,
     palette: Mapping[str, Color] = PALETTE,
 ) -> Image.Image:
-    """Draw the scene as a square RGB picture of `size` pixels a side.
+    """Draw the scene as a square RGB image of `size` pixels a side.
 
-    The same scene and state of `rng` give the same picture, byte for byte; another
-    `size` gives the same picture at another resolution.
+    The same scene and state of `rng` give the same image, byte for byte; another
+    `size` gives the same image at another resolution.
     """
     image = _background(rng, size)
-    for thing in scene.things:
-        _draw_thing(image, thing, palette[thing.color], rng)
+    for one in scene.objects:
+        _draw_object(image, one, palette[one.color], rng)
     if scene.sign is not None:
         _draw_sign(image, scene.sign, rng)
     return _with_noise(image, rng)
@@ -90,13 +90,13 @@ class SceneImage:
 
 
 def unnamed_palette(scene: Scene, rng: random.Random) -> dict[str, Color]:
-    """For each thing a colour without a name, in which only the outline tells the shape.
+    """For each object a color without a name, in which only the outline tells the shape.
 
-    Bright enough to be seen, and the same colours for every shape, far from all that are held
-    out with any: were greenish squares drawn but no greenish circles, a picture's green would
+    Bright enough to be seen, and the same colors for every shape, far from all that are held
+    out with any: were greenish squares drawn but no greenish circles, an image's green would
     again speak against a circle.
     """
-    return {thing.color: _unnamed_color(rng) for thing in scene.things}
+    return {one.color: _unnamed_color(rng) for one in scene.objects}
 
 
 def _unnamed_color(rng: random.Random) -> Color:
@@ -108,13 +108,13 @@ def _unnamed_color(rng: random.Random) -> Color:
 
 
 def _background(rng: random.Random, size: int) -> Image.Image:
-    """A plain, graded, blotchy, striped or chequered ground, darker than every colour.
+    """A plain, graded, blotchy, striped or checkered ground, darker than every color.
 
-    All of them are a small lattice of colours, enlarged smoothly or sharply.
+    All of them are a small lattice of colors, enlarged smoothly or sharply.
     """
     base = [rng.uniform(12, 80) + rng.uniform(-10, 10) for _ in range(3)]
     brightness = sum(base) / 3
-    # Keep tints faint: a saturated ground would pass for a dark thing.
+    # Keep tints faint: a saturated ground would pass for a dark object.
     base = [brightness + 0.4 * (channel - brightness) for channel in base]
     kind = rng.choice(("plain", "gradient", "blotches", "stripes", "checks"))
     columns, rows = {
@@ -139,12 +139,12 @@ def _background(rng: random.Random, size: int) -> Image.Image:
     )
 
 
-def _draw_thing(image: Image.Image, thing: Thing, middle: Color, rng: random.Random) -> None:
-    x, y = center_of(thing)
+def _draw_object(image: Image.Image, one: SceneObject, middle: Color, rng: random.Random) -> None:
+    x, y = center_of(one)
     x, y = x + rng.uniform(-2.0, 2.0), y + rng.uniform(-0.8, 0.8)
-    radius = RADIUS[thing.size] + rng.uniform(-0.4, 0.4)
+    radius = RADIUS[one.size] + rng.uniform(-0.4, 0.4)
     color = _clip(c + rng.randint(-COLOR_JITTER, COLOR_JITTER) for c in middle)
-    outline = [(x + radius * dx, y + radius * dy) for dx, dy in OUTLINES[thing.shape]]
+    outline = [(x + radius * dx, y + radius * dy) for dx, dy in OUTLINES[one.shape]]
     _fill(image, outline, color)
 
 
@@ -181,7 +181,7 @@ def _fill(image: Image.Image, outline: list[Point], color: Color) -> None:
     width, height = math.ceil(max(xs)) - left + 1, math.ceil(max(ys)) - top + 1
     factor = _SUPERSAMPLING
     mask = Image.new("L", (width * factor, height * factor))
-    # A pixel's middle, not its corner, lies on the integer grid of ImageDraw.
+    # A pixel's middle, not its corner, is on the integer grid of ImageDraw.
     points = [
         ((x - left) * factor - 0.5, (y - top) * factor - 0.5) for x, y in zip(xs, ys, strict=True)
     ]

@@ -62,7 +62,7 @@ def gallery(
     *,
     captions: Mapping[str, Sequence[str]],
 ) -> list[dict[str, Any]]:
-    """The first test images with captions, and answers of a model beside the references."""
+    """The first test images with captions, and answers of a model next to the references."""
     rng = random.Random("gallery")
     cards = []
     for index, image in enumerate(test.images[:SHOWN_IMAGES]):

@@ -1,9 +1,9 @@
-"""Scenes of the miniature world: what is in a picture, before any pixel or word.
+"""Scenes of the miniature world: what is in an image, before any pixel or word.
 
-A scene holds one to three things. Within a scene no two things share a shape, a
-colour or a place, so that "the star" and "the red thing" each mean one thing.
+A scene holds one to three objects. Within a scene no two objects share a shape, a
+color or a place, so that "the star" and "the red thing" each mean one object.
 
-Some (shape, colour) combinations are *held out*: they never occur in any training
+Some (shape, color) combinations are *held out*: they never occur in any training
 stage (vision pretraining, text pretraining, captions, instructions), and every test
 scene contains at least one of them. What is measured on test scenes is therefore
 never a memory of the combination.
@@ -36,18 +36,18 @@ HELD_OUT = frozenset(
         ("diamond", "red"),
     }
 )
-"""(shape, colour) pairs that only test scenes contain."""
+"""(shape, color) pairs that only test scenes contain."""
 
 SIGN_WORDS = (
     "open", "closed", "stop", "exit", "sale", "bank", "cafe", "hotel", "milk", "bread",
     "taxi", "bus", "park", "shop", "book", "music", "water", "fire", "news", "post",
 )  # fmt: skip
 
-MAX_THINGS = 3
+MAX_OBJECTS = 3
 
 
 class Split(StrEnum):
-    """Which combinations of shape and colour a scene may contain."""
+    """Which combinations of shape and color a scene may contain."""
 
     TRAIN = "train"
     """Never a held-out combination."""
@@ -56,8 +56,8 @@ class Split(StrEnum):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Thing:
-    """One coloured shape in one cell of the grid."""
+class SceneObject:
+    """One colored shape in one cell of the grid."""
 
     shape: str
     color: str
@@ -81,41 +81,41 @@ class Thing:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Scene:
-    """One to three things, in reading order of their places, and perhaps a sign."""
+    """One to three objects, in reading order of their places, and perhaps a sign."""
 
-    things: tuple[Thing, ...]
+    objects: tuple[SceneObject, ...]
     sign: str | None = None
     """What the sign at the lower edge says: one word, or a number from 0 to 99."""
 
     @property
     def split(self) -> Split:
-        return Split.TEST if any(t.is_held_out for t in self.things) else Split.TRAIN
+        return Split.TEST if any(t.is_held_out for t in self.objects) else Split.TRAIN
 
 
 def sample_scene(
     rng: random.Random,
     *,
     split: Split = Split.TRAIN,
-    num_things: int | None = None,
+    num_objects: int | None = None,
     sign_probability: float = 0.3,
 ) -> Scene:
-    """Draw a scene of the given split; `num_things` fixes how many things it holds."""
+    """Draw a scene of the given split; `num_objects` fixes how many objects it holds."""
     while True:
-        count = num_things or rng.choices((1, 2, 3), (0.25, 0.4, 0.35))[0]
+        count = num_objects or rng.choices((1, 2, 3), (0.25, 0.4, 0.35))[0]
         shapes = rng.sample(SHAPES, count)
         colors = rng.sample(COLORS, count)
         cells = sorted(rng.sample(range(9), count))
         if split is Split.TEST:
             shapes[rng.randrange(count)], _ = rng.choice(sorted(HELD_OUT))
-        things = tuple(
-            Thing(shape=s, color=c, size=rng.choice(SIZES), place=PLACES[p])
+        objects = tuple(
+            SceneObject(shape=s, color=c, size=rng.choice(SIZES), place=PLACES[p])
             for s, c, p in zip(shapes, colors, cells, strict=True)
         )
         sign = None
         if rng.random() < sign_probability:
             sign = rng.choice(SIGN_WORDS) if rng.random() < 0.5 else str(rng.randrange(100))
-        scene = Scene(things=things, sign=sign)
-        if len({t.shape for t in things}) == count and scene.split is split:
+        scene = Scene(objects=objects, sign=sign)
+        if len({t.shape for t in objects}) == count and scene.split is split:
             return scene
 
 

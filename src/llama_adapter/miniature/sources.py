@@ -28,7 +28,7 @@ class MiniatureOptions(SourceOptions):
     """How many samples there are."""
     seed: int = 0
     split: Literal["train", "test"] = "train"
-    """`test`: every scene holds a shape in a colour that training never shows it in."""
+    """`test`: every scene holds a shape in a color that training never shows it in."""
 
 
 class MiniatureSource(ABC):

@@ -199,8 +199,8 @@ class Results:
         by_objects: dict[int, list[bool]] = {}
         for caption, scene in zip(captions, scenes, strict=True):
             said = parse_caption(caption)
-            right = by_objects.setdefault(len(scene.things), [])
-            right += [thing in said for thing in scene.things]
+            right = by_objects.setdefault(len(scene.objects), [])
+            right += [one in said for one in scene.objects]
         split = {str(n): Score(right=sum(r), total=len(r)) for n, r in sorted(by_objects.items())}
         self.by_objects[name] = split
         self.metrics[name] = Score(
@@ -296,7 +296,7 @@ def answer_questions(
         marks += [
             Mark(
                 question=question,
-                num_objects=len(test.scenes[question.scene].things),
+                num_objects=len(test.scenes[question.scene].objects),
                 exact=likelihood.is_greedy,
                 key=_key_is_right(question.asked, likelihood, processor),
             )

@@ -29,7 +29,7 @@ class Generation(GenerationSettings):
     """Each record's own images, none, or those of another record: what a blind model would say."""
 
     def __post_init__(self) -> None:
-        GenerationSettings.__post_init__(self)  # super() does not work beside slots
+        GenerationSettings.__post_init__(self)  # super() does not work with slots=True
         for name in ("frames", "batch_size"):
             if getattr(self, name) < 1:
                 raise EvaluationError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -67,7 +67,7 @@ class Judging:
     version: str = "1"
     """Counts up whenever a wording changes."""
     is_one_word: bool = False
-    """Whether answers are so short that comparing words can stand in for a judge."""
+    """Whether answers are so short that comparing words can replace a judge."""
 
 
 _SETTINGS = frozenset((

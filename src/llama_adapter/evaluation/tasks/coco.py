@@ -62,7 +62,7 @@ def read(inputs: Inputs) -> list[Record]:
             id=key,
             questions=("",),
             reference=captions,
-            images=(_picture(names),),
+            images=(_file_name(names),),
             metadata={"aliases": [alias for alias in map(image_key, names[1:]) if alias != key]},
         )
         for key, (names, captions) in merged.items()
@@ -74,8 +74,8 @@ def _is_of(item: Any, split: str) -> bool:
     return not isinstance(item, dict) or item.get("split", split) == split
 
 
-def _picture(names: _Names) -> str:
-    """The name that looks like a file's, for finding the picture."""
+def _file_name(names: _Names) -> str:
+    """The name that looks like a file's, for finding the image."""
     return next((name for name in names if isinstance(name, str) and "." in name), str(names[0]))
 
 

@@ -167,7 +167,7 @@ def _metrics(totals: Floats) -> dict[str, Floats]:
 
 
 def judge_questions(row: Row) -> dict[str, dict[str, str]]:
-    """The answer beside the reference answer and, where published, its reasoning steps."""
+    """The answer with the reference answer and, where published, its reasoning steps."""
     given = row.record.metadata.get("steps") or []
     steps = given if isinstance(given, list) else [given]
     fields = {

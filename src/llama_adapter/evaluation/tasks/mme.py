@@ -88,11 +88,11 @@ def _subtask_files(folder: Path) -> dict[str, Path]:
 
 
 def _released(folder: Path, subtask: str) -> list[Record]:
-    """One text file of `question<TAB>answer` lines an image, beside it or in folders apart."""
+    """One text file of `question<TAB>answer` lines an image, next to it or in folders apart."""
     parted = folder / "questions_answers_YN"
     texts = sorted((parted if parted.is_dir() else folder).glob("*.txt"))
-    pictures = folder / "images" if (folder / "images").is_dir() else folder
-    names = {p.stem: p.name for p in sorted(pictures.iterdir()) if p.suffix != ".txt"}
+    images = folder / "images" if (folder / "images").is_dir() else folder
+    names = {p.stem: p.name for p in sorted(images.iterdir()) if p.suffix != ".txt"}
     records = []
     for path in texts:
         name = _Namer(subtask)
@@ -102,7 +102,7 @@ def _released(folder: Path, subtask: str) -> list[Record]:
             fields = _fields(line, before=1)
             if fields is None:
                 raise EvaluationError(
-                    f"{path}: line {number} must be question and Yes or No, parted by a tab; "
+                    f"{path}: line {number} must be question and Yes or No, separated by a tab; "
                     f"found {line[:60]!r}"
                 )
             image = names.get(path.stem, path.stem + ".jpg")
@@ -160,13 +160,13 @@ def _rows(path: Path, subtask: str) -> list[Row]:
         if not line.strip():
             continue
         if "\t" not in line and rows and rows[-1].answers:
-            # an answer of several lines: what follows the first is no line of its own
+            # an answer of several lines: what follows the first is not a line of its own
             rows[-1] = replace(rows[-1], answers=(f"{rows[-1].answer}\n{line}",))
             continue
         fields = _fields(line, before=2)
         if fields is None:
             raise EvaluationError(
-                f"{path}: line {number} must be image, question, Yes or No, answer, parted by "
+                f"{path}: line {number} must be image, question, Yes or No, answer, separated by "
                 f"tabs; found {line[:60]!r}"
             )
         rows.append(Row(record=name.record(*fields[:3]), answers=tuple(fields[3:])))

@@ -166,7 +166,7 @@ def read_public(path: Path) -> Predictions:
 
 
 def _answers(content: Any, *, where: str) -> Iterator[tuple[str, Any, str]]:
-    """Ids and answers, in whatever way they are paired, and what was asked beside a place."""
+    """Ids and answers, in whatever way they are paired, and what was asked next to a place."""
     if isinstance(content, dict):
         for id_, item in content.items():
             is_object = isinstance(item, dict)
@@ -230,7 +230,7 @@ def count(predictions: Predictions, _: Counting) -> Tally:
     """Accuracy by subset; an answer without a readable letter counts as wrong.
 
     Where a result file stores the choice it counted, that one counts, as published (there,
-    guesses stand in for unreadable answers); `accuracy_unparsed_as_wrong` shows the other way.
+    guesses replace unreadable answers); `accuracy_unparsed_as_wrong` shows the other way.
     """
     rows = predictions.rows
     columns = ("all", *SUBSETS)

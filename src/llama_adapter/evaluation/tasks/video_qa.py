@@ -201,13 +201,13 @@ def _public_row(key: str, entry: Any, *, where: str) -> Row:
     verdict, question = split_entry(entry, where=where)
     item = lowered(question)
     if verdict is None:
-        verdict = _verdict_beside(item)
+        verdict = _verdict_within(item)
     elif isinstance(verdict, str):  # a reply that a script kept as it came
         verdict = parse_yes_no_score(verdict) or {}
     said = next((name for name in _SAID if name in item), None)
     asked = next((item[name] for name in _ASKED if name in item), None)
     if said is None and verdict is None and asked is None:
-        # ActivityNet-QA's own format: `answer` beside nothing but ids is the model's
+        # ActivityNet-QA's own format: `answer` with nothing but ids is the model's
         said = "answer" if "answer" in item else None
         if said is None:
             raise EvaluationError(f"{where}: lacks pred or answer; it has {keys_of(question)}")
@@ -226,8 +226,8 @@ def _public_row(key: str, entry: Any, *, where: str) -> Row:
     )
 
 
-def _verdict_beside(item: Mapping[str, Any]) -> Verdict | None:
-    """A verdict whose parts stand in the record itself, as {acc: yes, score: 4}."""
+def _verdict_within(item: Mapping[str, Any]) -> Verdict | None:
+    """A verdict whose parts are in the record itself, as {acc: yes, score: 4}."""
     name = next((name for name in _JUDGED_AS if name in item), None)
     if name is None or score_of(item, low=-math.inf, high=math.inf) is None:
         return None
@@ -325,7 +325,7 @@ def _metrics(totals: Floats, *, graded: bool, scored: bool) -> dict[str, Floats]
         metrics["accuracy"] = 100 * ratio(right, right + wrong)
     if scored:
         metrics |= {"score": ratio(whole, judged), "score_unrounded": ratio(exact, judged)}
-    # beside a measure that no verdict has, zero would be an invention
+    # next to a measure that no verdict has, zero would be an invention
     if graded:
         metrics["accuracy_missing_as_wrong"] = 100 * ratio(right, all_)
     if scored:

@@ -67,7 +67,7 @@ def _record(id_: str, item: dict[str, Any], prefix: str, *, where: str) -> Recor
 
 
 def _annotations(questions: Path) -> dict[str, dict[str, Any]]:
-    """Human answers by question id, from the file beside an official file of questions."""
+    """Human answers by question id, from the file next to an official file of questions."""
     folder, stem = questions.parent, questions.stem
     name = stem.replace("OpenEnded_", "").replace("questions", "annotations")
     path = find_file(folder, (f"{name}.json", "*annotations*.json"), what="the human answers")
