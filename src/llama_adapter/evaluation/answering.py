@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from llama_adapter.conversation import Conversation, ImageRef
 from llama_adapter.errors import EvaluationError, LlamaAdapterError
-from llama_adapter.evaluation.judges import import_openai
+from llama_adapter.evaluation.judges import import_openai, short_error
 from llama_adapter.evaluation.tasks.base import Generation
 
 if TYPE_CHECKING:
@@ -126,10 +126,10 @@ class EndpointAnswerer:
             return Prediction(problem=str(error))
         except openai.APIStatusError as error:
             if error.status_code in {401, 403, 404}:
-                raise EvaluationError(f"{self._url} refuses: {_short(error)}") from error
-            return Prediction(problem=_short(error))
+                raise EvaluationError(f"{self._url} refuses: {short_error(error)}") from error
+            return Prediction(problem=short_error(error))
         except (openai.APIError, ValueError, TypeError, IndexError, AttributeError) as error:
-            return Prediction(problem=_short(error))
+            return Prediction(problem=short_error(error))
 
     def describe(self) -> dict[str, Any]:
         """The address and the model's name there."""
@@ -168,7 +168,3 @@ def _data_urls(ref: ImageRef) -> list[str]:
         load_image(frame).save(buffer, "JPEG", quality=92)
         urls.append(f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}")
     return urls
-
-
-def _short(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

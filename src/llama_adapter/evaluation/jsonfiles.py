@@ -8,6 +8,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -201,6 +202,35 @@ def field_of(row: Mapping[str, Any], names: Sequence[str], *, where: str) -> Any
         if name in row and row[name] is not None:
             return row[name]
     raise EvaluationError(f"{where} lacks {' or '.join(names)}; it has {keys_of(row)}")
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """An object of a file, and what messages call it."""
+
+    fields: dict[str, Any]
+    where: str
+
+    def value(self, *names: str) -> Any:
+        """What is under the first of the names that the object has; an error without any."""
+        return field_of(self.fields, names, where=self.where)
+
+    def text(self, *names: str) -> str:
+        """The same as a text."""
+        return text_of(self.value(*names), where=self.where)
+
+    def id(self, *names: str) -> str:
+        """The same as an id."""
+        return id_of(self.value(*names), where=self.where)
+
+
+def items_of(content: Iterable[Any], where: str, *, first: int = 1) -> Iterator[Item]:
+    """The objects of a list, called `where` and their number; anything else is refused."""
+    for number, fields in enumerate(content, start=first):
+        place = f"{where} {number}"
+        if not isinstance(fields, dict):
+            raise EvaluationError(f"{place} must be an object, found {brief(fields)}")
+        yield Item(fields, place)
 
 
 def id_of(value: Any, *, where: str) -> str:

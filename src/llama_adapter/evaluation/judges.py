@@ -89,14 +89,16 @@ class EndpointJudge:
             )
             text = answer.choices[0].message.content or ""
         except (openai.RateLimitError, openai.APIConnectionError) as error:
-            raise JudgeUnavailableError(f"{self.name}: {_short(error)}") from error
+            raise JudgeUnavailableError(f"{self.name}: {short_error(error)}") from error
         except openai.APIStatusError as error:
             if error.status_code >= 500:
-                raise JudgeUnavailableError(f"{self.name}: {_short(error)}") from error
-            raise EvaluationError(f"judge {self.name} refuses: {_short(error)}") from error
+                raise JudgeUnavailableError(f"{self.name}: {short_error(error)}") from error
+            raise EvaluationError(f"judge {self.name} refuses: {short_error(error)}") from error
         except (openai.APIError, ValueError, IndexError, TypeError, AttributeError) as error:
             # not JSON, or JSON that is not a chat completion
-            raise JudgeUnavailableError(f"{self.name}: no completion: {_short(error)}") from error
+            raise JudgeUnavailableError(
+                f"{self.name}: no completion: {short_error(error)}"
+            ) from error
         usage = answer.usage
         return Reply(
             text=text,
@@ -242,5 +244,6 @@ def import_openai() -> Any:
     return import_extra("openai", extra="eval", purpose="an endpoint")
 
 
-def _short(error: BaseException) -> str:
+def short_error(error: BaseException) -> str:
+    """What an error says, in one line of at most 200 letters."""
     return " ".join(str(error).split())[:200] or type(error).__name__

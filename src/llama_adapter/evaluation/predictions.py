@@ -23,6 +23,8 @@ from llama_adapter.files import open_regular, read_bytes, write_atomically
 
 PREDICTIONS = "predictions.jsonl"
 JUDGMENTS = "judgements.jsonl"
+CUT = "the last line was cut short and is left out"
+"""Of a file whose writer was stopped."""
 _FIRST_LINE = 1 << 20  # bytes in which a line of ours names its task and its answers
 Parse = Callable[[str, str], Verdict | None]
 """From an aspect and a judge's reply to the verdict."""
@@ -40,6 +42,21 @@ class Predictions:
     """Whether a run of ours wrote them: its ids are the benchmark's own."""
     stated: Mapping[str, Any] | None = None
     """What a public result file says about itself besides its answers, such as its own count."""
+
+    @classmethod
+    def of_file(
+        cls,
+        rows: Iterable[Row],
+        path: Path,
+        *,
+        is_cut: bool,
+        notes: Sequence[str] = (),
+        **more: Any,
+    ) -> Predictions:
+        """Rows of a file with each record once; notes tell of repeats and of a line cut short."""
+        kept, repeated = without_repeats(rows, where=str(path))
+        cut = (CUT,) if is_cut else ()
+        return cls(rows=tuple(kept), notes=(*cut, *notes, *repeated), **more)
 
 
 def record_to_json(record: Record) -> dict[str, Any]:
@@ -118,7 +135,7 @@ def read_ours(path: Path, *, task: str, parse: Parse | None = None) -> Predictio
     `parse` reads the judge's stored replies again.
     """
     lines, is_cut = read_jsonl(path)
-    notes = ["the last line was cut short and is left out"] if is_cut else []
+    notes = []
     verdicts, judge = read_verdicts(path.with_name(JUDGMENTS), task=task, parse=parse)
     rows = []
     for number, line in enumerate(lines, start=1):
@@ -135,8 +152,7 @@ def read_ours(path: Path, *, task: str, parse: Parse | None = None) -> Predictio
     damaged = sum(bool(line.get("notes")) for line in lines)
     if damaged:
         notes.append(f"{damaged} answers rest on videos of which a part cannot be decoded")
-    rows, repeated = without_repeats(rows, where=str(path))
-    return Predictions(rows=tuple(rows), notes=(*notes, *repeated), judge=judge, is_ours=True)
+    return Predictions.of_file(rows, path, is_cut=is_cut, notes=notes, judge=judge, is_ours=True)
 
 
 NOT_KEPT = "(not kept)"

@@ -9,8 +9,8 @@ from typing import Any
 
 from llama_adapter.errors import EvaluationError
 from llama_adapter.evaluation.captions import caption_metrics, caption_sums
-from llama_adapter.evaluation.jsonfiles import brief, field_of, find_file, id_of, read_any
-from llama_adapter.evaluation.predictions import Predictions, without_repeats
+from llama_adapter.evaluation.jsonfiles import brief, field_of, find_file, id_of, items_of, read_any
+from llama_adapter.evaluation.predictions import Predictions
 from llama_adapter.evaluation.records import Record, Row, Tally
 from llama_adapter.evaluation.tasks.base import Counting, Generation, Inputs, Task
 
@@ -20,6 +20,7 @@ _IDS = (
 )  # fmt: skip
 _Names = tuple[Any, ...]
 _CAPTIONS = ("caption", "prediction", "pred", "text", "answer")
+_KARPATHY_NAMES = ("filename", "cocoid", "imgid")
 _WRAPPERS = ("annotations", "predictions", "results", "images", "references")
 _FILES = ("references.json", "captions.json", "dataset_coco.json", "*captions*.json", "*.json")
 
@@ -126,15 +127,10 @@ def _from_annotations(content: dict[str, Any], *, where: str) -> list[tuple[_Nam
         if isinstance(image, dict) and "id" in image
     }
     pairs = []
-    for number, item in enumerate(content["annotations"], start=1):
-        place = f"{where}: annotation {number}"
-        if not isinstance(item, dict):
-            raise EvaluationError(f"{place} must be an object, found {brief(item)}")
-        id_ = field_of(item, ("image_id",), where=place)
-        captions = _texts(field_of(item, ("caption",), where=place), where=place)
+    for item in items_of(content["annotations"], f"{where}: annotation"):
         # what is published refers to the number, which need not be that of the file's name
-        names = _names([id_of(id_, where=place), files.get(str(id_))])
-        pairs.append((names, captions))
+        names = _names([item.id("image_id"), files.get(str(item.value("image_id")))])
+        pairs.append((names, _texts(item.value("caption"), where=item.where)))
     return pairs
 
 
@@ -142,15 +138,12 @@ def _from_karpathy(
     content: dict[str, Any], split: str, *, where: str
 ) -> list[tuple[_Names, list[str]]]:
     pairs = []
-    for number, item in enumerate(content["images"], start=1):
-        place = f"{where}: image {number}"
-        if not isinstance(item, dict):
-            raise EvaluationError(f"{place} must be an object, found {brief(item)}")
-        if item.get("split", split) != split:
+    for item in items_of(content["images"], f"{where}: image"):
+        if item.fields.get("split", split) != split:
             continue
-        field_of(item, ("filename", "cocoid", "imgid"), where=place)
-        names = _names([item.get("filename"), item.get("cocoid"), item.get("imgid")])
-        pairs.append((names, _texts(field_of(item, ("sentences",), where=place), where=place)))
+        item.value(*_KARPATHY_NAMES)
+        names = _names(map(item.fields.get, _KARPATHY_NAMES))
+        pairs.append((names, _texts(item.value("sentences"), where=item.where)))
     return pairs
 
 
@@ -165,12 +158,9 @@ def read_public(path: Path) -> Predictions:
     content, is_cut = read_any(path, marks=_IDS)
     given = _pairs(content, _CAPTIONS, where=str(path))
     rows = [_row(names, captions) for names, captions in given]
-    kept, notes = without_repeats(rows, where=str(path))
     several = sum(len(captions) > 1 for _, captions in given)
-    if several:
-        notes = (*notes, f"{several} images have several captions: the first counts")
-    cut = ("the last line was cut short and is left out",) if is_cut else ()
-    return Predictions(rows=tuple(kept), notes=(*cut, *notes))
+    notes = [f"{several} images have several captions: the first counts"] if several else []
+    return Predictions.of_file(rows, path, is_cut=is_cut, notes=notes)
 
 
 def _row(names: _Names, captions: Sequence[str]) -> Row:

@@ -10,10 +10,12 @@ import numpy as np
 
 from llama_adapter.errors import EvaluationError
 from llama_adapter.evaluation.jsonfiles import (
+    Item,
     brief,
     field_of,
     find_file,
     id_of,
+    items_of,
     lowered,
     read_json,
     read_objects,
@@ -26,7 +28,6 @@ from llama_adapter.evaluation.predictions import (
     Predictions,
     score_of,
     unique_records,
-    without_repeats,
 )
 from llama_adapter.evaluation.records import Floats, Record, Row, Tally, ratio, table
 from llama_adapter.evaluation.tasks.base import Counting, Generation, Inputs, Judging, Task
@@ -69,26 +70,27 @@ def read(inputs: Inputs) -> list[Record]:
     items = list(content.values()) if isinstance(content, dict) else content
     if not isinstance(items, list):
         raise EvaluationError(f"{path}: expected a list of questions, found {brief(items)}")
-    records = []
-    for n, raw in enumerate(items):
-        where = f"{path}: item {n}"
-        if not isinstance(raw, dict):
-            raise EvaluationError(f"{where} must be an object, found {brief(raw)}")
-        item = _tidy(raw)
-        images = field_of(item, ("image path", "image", "images"), where=where)
-        records.append(
-            Record(
-                id=id_of(item.get("id", n), where=where),
-                questions=(text_of(field_of(item, ("question",), where=where), where=where),),
-                reference=item.get("answer"),
-                images=tuple(
-                    id_of(image, where=where)
-                    for image in (images if isinstance(images, list) else [images])
-                ),
-                metadata=_metadata(item),
-            )
-        )
-    return unique_records(records, where=str(path))
+    return unique_records(
+        [
+            _record(Item(_tidy(raw.fields), raw.where), n)
+            for n, raw in enumerate(items_of(items, f"{path}: item", first=0))
+        ],
+        where=str(path),
+    )
+
+
+def _record(item: Item, number: int) -> Record:
+    images = item.value("image path", "image", "images")
+    return Record(
+        id=id_of(item.fields.get("id", number), where=item.where),
+        questions=(item.text("question"),),
+        reference=item.fields.get("answer"),
+        images=tuple(
+            id_of(image, where=item.where)
+            for image in (images if isinstance(images, list) else [images])
+        ),
+        metadata=_metadata(item.fields),
+    )
 
 
 def read_public(path: Path) -> Predictions:
@@ -113,9 +115,7 @@ def read_public(path: Path) -> Predictions:
             answers = (NOT_KEPT,)  # there was an answer to grade
         verdicts = {} if score is None else {ASPECT: {"score": score}}
         rows.append(Row(record=record, answers=answers, verdicts=verdicts))
-    kept, notes = without_repeats(rows, where=str(path))
-    cut = ("the last line was cut short and is left out",) if is_cut else ()
-    return Predictions(rows=tuple(kept), notes=(*cut, *notes))
+    return Predictions.of_file(rows, path, is_cut=is_cut)
 
 
 def count(predictions: Predictions, _: Counting) -> Tally:

@@ -13,14 +13,13 @@ import numpy as np
 from llama_adapter.errors import EvaluationError
 from llama_adapter.evaluation.jsonfiles import (
     brief,
-    field_of,
-    id_of,
+    items_of,
     read_objects,
     read_text,
     text_of,
 )
 from llama_adapter.evaluation.parsing import parse_yes_no
-from llama_adapter.evaluation.predictions import Predictions, without_repeats
+from llama_adapter.evaluation.predictions import Predictions
 from llama_adapter.evaluation.records import Floats, Record, Row, Tally, ratio, table
 from llama_adapter.evaluation.tasks.base import Counting, Generation, Inputs, Task
 
@@ -206,12 +205,11 @@ def _read_lines(path: Path) -> Predictions:
     items, is_cut = read_objects(path)
     namers = {_plain(subtask): (subtask, _Namer(subtask)) for subtask in SUBTASKS}
     rows = []
-    for number, item in enumerate(items, start=1):
-        where = f"{path}: line {number}"
-        name = id_of(field_of(item, _IDS, where=where), where=where).replace("\\", "/")
-        folder, _, image = name.rpartition("/")
+    for line in items_of(items, f"{path}: line"):
+        item, where = line.fields, line.where
+        folder, _, image = line.id(*_IDS).replace("\\", "/").rpartition("/")
         said = next((key for key in _SAID if key in item), "answer")
-        answers = (text_of(field_of(item, (said,), where=where), where=where),)
+        answers = (line.text(said),)
         reference = text_of(
             next((item[k] for k in _GOLD if k in item and k != said), None), where=where
         )
@@ -231,9 +229,7 @@ def _read_lines(path: Path) -> Predictions:
         metadata = {"subtask": subtask, "image": image, "aliases": aliases}
         record = Record(id=f"{subtask}/{image}", questions=(asked,), metadata=metadata)
         rows.append(Row(record=record, answers=answers))
-    kept, notes = without_repeats(rows, where=str(path))
-    cut = ("the last line was cut short and is left out",) if is_cut else ()
-    return Predictions(rows=tuple(kept), notes=(*cut, *notes))
+    return Predictions.of_file(rows, path, is_cut=is_cut)
 
 
 def _as_answer(row: Row) -> Row:

@@ -20,7 +20,7 @@ from llama_adapter.evaluation.jsonfiles import (
     text_of,
 )
 from llama_adapter.evaluation.parsing import parse_choice, parse_choice_in_any_form
-from llama_adapter.evaluation.predictions import Predictions, number, without_repeats
+from llama_adapter.evaluation.predictions import Predictions, number
 from llama_adapter.evaluation.records import Floats, Record, Row, Tally, ratio, table
 from llama_adapter.evaluation.tasks.base import Counting, Generation, Inputs, Task
 
@@ -160,9 +160,7 @@ def read_public(path: Path) -> Predictions:
         else Row(record=Record(id=id_, questions=(asked,)), answers=(_as_text(answer),))
         for id_, answer, asked in given
     ]
-    kept, notes = without_repeats(rows, where=str(path))
-    cut = ("the last line was cut short and is left out",) if is_cut else ()
-    return Predictions(rows=tuple(kept), notes=(*cut, *notes), stated=stated)
+    return Predictions.of_file(rows, path, is_cut=is_cut, stated=stated)
 
 
 def _answers(content: Any, *, where: str) -> Iterator[tuple[str, Any, str]]:

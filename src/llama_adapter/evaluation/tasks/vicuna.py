@@ -14,14 +14,14 @@ from llama_adapter.evaluation.jsonfiles import (
     brief,
     field_of,
     find_file,
-    id_of,
+    items_of,
     read_objects,
     text_of,
     unique,
 )
 from llama_adapter.evaluation.judge_prompts import PAIRWISE
 from llama_adapter.evaluation.parsing import first_line_pair, parse_score_pair
-from llama_adapter.evaluation.predictions import NOT_KEPT, Predictions, number, score_of
+from llama_adapter.evaluation.predictions import CUT, NOT_KEPT, Predictions, number, score_of
 from llama_adapter.evaluation.records import Floats, Record, Row, Tally, Verdict, ratio, table
 from llama_adapter.evaluation.tasks.base import Counting, Generation, Inputs, Judging, Task
 
@@ -38,12 +38,7 @@ def read(inputs: Inputs) -> list[Record]:
     path = find_file(inputs.data, names, what="the questions")
     items, _ = read_objects(path)
     baseline = _baseline(inputs, path)
-    ids = [
-        id_of(
-            field_of(item, ("question_id",), where=f"{path}: item {n}"), where=f"{path}: item {n}"
-        )
-        for n, item in enumerate(items, start=1)
-    ]
+    ids = [item.id("question_id") for item in items_of(items, f"{path}: item")]
     return [
         Record(
             id=id_,
@@ -68,12 +63,8 @@ def _baseline(inputs: Inputs, questions: Path) -> dict[str, str]:
         if inputs.baseline is not None:
             raise EvaluationError(f"{path}: no such file of answers to compare with")
         return {}
-    answers = {}
-    for n, item in enumerate(read_objects(path)[0], start=1):
-        where = f"{path}: line {n}"
-        id_ = id_of(field_of(item, ("question_id",), where=where), where=where)
-        answers[id_] = text_of(field_of(item, ("text",), where=where), where=where)
-    return answers
+    items = items_of(read_objects(path)[0], f"{path}: line")
+    return {item.id("question_id"): item.text("text") for item in items}
 
 
 def read_public(path: Path) -> Predictions:
@@ -84,11 +75,10 @@ def read_public(path: Path) -> Predictions:
     rows: dict[str, Row] = {}
     sides: dict[str, tuple[Any, Any]] = {}
     repeats = 0
-    for n, item in enumerate(objects, start=1):
-        where = f"{path}: line {n}"
-        id_ = id_of(field_of(item, ("question_id", "id"), where=where), where=where)
-        verdict = _verdict(item, where=where)
-        pair = item.get("answer1_id"), item.get("answer2_id")
+    for item in items_of(objects, f"{path}: line"):
+        id_, where = item.id("question_id", "id"), item.where
+        verdict = _verdict(item.fields, where=where)
+        pair = item.fields.get("answer1_id"), item.fields.get("answer2_id")
         if id_ not in rows:
             sides[id_] = pair
             record = Record(id=id_, questions=("",))
@@ -111,7 +101,7 @@ def read_public(path: Path) -> Predictions:
             f"{path}: only {readable} of {len(rows)} lines have two scores to be read; expected "
             "reviews of pairs of answers, not the answers themselves"
         )
-    notes = ["the last line was cut short and is left out"] * is_cut
+    notes = [CUT] * is_cut
     notes += [f"{repeats} repeated reviews are counted once"] * (repeats > 0)
     return Predictions(rows=tuple(rows.values()), notes=tuple(notes))
 

@@ -14,9 +14,9 @@ import numpy as np
 from llama_adapter.errors import EvaluationError
 from llama_adapter.evaluation.jsonfiles import (
     brief,
-    field_of,
     find_file,
     id_of,
+    items_of,
     keys_of,
     lowered,
     read_any,
@@ -33,7 +33,6 @@ from llama_adapter.evaluation.predictions import (
     moment_of,
     score_of,
     unique_records,
-    without_repeats,
 )
 from llama_adapter.evaluation.records import Floats, Record, Row, Tally, Verdict, ratio, table
 from llama_adapter.evaluation.tasks.base import Counting, Generation, Inputs, Judging, Task
@@ -56,15 +55,15 @@ def read_msvd(inputs: Inputs, *, patterns: Sequence[str], prefix: str = "") -> l
     path = find_file(inputs.data, patterns, what="the question file")
     rows, _ = read_objects(path)
     records = []
-    for n, row in enumerate(rows):
-        where = f"{path}: item {n}"
+    for n, item in enumerate(items_of(rows, f"{path}: item", first=0)):
+        row = item.fields
         given = next((row[name] for name in ("question_id", "id") if row.get(name)), n)
-        video = id_of(field_of(row, _VIDEO, where=where), where=where)
+        video = item.id(*_VIDEO)
         records.append(
             Record(
-                id=id_of(given, where=where),
-                questions=(text_of(field_of(row, ("question",), where=where), where=where),),
-                reference=text_of(field_of(row, ("answer",), where=where), where=where),
+                id=id_of(given, where=item.where),
+                questions=(item.text("question"),),
+                reference=item.text("answer"),
                 video=f"{prefix}{video}" if video.isdigit() else video,
                 metadata=moment_of(row),
             )
@@ -84,20 +83,23 @@ def read_activitynet(inputs: Inputs) -> list[Record]:
             f"{answers_path}: has {len(answers)} answers for {len(questions)} questions"
         )
     records = []
-    for n, (question, answer) in enumerate(zip(questions, answers, strict=True)):
-        asked, given = f"{questions_path}: item {n}", f"{answers_path}: item {n}"
-        id_ = field_of(question, ("question_id",), where=asked)
-        answered = field_of(answer, ("question_id",), where=given)
+    for question, answer in zip(
+        items_of(questions, f"{questions_path}: item", first=0),
+        items_of(answers, f"{answers_path}: item", first=0),
+        strict=True,
+    ):
+        id_, answered = question.value("question_id"), answer.value("question_id")
         if id_ != answered:
-            raise EvaluationError(f"{given} is for {brief(answered)}, the question is {brief(id_)}")
-        video = id_of(field_of(question, ("video_name",), where=asked), where=asked)
+            raise EvaluationError(
+                f"{answer.where} is for {brief(answered)}, the question is {brief(id_)}"
+            )
         records.append(
             Record(
-                id=id_of(id_, where=asked),
-                questions=(text_of(field_of(question, ("question",), where=asked), where=asked),),
-                reference=text_of(field_of(answer, ("answer",), where=given), where=given),
-                video="v_" + video.removeprefix("v_"),
-                metadata={"type": answer.get("type")},
+                id=question.id("question_id"),
+                questions=(question.text("question"),),
+                reference=answer.text("answer"),
+                video="v_" + question.id("video_name").removeprefix("v_"),
+                metadata={"type": answer.fields.get("type")},
             )
         )
     return unique_records(records, where=str(questions_path))
@@ -111,12 +113,8 @@ def read_public(path: Path) -> Predictions:
     evaluation takes them, are read as answers that nobody judged yet.
     """
     entries, is_cut = public_entries(path)
-    rows, notes = without_repeats(
-        [_public_row(key, entry, where=f"{path}: {brief(key)}") for key, entry in entries],
-        where=str(path),
-    )
-    cut = ("the last line was cut short and is left out",) if is_cut else ()
-    return Predictions(rows=tuple(rows), notes=(*cut, *notes))
+    rows = [_public_row(key, entry, where=f"{path}: {brief(key)}") for key, entry in entries]
+    return Predictions.of_file(rows, path, is_cut=is_cut)
 
 
 def public_entries(path: Path) -> tuple[list[tuple[str, Any]], bool]:

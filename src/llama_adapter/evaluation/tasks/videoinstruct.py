@@ -12,9 +12,9 @@ import numpy as np
 
 from llama_adapter.errors import EvaluationError
 from llama_adapter.evaluation.jsonfiles import (
+    Item,
     brief,
-    field_of,
-    id_of,
+    items_of,
     lowered,
     read_objects,
     text_of,
@@ -61,20 +61,22 @@ def read(inputs: Inputs) -> list[Record]:
         wanted = ", ".join(f"{part}_qa.json" for part in PARTS)
         raise EvaluationError(f"{inputs.data}: lacks {wanted}")
     return [
-        _record(part, number_, item, where=f"{found[0]}: item {number_}")
+        _record(part, number_, item)
         for part, found in files.items()
         if found
-        for number_, item in enumerate(read_objects(found[0])[0])
+        for number_, item in enumerate(
+            items_of(read_objects(found[0])[0], f"{found[0]}: item", first=0)
+        )
     ]
 
 
-def _record(part: str, number_: int, item: dict[str, Any], *, where: str) -> Record:
+def _record(part: str, number_: int, item: Item) -> Record:
     names = ("Q1", "Q2") if part == "consistency" else ("Q",)
     return Record(
         id=f"{part}-{number_}",
-        questions=tuple(text_of(field_of(item, (n,), where=where), where=where) for n in names),
-        reference=text_of(field_of(item, ("A",), where=where), where=where),
-        video=id_of(field_of(item, ("video_name",), where=where), where=where),
+        questions=tuple(map(item.text, names)),
+        reference=item.text("A"),
+        video=item.id("video_name"),
         metadata={"part": part},
     )
 

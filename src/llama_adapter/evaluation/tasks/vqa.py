@@ -5,9 +5,9 @@ from __future__ import annotations
 from llama_adapter.errors import EvaluationError
 from llama_adapter.evaluation.jsonfiles import (
     brief,
-    field_of,
     find_file,
     id_of,
+    items_of,
     read_objects,
     text_of,
 )
@@ -22,18 +22,17 @@ def read(inputs: Inputs) -> list[Record]:
     path = find_file(inputs.data, ("*.jsonl", "*.json", "*.csv"), what="the questions")
     items, _ = read_objects(path)
     records = []
-    for n, item in enumerate(items):
-        given = item.get("id", item.get("question_id", n))
-        where = f"{path}: item {n + 1}"
-        answers = field_of(item, ("answers", "answer"), where=where)
-        images = item.get("images") or ([item["image"]] if item.get("image") else [])
+    for n, item in enumerate(items_of(items, f"{path}: item")):
+        fields, where = item.fields, item.where
+        answers = item.value("answers", "answer")
+        images = fields.get("images") or ([fields["image"]] if fields.get("image") else [])
         if not isinstance(images, list):
             raise EvaluationError(f"{where}: images must be a list, found {brief(images)}")
-        video = item.get("video")
+        video = fields.get("video")
         records.append(
             Record(
-                id=id_of(given, where=where),
-                questions=(text_of(field_of(item, ("question",), where=where), where=where),),
+                id=id_of(fields.get("id", fields.get("question_id", n)), where=where),
+                questions=(item.text("question"),),
                 reference=[text_of(answer, where=where) for answer in answers]
                 if isinstance(answers, list)
                 else text_of(answers, where=where),

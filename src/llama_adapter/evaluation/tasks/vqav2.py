@@ -8,7 +8,15 @@ from typing import Any
 import numpy as np
 
 from llama_adapter.errors import EvaluationError
-from llama_adapter.evaluation.jsonfiles import brief, field_of, find_file, id_of, read_any, text_of
+from llama_adapter.evaluation.jsonfiles import (
+    Item,
+    brief,
+    find_file,
+    id_of,
+    items_of,
+    read_any,
+    text_of,
+)
 from llama_adapter.evaluation.predictions import Predictions, unique_records
 from llama_adapter.evaluation.records import Floats, Record, Tally, ratio, table
 from llama_adapter.evaluation.tasks.base import Counting, Generation, Inputs, Task
@@ -34,35 +42,33 @@ def read(inputs: Inputs) -> list[Record]:
         annotations = _annotations(path)
         prefix = f"COCO_{content['data_subtype']}_" if content.get("data_subtype") else ""
     records = []
-    for number, item in enumerate(items, start=1):
-        where = f"{path}: item {number}"
-        if not isinstance(item, dict):
-            raise EvaluationError(f"{where} must be an object, found {brief(item)}")
-        if item.get("split", inputs.split or "test") != (inputs.split or "test"):
-            continue
-        id_ = id_of(field_of(item, ("question_id", "id"), where=where), where=where)
-        records.append(_record(id_, {**item, **annotations.get(id_, {})}, prefix, where=where))
+    split = inputs.split or "test"
+    for item in items_of(items, f"{path}: item"):
+        if item.fields.get("split", split) == split:
+            id_ = item.id("question_id", "id")
+            whole = Item({**item.fields, **annotations.get(id_, {})}, item.where)
+            records.append(_record(id_, whole, prefix))
     if not records:
-        raise EvaluationError(f"{path}: holds no questions of split {inputs.split or 'test'!r}")
+        raise EvaluationError(f"{path}: holds no questions of split {split!r}")
     return unique_records(records, where=str(path))
 
 
-def _record(id_: str, item: dict[str, Any], prefix: str, *, where: str) -> Record:
-    answers = field_of(item, ("answers",), where=where)
+def _record(id_: str, item: Item, prefix: str) -> Record:
+    answers, where = item.value("answers"), item.where
     if not isinstance(answers, list) or not answers:
         raise EvaluationError(f"{where}: answers must be a list of texts, found {brief(answers)}")
-    image = item.get("image", item.get("image_id"))
+    image = item.fields.get("image", item.fields.get("image_id"))
     if isinstance(image, int):
         image = f"{prefix}{image:012d}.jpg"
     return Record(
         id=id_,
-        questions=(text_of(field_of(item, ("question",), where=where), where=where),),
+        questions=(item.text("question"),),
         reference=[
             text_of(answer.get("answer") if isinstance(answer, dict) else answer, where=where)
             for answer in answers
         ],
         images=(id_of(image, where=where),),
-        metadata={"answer_type": item.get("answer_type") or "other"},
+        metadata={"answer_type": item.fields.get("answer_type") or "other"},
     )
 
 
@@ -75,13 +81,7 @@ def _annotations(questions: Path) -> dict[str, dict[str, Any]]:
     listed = content.get("annotations") if isinstance(content, dict) else None
     if not isinstance(listed, list):
         raise EvaluationError(f"{path}: expected annotations, found {brief(content)}")
-    found = {}
-    for number, item in enumerate(listed, start=1):
-        where = f"{path}: annotation {number}"
-        if not isinstance(item, dict):
-            raise EvaluationError(f"{where} must be an object, found {brief(item)}")
-        found[id_of(field_of(item, ("question_id",), where=where), where=where)] = item
-    return found
+    return {item.id("question_id"): item.fields for item in items_of(listed, f"{path}: annotation")}
 
 
 def count(predictions: Predictions, _: Counting) -> Tally:
