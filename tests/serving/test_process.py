@@ -22,7 +22,7 @@ import httpx2
 import pytest
 
 from llama_adapter.miniature.rendering import render
-from llama_adapter.miniature.scenes import Scene, Thing
+from llama_adapter.miniature.scenes import Scene, SceneObject
 
 ROOT = Path(__file__).resolve().parents[2]
 GUIDE = ROOT / "docs/serving.md"
@@ -76,8 +76,8 @@ def examples() -> list[str]:
 
 
 def test_the_guide_a_terminal_and_the_end(tmp_path: Path, cli: Any) -> None:
-    star = Thing(shape="star", color="red", size="large", place="center")
-    render(Scene(things=(star,)), random.Random(5), size=256).save(tmp_path / "scene.png")
+    star = SceneObject(shape="star", color="red", size="large", place="center")
+    render(Scene(objects=(star,)), random.Random(5), size=256).save(tmp_path / "scene.png")
     shutil.copytree(ADAPTERS / "v2", tmp_path / "birds-2026-11")
     admin = "admin-key-0123456789"
     (tmp_path / "admins").write_text(admin)

@@ -91,7 +91,7 @@ class Batch:
     objects_BTW: Tensor
     """Which words are true of each thing; rows of absent things are zero."""
     owner_BP: Tensor
-    """Which thing covers a patch, _NO_THING, or _UNCLEAR for the edges of things."""
+    """Which thing covers a patch, _NO_OBJECT, or _UNCLEAR for the edges of things."""
     phrases_NW: Tensor
     strange_B: Tensor
     """Images in colors without a name: phrases with a color are not scored there."""
