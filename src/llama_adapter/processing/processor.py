@@ -501,24 +501,27 @@ class LlamaAdapterProcessor(ProcessorMixin):
             raise ConfigError("the prompt holds an image, but this adapter reads text alone")
         if self.visual_scope == "all":
             # one set of visual prompts a row: several images count as frames of one
-            clips = [
-                [[f for ref in refs for f in frames_of(ref)]] if refs else [] for refs in images
-            ]
+            shown = [[refs] if refs else [] for refs in images]
         else:
             for number, (row, refs) in enumerate(zip(rows, images, strict=True), start=1):
                 if (found := max(row.placeholders, default=-1) + 1) != len(refs):
                     raise PromptError(
                         f"prompt {number} has {found} image placeholders, but {len(refs)} images"
                     )
-            clips = [[frames_of(ref) for ref in refs] for refs in images]
-        counts = [len(of_row) for of_row in clips]
-        if visual_features is not None:
+            shown = [[[ref] for ref in refs] for refs in images]
+        counts = [len(of_row) for of_row in shown]
+        if visual_features is not None:  # then nothing is decoded
             features = visual_features.split(counts)
             return [
                 EncodedSample(encoded=row, features=of if len(of) else None)
                 for row, of in zip(rows, features, strict=True)
             ]
-        pixels = self._pixels([clip for of_row in clips for clip in of_row], reader).split(counts)
+        clips = [
+            [frame for ref in refs for frame in frames_of(ref)]
+            for of_row in shown
+            for refs in of_row
+        ]
+        pixels = self._pixels(clips, reader).split(counts)
         return [
             EncodedSample(encoded=row, pixels=of if len(of) else None)
             for row, of in zip(rows, pixels, strict=True)
