@@ -57,8 +57,9 @@ def demo(
 
     recipe = demo_recipe(out, minutes=1.0 if quick else minutes, seed=seed)
     with json_only(as_json) as emit:
+        missing = _missing(needed=photos_only)
         with stages() as stage:
-            photographs = _photographs(stage, needed=photos_only)
+            photographs = _photographs(stage, missing)
             if photos_only:
                 results = show_photographs(out, photographs)
             else:
@@ -80,17 +81,23 @@ def demo(
     )
 
 
-def _photographs(stage: Any, *, needed: bool) -> Gallery:
-    """The photographs with captions and answers; one line says what they lack."""
-    from llama_adapter.cli.models import load
+def _missing(*, needed: bool) -> str | None:
+    """What the photos model lacks, said in one line; CheckpointError where it is needed."""
     from llama_adapter.photos.bundled import why_missing
-    from llama_adapter.photos.gallery import Gallery, answer_gallery, photographs
 
     missing = why_missing()
     if missing is not None and needed:
         raise CheckpointError(f"no photographs can be shown: {missing}")
     if missing is not None:
         typer.echo(f"photographs are left out: {missing}", err=True)
+    return missing
+
+
+def _photographs(stage: Any, missing: str | None) -> Gallery:
+    from llama_adapter.cli.models import load
+    from llama_adapter.photos.gallery import Gallery, answer_gallery, photographs
+
+    if missing is not None:
         return Gallery(missing=missing)
     advance = stage("photographs", len(photographs()))
     return answer_gallery(*load("photos"), advance=advance)
