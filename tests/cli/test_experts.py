@@ -63,7 +63,7 @@ def test_auto_shows_its_decision(cli: Cli, adapter_dir: Path, picture: Path) -> 
     options = ["--expert", "auto", "--expert", f"caption={adapter_dir}", "--max-new-tokens", 2]
     done = cli("chat", adapter_dir, "--prompt", "who?", "--image", picture, *options, "--json")
     auto, caption = json.loads(done.stdout)["contexts"]
-    assert "caption, since there is a picture" in auto["notes"]
+    assert "caption, since there is an image" in auto["notes"]
     assert caption["expert"] == "caption"
 
 

@@ -31,6 +31,7 @@ RESULTS: dict[str, list[Any]] = {
     "msvd-qa": JUDGED,
     "msrvtt-qa": JUDGED,
     "vqa": JUDGED,
+    "vqav2": [[{"question_id": n, "answer": "dog"} for n in (1, 2)]],
     "activitynet-qa": [[{"question_id": n, "answer": "dog"} for n in (1, 2)], {"1": "a dog"}],
     "videoinstruct": [{"1": [{"score": 3}, {"Q": "what?", "A": "dog", "pred": "a dog"}]}],
     "infimm-eval": [
@@ -55,6 +56,10 @@ DATA: dict[str, Any] = {
     "msvd-qa": QUESTIONS,
     "msrvtt-qa": QUESTIONS,
     "vqa": QUESTIONS,
+    "vqav2": [
+        {"question_id": n, "image": "x.png", "question": "what?", "answers": ["dog"] * 10}
+        for n in (1, 2)
+    ],
     "activitynet-qa": [{"video_name": "x", "question_id": n, "question": "?"} for n in (1, 2)],
     "videoinstruct": [{"Q": "what?", "A": "dog", "video_name": "v"}] * 2,
     "infimm-eval": [{"Image path": ["x.png"], "Question": "why?", "Answer": "so"}] * 2,

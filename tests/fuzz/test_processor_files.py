@@ -109,7 +109,7 @@ def test_each_file_is_a_regular_file_with_an_object(
     ("size", {"height": 10**12, "width": 8}, "height 1000000000000"),
     ("do_resize", "no", "do_resize must be true or false, got 'no'"),
     ("image_std", [0.0, 0.0, 0.0], "image processor"),
-    ("rescale_factor", float("nan"), "does not become finite numbers"),
+    ("rescale_factor", float("nan"), "does not become finite values"),
     ("image_processor_type", "Evil", "is none that works on Pillow"),
 ])  # fmt: skip
 def test_damaged_settings_of_images_are_named(

@@ -15,6 +15,7 @@ from llama_adapter.miniature.captions import CAPTION_TASK
 from llama_adapter.miniature.demo import demo_recipe, run_demo
 from llama_adapter.miniature.scenes import HELD_OUT
 from llama_adapter.miniature.task import METRICS, HeldOutScenes, Results, Score, answer_questions
+from llama_adapter.photos.gallery import Gallery
 
 
 @pytest.fixture(scope="module")
@@ -89,11 +90,17 @@ def test_eval_refuses_what_the_task_has_no_use_for(cli, tmp_path):
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
     out = tmp_path_factory.mktemp("demo")
-    recipe = demo_recipe(out, minutes=0.2, seed=1)
+    recipe = demo_recipe(out, minutes=0.6, seed=1)
     captions, instructions = recipe.captions.sources[0], recipe.instructions.sources[0]
     captions.model_extra.update(count=96, images=48)
     instructions.model_extra.update(count=64)
-    run_demo(out, recipe, HeldOutScenes.draw(images=12, questions=11), stage=quiet)
+    run_demo(
+        out,
+        recipe,
+        HeldOutScenes.draw(images=12, questions=11),
+        photographs=Gallery(missing="not asked for"),
+        stage=quiet,
+    )
     return out
 
 

@@ -53,7 +53,7 @@ def test_half_precision_loads_on_a_float32_base(
     prompt = Conversation.ask("What is it?", images=[ImageRef.of(EXAMPLES / "cat.jpg")])
     logits = []
     for directory in (photos_model, tmp_path / "half"):
-        model = LlamaAdapterForConditionalGeneration.from_pretrained(directory)
+        model = LlamaAdapterForConditionalGeneration.from_pretrained(directory, dtype=torch.float32)
         assert {p.dtype for p in model.parameters()} == {torch.float32}
         inputs: Any = LlamaAdapterProcessor.from_pretrained(directory)([prompt])
         with torch.no_grad():

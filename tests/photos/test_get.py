@@ -50,7 +50,8 @@ def make_wheel(
     folder.mkdir(exist_ok=True)
     name = f"{package.replace('-', '_')}-1.0-py3-none-any.whl"
     with zipfile.ZipFile(folder / name, "w") as archive:
-        archive.writestr("tiny/weights.bin", content)
+        # without the time of writing, which would change the checksum
+        archive.writestr(zipfile.ZipInfo("tiny/weights.bin"), content)
     data = (folder / name).read_bytes()
     return Wheel(
         package=package,

@@ -396,7 +396,7 @@ def tracing(language_model: nn.Module, *, training: bool) -> Iterator[None]:
     keep_unfused(language_model)
     try:
         with (
-            torch.random.fork_rng(),
+            torch.random.fork_rng(devices=_accelerators(language_model)),
             tracing_attention(),
             torch.enable_grad(),
             torch.autograd.graph.saved_tensors_hooks(_nothing, _never),
@@ -405,6 +405,11 @@ def tracing(language_model: nn.Module, *, training: bool) -> Iterator[None]:
     finally:
         for module, was_training in before.items():
             module.training = was_training
+
+
+def _accelerators(model: nn.Module) -> set[torch.device]:
+    """Where a model's dropout may draw, the CPU apart."""
+    return {p.device for p in model.parameters() if p.device.type == "cuda"}
 
 
 def _nothing(_saved: Tensor) -> None:

@@ -60,11 +60,11 @@ class Grammars:
 
     def _compile(self, name: str, text: str) -> Any:
         compiler = self._compiler
-        compiled = (
-            compiler.compile_json_schema if name == "json_schema" else compiler.compile_grammar
-        )
         try:
-            return compiled(text)
+            if name != "json_schema":
+                return compiler.compile_grammar(text)
+            # a small model may write spaces between two tokens of JSON to the end of its time
+            return compiler.compile_json_schema(text, max_whitespace_cnt=1)
         except Exception as error:  # of the library, whose classes change
             reason = str(error).strip().splitlines() or [type(error).__name__]
             raise ConfigError(f"{name} cannot be used: {reason[-1][:200]}") from error
