@@ -4,13 +4,14 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo photos test clients fuzz check lint types layers bench docs clean help
+.PHONY: stress install demo photos test clients fuzz check lint types layers bench docs clean help
 
 help:
 	@echo "make demo    show photographs, train an adapter in the miniature world: runs/demo/report.html"
 	@echo "make photos  fetch a small LLM and an encoder (175 MiB) and show it photographs"
 	@echo "make test    run the tests"
 	@echo "make clients  the chat page in a browser and OpenAI's JavaScript client, against the server"
+	@echo "make stress  tests of many threads, ten times"
 	@echo "make fuzz    a long run of the fuzz campaigns; counts go to runs/fuzz.jsonl"
 	@echo "make check   lint, types, layers and tests: what continuous integration runs"
 	@echo "make bench   measure speed; results go to benchmarks/results"
@@ -42,6 +43,10 @@ clients: install
 	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints-cpu.txt -e '.[browser]'
 	npm install --silent --no-save --prefix clients openai@6
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest clients
+
+# What depends on how threads happen to meet, ten times.
+stress: install
+	for run in 1 2 3 4 5 6 7 8 9 10; do $(BIN)/python -m pytest -m stress || exit 1; done
 
 # Thirty times the inputs of `make test`, with a JSON line of counts for each campaign.
 FUZZ_SCALE ?= 30
