@@ -373,7 +373,6 @@ def test_a_step_that_crashes_costs_its_requests_and_not_the_engine(monkeypatch):
     assert "ZeroDivisionError" in engine.health.reason
 
 
-# one of ten runs failed, and what failed is not known yet
 @pytest.mark.stress
 @pytest.mark.parametrize("seed", range(3))
 def test_any_interleaving_gives_each_request_its_own_answer(engine, seed):
