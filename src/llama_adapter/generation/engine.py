@@ -11,10 +11,10 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from llama_adapter.errors import (
 )
 from llama_adapter.generation.grammar import Grammars, Matcher
 from llama_adapter.generation.passes import Chunk, RowModel
+from llama_adapter.generation.pending import PendingAnswer, ReadyImage, num_frames
 from llama_adapter.generation.requests import (
     EngineStats,
     Finish,
@@ -41,19 +42,16 @@ from llama_adapter.generation.requests import (
     TokenLogprob,
     Usage,
 )
-from llama_adapter.generation.rows import Row
 from llama_adapter.generation.sampling import Drawer, draw, log_probabilities
 from llama_adapter.generation.sequential import check_length
 from llama_adapter.generation.text import TextStream
 from llama_adapter.model import LlamaAdapterForConditionalGeneration
 from llama_adapter.model.configuration import read_adapter_config
-from llama_adapter.model.stack import AdapterStack, RowReads, StackedAdapter
+from llama_adapter.model.stack import AdapterStack, StackedAdapter
 from llama_adapter.processing.processor import LlamaAdapterProcessor
 
 _MOST_CRASHES = 3
 """After so many steps in a row in which nothing worked the engine is dead."""
-_BASE = "base"
-"""Who owns rows without an adapter."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,118 +76,6 @@ class EngineSettings:
         for name in self.__dataclass_fields__:
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
-
-
-@dataclass(eq=False, slots=True)
-class _Image:
-    """An image in the stack's bank."""
-
-    entry: int
-    users: int = 0
-    used_at: int = 0
-
-
-@dataclass(eq=False, kw_only=True)
-class _Answer:
-    """One answer of a request, from the queue to its last token."""
-
-    generation: Generation
-    choice: int
-    adapter: StackedAdapter | None
-    processor: LlamaAdapterProcessor
-    stop_ids: frozenset[int]
-    drawer: Drawer
-    text: TextStream
-    grammar: Future[Any] | None = None
-    siblings: list[_Answer] = field(default_factory=list)
-    """Further answers to the same prompt, which begin once it is read."""
-    images: list[_Image] = field(default_factory=list)
-    keys: list[str] = field(default_factory=list)
-    """What tells this prompt's images from others; none where the adapter reads text alone."""
-    content: list[Hashable] = field(default_factory=list)
-    """What each token of the prompt is made of; see `Row.content`."""
-    ordinals: list[int] = field(default_factory=list)
-    """How many placeholders of its image precede each token that is one."""
-    tokens: list[int] = field(default_factory=list)
-    row: Row | None = None
-    error: Exception | None = None
-
-    @property
-    def request(self) -> GenerationRequest:
-        return self.generation.request
-
-    @property
-    def prompt(self) -> tuple[int, ...]:
-        return self.request.prompt.input_ids
-
-    @property
-    def owner(self) -> Hashable:
-        return self.adapter or _BASE
-
-    @property
-    def is_prefilling(self) -> bool:
-        return not self.tokens
-
-    def chunk(self, most: int) -> list[int]:
-        """The tokens of its next pass."""
-        assert self.row is not None
-        done = len(self.row.content)
-        return list(self.prompt[done : done + most]) if self.is_prefilling else self.tokens[-1:]
-
-    def reads(self, start: int, stop: int) -> RowReads:
-        """What the tokens from `start` to `stop` read."""
-        if self.adapter is None:
-            return RowReads()
-        config, index = self.adapter.config, self.adapter.index
-        is_late = config.fusion == "late"
-        if not self.images:
-            return RowReads(adapter=index)
-        if config.visual_scope == "all":
-            return RowReads(adapter=index, image=self.images[0].entry, is_late=is_late)
-        images = self.request.prompt.placeholders[start:stop]
-        if max(images, default=-1) < 0:
-            return RowReads(adapter=index)
-        return RowReads(
-            adapter=index,
-            images=[0 if image < 0 else self.images[image].entry for image in images],
-            ordinals=self.ordinals[start:stop] if config.placeholder_attention == "own" else None,
-            is_late=is_late,
-        )
-
-    def content_of(self, token: int) -> Hashable:
-        """What a token behind the prompt is made of."""
-        reads_all = self.adapter is not None and self.adapter.config.visual_scope == "all"
-        return (token, self.keys[0]) if reads_all and self.keys else token
-
-    def read_prompt(self) -> None:
-        """Find out what each token of the prompt is made of."""
-        prompt = self.request.prompt
-        self.content = list(self.prompt)
-        if not prompt.images or self.adapter is None or self.adapter.adapter.projection is None:
-            return
-        frames, placeholders = _num_frames(self.request), prompt.placeholders
-        self.keys = keys = [f"{image.key} {frames}" for image in prompt.images]
-        self.ordinals = _ordinals(placeholders)
-        if self.adapter.config.visual_scope == "all":
-            self.content = [(token, keys[0]) for token in self.prompt]
-            return
-        for place, image in enumerate(placeholders):
-            if image >= 0:
-                self.content[place] = (self.prompt[place], keys[image], self.ordinals[place])
-
-
-def _ordinals(placeholders: Sequence[int]) -> list[int]:
-    found: list[int] = []
-    for place, image in enumerate(placeholders):
-        goes_on = place > 0 and image >= 0 and placeholders[place - 1] == image
-        found.append(found[-1] + 1 if goes_on else 0)
-    return found
-
-
-def _num_frames(request: GenerationRequest) -> int:
-    """Frames of each image: stills next to a video are shown as often as it has frames."""
-    shapes = [image.pixel_values.shape for image in request.prompt.images]
-    return max((shape[0] if len(shape) == 4 else 1 for shape in shapes), default=1)
 
 
 class RowEngine:
@@ -237,9 +123,9 @@ class RowEngine:
         self._cache = self._model.cache
         self._decoding = self._prefilling = 0
         """How many rows at the front make tokens, and how many behind them read prompts."""
-        self._images: dict[tuple[StackedAdapter, str], _Image] = {}
+        self._images: dict[tuple[StackedAdapter, str], ReadyImage] = {}
         self._changed = threading.Condition()
-        self._queue: deque[_Answer] = deque()
+        self._queue: deque[PendingAnswer] = deque()
         self._calls: deque[tuple[Callable[[], None], Future[None]]] = deque()
         self._leaving: dict[str, Future[None]] = {}
         self._delivered: dict[Generation, list[Increment]] = {}
@@ -328,6 +214,8 @@ class RowEngine:
         with self._changed:
             if len(self._processors) == 1 and name in self._processors:
                 raise ConfigError(f"{name!r} is the only adapter; it cannot be unloaded")
+            if self._state == "dead" or not self._thread.is_alive():
+                raise UnavailableError(f"the engine is {self._state}")
             self.processor(name)
             del self._processors[name]
             done = self._leaving[name] = Future()
@@ -352,13 +240,13 @@ class RowEngine:
 
     def _answer(
         self, generation: Generation, *, grammar: Future[Any] | None, choice: int = 0
-    ) -> _Answer:
+    ) -> PendingAnswer:
         request = generation.request
         sampling, processor = request.sampling, self.processor(request.adapter)
         options = processor.stop_options
         found = options.get("eos_token_id", self._model.end_ids)
         penalty = self._model.penalty
-        answer = _Answer(
+        answer = PendingAnswer(
             generation=generation,
             choice=choice,
             adapter=None if request.adapter is None else self._stack[request.adapter],
@@ -464,11 +352,11 @@ class RowEngine:
         for answer in waiting:
             answer.generation.fail(UnavailableError(f"the engine is dead: {self._reason}"))
 
-    def _waiting(self) -> list[_Answer]:
+    def _waiting(self) -> list[PendingAnswer]:
         with self._changed:
             return list(self._queue)
 
-    def _running(self) -> list[_Answer]:
+    def _running(self) -> list[PendingAnswer]:
         return [row.answer for row in self._cache.rows if row.answer is not None]
 
     # --- adapters ---------------------------------------------------------------------------
@@ -524,11 +412,11 @@ class RowEngine:
                 for one in (answer, *answer.siblings):
                     self._put(one, Increment(choice=one.choice, finish=reason))
 
-    def _unqueue(self, answer: _Answer) -> None:
+    def _unqueue(self, answer: PendingAnswer) -> None:
         with self._changed:
             self._queue.remove(answer)
 
-    def _overdue(self, answer: _Answer) -> Finish | None:
+    def _overdue(self, answer: PendingAnswer) -> Finish | None:
         if answer.generation.is_cancelled:
             return "cancelled"
         now, deadline = time.monotonic(), answer.request.deadline
@@ -557,7 +445,7 @@ class RowEngine:
                 continue
             self._place(answer)
 
-    def _make_room(self, answer: _Answer) -> bool:
+    def _make_room(self, answer: PendingAnswer) -> bool:
         """Free entries of images that nobody reads, the oldest first, for those of an answer."""
         keys = {(answer.adapter, key) for key in answer.keys}
         missing = len(keys - self._images.keys())
@@ -582,7 +470,7 @@ class RowEngine:
                 with suppress(Exception):
                     self._encode(adapter, new)
 
-    def _encode_images(self, answer: _Answer) -> None:
+    def _encode_images(self, answer: PendingAnswer) -> None:
         new, adapter = self._new_images(answer), answer.adapter
         if len({pixels.shape for pixels in new.values()}) > 1:
             raise PromptError("images and videos of one prompt must have equally many frames")
@@ -592,7 +480,7 @@ class RowEngine:
         for ready in answer.images:
             ready.users += 1
 
-    def _new_images(self, answer: _Answer) -> dict[str, Tensor]:
+    def _new_images(self, answer: PendingAnswer) -> dict[str, Tensor]:
         """Pixels of an answer's images that are not ready yet."""
         new: dict[str, Tensor] = {}
         if answer.adapter is None:
@@ -600,7 +488,7 @@ class RowEngine:
         for key, image in zip(answer.keys, answer.request.prompt.images, strict=False):
             if (answer.adapter, key) not in self._images:
                 pixels = image.pixel_values
-                if pixels.ndim == 3 and (frames := _num_frames(answer.request)) > 1:
+                if pixels.ndim == 3 and (frames := num_frames(answer.request)) > 1:
                     pixels = pixels.expand(frames, *pixels.shape)
                 new[key] = pixels
         return new
@@ -608,29 +496,17 @@ class RowEngine:
     def _encode(self, adapter: StackedAdapter, new: dict[str, Tensor]) -> None:
         entries = self._stack.encode(adapter.name, torch.stack(list(new.values())))
         for key, entry in zip(new, entries, strict=True):
-            self._images[adapter, key] = _Image(entry, used_at=self._steps)
+            self._images[adapter, key] = ReadyImage(entry, used_at=self._steps)
 
-    def _place(self, answer: _Answer) -> None:
-        """Give an answer the row that holds most of its prompt already, or a copy of that."""
-        cache, target = self._cache, self._decoding + self._prefilling
-        commons = [row.common(answer.owner, answer.content) for row in cache.rows]
-        best = max(range(len(commons)), key=lambda i: (commons[i], i >= target))
+    def _place(self, answer: PendingAnswer) -> None:
+        """Give an answer the first free row, with what any row holds of its prompt already."""
         # the last token is read again, for what follows it
-        count = min(commons[best], len(answer.prompt) - 1)
-        free = range(target, len(cache.rows))
-        oldest = min(free, key=lambda i: (bool(cache.rows[i].content), cache.rows[i].used_at))
-        goes_on = best >= target and 2 * count >= len(cache.rows[best].content) > 0
-        if goes_on or best == oldest:
-            cache.swap(best, target)
-            del cache.rows[target].content[count:]
-        else:
-            cache.rows[oldest].content = []
-            if count:
-                cache.copy(best, oldest, count)
-            cache.swap(oldest, target)
-        row = cache.rows[target]
-        row.owner, row.answer, row.used_at = answer.owner, answer, self._steps
-        answer.row = row
+        row, count = self._cache.claim(
+            self._decoding + self._prefilling,
+            owner=answer.owner,
+            content=answer.content[:-1],
+        )
+        row.answer, row.used_at, answer.row = answer, self._steps, row
         self._prefilling += 1
         usage = answer.generation.usage
         if answer.choice == 0:
@@ -670,7 +546,7 @@ class RowEngine:
         self._advance(found)
         return len(found)
 
-    def _pass(self, first: int, chunks: list[list[int]]) -> list[tuple[_Answer, Tensor]]:
+    def _pass(self, first: int, chunks: list[list[int]]) -> list[tuple[PendingAnswer, Tensor]]:
         """Run the model over rows from `first` on; what answers it brought on, with their logits.
 
         Where the pass fails, each row is tried alone, and ends with the error if it fails again.
@@ -683,8 +559,8 @@ class RowEngine:
         return found
 
     def _tried(
-        self, first: int, answers: list[_Answer], chunks: list[list[int]]
-    ) -> Iterator[tuple[_Answer, Tensor]]:
+        self, first: int, answers: list[PendingAnswer], chunks: list[list[int]]
+    ) -> Iterator[tuple[PendingAnswer, Tensor]]:
         try:
             logits_NV = self._model.run(
                 first, [_chunk(*pair) for pair in zip(answers, chunks, strict=True)]
@@ -707,7 +583,7 @@ class RowEngine:
             row.used_at = self._steps
             yield answer, logits_V
 
-    def _advance(self, found: list[tuple[_Answer, Tensor]]) -> None:
+    def _advance(self, found: list[tuple[PendingAnswer, Tensor]]) -> None:
         """Draw the next token of each answer."""
         if not found:
             return
@@ -724,7 +600,7 @@ class RowEngine:
             else:
                 self._take(answer, part)
 
-    def _take(self, answer: _Answer, part: TokenLogprob) -> None:
+    def _take(self, answer: PendingAnswer, part: TokenLogprob) -> None:
         token = part.token
         answer.tokens.append(token)
         answer.drawer.take(token)
@@ -738,7 +614,11 @@ class RowEngine:
             self._put(answer, Increment(choice=answer.choice, text=added, tokens=(part,)))
 
     def _finish(
-        self, answer: _Answer, reason: Finish, part: TokenLogprob | None = None, text: str = ""
+        self,
+        answer: PendingAnswer,
+        reason: Finish,
+        part: TokenLogprob | None = None,
+        text: str = "",
     ) -> None:
         text += answer.text.finish(answer.tokens)
         tokens = () if part is None else (part,)
@@ -747,7 +627,7 @@ class RowEngine:
             self._put(sibling, Increment(choice=sibling.choice, finish=reason))
         self._free(answer)
 
-    def _fail(self, answer: _Answer, error: Exception) -> None:
+    def _fail(self, answer: PendingAnswer, error: Exception) -> None:
         """End a request, all of its answers, with an error."""
         generation = answer.generation
         generation.put(*self._delivered.pop(generation, ()))
@@ -757,10 +637,10 @@ class RowEngine:
         for running in [a for a in self._running() if a.generation is generation]:
             self._free(running)
 
-    def _place_of(self, answer: _Answer) -> int:
+    def _place_of(self, answer: PendingAnswer) -> int:
         return next(i for i, row in enumerate(self._cache.rows) if row is answer.row)
 
-    def _free(self, answer: _Answer) -> None:
+    def _free(self, answer: PendingAnswer) -> None:
         """Give a row back, with what it holds, and close the gap in the block of busy rows."""
         cache = self._cache
         place = self._place_of(answer)
@@ -778,7 +658,7 @@ class RowEngine:
 
     # --- delivery ---------------------------------------------------------------------------
 
-    def _put(self, answer: _Answer, increment: Increment) -> None:
+    def _put(self, answer: PendingAnswer, increment: Increment) -> None:
         self._delivered.setdefault(answer.generation, []).append(increment)
 
     def _deliver(self) -> None:
@@ -794,7 +674,7 @@ class RowEngine:
         self._delivered.clear()
 
 
-def _chunk(answer: _Answer, tokens: list[int]) -> Chunk:
+def _chunk(answer: PendingAnswer, tokens: list[int]) -> Chunk:
     assert answer.row is not None
     start = len(answer.row.content)
     return Chunk(start=start, tokens=tokens, reads=answer.reads(start, start + len(tokens)))

@@ -130,6 +130,33 @@ class RowCache(Cache):
         """Say which rows the next pass is about; see `Window.set`."""
         self.window.set(first=first, starts=starts, counts=counts, length=self.length)
 
+    def claim(
+        self, target: int, *, owner: Hashable, content: Sequence[Hashable]
+    ) -> tuple[Row, int]:
+        """Make the row at `target`, the first free one, begin as `content` does, as far as known.
+
+        Of the row that holds most of it a free one is taken over, unless it holds much else; then,
+        and of a busy one, what it has is copied into the row that was not used for longest.
+        Returns the row and how many tokens it holds.
+        """
+        rows = self.rows
+        commons = [row.common(owner, content) for row in rows]
+        best = max(range(len(rows)), key=lambda i: (commons[i], i >= target))
+        count = commons[best]
+        free = range(target, len(rows))
+        oldest = min(free, key=lambda i: (bool(rows[i].content), rows[i].used_at))
+        if best == oldest or (best >= target and 2 * count >= len(rows[best].content) > 0):
+            del rows[best].content[count:]
+            chosen = best
+        else:
+            rows[oldest].content = []
+            if count:
+                self.copy(best, oldest, count)
+            chosen = oldest
+        self.swap(chosen, target)
+        rows[target].owner = owner
+        return rows[target], count
+
     def swap(self, a: int, b: int) -> None:
         """Let two rows change places."""
         if a == b:

@@ -88,10 +88,13 @@ class PromptBank:
             # entry 0 may attend to all of its values, which are 0
             mask = self._within([self._lengths[entry] or length for entry in entries], length)
             mask = mask[:, None, None]
-        if len(used) == 1:
-            entries, mask = entries[:1], None
-        entries_B = torch.tensor(entries, device=self.device)
-        return RowEntries(used=used, entries_B=entries_B, length=length, mask_B11M=mask)
+        return RowEntries(
+            used=used,
+            entries_B=torch.tensor(entries, device=self.device),
+            only=entries[0] if len(used) == 1 else None,
+            length=length,
+            mask_B11M=mask,
+        )
 
     def of_tokens(self, rows: Sequence[RowReads], num_tokens: int) -> list[Entries]:
         """What each token reads, where that differs within rows; all other tokens read entry 0."""
@@ -147,9 +150,7 @@ class PromptBank:
         if isinstance(reads, OwnPrompts):
             return _own_prompts(values_SHMD, reads).to(query_BHTD.device)
         mask = reads.mask_B11M if isinstance(reads, RowEntries) else reads.mask_B1TK
-        entries = reads.entries_B if isinstance(reads, RowEntries) else reads.entries_E
-        keys = _picked(keys_SHMD, entries, reads.length).to(query_BHTD)
-        values = _picked(values_SHMD, entries, reads.length).to(query_BHTD)
+        keys, values = (_picked(table, reads).to(query_BHTD) for table in (keys_SHMD, values_SHMD))
         if isinstance(reads, TokenEntries):
             keys, values = (x.transpose(0, 1).flatten(1, 2).unsqueeze(0) for x in (keys, values))
         if mask is not None:
@@ -161,11 +162,12 @@ def _padded(values: Sequence[int], length: int) -> list[int]:
     return [*values, *(0,) * (length - len(values))]
 
 
-def _picked(table_SHMD: Tensor, entries: Tensor, length: int) -> Tensor:
-    if len(entries) == 1:
-        first = int(entries)
-        return table_SHMD[first : first + 1, :, :length]
-    return table_SHMD[:, :, :length].index_select(0, entries.to(table_SHMD.device))
+def _picked(table_SHMD: Tensor, reads: RowEntries | TokenEntries) -> Tensor:
+    table_SHMD = table_SHMD[:, :, : reads.length]
+    if isinstance(reads, RowEntries) and reads.only is not None:
+        return table_SHMD[reads.only : reads.only + 1]
+    entries = reads.entries_B if isinstance(reads, RowEntries) else reads.entries_E
+    return table_SHMD.index_select(0, entries.to(table_SHMD.device))
 
 
 def _own_prompts(values_SHMD: Tensor, reads: OwnPrompts) -> Tensor:

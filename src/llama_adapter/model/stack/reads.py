@@ -71,7 +71,8 @@ class RowEntries:
 
     used: frozenset[int]
     entries_B: Tensor
-    """[1] where all rows read the same one."""
+    only: int | None
+    """The entry, where all rows read the same one."""
     length: int
     mask_B11M: Tensor | None
     """Where entries differ in length."""
