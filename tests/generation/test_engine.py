@@ -32,6 +32,7 @@ from llama_adapter.generation.requests import (
     Sampling,
     encode_prompt,
 )
+from llama_adapter.generation.sampling import Drawer
 from llama_adapter.generation.settings import GenerationSettings
 from llama_adapter.miniature.bundled import bundled_adapter, load_bundled
 from llama_adapter.miniature.rendering import render
@@ -290,6 +291,57 @@ def test_a_request_that_fails_fails_alone(engine):
     assert engine.health.state == "ready"
 
 
+def test_bad_requests_alone_do_not_end_the_engine(engine):
+    bad = EncodedPrompt(input_ids=(1, 5, 500, 7))
+    asked = GenerationRequest(prompt=bad, adapter="v2", sampling=Sampling(max_tokens=8))
+    hook = poison(engine, 500)
+    try:
+        for _ in range(10):
+            with pytest.raises(RuntimeError, match="poisoned"):
+                list(engine.submit(asked))
+    finally:
+        hook.remove()
+    assert engine.health.state == "ready"
+    assert text_of(engine.submit(request(engine, 0))) == expected(0)
+
+
+def test_one_of_several_answers_that_fails_ends_its_request_alone(engine):
+    """Also in the step in which another of them would have ended by itself."""
+    options = {"temperature": 9.0, "seed": 3, "n": 3}
+    increments = list(engine.submit(request(engine, 0, **options)))
+    drawn = [[t.token for i in increments if i.choice == c for t in i.tokens] for c in range(3)]
+    length = min(map(len, drawn[1:]))
+    others = {*drawn[0], *drawn[2], *request(engine, 0).prompt.input_ids}
+    at = next(i for i, token in enumerate(drawn[1][: length - 1]) if token not in others)
+    hook = poison(engine, drawn[1][at])
+    try:
+        failing = engine.submit(request(engine, 0, **options, max_tokens=at + 2))
+        with pytest.raises(RuntimeError, match="poisoned"):
+            list(failing)
+    finally:
+        hook.remove()
+    becomes_idle(engine)
+    good = [engine.submit(request(engine, i)) for i in range(6)]
+    assert [text_of(one) for one in good] == [expected(i) for i in range(6)]
+    becomes_idle(engine)
+
+
+def test_an_answer_that_cannot_be_drawn_fails_alone(engine, monkeypatch):
+    take = Drawer.take
+
+    def refuse(drawer: Drawer, token: int) -> None:
+        if drawer.sampling.seed == 13:
+            raise ValueError("unlucky")
+        take(drawer, token)
+
+    monkeypatch.setattr(Drawer, "take", refuse)
+    generations = [engine.submit(request(engine, i)) for i in range(3)]
+    with pytest.raises(ValueError, match="unlucky"):
+        list(engine.submit(request(engine, 3, seed=13)))
+    for i, generation in enumerate(generations):
+        assert text_of(generation) == expected(i)
+
+
 def test_an_image_that_cannot_be_read_fails_alone(engine):
     asked = request(engine, 0)
     [image] = asked.prompt.images
@@ -369,6 +421,9 @@ def test_a_step_that_crashes_costs_its_requests_and_not_the_engine(monkeypatch):
     for i in range(3):
         with pytest.raises((ZeroDivisionError, UnavailableError)):
             list(engine.submit(request(engine, i)))
+    until = time.monotonic() + 30  # the engine tries itself once more behind the last answer
+    while engine.health.state != "dead" and time.monotonic() < until:
+        time.sleep(0.01)
     assert engine.health.state == "dead"
     assert "ZeroDivisionError" in engine.health.reason
 

@@ -38,6 +38,7 @@ from llama_adapter.generation.requests import (
     GenerationRequest,
     Health,
     Increment,
+    Sampling,
     State,
     TokenLogprob,
     Usage,
@@ -51,7 +52,7 @@ from llama_adapter.model.stack import AdapterStack, StackedAdapter
 from llama_adapter.processing.processor import LlamaAdapterProcessor
 
 _MOST_CRASHES = 3
-"""After so many steps in a row in which nothing worked the engine is dead."""
+"""After so many steps in a row in which neither a request nor a trial works, it is dead."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -311,12 +312,10 @@ class RowEngine:
         tried = self._decoding + self._prefilling
         worked = self._prefill() + self._decode()
         self._deliver()
-        if tried and not worked:
-            self._crashes += 1
-            if self._crashes >= _MOST_CRASHES:
-                self._die(RuntimeError("no pass of the model works any more"))
-        elif worked:
+        if worked:
             self._crashes = 0
+        elif tried:
+            self._try_out()
         elif not self._calls:
             # all that wait, wait for a grammar
             with self._changed:
@@ -324,7 +323,6 @@ class RowEngine:
 
     def _recover(self, error: Exception) -> None:
         """Go on after a step that failed: what runs is lost, requests that wait are not."""
-        self._crashes += 1
         failed = {answer.generation for answer in self._running()}
         for generation in failed:
             generation.fail(error)
@@ -336,8 +334,19 @@ class RowEngine:
         self._delivered.clear()
         for image in self._images.values():
             image.users = 0
-        if self._crashes >= _MOST_CRASHES:
-            self._die(error)
+        self._try_out()
+
+    def _try_out(self) -> None:
+        """See whether it was the requests: a server that bad requests could end would be theirs."""
+        try:
+            logits_NV = self._model.try_row(self._decoding + self._prefilling)
+            draw(logits_NV, [Drawer(sampling=Sampling(temperature=0))])
+        except Exception as error:
+            self._crashes += 1
+            if self._crashes >= _MOST_CRASHES:
+                self._die(error)
+        else:
+            self._crashes = 0
 
     def _die(self, error: Exception) -> None:
         self._reason = f"{type(error).__name__}: {error}"
@@ -441,7 +450,7 @@ class RowEngine:
                     )
                 self._encode_images(answer)
             except Exception as error:
-                answer.generation.fail(error)
+                self._fail(answer, error)
                 continue
             self._place(answer)
 
@@ -535,16 +544,14 @@ class RowEngine:
             with self._changed:
                 self._queue.extendleft(reversed(answer.siblings))
             answer.siblings = []
-        self._advance(read)
-        return len(found)
+        return len(found) - len(read) + self._advance(read)
 
     def _decode(self) -> int:
         rows = self._cache.rows[: self._decoding]
         if not rows:
             return 0
         found = self._pass(0, [row.answer.chunk(1) for row in rows])
-        self._advance(found)
-        return len(found)
+        return self._advance(found)
 
     def _pass(self, first: int, chunks: list[list[int]]) -> list[tuple[PendingAnswer, Tensor]]:
         """Run the model over rows from `first` on; what answers it brought on, with their logits.
@@ -556,7 +563,8 @@ class RowEngine:
         for answer in answers:
             if answer.error is not None:
                 self._fail(answer, answer.error)
-        return found
+        # an answer that failed ends its siblings too
+        return [(answer, logits_V) for answer, logits_V in found if answer.is_running]
 
     def _tried(
         self, first: int, answers: list[PendingAnswer], chunks: list[list[int]]
@@ -583,22 +591,36 @@ class RowEngine:
             row.used_at = self._steps
             yield answer, logits_V
 
-    def _advance(self, found: list[tuple[PendingAnswer, Tensor]]) -> None:
-        """Draw the next token of each answer."""
+    def _advance(self, found: list[tuple[PendingAnswer, Tensor]]) -> int:
+        """Draw the next token of each answer; how many went on."""
         if not found:
-            return
+            return 0
         answers = [answer for answer, _ in found]
         logits_NV = torch.stack([logits_V for _, logits_V in found])
         is_nan = logits_NV.amax(-1).isnan().tolist()
         drawers = [answer.drawer for answer in answers]
         is_bound = any(drawer.binds for drawer in drawers)
-        tokens = draw(logits_NV.clone() if is_bound else logits_NV, drawers)
+        try:
+            tokens = draw(logits_NV.clone() if is_bound else logits_NV, drawers)
+        except Exception as error:
+            if len(found) > 1:
+                return sum(self._advance([one]) for one in found)
+            self._fail(answers[0], error)
+            return 0
         parts = log_probabilities(logits_NV, tokens, [a.request.sampling for a in answers])
+        went_on = 0
         for answer, part, is_bad in zip(answers, parts, is_nan, strict=True):
-            if is_bad:
-                self._fail(answer, RuntimeError("the model gave logits that are not numbers"))
-            else:
+            if not answer.is_running:  # a sibling failed
+                continue
+            try:
+                if is_bad:
+                    raise RuntimeError("the model gave logits that are not numbers")
                 self._take(answer, part)
+            except Exception as error:
+                self._fail(answer, error)
+            else:
+                went_on += 1
+        return went_on
 
     def _take(self, answer: PendingAnswer, part: TokenLogprob) -> None:
         token = part.token

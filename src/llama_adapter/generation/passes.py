@@ -109,7 +109,12 @@ class RowModel:
 
     def warm_up(self) -> None:
         """Run once, so that the first request finds everything made."""
-        self.run(0, [Chunk(start=0, tokens=[0, 0])])
+        self.try_row(0)
+
+    def try_row(self, index: int) -> Tensor:
+        """Logits [1, V] behind two tokens of the base in a free row, which holds nothing after."""
+        self.cache.rows[index].content = []
+        return self.run(index, [Chunk(start=0, tokens=[0, 0])])
 
     def _masks(self) -> Any:
         windowed = None

@@ -65,6 +65,10 @@ class PendingAnswer:
         return self.adapter or _BASE
 
     @property
+    def is_running(self) -> bool:
+        return self.row is not None and self.row.answer is self
+
+    @property
     def is_prefilling(self) -> bool:
         return not self.tokens
 
