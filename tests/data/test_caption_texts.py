@@ -159,6 +159,28 @@ def test_a_text_next_to_an_image_is_of_another_image(tmp_path: Path) -> None:
     assert {c.context for c in of_first} == {"Text: A white cat sleeps on a bed."}
 
 
+def test_questions_next_to_an_image_are_about_the_text_alone(tmp_path: Path) -> None:
+    path = write_captions(tmp_path)
+    options = {"path": path, "images": tmp_path, "split": "train", "per_image": 60}
+    plain = open_source("caption_tasks", "caption", **options, text_share=1.0)
+    asking = open_source("caption_tasks", "caption", **options, text_share=1.0, question_share=1.0)
+    forms = {w.format(subject="image") for f in FORMS.values() for w in f.wordings}
+    about_text = [
+        c.messages[0].text
+        for c in (asking[n].conversation for n in range(60))
+        if c.messages[0].text not in forms
+    ]
+    assert about_text
+    assert all(text.startswith("According to the text: ") for text in about_text)
+    assert plain.fingerprint() != asking.fingerprint()
+
+
+def test_a_run_begun_before_an_option_was_there_goes_on(tmp_path: Path) -> None:
+    path = write_captions(tmp_path)
+    source = open_source("caption_tasks", "caption", path=path, images=tmp_path, split="train")
+    assert "question_share" not in source.fingerprint()
+
+
 def test_an_invalid_caption_is_one_refused_sample(tmp_path: Path) -> None:
     path = tmp_path / "captions.json"
     path.write_text(json.dumps([{"image": "a.png", "captions": [3]}]))

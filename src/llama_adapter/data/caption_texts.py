@@ -20,7 +20,7 @@ from pydantic import Field
 from llama_adapter.conversation import Conversation
 from llama_adapter.data.caption_facts import sentence_of
 from llama_adapter.data.caption_forms import write_form
-from llama_adapter.data.caption_questions import ask_about
+from llama_adapter.data.caption_questions import Asked, ask_about
 from llama_adapter.data.captions import CaptionSource, CocoOptions
 from llama_adapter.data.samples import Kind, Sample, SourceOptions, placed
 from llama_adapter.errors import DataError, PromptError
@@ -96,7 +96,9 @@ class CaptionTextSource(ABC):
         return np.arange(len(self)) // self.options.per_image
 
     def fingerprint(self) -> str:
-        return f"{self._type}{self.options!r}{self.captions.records.file.version}"
+        # without the option that runs begun earlier do not know
+        options = repr(self.options).replace(", question_share=0.0", "")
+        return f"{self._type}{options}{self.captions.records.file.version}"
 
 
 class CaptionTaskOptions(CaptionTextOptions):
@@ -109,6 +111,9 @@ class CaptionTaskOptions(CaptionTextOptions):
     text_share: float = Field(default=0.1, ge=0, le=1)
     """Share of the samples with a text about another image next to the image; half of them ask
     for the text: an image must not drown what is read next to it."""
+    question_share: float = Field(default=0.0, ge=0, le=1)
+    """Of those that ask for the text, the share that ask a question about it: an image must not
+    turn a short answer into a description either."""
 
     def open(self, kind: Kind) -> CaptionTasks:
         captions = CocoOptions(
@@ -130,14 +135,17 @@ class CaptionTasks(CaptionTextSource):
     def draw(self, image: int, rng: random.Random) -> Conversation:
         captions = self._captions(image)
         shown = self.captions[int(self._of_image[image][0])].conversation.images
-        context, described, subject = None, captions, "image"
+        context, described, subject, asked = None, captions, "image", None
         if rng.random() < self.options.text_share:
             other = self._other(image, rng)
             text = rng.choice(other)
             context = f"{TEXT_MARK} {sentence_of(text)}"
             if rng.random() < 0.5:
                 described, subject = [text], "text"
-        question, answer = write_form(
+                share = self.options.question_share
+                if share and rng.random() < share:
+                    asked = _ask_text([text], rng, hint_share=0.4)
+        question, answer = asked or write_form(
             described, rng, subject=subject, caption_weight=self.options.caption_weight
         )
         return Conversation.ask(question, images=list(shown), context=context, answer=answer)
@@ -182,9 +190,8 @@ class CaptionQuestions(CaptionTextSource):
                 asked, subject = other, "text"
         drawn = None
         if rng.random() >= options.form_share:
-            drawn = ask_about(asked, rng, hint_share=options.hint_share)
-            if drawn is not None and subject == "text":
-                drawn = f"According to the text: {drawn[0]}", drawn[1]
+            ask = _ask_text if subject == "text" else ask_about
+            drawn = ask(asked, rng, hint_share=options.hint_share)
         question, answer = drawn or write_form(
             asked, rng, subject=subject, caption_weight=options.caption_weight
         )
@@ -195,6 +202,12 @@ class CaptionQuestions(CaptionTextSource):
         most = min(self.options.most_captions, len(captions))
         count = 1 if rng.random() < 0.4 else rng.randint(1, most)
         return rng.sample(list(captions), count)
+
+
+def _ask_text(texts: Sequence[str], rng: random.Random, *, hint_share: float) -> Asked | None:
+    """A question about a text next to an image, or next to a description in its place."""
+    asked = ask_about(texts, rng, hint_share=hint_share)
+    return asked and (f"According to the text: {asked[0]}", asked[1])
 
 
 def _joined(captions: Sequence[str]) -> str:
