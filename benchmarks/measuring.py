@@ -140,16 +140,21 @@ def reset_peak_memory(device: str) -> int:
         torch.cuda.reset_peak_memory_stats()
         return int(torch.cuda.memory_allocated())
     Path("/proc/self/clear_refs").write_text("5")
-    return _status("VmRSS")
+    return status_bytes("VmRSS")
 
 
 def peak_memory(device: str) -> int:
     """Bytes at the peak: resident in this process on the CPU (Linux), allocated on a GPU."""
-    return int(torch.cuda.max_memory_allocated()) if device.startswith("cuda") else _status("VmHWM")
+    return (
+        int(torch.cuda.max_memory_allocated())
+        if device.startswith("cuda")
+        else status_bytes("VmHWM")
+    )
 
 
-def _status(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
+def status_bytes(field: str, pid: int | str = "self") -> int:
+    """What Linux says of a process, such as `VmRSS`."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field + ":"))
 
 

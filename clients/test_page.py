@@ -45,8 +45,8 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             yield json.loads(line)["url"]
             break
     process.send_signal(signal.SIGTERM)
-    process.stderr.read()
-    assert process.wait(60) == 0
+    process.communicate(timeout=60)
+    assert process.returncode == 0
 
 
 @pytest.fixture(scope="module")

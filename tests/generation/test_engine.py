@@ -25,6 +25,7 @@ from llama_adapter.errors import (
 )
 from llama_adapter.generation.answer import answer
 from llama_adapter.generation.engine import EngineSettings, RowEngine
+from llama_adapter.generation.pending import PendingAnswer
 from llama_adapter.generation.requests import (
     EncodedPrompt,
     Generation,
@@ -426,6 +427,64 @@ def test_a_step_that_crashes_costs_its_requests_and_not_the_engine(monkeypatch):
         time.sleep(0.01)
     assert engine.health.state == "dead"
     assert "ZeroDivisionError" in engine.health.reason
+
+
+def test_a_step_that_crashes_still_ends_what_had_ended_in_it(engine, monkeypatch):
+    held, gate = threading.Event(), threading.Event()
+    call = engine._call(lambda: (held.set(), gate.wait(20))[0])
+    held.wait(20)
+    late = engine.submit(dataclasses.replace(request(engine, 0), deadline=time.monotonic()))
+    monkeypatch.setattr(engine, "_admit", lambda: 1 / 0)
+    gate.set()
+    call.result()
+    assert text_of(late)[2] == "deadline"
+    monkeypatch.undo()
+    assert text_of(engine.submit(request(engine, 0))) == expected(0)
+
+
+def test_answers_that_cannot_be_admitted_fail_alone(engine, monkeypatch):
+    """Also those of one prompt that wait together."""
+    begin = engine._encode_images
+
+    def refuse(answer: PendingAnswer) -> None:
+        if answer.choice == 1:
+            raise RuntimeError("no image")
+        begin(answer)
+
+    monkeypatch.setattr(engine, "_encode_images", refuse)
+    good = [engine.submit(request(engine, i)) for i in range(3)]
+    with pytest.raises(RuntimeError, match="no image"):
+        list(engine.submit(request(engine, 4, n=4)))
+    assert [text_of(one) for one in good] == [expected(i) for i in range(3)]
+    becomes_idle(engine)
+
+
+def test_a_long_prompt_is_read_although_short_ones_keep_coming(engine):
+    ended: list[str] = []
+    generations: list[Generation] = []
+
+    def submit(name: str, tokens: list[int], most: int) -> None:
+        def notify() -> None:
+            if generations[index].is_done:
+                ended.append(name)
+
+        index = len(generations)
+        prompt = EncodedPrompt(input_ids=tuple(tokens))
+        asked = GenerationRequest(prompt=prompt, sampling=Sampling(max_tokens=most))
+        generations.append(engine.submit(asked, notify=notify))
+
+    held, gate = threading.Event(), threading.Event()
+    call = engine._call(lambda: (held.set(), gate.wait(20))[0])
+    held.wait(20)
+    submit("short", [300, 301, 302], 2)
+    submit("long", list(range(300, 500)), 1)
+    for i in range(50):
+        submit("short", [310 + i, 5, 6], 2)
+    gate.set()
+    call.result()
+    for generation in generations:
+        list(generation)
+    assert ended.index("long") < 40
 
 
 @pytest.mark.stress

@@ -186,7 +186,8 @@ class RowEngine:
         answer = self._answer(generation, grammar=self._grammars.compile(sampling))
         with self._changed:
             self._refuse_unless_ready()
-            self.processor(request.adapter)  # which may have been unloaded
+            if self.processor(request.adapter) is not answer.processor:
+                raise UnavailableError(f"adapter {request.adapter!r} has just been exchanged")
             self._refuse_if_full(request)
             self._queue.append(answer)
             self._changed.notify()
@@ -194,6 +195,10 @@ class RowEngine:
 
     def _refuse_unless_ready(self) -> None:
         if self._state != "ready":
+            raise UnavailableError(f"the engine is {self._state}")
+
+    def _refuse_if_ending(self) -> None:
+        if self._state in ("draining", "dead"):
             raise UnavailableError(f"the engine is {self._state}")
 
     def _refuse_if_full(self, request: GenerationRequest) -> None:
@@ -215,8 +220,7 @@ class RowEngine:
         with self._changed:
             if len(self._processors) == 1 and name in self._processors:
                 raise ConfigError(f"{name!r} is the only adapter; it cannot be unloaded")
-            if self._state == "dead" or not self._thread.is_alive():
-                raise UnavailableError(f"the engine is {self._state}")
+            self._refuse_if_ending()
             self.processor(name)
             del self._processors[name]
             done = self._leaving[name] = Future()
@@ -233,8 +237,7 @@ class RowEngine:
         """Let the engine's thread call a function between two steps."""
         done: Future[None] = Future()
         with self._changed:
-            if self._state in ("draining", "dead"):
-                raise UnavailableError(f"the engine is {self._state}")
+            self._refuse_if_ending()
             self._calls.append((function, done))
             self._changed.notify()
         return done
@@ -276,19 +279,16 @@ class RowEngine:
             self._stack.attach()
             try:
                 self._model.warm_up()
+                with self._changed:
+                    if self._state == "starting":
+                        self._state = "ready"
+                while self._wait():
+                    try:
+                        self._step()
+                    except Exception as error:
+                        self._recover(error)
             except Exception as error:
                 self._die(error)
-                return
-            with self._changed:
-                if self._state == "starting":
-                    self._state = "ready"
-            while self._wait():
-                try:
-                    self._step()
-                except Exception as error:
-                    self._recover(error)
-                if self._crashes >= _MOST_CRASHES:
-                    break
             self._stack.detach()
 
     def _wait(self) -> bool:
@@ -324,6 +324,7 @@ class RowEngine:
     def _recover(self, error: Exception) -> None:
         """Go on after a step that failed: what runs is lost, requests that wait are not."""
         failed = {answer.generation for answer in self._running()}
+        self._deliver()  # also to those that ended in this step
         for generation in failed:
             generation.fail(error)
         for answer in [a for a in self._waiting() if a.generation in failed]:
@@ -331,7 +332,6 @@ class RowEngine:
         for row in self._cache.rows:
             row.answer, row.owner, row.content = None, None, []
         self._decoding = self._prefilling = 0
-        self._delivered.clear()
         for image in self._images.values():
             image.users = 0
         self._try_out()
@@ -418,6 +418,8 @@ class RowEngine:
         for answer in self._waiting():
             if (reason := self._overdue(answer)) is not None:
                 self._unqueue(answer)
+                if answer.grammar is not None:
+                    answer.grammar.cancel()
                 for one in (answer, *answer.siblings):
                     self._put(one, Increment(choice=one.choice, finish=reason))
 
@@ -438,6 +440,8 @@ class RowEngine:
             busy = self._decoding + self._prefilling
             if busy == len(self._cache.rows):
                 return
+            if answer.generation.is_done:  # a sibling before it has failed
+                continue
             if answer.grammar is not None and not answer.grammar.done():
                 continue
             if not self._make_room(answer):
@@ -516,6 +520,7 @@ class RowEngine:
             content=answer.content[:-1],
         )
         row.answer, row.used_at, answer.row = answer, self._steps, row
+        answer.admitted_at = self._steps
         self._prefilling += 1
         usage = answer.generation.usage
         if answer.choice == 0:
@@ -525,16 +530,20 @@ class RowEngine:
 
     def _prefill(self) -> int:
         """Read a piece of new prompts, of several at once while they are short."""
-        first, budget = self._decoding, self.settings.prefill_tokens
+        if not self._prefilling:
+            return 0
+        budget, end = self.settings.prefill_tokens, self._decoding + self._prefilling
+        # rows change their places: the oldest prompt goes on first, or it might never end
+        first = min(
+            range(self._decoding, end), key=lambda i: self._cache.rows[i].answer.admitted_at
+        )
         chunks: list[list[int]] = []
-        for row in self._cache.rows[first : first + self._prefilling]:
+        for row in self._cache.rows[first:end]:
             chunk = row.answer.chunk(budget // (len(chunks) + 1))
             longest = max(map(len, (*chunks, chunk)))
             if chunks and longest * (len(chunks) + 1) > budget:
                 break
             chunks.append(chunk)
-        if not chunks:
-            return 0
         found = self._pass(first, chunks)
         read = [(a, x) for a, x in found if a.row and len(a.row.content) == len(a.prompt)]
         for answer, _ in read:
@@ -684,7 +693,8 @@ class RowEngine:
         self._delivered.setdefault(answer.generation, []).append(increment)
 
     def _deliver(self) -> None:
-        for generation, increments in self._delivered.items():
+        while self._delivered:
+            generation, increments = self._delivered.popitem()
             usage = generation.usage
             made = sum(len(increment.tokens) for increment in increments)
             usage = Usage(
@@ -693,7 +703,6 @@ class RowEngine:
                 completion_tokens=usage.completion_tokens + made,
             )
             generation.put(*increments, usage=usage)
-        self._delivered.clear()
 
 
 def _chunk(answer: PendingAnswer, tokens: list[int]) -> Chunk:

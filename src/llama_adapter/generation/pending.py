@@ -50,6 +50,8 @@ class PendingAnswer:
     """How many placeholders of its image precede each token that is one."""
     tokens: list[int] = field(default_factory=list)
     row: Row | None = None
+    admitted_at: int = 0
+    """In which step it got its row."""
     error: Exception | None = None
 
     @property
