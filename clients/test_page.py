@@ -154,6 +154,8 @@ def test_images_can_be_pasted_and_dropped_on_a_phone(
     expect(page.locator(".assistant")).to_have_text("the star is red.")
     assert page.evaluate("document.documentElement.scrollWidth") <= 360
     page.screenshot(path=SHOTS / "phone.png")
+    page.emulate_media(color_scheme="dark")
+    page.screenshot(path=SHOTS / "phone-dark.png")
     assert wrong == []
     page.close()
 
