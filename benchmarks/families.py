@@ -103,15 +103,17 @@ def make_vision_encoder(seed: int = 1) -> Any:
     return transformers.AutoModel.from_config(config).eval()
 
 
-def make_adapted(base: Any, *, preset: str = "v2") -> LlamaAdapterForConditionalGeneration:
-    config = LlamaAdapterConfig.preset(
-        preset,
-        prompt_length=5,
-        visual_layers=2,
-        visual_prompt_length=6,
-        projector_width=32,
-        projector_heads=4,
-    )
+def make_adapted(
+    base: Any, *, preset: str = "v2", **options: Any
+) -> LlamaAdapterForConditionalGeneration:
+    sizes = {
+        "prompt_length": 5,
+        "visual_layers": 2,
+        "visual_prompt_length": 6,
+        "projector_width": 32,
+        "projector_heads": 4,
+    }
+    config = LlamaAdapterConfig.preset(preset, **{**sizes, **options})
     return LlamaAdapterForConditionalGeneration.from_base(
         base, make_vision_encoder(), config, seed=0
     )

@@ -36,9 +36,16 @@ def test_matrices_are_the_weights_of_the_projections_linears(build):
     assert "visual.projector.norm.weight" not in found
 
 
+EVERYTHING = {"lora_rank": 2, "gate_scale": True}
+"""What no preset of a fresh adapter has."""
+
+
+@pytest.mark.parametrize(
+    "options", [{}, EVERYTHING, {**EVERYTHING, "fusion": "late", "visual_prompt_length": 5}]
+)
 @pytest.mark.parametrize("family", ["llama", "gpt_neox", "olmo2", "qwen3_moe"])
-def test_a_file_tells_groups_and_roles_by_names_alone(family):
-    adapter = families.make_adapted(families.make_base(family)).adapter
+def test_a_file_tells_groups_and_roles_by_names_alone(family, options):
+    adapter = families.make_adapted(families.make_base(family), **options).adapter
     names = {t.name for t in adapter.trainables()}
     group_of = {
         f"{name}.{t.name}": module.group

@@ -8,9 +8,10 @@ from torch.testing import assert_close
 from transformers import CLIPConfig, CLIPModel
 
 from llama_adapter import ConfigError, UnsupportedModelError
+from llama_adapter.model.projection import PROJECTORS
 
 
-@pytest.mark.parametrize("projector", ["linear", "mlp", "query_transformer"])
+@pytest.mark.parametrize("projector", PROJECTORS)
 @pytest.mark.parametrize("tower", ["clip", "siglip"])
 def test_every_projector_on_every_tower(build, ids, pictures, projector, tower):
     model = build(projector=projector, vision=tower).train()

@@ -16,6 +16,7 @@ from llama_adapter import (
     LlamaAdapterProcessor,
     PromptError,
 )
+from llama_adapter.processing.templates import TEMPLATES
 
 SLOT = "<|slot_0|> <|slot_1|> <|slot_2|>"
 RED = Image.new("RGB", (10, 12), (255, 0, 0))
@@ -44,7 +45,7 @@ def scored(processor: LlamaAdapterProcessor, batch: Any, row: int = 0) -> str:
     return processor.decode(labels[labels != -100])
 
 
-@pytest.mark.parametrize("template", ["alpaca", "toy", "chat"])
+@pytest.mark.parametrize("template", TEMPLATES)
 @pytest.mark.parametrize("kind", TOKENIZERS)
 def test_the_generation_prompt_is_a_prefix_of_the_training_text(
     kind: str, template: str, request: pytest.FixtureRequest

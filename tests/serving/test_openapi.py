@@ -10,6 +10,21 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis.errors import Unsatisfiable
 from schemathesis import GenerationMode
 
+from llama_adapter.serving.gate import GENERATING, ROUTES, UNDER
+
+
+def test_every_route_is_known_to_the_gate(server: Any) -> None:
+    """An unknown one would be logged as `other`, and could answer without admission."""
+    described = server.get("/openapi.json").json()
+    for path, methods in described["paths"].items():
+        known = path in ROUTES or any(path.startswith(f"{root}/") for root in UNDER)
+        assert known, path
+        body = methods.get("post", {}).get("requestBody", {})
+        schema = str(body.get("content", {}).get("application/json", {}).get("schema", ""))
+        name = schema.rpartition("/")[2].rstrip("'}")
+        fields = described["components"]["schemas"].get(name, {}).get("properties", {})
+        assert (path in GENERATING) == ("temperature" in fields), path
+
 
 def test_no_request_breaks_the_server(server: Any) -> None:
     described = schemathesis.openapi.from_url(f"{server.url}/openapi.json")

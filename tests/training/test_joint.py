@@ -14,7 +14,7 @@ from llama_adapter.model import (
 )
 from llama_adapter.training.joint import JointTrainer
 from llama_adapter.training.recipe import LanguageAnneal, OptimizerSection
-from llama_adapter.training.schedule import language_scale, lr_scale
+from llama_adapter.training.schedule import language_scale
 
 
 def tiny_model(**overrides: object) -> LlamaAdapterForConditionalGeneration:
@@ -216,13 +216,6 @@ def test_gates_norms_biases_and_scales_are_never_decayed() -> None:
     assert decayed == {"prompt", "query", "weight"}
     for group in trainer.optimizers[0].param_groups:
         assert group["weight_decay"] == 0 or all(p.ndim > 1 for p in group["params"])
-
-
-def test_learning_rates_warm_up_and_end_at_zero() -> None:
-    section = OptimizerSection(warmup_steps=10, decay_share=0.5)
-    assert lr_scale(section, 0, 100) == pytest.approx(0.1)
-    assert lr_scale(section, 30, 100) == 1.0
-    assert lr_scale(section, 100, 100) == pytest.approx(0.0, abs=1e-12)
 
 
 def test_refusals() -> None:

@@ -14,8 +14,8 @@ from llama_adapter.errors import TrainingError
 from llama_adapter.training.callbacks import Callbacks
 from llama_adapter.training.joint import JointTrainer
 from llama_adapter.training.launch import train
-from llama_adapter.training.recipe import StreamSection, load_recipe
-from llama_adapter.training.schedule import StepBudget, kinds_of
+from llama_adapter.training.recipe import OptimizerSection, StreamSection, load_recipe
+from llama_adapter.training.schedule import StepBudget, kinds_of, lr_scale
 
 Recipe = Callable[..., Path]
 
@@ -134,3 +134,10 @@ def test_a_run_by_minutes_goes_on_to_the_bit(
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
     state = json.loads((tmp_path / "whole/metrics.jsonl").read_text().splitlines()[-1])
     assert state["steps"] == whole.steps
+
+
+def test_learning_rates_warm_up_and_end_at_zero() -> None:
+    section = OptimizerSection(warmup_steps=10, decay_share=0.5)
+    assert lr_scale(section, 0, 100) == pytest.approx(0.1)
+    assert lr_scale(section, 30, 100) == 1.0
+    assert lr_scale(section, 100, 100) == pytest.approx(0.0, abs=1e-12)

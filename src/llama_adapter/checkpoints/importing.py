@@ -30,7 +30,7 @@ from llama_adapter.model.persistence import ADAPTER_WEIGHTS_NAME, write_tensors
 from llama_adapter.model.references import describe_model, load_vision
 from llama_adapter.pretrained import load_pretrained
 
-TEMPLATES = {Kind.V2_CHAT: "human-assistant"}
+TEMPLATE_OF_KIND = {Kind.V2_CHAT: "human-assistant"}
 """Prompt templates of released adapters that are not Alpaca's."""
 
 
@@ -303,7 +303,7 @@ def _write_processor(
     LlamaAdapterProcessor(
         images,
         tokenizer,
-        template=TEMPLATES.get(kind, "alpaca"),
+        template=TEMPLATE_OF_KIND.get(kind, "alpaca"),
         channel_order=config.channel_order,
     ).save_pretrained(stage)
 

@@ -79,6 +79,10 @@ def export_merged(
     with output_directory(out, overwrite=overwrite, sources=sources) as stage:
         model = LlamaAdapterForConditionalGeneration.from_pretrained(str(directory))
         rest = _remaining_state(model)
+        if rest and not kept:
+            raise CheckpointError(
+                f"{directory} cannot become a stock checkpoint: {next(iter(rest))} cannot be merged"
+            )
         merged, biases = merge_into_base(model)
         if biases and not partial:
             family = model.language_model.config.model_type

@@ -79,7 +79,7 @@ class Adapter:
             raise ConfigError("this base carries an adapter already; load_adapter adds another one")
         text_config = language_model.config.get_text_config()
         self.targets: list[Target] = []
-        self._merged: dict[str, nn.Module] = {}
+        self._merged: dict[AdapterModule, nn.Module] = {}
         self.projection: VisualProjection | None = None
         self._route()
         try:
@@ -209,7 +209,8 @@ class Adapter:
         """Put every module in its place and route attention through ours."""
         self._route()
         for target in self.targets:
-            setattr(target.parent, target.attribute, self._merged.get(target.name, target.module))
+            module = self._merged.get(target.module, target.module)
+            setattr(target.parent, target.attribute, module)
 
     def _route(self) -> None:
         register_attention()
@@ -272,7 +273,7 @@ class Adapter:
         for target in self.targets:
             plain = target.module.merged()
             if plain is not None:
-                self._merged[target.name] = plain.train(target.module.training)
+                self._merged[target.module] = plain.train(target.module.training)
         self.is_prepared = True
         if was_attached:
             self.attach()

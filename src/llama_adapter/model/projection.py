@@ -109,6 +109,7 @@ PROJECTORS: dict[str, type[nn.Module]] = {
     "mlp": MlpProjector,
     "query_transformer": QueryTransformer,
 }
+"""Modules from vision features [I, P, C] to visual prompts [I, M, d], M of them for every image."""
 
 
 class VisualProjection(AdapterModule):

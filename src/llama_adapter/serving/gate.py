@@ -29,7 +29,8 @@ GENERATING = frozenset(("/v1/chat/completions", "/v1/completions", "/v1/response
 ROUTES = OPEN | GENERATING | {
     "/metrics", "/openapi.json", "/detokenize", "/tokenize", "/v1/adapters", "/v1/models",
 }  # fmt: skip
-_UNDER = ("/v1/adapters", "/v1/models")
+UNDER = ("/v1/adapters", "/v1/models")
+"""Roots of routes that end in a name."""
 _LOOPBACK = frozenset(("127.0.0.1", "localhost", "::1"))
 _DISCARD_SECONDS = 1.0
 _SEND_SECONDS = 30.0
@@ -119,7 +120,7 @@ class Gate:
 
     def _report(self, exchange: _Exchange) -> None:
         path, seconds = exchange.path, time.monotonic() - exchange.started
-        under = next((f"{r}/{{name}}" for r in _UNDER if path.startswith(f"{r}/")), "other")
+        under = next((f"{r}/{{name}}" for r in UNDER if path.startswith(f"{r}/")), "other")
         route = path if path in ROUTES else under
         self.metrics.requests.labels(route, str(exchange.status or 499)).inc()
         self.metrics.seconds.labels(route).observe(seconds)

@@ -143,7 +143,7 @@ class PromptSection(_RenamedSection):
     """How conversations become text; stored with the adapter."""
 
     template: str = "alpaca"
-    """`alpaca`, `chat` (the tokenizer's own), `human-assistant` or `toy`."""
+    """`chat` (the tokenizer's own) or a name of `processing.templates.TEMPLATES`."""
     placeholder_text: str | None = None
     """The placeholder of adapters whose `visual_scope` is `placeholders`."""
 
@@ -254,6 +254,7 @@ class OptimizerSection(Section):
     weight_decay: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     """Of projections and prompts; gates, norms, biases and scales are never decayed."""
     warmup_steps: int = Field(default=20, ge=0, le=MOST_STEPS)
+    """Steps over which learning rates rise from zero."""
     decay_share: float = Field(default=1.0, gt=0, le=1)
     """Last share of the steps, over which learning rates fall to zero along a cosine."""
     max_grad_norm: float = Field(default=1.0, gt=0)

@@ -8,14 +8,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from llama_adapter.config import AdapterConfig, did_you_mean
-from llama_adapter.errors import ConfigError
+from llama_adapter.errors import ConfigError, UnsupportedModelError
 from llama_adapter.families.offloading import execution_device
 from llama_adapter.families.structure import Attention, KeysValues
 from llama_adapter.families.vision import vision_features
@@ -163,7 +163,11 @@ class AdapterStack:
             return StackedLinear(module.base_layer, self.selection, self.capacity)
         if isinstance(module, LearnedNorm):
             return StackedNorm(module, self.selection, self.capacity)
-        return StackedPrompts(self, cast(GatedPrompt, module).layer_index)
+        if isinstance(module, GatedPrompt):
+            return StackedPrompts(self, module.layer_index)
+        raise UnsupportedModelError(
+            f"a {type(module).__name__} cannot differ from row to row of a batch"
+        )
 
     def _merge(self) -> None:
         """Let plain modules compute for an adapter that is alone: the base's own speed.
