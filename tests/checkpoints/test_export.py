@@ -201,7 +201,7 @@ def test_released_format_of_settings_that_never_were_released(
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (("--format", "gguf"), "--format must be one of merged, vllm, released, got 'gguf'"),
+        (("--format", "onnx"), "--format must be one of merged, vllm, gguf, released, got 'onnx'"),
         (("--format", "released", "--partial"), "--partial belongs to --format merged"),
     ],
 )

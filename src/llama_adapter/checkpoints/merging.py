@@ -63,18 +63,8 @@ def export_merged(
     Raises CheckpointError naming what cannot be merged without `partial`.
     """
     content = LlamaAdapterConfig.from_pretrained(str(directory))
-    if (directory / PEFT_FOLDER).is_dir():
-        raise CheckpointError(
-            f"{directory} cannot be merged: its base has the peft adapter in "
-            f"{directory / PEFT_FOLDER} on it, which cannot be merged together with ours"
-        )
     kept = unfoldable(content.adapter_config)
-    if kept and not partial:
-        raise CheckpointError(
-            f"{directory} cannot become a stock checkpoint: {'; '.join(kept)} cannot be merged "
-            "into weights (--partial merges the linears and norms and keeps the rest as a smaller "
-            "adapter)"
-        )
+    refuse_unmergeable(directory, content, partial=partial)
     sources = adapter_sources(directory, content.base, content.vision)
     with output_directory(out, overwrite=overwrite, sources=sources) as stage:
         model = LlamaAdapterForConditionalGeneration.from_pretrained(str(directory))
@@ -101,6 +91,24 @@ def export_merged(
         if kept:
             _write_rest(stage, directory, content, model.adapter_config, {**rest, **biases})
     return MergeReport(out=out, merged=merged, kept=tuple(kept))
+
+
+def refuse_unmergeable(
+    directory: Path, content: LlamaAdapterConfig, *, partial: bool = False
+) -> None:
+    """CheckpointError for what no weights can express; with `partial` only what we cannot keep."""
+    if (directory / PEFT_FOLDER).is_dir():
+        raise CheckpointError(
+            f"{directory} cannot be merged: its base has the peft adapter in "
+            f"{directory / PEFT_FOLDER} on it, which cannot be merged together with ours"
+        )
+    kept = unfoldable(content.adapter_config)
+    if kept and not partial:
+        raise CheckpointError(
+            f"{directory} cannot become a stock checkpoint: {'; '.join(kept)} cannot be merged "
+            "into weights (--partial merges the linears and norms and keeps the rest as a smaller "
+            "adapter)"
+        )
 
 
 def unfoldable(config: AdapterConfig) -> list[str]:

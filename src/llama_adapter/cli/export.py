@@ -1,8 +1,8 @@
-"""`llama-adapter export`: a stock checkpoint, one for vLLM, or the authors' file format."""
+"""`llama-adapter export`: a stock checkpoint, one for vLLM or llama.cpp, or the authors' format."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,9 +28,21 @@ def _vllm(directory: Path, out: Path, **options: bool) -> Written:
 
     report = export_vllm(directory, out=out, **options)
     shown = f"{out}: {report.merged} linears and norms merged; images: {report.mode}"
-    if report.stop:
-        shown += f"; requests must stop at {', '.join(map(repr, report.stop))}"
+    shown += _stops(report.stop)
     return {"merged": report.merged, "mode": report.mode, "stop": list(report.stop)}, shown
+
+
+def _gguf(directory: Path, out: Path, **options: bool) -> Written:
+    """A GGUF file for llama.cpp, of what merges fully"""
+    from llama_adapter.checkpoints.gguf_export import export_gguf
+
+    report = export_gguf(directory, out=out, **options)
+    shown = f"{report.file}: {report.merged} linears and norms merged{_stops(report.stop)}"
+    return {"file": str(report.file), "merged": report.merged, "stop": list(report.stop)}, shown
+
+
+def _stops(stop: Sequence[str]) -> str:
+    return f"; requests must stop at {', '.join(map(repr, stop))}" if stop else ""
 
 
 def _merged(directory: Path, out: Path, **options: bool) -> Written:
@@ -47,6 +59,7 @@ def _merged(directory: Path, out: Path, **options: bool) -> Written:
 FORMATS: dict[str, Callable[..., Written]] = {
     "merged": _merged,
     "vllm": _vllm,
+    "gguf": _gguf,
     "released": _released,
 }
 """What writes each format; its docstring is in the help."""
@@ -78,7 +91,7 @@ def export(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Merge an adapter into its base, write it for vLLM, or in the authors' format.
+    """Merge an adapter into its base, write it for vLLM, llama.cpp, or in the authors' format.
 
     A merged checkpoint needs no code of ours: any engine that serves its family with biases
     serves it. Prompts and vision cannot be merged; --partial keeps them as a smaller adapter.
@@ -88,6 +101,7 @@ def export(
       llama-adapter export chat-65b --out chat-65b-merged
       llama-adapter export bias-7b --out bias-7b-merged --partial
       llama-adapter export toy --out toy-vllm --format vllm
+      llama-adapter export chat-65b --out chat-65b-gguf --format gguf
       llama-adapter export bias-7b --out released --format released
     """
     from transformers.utils import logging

@@ -1,0 +1,121 @@
+"""vLLM's own API server answers as `llama-adapter chat` does, for adapters of every kind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from adapters import RELEASED, all_tokens, merged_chat, randomized_v1, released, scene
+from llama_adapter.checkpoints.vllm_export import export_vllm
+from llama_adapter.miniature.bundled import bundled_adapter
+from llama_adapter.photos import bundled as photos
+from PIL import Image
+from servers import Question, Server, chat_answers, served
+
+QUESTIONS = (
+    "What is in the image?",
+    "How many objects are there?",
+    "What color is the circle?",
+    "Describe the image.",
+)
+LONG = " ".join(QUESTIONS)
+"""With an image it is longer than a block of the prefix cache."""
+
+Make = Callable[[Path], Path]
+
+
+@dataclass(frozen=True)
+class Kind:
+    make: Make
+    """Gives an adapter directory; it may write one at the path it is given."""
+    images: Callable[[int], Image.Image] | None = scene
+    mode: str = "placeholders"
+    options: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Case:
+    kind: Kind
+    server: Server
+    adapter: Path
+
+    def question(self, text: str, number: int | None) -> Question:
+        shown = self.kind.images is not None and number is not None
+        return Question(text, (self.kind.images(number),) if shown else ())
+
+
+def _bundled(name: str) -> Make:
+    return lambda _: bundled_adapter(name)
+
+
+def _photos(_: Path) -> Path:
+    if (reason := photos.why_missing()) is not None:
+        pytest.skip(reason)
+    return photos.bundled_adapter()
+
+
+def _photograph(number: int) -> Image.Image:
+    found = sorted((Path(photos.__file__).parent / "examples").glob("*.jpg"))
+    return Image.open(found[number % len(found)]).convert("RGB")
+
+
+def _released(name: str) -> Make:
+    def make(out: Path) -> Path:
+        if not (RELEASED / name).is_dir():
+            pytest.skip(f"{RELEASED / name} is missing")
+        return released(name, out)
+
+    return make
+
+
+KINDS = {
+    "own placeholders": Kind(_bundled("v2")),
+    "late fusion": Kind(_bundled("caption"), mode="cross_attention"),
+    "all tokens": Kind(all_tokens, mode="cross_attention"),
+    "static prompts": Kind(randomized_v1, images=None, mode="text"),
+    "merged chat": Kind(merged_chat, images=None, mode="text"),
+    "photos": Kind(_photos, images=_photograph),
+    "v1-text-0": Kind(_released("v1-text-0"), images=None, mode="text"),
+    "v2-chat-0": Kind(_released("v2-chat-0"), images=None, mode="text"),
+    "v2-chat-adapter-0": Kind(_released("v2-chat-adapter-0"), images=None, mode="text"),
+    "v2-multimodal-bias-0": Kind(_released("v2-multimodal-bias-0"), mode="cross_attention"),
+}
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def case(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Case]:
+    kind, root = KINDS[request.param], tmp_path_factory.mktemp("server")
+    adapter = kind.make(root / "adapter")
+    report = export_vllm(adapter, out=root / "export")
+    assert report.mode == kind.mode
+    with served(
+        root / "export", *kind.options, log=root / "server.log", stop=report.stop
+    ) as server:
+        yield Case(kind, server, adapter)
+
+
+def test_eight_requests_at_once(case: Case) -> None:
+    """Seven with images, if the adapter reads any, and one of text alone."""
+    questions = [case.question(QUESTIONS[i % 4], i) for i in range(7)]
+    questions.append(Question("What color is the sky?"))
+    with ThreadPoolExecutor(8) as clients:
+        found = list(clients.map(case.server.ask, questions))
+    assert [answer.text for answer in found] == chat_answers(str(case.adapter), questions)
+
+
+def test_three_images_with_one_text_twice(case: Case) -> None:
+    """No image is mixed up with another, also where its prefix comes from the cache."""
+    questions = [case.question(LONG, number) for number in range(3)]
+    first, second = ([case.server.ask(q) for q in questions] for _ in range(2))
+    expected = chat_answers(str(case.adapter), questions)
+    assert [answer.text for answer in first] == expected
+    assert [answer.text for answer in second] == expected
+    if case.kind.images is not None:
+        assert [answer.cached_tokens for answer in first] == [0, 0, 0]
+    caches = case.kind.mode != "cross_attention"  # vLLM shares no prefixes of such models
+    assert all((answer.cached_tokens > 0) == caches for answer in second)
