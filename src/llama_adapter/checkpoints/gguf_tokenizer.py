@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -138,12 +139,7 @@ def _tokens(
     types = [TokenType.UNUSED] * size
     for token, i in vocabulary.items():
         tokens[i], types[i] = token, TokenType.NORMAL
-        if (
-            model.get("byte_fallback")
-            and len(token) == 6
-            and token.startswith("<0x")
-            and token.endswith(">")
-        ):
+        if model.get("byte_fallback") and re.fullmatch("<0x[0-9A-F]{2}>", token):
             types[i] = TokenType.BYTE
     for added in described["added_tokens"]:
         kind = TokenType.CONTROL if added["special"] else TokenType.USER_DEFINED
