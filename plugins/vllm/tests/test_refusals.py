@@ -36,7 +36,7 @@ def export(toy: Path, tmp_path: Path) -> Path:
 
 def _truncate(path: Path) -> None:
     with path.open("r+b") as file:
-        file.truncate(path.stat().st_size - 1)
+        file.truncate(path.stat().st_size // 2)
 
 
 def _flip(path: Path) -> None:

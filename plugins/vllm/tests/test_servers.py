@@ -21,8 +21,8 @@ QUESTIONS = (
     "What color is the circle?",
     "Describe the image.",
 )
-LONG = " ".join(QUESTIONS)
-"""With an image it is longer than a block of the prefix cache."""
+LONG = " ".join(QUESTIONS * 2)
+"""Longer than a block of the prefix cache."""
 
 Make = Callable[[Path], Path]
 

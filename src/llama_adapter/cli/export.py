@@ -1,4 +1,4 @@
-"""`llama-adapter export`: a stock checkpoint, one for vLLM or llama.cpp, or the authors' format."""
+"""`llama-adapter export`: for transformers, vLLM, llama.cpp, peft, or in the authors' format."""
 
 from __future__ import annotations
 
@@ -41,6 +41,14 @@ def _gguf(directory: Path, out: Path, **options: bool) -> Written:
     return {"file": str(report.file), "merged": report.merged, "stop": list(report.stop)}, shown
 
 
+def _peft(directory: Path, out: Path, **options: bool) -> Written:
+    """An adapter of peft, of static prompts alone or LoRA alone"""
+    from llama_adapter.checkpoints.peft_format import export_peft
+
+    kind = export_peft(directory, out=out, **options)
+    return {"peft_type": kind}, f"{out}: {kind}"
+
+
 def _stops(stop: Sequence[str]) -> str:
     return f"; requests must stop at {', '.join(map(repr, stop))}" if stop else ""
 
@@ -60,6 +68,7 @@ FORMATS: dict[str, Callable[..., Written]] = {
     "merged": _merged,
     "vllm": _vllm,
     "gguf": _gguf,
+    "peft": _peft,
     "released": _released,
 }
 """What writes each format; its docstring is in the help."""
@@ -91,7 +100,7 @@ def export(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Merge an adapter into its base, write it for vLLM, llama.cpp, or in the authors' format.
+    """Merge an adapter into its base, or write it for vLLM, llama.cpp, peft or the authors' code.
 
     A merged checkpoint needs no code of ours: any engine that serves its family with biases
     serves it. Prompts and vision cannot be merged; --partial keeps them as a smaller adapter.

@@ -1,4 +1,4 @@
-"""`llama-adapter import`: a checkpoint that the authors released becomes an adapter directory."""
+"""`llama-adapter import`: a checkpoint of the authors or of peft becomes an adapter directory."""
 
 from __future__ import annotations
 
@@ -61,7 +61,12 @@ _Overwrite = Annotated[
 
 def import_(
     checkpoint: Annotated[
-        Path, typer.Argument(help="A released .pth file.", metavar="CHECKPOINT", show_default=False)
+        Path,
+        typer.Argument(
+            help="A released .pth file, or a directory of peft's AdaptionPrompt.",
+            metavar="CHECKPOINT",
+            show_default=False,
+        ),
     ],
     base: _Base,
     out: Annotated[Path, typer.Option(help="The adapter directory to write.", metavar="DIR")],
@@ -77,6 +82,7 @@ def import_(
 
     V1, V2 (BIAS, LORA-BIAS, CAPTION), V2.1 and the 65B chat weights are recognized by content.
     A base in Meta's layout is converted once into OUT/base; one of Hugging Face is referenced.
+    peft's AdaptionPrompt on a Hugging Face base becomes an adapter with raw gates.
 
     \b
     Examples:
@@ -84,12 +90,21 @@ def import_(
       llama-adapter import adapter_len10_layer30.pth --base llama/7B --out v1 --gate raw
     """
     from llama_adapter.checkpoints import import_released
+    from llama_adapter.checkpoints.peft_format import import_peft, is_peft
     from llama_adapter.checkpoints.settings import Overrides
     from llama_adapter.cli.output import json_only
     from llama_adapter.errors import ConfigError
 
     if gate not in ("tanh", "raw"):
         raise ConfigError(f"--gate must be tanh or raw, got {gate!r}")
+    if is_peft(checkpoint):
+        with json_only(as_json) as emit:
+            layers = import_peft(checkpoint, base=base, out=out, overwrite=overwrite)
+        if as_json:
+            emit({"out": str(out), "layers": layers})
+        else:
+            typer.echo(f"{out}: static prompts of {layers} layers, one gate for all heads of each")
+        return
     with json_only(as_json) as emit, _progress() as progress:
         report = import_released(
             checkpoint,
