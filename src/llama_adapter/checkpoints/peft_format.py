@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import nn
 from transformers import PreTrainedModel
 
 from llama_adapter.checkpoints.directories import adapter_sources, mark_export, output_directory
@@ -117,7 +116,7 @@ def _prompts(
     return values
 
 
-def _refuse_output_bias(attention: nn.Module, name: str) -> None:
+def _refuse_output_bias(attention: Any, name: str) -> None:
     if getattr(attention.o_proj, "bias", None) is not None:
         raise CheckpointError(f"the base's {name}.o_proj has a bias, which peft would add twice")
 
