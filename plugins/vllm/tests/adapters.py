@@ -8,16 +8,15 @@ from typing import Any
 import torch
 from llama_adapter import LlamaAdapterConfig, LlamaAdapterForConditionalGeneration
 from llama_adapter.checkpoints import import_released
+from llama_adapter.checkpoints.settings import Overrides
 from llama_adapter.config import AdapterConfig
 from llama_adapter.miniature.bundled import DECODER, VISION, bundled_adapter, toy_processor
 from llama_adapter.model.references import resolve_reference
 from llama_adapter.processing.processor import LlamaAdapterProcessor
 from PIL import Image, ImageDraw
+from tests.checkpoints.conftest import World
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import CLIPImageProcessorPil, PreTrainedTokenizerFast
-
-RELEASED = Path(__file__).resolve().parents[4] / "shared" / "fixtures" / "released"
-"""Files in the authors' formats, with random values; not part of the repository."""
 
 
 def scene(number: int, *, side: int = 64) -> Image.Image:
@@ -65,15 +64,18 @@ def all_tokens(out: Path) -> Path:
     return randomized(out, {**values, "visual_scope": "all", "placeholder_attention": "all"})
 
 
-def released(name: str, out: Path) -> Path:
-    """A fixture in the authors' format, imported, with a tokenizer of its few words."""
-    source = RELEASED / name
-    vision = source / "clip_visual.safetensors"
+def released(kind: str, out: Path) -> Path:
+    """A file in the authors' format, imported, with a tokenizer of a few letters.
+
+    Values are random; heads are 32 wide, the narrowest that vLLM computes on a CPU.
+    """
+    world = World(root=out.parent, dim=96, heads=3, kv_heads=3, layers=4, prompt_layers=3)
     import_released(
-        source / "adapter.pth",
-        base=source / "base",
-        vision=vision if vision.is_file() else None,
+        world.save_released(kind),
+        base=world.base(),
+        vision=world.save_clip() if "multimodal" in kind else None,
         out=out,
+        overrides=Overrides(prompt_length=world.prompt_length, projector_heads=4),
     )
     model = LlamaAdapterForConditionalGeneration.from_pretrained(out)
     images = None
