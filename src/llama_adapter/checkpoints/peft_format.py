@@ -135,10 +135,12 @@ def _lora(model: LlamaAdapterForConditionalGeneration) -> dict[str, torch.Tensor
     return values
 
 
-def is_peft(directory: Path) -> bool:
-    """Whether a directory holds an adapter of peft."""
+def has_peft_prompts(directory: Path) -> bool:
+    """Whether a directory holds an `AdaptionPrompt` of peft."""
     path = directory / CONFIG
-    return path.is_file() and "peft_type" in read_json_object(path, error=CheckpointError)
+    if not path.is_file():
+        return False
+    return read_json_object(path, error=CheckpointError).get("peft_type") == PROMPTS
 
 
 def import_peft(directory: Path, *, base: Path, out: Path, overwrite: bool = False) -> int:

@@ -90,14 +90,14 @@ def import_(
       llama-adapter import adapter_len10_layer30.pth --base llama/7B --out v1 --gate raw
     """
     from llama_adapter.checkpoints import import_released
-    from llama_adapter.checkpoints.peft_format import import_peft, is_peft
+    from llama_adapter.checkpoints.peft_format import has_peft_prompts, import_peft
     from llama_adapter.checkpoints.settings import Overrides
     from llama_adapter.cli.output import json_only
     from llama_adapter.errors import ConfigError
 
     if gate not in ("tanh", "raw"):
         raise ConfigError(f"--gate must be tanh or raw, got {gate!r}")
-    if is_peft(checkpoint):
+    if has_peft_prompts(checkpoint):
         with json_only(as_json) as emit:
             layers = import_peft(checkpoint, base=base, out=out, overwrite=overwrite)
         if as_json:
