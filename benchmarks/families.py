@@ -3,6 +3,7 @@
 python -m benchmarks.families                     # the table, as markdown
 python -m benchmarks.families --write docs/families.md
 python -m benchmarks.families --all --write docs/families.md   # every type of transformers
+python -m benchmarks.families --vision --write docs/families.md # every vision encoder
 python -m benchmarks.families --train --write docs/families.md # train, chat and export
 """
 
@@ -23,8 +24,9 @@ import transformers
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, StaticCache
 
-from benchmarks.family_sweep import decoder_types, read_rows, sweep
+from benchmarks.family_sweep import Check, check_type, decoder_types, read_rows, sweep
 from benchmarks.family_training import TYPES, train_type, training_table
+from benchmarks.family_vision import check_vision_type, vision_table, vision_types
 from llama_adapter import LlamaAdapterConfig, LlamaAdapterForConditionalGeneration
 from llama_adapter.families.projections import relative_difference, run_attention
 from llama_adapter.families.structure import CACHE
@@ -33,6 +35,7 @@ VOCABULARY = 97
 BEGIN, END = "<!-- begin families -->", "<!-- end families -->"
 TRAINING_BEGIN, TRAINING_END = "<!-- begin training -->", "<!-- end training -->"
 SWEEP_BEGIN, SWEEP_END = "<!-- begin sweep -->", "<!-- end sweep -->"
+VISION_BEGIN, VISION_END = "<!-- begin vision -->", "<!-- end vision -->"
 
 COMMON: dict[str, Any] = {
     "vocab_size": VOCABULARY,
@@ -266,16 +269,21 @@ def put_between(path: Path, begin: str, end: str, text: str) -> None:
     path.write_text(between.sub(lambda _: f"{begin}\n{text}\n{end}", path.read_text()))
 
 
-def run_sweep(results: Path) -> list[dict[str, Any]]:
+def run_sweep(types: list[str], results: Path, check: Check) -> list[dict[str, Any]]:
     """Rows of every type, with progress on stderr."""
     results.parent.mkdir(parents=True, exist_ok=True)
-    for row in sweep(decoder_types(), results):
+    for row in sweep(types, results, check):
         print(f"{row['status']:9} {row['type']}", file=sys.stderr, flush=True)
     known = read_rows(results)
-    return [known[model_type] for model_type in decoder_types()]
+    return [known[model_type] for model_type in types]
 
 
-def sweep_table(rows: list[dict[str, Any]]) -> str:
+def sweep_table(
+    rows: list[dict[str, Any]],
+    accepted_lines: Callable[[list[dict[str, Any]]], list[str]],
+    *,
+    option: str,
+) -> str:
     """How many types are accepted and refused, and each with its columns or its reason."""
     by_status = {
         status: [row for row in rows if row["status"] == status]
@@ -283,21 +291,15 @@ def sweep_table(rows: list[dict[str, Any]]) -> str:
     }
     counts = ", ".join(f"{len(found)} {status}" for status, found in by_status.items())
     lines = [
-        f"Made by `python -m benchmarks.families --all` on {datetime.now(UTC).date()} with torch "
-        f"{torch.__version__}, transformers {transformers.__version__}, float32 on the CPU: "
+        f"Made by `python -m benchmarks.families {option}` on {datetime.now(UTC).date()} with "
+        f"torch {torch.__version__}, transformers {transformers.__version__}, float32 on the CPU: "
         f"{counts}.",
         "",
-        "| type | layers with static, visual prompts | change of logits | cached − uncached "
-        "(of the bare base) | padded on the left − alone (of the bare base) |",
-        "|---|---|---|---|---|",
+        *accepted_lines(by_status.pop("accepted")),
+        "",
+        "| not adapted | | reason |",
+        "|---|---|---|",
     ]
-    for row in by_status.pop("accepted"):
-        lines.append(
-            f"| {row['type']} | {row['static']}, {row['visual']} | {row['noop']} | "
-            f"{_number(row, 'cached')} ({_number(row, 'base_cached')}) | "
-            f"{_number(row, 'padded')} ({_number(row, 'base_padded')}) |"
-        )
-    lines += ["", "| not adapted | | reason |", "|---|---|---|"]
     for status, found in by_status.items():
         for row in found:
             reason = " ".join(row["reason"].split()).partition(" cannot be adapted: ")
@@ -305,9 +307,31 @@ def sweep_table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def decoder_lines(rows: list[dict[str, Any]]) -> list[str]:
+    """A line for each accepted decoder."""
+    lines = [
+        "| type | layers with static, visual prompts | change of logits | cached − uncached "
+        "(of the bare base) | padded on the left − alone (of the bare base) |",
+        "|---|---|---|---|---|",
+    ]
+    for row in rows:
+        lines.append(
+            f"| {row['type']} | {row['static']}, {row['visual']} | {row['noop']} | "
+            f"{_number(row, 'cached')} ({_number(row, 'base_cached')}) | "
+            f"{_number(row, 'padded')} ({_number(row, 'base_padded')}) |"
+        )
+    return lines
+
+
 def _number(row: dict[str, Any], name: str) -> str:
     value = row.get(name)
     return "–" if value is None else f"{value:.0e}"
+
+
+SWEEPS: dict[str, tuple[Any, ...]] = {
+    "all": (decoder_types, check_type, decoder_lines, SWEEP_BEGIN, SWEEP_END),
+    "vision": (vision_types, check_vision_type, vision_table, VISION_BEGIN, VISION_END),
+}
 
 
 def main() -> None:
@@ -316,8 +340,9 @@ def main() -> None:
     parser.add_argument("--backend", default="inductor", help="of torch.compile")
     parser.add_argument("--write", type=Path, help="put the table between the file's markers")
     parser.add_argument("--all", action="store_true", help="every causal type of transformers")
-    parser.add_argument("--results", type=Path, default=Path("runs/families.jsonl"),
-                        help="with --all: rows so far; what is there is not run again")  # fmt: skip
+    parser.add_argument("--vision", action="store_true", help="every vision encoder type")
+    parser.add_argument("--results", type=Path, help="with --all and --vision: rows so far, "
+                        "in runs/ if not given; what is there is not run again")  # fmt: skip
     parser.add_argument("--train", action="store_true", help="train, chat and export")
     options = parser.parse_args()
     if options.train:
@@ -327,11 +352,14 @@ def main() -> None:
         if options.write is not None:
             put_between(options.write, TRAINING_BEGIN, TRAINING_END, text)
         return
-    if options.all:
-        text = sweep_table(run_sweep(options.results))
+    if options.all or options.vision:
+        kind = "vision" if options.vision else "all"
+        types, check, lines, *markers = SWEEPS[kind]
+        results = options.results or Path(f"runs/families-{kind}.jsonl")
+        text = sweep_table(run_sweep(types(), results, check), lines, option=f"--{kind}")
         print(text)
         if options.write is not None:
-            put_between(options.write, SWEEP_BEGIN, SWEEP_END, text)
+            put_between(options.write, *markers, text)
         return
     rows = [measure(family, backend=options.backend) for family in options.family or FAMILIES]
     text = table(rows, backend=options.backend)

@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 import multiprocessing
 import resource
+import signal
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,9 @@ from llama_adapter.errors import LlamaAdapterError
 from llama_adapter.families.structure import CACHE
 
 TIME_LIMIT = 150
+"""Seconds of a processor; of the clock it may be more where others use the machine too."""
+
+WALL_LIMIT = 4 * TIME_LIMIT
 MEMORY_LIMIT = 12 << 30
 TOLERANCE = 2e-4
 """Of the largest logit: float32 sums in another order."""
@@ -210,12 +214,17 @@ def _left_padded(model: Any, ids: Tensor, features: Tensor) -> float:
     return _relative(padded, alone)
 
 
-def _run(model_type: str, path: Path) -> None:
+Check = Callable[[str], dict[str, Any]]
+"""Makes the row of a type."""
+
+
+def _run(check: Check, model_type: str, path: Path) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT, MEMORY_LIMIT))
+    resource.setrlimit(resource.RLIMIT_CPU, (TIME_LIMIT, TIME_LIMIT))
     torch.set_num_threads(1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        _append(path, check_type(model_type))
+        _append(path, check(model_type))
 
 
 def _append(path: Path, row: dict[str, Any]) -> None:
@@ -231,17 +240,17 @@ def read_rows(path: Path) -> dict[str, dict[str, Any]]:
     return {row["type"]: row for row in rows}
 
 
-def sweep(types: Iterable[str], path: Path) -> Iterator[dict[str, Any]]:
+def sweep(types: Iterable[str], path: Path, check: Check) -> Iterator[dict[str, Any]]:
     """Check types that `path` does not have yet, each in a process of its own."""
     context = multiprocessing.get_context("fork")
     for model_type in types:
         if model_type in read_rows(path):
             continue
-        process = context.Process(target=_run, args=(model_type, path))
+        process = context.Process(target=_run, args=(check, model_type, path))
         process.start()
-        process.join(TIME_LIMIT)
+        process.join(WALL_LIMIT)
         reason = f"ended with exit status {process.exitcode}" if process.exitcode else None
-        if process.is_alive():
+        if process.is_alive() or process.exitcode in (-signal.SIGXCPU, -signal.SIGKILL):
             process.kill()
             process.join()
             reason = f"no result within {TIME_LIMIT} s"

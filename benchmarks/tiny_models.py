@@ -140,6 +140,9 @@ SIZES: dict[str, Any] = {
 
 OVERRIDES: dict[str, dict[str, Any]] = {
     "falcon_h1": {"mamba_d_head": 16},
+    "dory": {"n_input_layers": 1, "n_output_layers": 1},
+    # without a cache it attends beyond its window, with one it does not
+    "moshi": {"sliding_window": 64},
     "bamba": {"attn_layer_indices": [1, 3]},
     "deepseek_v2": {"num_experts_per_tok": 2},
     "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1},
@@ -261,6 +264,53 @@ def _vary(model: torch.nn.Module) -> None:
         for parameter in model.parameters():
             if parameter.is_floating_point() and bool((parameter == parameter.view(-1)[0]).all()):
                 parameter.add_(torch.randn_like(parameter) * 0.1)
+
+
+VISION_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+
+BACKBONE = ("stage_names", "out_features", "out_indices")
+"""Settings that follow from the number of layers."""
+
+VISION_OVERRIDES: dict[str, dict[str, Any]] = {
+    "siglip2_vision_model": {"num_patches": 16, "patch_size": 8, "image_size": 32},
+    "dinov3_vit": {"num_register_tokens": 4},
+    "dinov3_convnext": {"hidden_sizes": [8, 16, 32, 64], "depths": [1, 1, 1, 1], "image_size": 64},
+}
+"""What an encoder needs besides small sizes; images keep their own size elsewhere."""
+
+
+def tiny_vision(model_type: str, *, seed: int = 0) -> Any:
+    """A tiny random vision encoder of a type, or whole where its sizes cannot be shrunken.
+
+    Raises CannotBuildError where that makes no model either.
+    """
+    cls = CONFIG_MAPPING[model_type]
+    extra = VISION_OVERRIDES.get(model_type, {})
+    reason = ""
+    for names in (VISION_SIZES, ()):
+        try:
+            default = cls()
+            parts = {n: _smaller_vision(getattr(default, n), names) for n in default.sub_configs}
+            given = parts or _smaller_vision(default, names).to_diff_dict()
+            config = cls(**{k: v for k, v in given.items() if k not in BACKBONE} | extra)
+            torch.manual_seed(seed)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                model = AutoModel.from_config(config).eval()
+            _vary(model)
+        except Exception as error:
+            reason = reason or f"{type(error).__name__}: {error}"
+        else:
+            return model
+    raise CannotBuildError(reason)
+
+
+def _smaller_vision(config: Any, names: tuple[str, ...]) -> Any:
+    for name in names:
+        value = getattr(config, name, None)
+        if isinstance(value, int):
+            setattr(config, name, min(value, SIZES[name]))
+    return config
 
 
 def tiny_vision_encoder(seed: int = 1) -> Any:

@@ -37,6 +37,7 @@ Gate = Literal["tanh", "raw"]
 ScaleSide = Literal["output", "input"]
 ChannelOrder = Literal["rgb", "bgr"]
 FrameRule = Literal["mean", "concat", "late-mean"]
+VisionTokens = Literal["all", "patches", "class"]
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "fusion": get_args(Fusion),
@@ -47,6 +48,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "scale_side": get_args(ScaleSide),
     "channel_order": get_args(ChannelOrder),
     "frame_rule": get_args(FrameRule),
+    "vision_tokens": get_args(VisionTokens),
 }
 
 BOUNDS = {
@@ -61,7 +63,7 @@ BOUNDS = {
 }
 """The smallest value of every setting that counts something, and one that no model reaches."""
 
-NEWER = frozenset({"projector_mlp_ratio"})
+NEWER = frozenset({"projector_mlp_ratio", "vision_tokens"})
 """Settings that directories of version 0.1 do not have; every other one is always written."""
 
 MOST_MLP_RATIO = 64
@@ -107,8 +109,11 @@ class AdapterConfig:
     projector_mlp_ratio: float = 4.0
     """How many times wider the MLPs of the `query_transformer` projector's blocks are."""
     vision_feature: int | str = -1
-    """Which tokens of the vision encoder are read: an index into its hidden states (-1: its own
+    """Which layer of the vision encoder is read: an index into its hidden states (-1: its own
     output), or `projected` (CLIP: final norm and projection on every token)."""
+    vision_tokens: VisionTokens = "all"
+    """Which tokens of that layer are read: `all`, `patches` without class and register tokens, or
+    the `class` token alone. A feature map has a patch token for each place."""
     frame_rule: FrameRule = "late-mean"
     """How several frames or images become one set of visual prompts: `mean` of features,
     `concat` of per-frame prompts, `late-mean` of per-frame prompts."""

@@ -159,6 +159,7 @@ _VISUAL = (
     "placeholder_attention",
     "projector",
     "vision_feature",
+    "vision_tokens",
     "channel_order",
 )
 

@@ -46,6 +46,8 @@ def open_cache(
         "channel_order": processor.channel_order,
         "dtype": section.cache_dtype,
     }
+    if model.adapter_config.vision_tokens != "all":  # caches of earlier versions hold all
+        about["tokens"] = model.adapter_config.vision_tokens
     name = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()
     return FeatureCache(folder / name[:16], dtype=getattr(torch, section.cache_dtype))
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from llama_adapter.errors import LlamaAdapterError
+from llama_adapter.families.vision import pixel_size
 from llama_adapter.model import LlamaAdapterForConditionalGeneration
 
 
@@ -99,10 +100,9 @@ def on_rank_0(communicator: Communicator, work: Callable[[], Any]) -> None:
 def dummy_image(model: LlamaAdapterForConditionalGeneration, input_ids: Tensor) -> dict[str, Any]:
     """An image that no token attends to: the same pass as with an image, and adds zero."""
     assert model.vision is not None
-    size = getattr(model.vision.config, "vision_config", model.vision.config).image_size
     device = input_ids.device
     return {
-        "pixel_values": torch.zeros(1, 3, size, size, device=device),
+        "pixel_values": torch.zeros(1, 3, *pixel_size(model.vision), device=device),
         "image_index": torch.full_like(input_ids, -1),
         "visual_mask": torch.zeros_like(input_ids, dtype=torch.bool),
     }
