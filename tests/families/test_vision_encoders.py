@@ -6,11 +6,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from benchmarks.family_sweep import randomize
 from benchmarks.family_vision import check_vision_type
-from benchmarks.tiny_models import tiny_vision, tiny_vision_encoder
+from benchmarks.tiny_models import tiny_base, tiny_vision, tiny_vision_encoder
 from torch.testing import assert_close
 
-from llama_adapter import ConfigError, UnsupportedModelError
+from llama_adapter import (
+    ConfigError,
+    LlamaAdapterConfig,
+    LlamaAdapterForConditionalGeneration,
+    UnsupportedModelError,
+)
 from llama_adapter.config import AdapterConfig
 from llama_adapter.families.vision import (
     pixel_size,
@@ -59,6 +65,26 @@ def test_an_encoder_without_a_class_token():
     vision = tiny_vision_encoder()
     with pytest.raises(ConfigError, match="'class', but SiglipVisionModel has no class token"):
         vision_features(vision, torch.zeros(1, 3, 16, 16), AdapterConfig(vision_tokens="class"))
+
+
+@pytest.mark.parametrize("model_type", ["dinov2_with_registers", "dinov3_convnext"])
+def test_an_adapter_that_reads_patches_is_saved_and_loaded(tmp_path, model_type):
+    base, vision = tiny_base("llama"), tiny_vision(model_type)
+    vision.save_pretrained(tmp_path / "vision")
+    config = LlamaAdapterConfig.preset("v2", vision_tokens="patches", projector="linear")
+    model = LlamaAdapterForConditionalGeneration.from_base(
+        base, str(tmp_path / "vision"), config, seed=0
+    )
+    randomize(model)
+    inputs = {"input_ids": torch.arange(3, 9)[None]}
+    inputs["pixel_values"] = torch.randn(1, 3, *pixel_size(vision))
+    expected = model(**inputs).logits
+    model.save_pretrained(tmp_path / "adapter")
+    again = LlamaAdapterForConditionalGeneration.from_pretrained(
+        tmp_path / "adapter", language_model=tiny_base("llama")
+    )
+    assert again.adapter_config.vision_tokens == "patches"
+    assert_close(again(**inputs).logits, expected, rtol=0, atol=0)
 
 
 class Encoder(torch.nn.Module):

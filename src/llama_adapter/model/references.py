@@ -132,12 +132,18 @@ def describe_model(model: Any) -> dict[str, Any]:
         "name_or_path": package_reference(name) if name else "",
         "revision": getattr(config, "_commit_hash", None),
         "model_type": str(config.model_type),
-        "hidden_size": int(shape.hidden_size),
-        "num_hidden_layers": int(shape.num_hidden_layers),
+        "hidden_size": _stated(shape, "hidden_size"),
+        "num_hidden_layers": _stated(shape, "num_hidden_layers"),
         "fingerprint": fingerprint(model),
         "weights": fingerprints(model),
         "config": settings_of(shape),
     }
+
+
+def _stated(config: Any, name: str) -> int:
+    """A size of a config; 0 where it has several, as for the stages of a convolutional encoder."""
+    value = getattr(config, name, None)
+    return value if isinstance(value, int) else 0
 
 
 def describe_peft(part: OnBase, tensors: dict[str, Tensor] | None = None) -> dict[str, Any]:
