@@ -52,8 +52,9 @@ def vision_feature_size(vision: VisionEncoder, config: AdapterConfig) -> int:
             f"vision_feature 'projected' needs a CLIP encoder with its projection, "
             f"got {type(vision).__name__}"
         )
+    kind: Any = type(vision)
     with torch.device("meta"):
-        twin: Any = type(vision)(vision.config).eval()
+        twin = kind(vision.config).eval()
     pixels = torch.zeros(1, 3, *pixel_size(vision), dtype=twin.dtype, device="meta")
     with torch.no_grad(), _WithoutRandomness(vision):
         return int(_tokens(twin, pixels, config.vision_feature).shape[-1])
