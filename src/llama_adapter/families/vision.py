@@ -26,6 +26,9 @@ from llama_adapter.families.structure import VisionEncoder
 DEFAULT_PIXELS = 224
 """The side of an image for an encoder whose config names none."""
 
+ROUNDED = 0.3
+"""By how much, as a logarithm, a small map's proportions may differ from its image's."""
+
 _PACKED = {"pixel_attention_mask", "spatial_shapes"}
 """What an encoder of packed patches (NaFlex) needs with its pixels."""
 
@@ -178,11 +181,12 @@ def _as_tokens(vision: VisionEncoder, states: Any, pixels: Tensor) -> Tensor:
             return states
         if states.ndim == 4 and len(states) == len(pixels):
             height, width = pixels.shape[-2:]
-            is_first, is_last = (
-                shape[0] * width == shape[1] * height for shape in (found[2:], found[1:3])
+            first, last = (
+                abs(math.log(rows / columns * width / height))
+                for rows, columns in (found[2:], found[1:3])
             )
-            if is_first != is_last:
-                return states.flatten(2).transpose(1, 2) if is_first else states.flatten(1, 2)
+            if first != last and min(first, last) < ROUNDED:
+                return states.flatten(2).transpose(1, 2) if first < last else states.flatten(1, 2)
     raise UnsupportedModelError(
         f"{name} cannot be the vision encoder: expected tokens [images, tokens, width] or a "
         f"feature map of the image's proportions, got {found or 'no last_hidden_state'}"
