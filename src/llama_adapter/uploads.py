@@ -39,6 +39,7 @@ def push_folder(
         repository = hub.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if revision is not None and not revision.startswith("refs/"):
             hub.create_branch(repository, branch=revision, exist_ok=True)
+        (folder / CARD).unlink(missing_ok=True)  # it names this folder, not the repository
         if card is not None and not hub.file_exists(repository, CARD, revision=revision):
             (folder / CARD).write_text(card(repository), encoding="utf-8")
         commit = hub.upload_folder(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from accelerate import Accelerator
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
 from llama_adapter import ConfigError, LlamaAdapterForConditionalGeneration
@@ -100,3 +101,22 @@ def test_no_path_of_this_machine_is_pushed(build, base, tmp_path):
     model = LlamaAdapterForConditionalGeneration.from_base(str(tmp_path / "base"))
     with pytest.raises(ConfigError, match=r"recorded as .*base', a directory of this machine"):
         model.push_to_hub("owner/mine")
+
+
+def test_a_card_is_written_and_one_of_the_users_stays(build, tmp_path):
+    model = build("v2-chat")
+    model.config.base["name_or_path"] = "owner/base"
+    model.save_pretrained(tmp_path / "mine")
+    card = ModelCard.load(tmp_path / "mine" / "README.md")
+    assert card.data.base_model == "owner/base"
+    assert card.data.library_name == "llama-adapter"
+    assert 'from_pretrained("mine")' in card.text
+    model.config.base["name_or_path"] = str(tmp_path / "base")  # no name on the hub
+    (tmp_path / "base").mkdir()
+    model.save_pretrained(tmp_path / "other")
+    card = ModelCard.load(tmp_path / "other" / "README.md")
+    assert card.data.base_model is None
+    assert str(tmp_path) not in card.content
+    (tmp_path / "mine" / "README.md").write_text("my own")
+    model.save_pretrained(tmp_path / "mine")
+    assert (tmp_path / "mine" / "README.md").read_text() == "my own"

@@ -69,7 +69,7 @@ def released(kind: str, out: Path) -> Path:
 
     Values are random; heads are 32 wide, the narrowest that vLLM computes on a CPU.
     """
-    world = World(root=out.parent, dim=96, heads=3, kv_heads=3, layers=4, prompt_layers=3)
+    world = World(root=out.parent, dim=128, heads=4, kv_heads=4, layers=4, prompt_layers=3)
     import_released(
         world.save_released(kind),
         base=world.base(),

@@ -5,12 +5,13 @@ from __future__ import annotations
 import base64
 import io
 import os
+import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -112,7 +113,7 @@ def command(directory: Path, *options: str, port: int) -> list[str]:
 
 @contextmanager
 def served(directory: Path, *options: str, log: Path, stop: Sequence[str] = ()) -> Iterator[Server]:
-    """vLLM's API server for an export, stopped at the end by its own process id."""
+    """vLLM's API server for an export, stopped at the end with what it started."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -123,17 +124,18 @@ def served(directory: Path, *options: str, log: Path, stop: Sequence[str] = ()) 
             env={**os.environ, **ENVIRONMENT},
             stdout=out,
             stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
         try:
             _wait(process, url, log)
             yield Server(url, tuple(stop))
         finally:
             process.terminate()
-            try:
+            with suppress(subprocess.TimeoutExpired):
                 process.wait(30)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+            with suppress(ProcessLookupError):  # a server that hangs, and engines that it left
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 def _wait(process: subprocess.Popen[bytes], url: str, log: Path) -> None:

@@ -77,6 +77,11 @@ KINDS = {
     "v2-chat": Kind(_released("v2-chat"), images=None, mode="text"),
     "v2-chat-adapter": Kind(_released("v2-chat-adapter"), images=None, mode="text"),
     "v2-multimodal-bias": Kind(_released("v2-multimodal-bias"), mode="cross_attention"),
+    "tensor parallel": Kind(
+        _released("v2-multimodal-bias"),
+        mode="cross_attention",
+        options=("--tensor-parallel-size", "2"),
+    ),
 }
 
 

@@ -26,6 +26,7 @@ from llama_adapter.model.peft_base import PEFT_FOLDER
 from llama_adapter.model.persistence import ADAPTER_WEIGHTS_NAME, write_tensors
 from llama_adapter.model.references import resolve_reference
 from llama_adapter.model.scaled_linear import LearnedNorm, ScaledLinear
+from llama_adapter.uploads import CARD
 
 MERGED = (Role.BIAS, Role.SCALE, Role.NORM)
 """What becomes part of the base's weights, always."""
@@ -267,7 +268,7 @@ def _write_rest(
 
 def _copy_rest(source: Path, target: Path) -> None:
     """Processor and tokenizer files of an adapter directory."""
-    ours = {ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, EXTRAS_NAME, "config.json"}
+    ours = {ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, EXTRAS_NAME, CARD, "config.json"}
     for path in source.iterdir():
         if path.is_file() and path.name not in ours and not path.name.startswith("."):
             shutil.copyfile(path, target / path.name)

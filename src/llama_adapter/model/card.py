@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from llama_adapter.files import write_atomically
 from llama_adapter.model.configuration import LlamaAdapterConfig
+from llama_adapter.uploads import CARD
+
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 _CARD = """---
 {metadata}---
@@ -43,6 +49,14 @@ def model_card(config: LlamaAdapterConfig, name: str, *, tags: Sequence[str] = (
     )
 
 
+def write_card(directory: Path, config: LlamaAdapterConfig) -> None:
+    """Write `README.md` where there is none: a card that somebody wrote stays."""
+    path = directory / CARD
+    if not path.exists():
+        write_atomically(path, model_card(config, directory.resolve().name))
+
+
 def _name(described: Mapping[str, Any] | None) -> str:
+    """A model's name on the hub; a directory or a part of a package has none."""
     name = str((described or {}).get("name_or_path") or "")
-    return "" if name.startswith("package:") else name
+    return name if _HUB_NAME.fullmatch(name) and not Path(name).exists() else ""

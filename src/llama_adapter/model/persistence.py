@@ -26,7 +26,7 @@ from llama_adapter.errors import CheckpointError, ConfigError
 from llama_adapter.families.offloading import execution_device
 from llama_adapter.families.vision import vision_feature_size
 from llama_adapter.files import atomic_file
-from llama_adapter.model.card import model_card
+from llama_adapter.model.card import model_card, write_card
 from llama_adapter.model.configuration import (
     ADAPTER_CONFIG_NAME,
     LlamaAdapterConfig,
@@ -124,11 +124,13 @@ class AdapterPersistence:
             if part is not None and factors is not None:
                 part.save(folder / PEFT_FOLDER, factors)
             write_tensors(folder / ADAPTER_WEIGHTS_NAME, tensors, config=adapter.config)
-            LlamaAdapterConfig(
+            config = LlamaAdapterConfig(
                 adapter=adapter.config,
                 base=_relative_to(folder, base),
                 vision=_relative_to(folder, model.config.vision),
-            ).save_pretrained(folder)
+            )
+            config.save_pretrained(folder)
+            write_card(folder, config)
             self._after_saving(folder)
 
     def push_to_hub(
