@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: stress install demo photos test clients vllm-test gguf-test fuzz check lint types layers bench docs clean help
+.PHONY: stress install demo photos test clients vllm-test gguf-test ray-test soak fuzz check lint types layers bench docs clean help
 
 help:
 	@echo "make demo    show photographs, train an adapter in the miniature world: runs/demo/report.html"
@@ -13,6 +13,8 @@ help:
 	@echo "make clients  the chat page in a browser and OpenAI's JavaScript client, against the server"
 	@echo "make vllm-test  build vLLM for CPUs and run the plugin's tests against its server"
 	@echo "make gguf-test  build llama-cpp-python and compare it with exported models"
+	@echo "make ray-test two replicas behind Ray Serve, in an environment of their own"
+	@echo "make soak    10,000 mixed requests to a server; the report goes to runs/soak.json"
 	@echo "make stress  tests of many threads, ten times"
 	@echo "make fuzz    a long run of the fuzz campaigns; counts go to runs/fuzz.jsonl"
 	@echo "make check   lint, types, layers and tests: what continuous integration runs"
@@ -43,7 +45,7 @@ test: install
 # Needs Debian's chromium, nodejs and npm, which it does not install.
 clients: install
 	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints-cpu.txt -e '.[browser]'
-	npm install --silent --no-save --prefix clients openai@6
+	npm install --silent --no-save --prefix clients openai@6 deep-chat@2
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest clients/test_page.py
 
 # Each in an environment of its own: vLLM pins what others need newer, llama.cpp builds for minutes.
@@ -55,6 +57,15 @@ vllm-test:
 gguf-test: install
 	$(BIN)/python -m pip install --disable-pip-version-check -q llama-cpp-python
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest clients/llama_cpp
+
+ray-test:
+	test -x $(VENV)-ray/bin/python || $(PYTHON) -m venv $(VENV)-ray
+	$(VENV)-ray/bin/python -m pip install --disable-pip-version-check -q -c constraints-cpu.txt -e '.[serve]' 'ray[serve]' pytest
+	OMP_NUM_THREADS=1 $(VENV)-ray/bin/python -m pytest clients/test_ray.py
+
+soak: install
+	@mkdir -p runs
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.soak --out runs/soak.json
 
 # What depends on how threads happen to meet, ten times.
 stress: install

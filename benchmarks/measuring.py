@@ -36,7 +36,7 @@ def make_llama(options: argparse.Namespace, *, seed: int = 0) -> LlamaForCausalL
     """A real Llama of random numbers, the same for the same seed."""
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=8000,
+        vocab_size=getattr(options, "vocabulary", 8000),
         hidden_size=options.hidden,
         intermediate_size=options.hidden * 11 // 4,
         num_hidden_layers=options.layers,

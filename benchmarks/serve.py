@@ -6,19 +6,26 @@
 batching   32 requests with images at once against one by one, on the miniature model
 stack      a decode step of 32 rows: one prepared adapter and 100 mixed, against the base
 first      time to the first token of an image, against 576 image tokens before the prompt
+http       32 streams of a server at once, against the same requests to the engine itself
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 import random
 import statistics
+import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from itertools import islice
+from multiprocessing import get_context
 from typing import Any, ClassVar
 
+import httpx2
 import torch
 from torch import nn
 from transformers import SiglipVisionConfig, SiglipVisionModel
@@ -37,6 +44,10 @@ from llama_adapter.miniature.scenes import Split, scene_stream
 from llama_adapter.model.adapter import Adapter
 from llama_adapter.model.stack import AdapterStack, RowReads
 from llama_adapter.processing.processor import LlamaAdapterProcessor
+from llama_adapter.serving.app import make_app
+from llama_adapter.serving.limits import Limits
+from llama_adapter.serving.server import Server, bind
+from llama_adapter.serving.service import Service
 
 ROWS, CONTEXT, NEW_TOKENS, IMAGE_TOKENS = 32, 64, 48, 576
 
@@ -44,7 +55,7 @@ ROWS, CONTEXT, NEW_TOKENS, IMAGE_TOKENS = 32, 64, 48, 576
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_options(parser, rounds=40)
-    parser.add_argument("--only", nargs="*", default=["batching", "stack", "first"])
+    parser.add_argument("--only", nargs="*", default=["batching", "stack", "first", "http"])
     parser.add_argument("--turns", type=int, default=1, help="of all 32 requests, for `batching`")
     parser.set_defaults(threads=1, layers=4)
     options = parser.parse_args()
@@ -59,6 +70,8 @@ def main() -> None:
         results["100 adapters over one prepared"] = _at_most(1.12, mixed)
     if "first" in options.only:
         results["first token against 576 image tokens"] = _at_least(5, first_token(options))
+    if "http" in options.only:
+        results["http over engine alone"] = _at_most(1.05, http(options))
     text = json.dumps(describe("serve", results, options=options), indent=2, default=str)
     print(text)
     if options.out is not None:
@@ -81,31 +94,13 @@ def batching(*, words: int, turns: int) -> dict[str, Any]:
     scenes = islice(scene_stream(1, split=Split.TRAIN), ROWS)
     images = [render(scene, random.Random(i)) for i, scene in enumerate(scenes)]
     model, processor = load_bundled("v2")
-    processor.__class__ = _Endless
-    model.generation_config.eos_token_id = None
     question = "Describe the picture." + " It is big." * (words // 4)
     conversations = [Conversation.ask(question, images=[image]) for image in images]
     alone = load_bundled("v2")[0]
     alone.prepare_for_inference()
     alone.generation_config.eos_token_id = None
-    engine = RowEngine(
-        model, processor, name="v2", settings=EngineSettings(rows=ROWS, context_length=512)
-    )
-    while engine.health.state == "starting":
-        time.sleep(0.01)
-
-    def together() -> list[str]:
-        asked = [
-            engine.submit(
-                GenerationRequest(
-                    prompt=encode_prompt(processor, conversation),
-                    adapter="v2",
-                    sampling=Sampling(max_tokens=NEW_TOKENS),
-                )
-            )
-            for conversation in conversations
-        ]
-        return ["".join(part.text for part in generation) for generation in asked]
+    engine = _endless_engine(model, processor)
+    together = partial(_together, engine, conversations)
 
     def one_by_one() -> list[str]:
         settings = GenerationSettings(max_new_tokens=NEW_TOKENS)
@@ -128,6 +123,34 @@ def batching(*, words: int, turns: int) -> dict[str, Any]:
         "ratio_of_cpu_time": round(statistics.median(ratios), 2),
         "equal_answers": sum(map(str.__eq__, found["engine"], found["one by one"])),
     }
+
+
+def _endless_engine(
+    model: LlamaAdapterForConditionalGeneration, processor: LlamaAdapterProcessor
+) -> RowEngine:
+    """An engine whose answers are as long as they may be, once it is ready."""
+    processor.__class__ = _Endless
+    model.generation_config.eos_token_id = None
+    settings = EngineSettings(rows=ROWS, context_length=512)
+    engine = RowEngine(model, processor, name="v2", settings=settings)
+    while engine.health.state == "starting":
+        time.sleep(0.01)
+    return engine
+
+
+def _together(engine: RowEngine, conversations: Sequence[Conversation]) -> list[str]:
+    processor = engine.processor("v2")
+    asked = [
+        engine.submit(
+            GenerationRequest(
+                prompt=encode_prompt(processor, conversation),
+                adapter="v2",
+                sampling=Sampling(max_tokens=NEW_TOKENS),
+            )
+        )
+        for conversation in conversations
+    ]
+    return ["".join(part.text for part in generation) for generation in asked]
 
 
 class _Endless(LlamaAdapterProcessor):
@@ -261,6 +284,67 @@ def first_token(options: argparse.Namespace) -> dict[str, Any]:
         rounds=max(options.rounds // 4, 5),
         warmup=1,
     )
+
+
+# --- the server around the engine ----------------------------------------------------------------
+
+
+def http(options: argparse.Namespace) -> dict[str, Any]:
+    """Processor time of 32 streams over HTTP, without the clients', over the engine's alone."""
+    processor = load_bundled("v2")[1]
+    options.vocabulary = len(processor.tokenizer)
+    model = LlamaAdapterForConditionalGeneration.from_base(
+        make_llama(options), None, LlamaAdapterConfig.preset("v2-chat"), seed=0
+    )
+    engine = _endless_engine(model, processor)
+    texts = [f"{index} Where is the star? Tell me all about it." for index in range(ROWS)]
+    app, gate = make_app(Service(engine=engine, base_name="base"))
+    with bind("127.0.0.1", 0) as bound, ProcessPoolExecutor(1, get_context("spawn")) as clients:
+        url = f"http://127.0.0.1:{bound.getsockname()[1]}/v1/chat/completions"
+        server = Server(app, gate, engine, Limits(), drain_seconds=1)
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
+        thread.start()
+        while not server.started:
+            time.sleep(0.01)
+
+        def over_http() -> None:
+            _forget_prefixes(engine)
+            found = clients.submit(stream_all, url, "v2", texts, NEW_TOKENS).result()
+            assert found == [NEW_TOKENS] * ROWS, found
+
+        def alone() -> None:
+            _forget_prefixes(engine)
+            _together(engine, [Conversation.ask(text) for text in texts])
+
+        sides = {"http": over_http, "engine": alone}
+        result = interleaved(sides, over="engine", rounds=max(options.rounds // 4, 5), warmup=1)
+        server.should_exit = True
+        thread.join()
+    engine.drain(10)
+    return result
+
+
+def stream_all(url: str, model: str, texts: Sequence[str], tokens: int) -> list[int]:
+    """Ask for streams of all answers at once, in a process of clients; the tokens of each."""
+
+    async def stream(client: httpx2.AsyncClient, text: str) -> int:
+        asked = {
+            "model": model,
+            "messages": [{"role": "user", "content": text}],
+            "max_tokens": tokens,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
+        async with client.stream("POST", url, json=asked) as response:
+            lines = [line async for line in response.aiter_lines() if line.startswith("data: {")]
+        return int(json.loads(lines[-1][6:])["usage"]["completion_tokens"])
+
+    async def stream_them() -> list[int]:
+        limits = httpx2.Limits(max_connections=len(texts))
+        async with httpx2.AsyncClient(timeout=600, limits=limits) as client:
+            return await asyncio.gather(*(stream(client, text) for text in texts))
+
+    return asyncio.run(stream_them())
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -25,6 +26,8 @@ from llama_adapter.miniature.scenes import Scene, SceneObject
 HERE = Path(__file__).parent
 SHOTS = HERE.parent / "runs" / "page"
 KEY = "browser-key-0123456789"
+ELSEWHERE = "http://elsewhere.localhost:8999"
+"""A site whose pages may use the server."""
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +37,7 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     keys.write_text(KEY + "\n")
     caption = HERE.parent / "src/llama_adapter/miniature/adapters/caption"
     options = ["--port", "0", "--adapter", f"caption={caption}", "--api-keys", str(keys)]
+    options += ["--cors-origin", ELSEWHERE]
     process = subprocess.Popen(
         [sys.executable, "-m", "llama_adapter.cli", "serve", "toy", *options],
         stderr=subprocess.PIPE,
@@ -157,6 +161,23 @@ def test_images_can_be_pasted_and_dropped_on_a_phone(
     page.emulate_media(color_scheme="dark")
     page.screenshot(path=SHOTS / "phone-dark.png")
     assert wrong == []
+    page.close()
+
+
+def test_deep_chat_on_another_site(browser: Browser, url: str) -> None:
+    """The lines of the guide, with this server's address and a key."""
+    guide = (HERE.parent / "docs/serving.md").read_text()
+    [lines] = re.findall(r"```html\n(.*?)```", guide, re.DOTALL)
+    lines = lines.replace("https://chat.example.org", url).replace('"none"', f'"{KEY}"')
+    page = browser.new_page()
+    bundle = HERE / "node_modules/deep-chat/dist/deepChat.bundle.js"
+    page.route(f"{ELSEWHERE}/deepChat.bundle.js", lambda route: route.fulfill(path=bundle))
+    page.route(f"{ELSEWHERE}/", lambda r: r.fulfill(body=lines, content_type="text/html"))
+    page.goto(f"{ELSEWHERE}/")
+    page.locator("#text-input").click()
+    page.keyboard.type("Hello")
+    page.keyboard.press("Enter")
+    expect(page.locator(".ai-message-text")).to_contain_text(re.compile(r"\w"))
     page.close()
 
 

@@ -228,8 +228,11 @@ def test_an_answer_follows_a_json_schema(engine):
     for wrong in ({"json_schema": "{"}, {"grammar": "root ::= nowhere"}):
         with pytest.raises(ConfigError, match="cannot be used"):
             list(engine.submit(request(engine, 0, **wrong)))
-    with pytest.raises(ConfigError, match="must have at most 65536 characters"):
+    with pytest.raises(ConfigError, match="must have at most 16384 characters"):
         engine.submit(request(engine, 0, grammar="a" * 70_000))
+    deep = '{"type": "array", "items": ' * 200 + "{}" + "}" * 200
+    with pytest.raises(ConfigError, match="at most 100 levels"):
+        engine.submit(request(engine, 0, json_schema=deep))
 
 
 def test_what_does_not_fit_is_refused_at_once(engine):

@@ -8,6 +8,12 @@ from typing import Any
 import openai
 import pytest
 
+NESTED = (
+    b'{"model": "toy", "messages": [{"role": "user", "content": "a"}], "response_format": '
+    b'{"type": "json_schema", "json_schema": {"name": "x", "schema": %s}}}'
+)
+"""A request whose schema is missing."""
+
 
 def asks(*parts: Any, text: str = "What colour is the star?") -> list[Any]:
     images = [{"type": "image_url", "image_url": {"url": url}} for url in parts]
@@ -178,7 +184,7 @@ def test_responses_without_memory(server, red_star) -> None:
         ({"messages": [{"role": "assistant", "content": "x"}]}, 400, None),
         ({"messages": asks("data:image/png;base64,AAAA")}, 400, "messages.0.content.0"),
         ({"messages": asks("data:image/png,AAAA")}, 400, "messages.0.content.0"),
-        ({"messages": asks(*["data:image/png;base64,AAAA"] * 1000)}, 400, None),
+        ({"messages": asks(*["data:image/png;base64,AAAA"] * 10_000)}, 400, None),
         ({"model": "gpt-4"}, 404, "model"),
         ({"extra_body": {"experts": ["ocr"]}}, 400, "experts"),
         ({"extra_body": {"min_q": 1}}, 400, "min_q"),
@@ -204,8 +210,11 @@ def test_what_is_wrong_is_named(server, wrong, status, param) -> None:
         b'"text"',
         b"\xff\xfe",
         b'{"model": "toy", "messages": [{"role": "user", "content": "a"}], "temperature": NaN}',
+        b'{"model": "toy", "messages": [{"role": "user", "content": "a"}], "temperature": 1e999}',
+        b'{"model": "toy", "messages": [{"role": "user", "content": "\xff"}]}',
         b'{"model": "toy", "messages": [{"role": "user", "content": "\\ud800"}]}',
         b"[" * 100_000,
+        *(NESTED % (b'{"items": ' * deep + b"{}" + b"}" * deep) for deep in (300, 900, 950, 990)),
         json.dumps({"model": "toy", "messages": None}).encode(),
     ],
 )

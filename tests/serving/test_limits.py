@@ -14,7 +14,8 @@ import openai
 import pytest
 
 from llama_adapter.errors import ConfigError
-from llama_adapter.miniature.bundled import bundled_adapter
+from llama_adapter.generation.engine import EngineSettings, RowEngine
+from llama_adapter.miniature.bundled import bundled_adapter, load_bundled
 from llama_adapter.serving.auth import Keys
 from llama_adapter.serving.limits import Limits
 from llama_adapter.serving.metrics import JsonLines
@@ -64,8 +65,11 @@ def test_bodies_are_bounded_and_have_to_arrive(serving: Any) -> None:
         assert running.post("/v1/completions", **long).status_code == 413
         long["content"] = iter([b" " * 5_000] * 4)  # chunked: nobody says how long it will be
         assert running.post("/v1/completions", **long).status_code == 413
-        with running.connect() as slow:
+        with running.connect() as slow:  # a byte now and then is not a body
             slow.sendall(as_http(b"{", length=100))
+            for _ in range(3):
+                time.sleep(0.1)
+                slow.sendall(b" ")
             assert b" 408 " in slow.recv(4096)
         with running.connect() as slow:
             slow.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: local")
@@ -74,6 +78,13 @@ def test_bodies_are_bounded_and_have_to_arrive(serving: Any) -> None:
             assert idle.recv(4096) == b""
         assert running.is_idle()
         assert running.post("/v1/completions", json=SHORT).status_code == 200
+
+
+def test_sixty_megabytes_are_refused_and_not_kept(server: Any) -> None:
+    huge = {"content": bytes(60_000_000), "headers": {"Content-Type": "application/json"}}
+    refused = server.post("/v1/chat/completions", **huge)
+    assert refused.status_code == 413
+    assert refused.json()["error"]["code"] == "body_too_large"
 
 
 def test_whoever_leaves_frees_the_row(server: Any) -> None:
@@ -154,6 +165,27 @@ def test_adapters_come_and_go_with_an_admin_key(serving: Any, red_star: str) -> 
         gone = httpx2.delete(running.url + "/v1/adapters/again", headers=headers, timeout=60)
         assert gone.json() == {"id": "again", "deleted": True}
         assert running.get("/v1/models/again").status_code == 404
+
+
+def test_an_adapter_that_does_not_fit_is_refused_while_others_answer(
+    serving: Any, adapter_dir: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "same").symlink_to(bundled_adapter("v2"))
+    (tmp_path / "other-base").symlink_to(adapter_dir)
+    full = RowEngine(*load_bundled(), name="toy", settings=EngineSettings(rows=2, adapters=1))
+    options = {"admin_keys": Keys((ADMIN,)), "service": {"adapter_folder": tmp_path.parent}}
+    with serving(engine=full, **options) as running, answering(running) as lines:
+        for name, words in {"same": "holds 1 adapters", "other-base": "base"}.items():
+            refused = running.post(
+                "/v1/adapters",
+                json={"name": name, "directory": f"{tmp_path.name}/{name}"},
+                headers={"Authorization": f"Bearer {ADMIN}"},
+            )
+            assert refused.status_code == 400, refused.text
+            assert words in refused.json()["error"]["message"]
+        assert next(lines) is not None
+        assert running.get("/v1/models").json()["data"][0]["id"] == "toy"
+    full.drain(0)
 
 
 def test_pages_of_other_sites_are_kept_out(serving: Any, server: Any) -> None:

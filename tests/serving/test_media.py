@@ -159,6 +159,14 @@ def test_one_inner_address_among_several_is_one_too_many(site: str) -> None:
 def test_redirects_are_followed_and_each_is_checked(site: str) -> None:
     media = visiting(site)
     assert load(media, f"http://{site}/to//a.png").size == (4, 4)
+    port = site.partition(":")[2]
+    anywhere = Media(
+        hosts=(f"*:{port}",),
+        resolve=lambda host, _port: ["127.0.0.1" if host == "images.example" else host],
+        may_connect=lambda address: address == "127.0.0.1",
+    )
+    with pytest.raises(ImageError, match=r"'127\.0\.0\.2' has no address of the public internet"):
+        load(anywhere, f"http://{site}/to/http://127.0.0.2:{port}/a.png")
     for there, words in {
         "http://127.0.0.1/a.png": "fetches nothing from host '127.0.0.1'",
         f"http://other.example:{site.partition(':')[2]}/": "nothing from host 'other.example'",

@@ -5,8 +5,10 @@ Shape: V vocabulary.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import accumulate
 from typing import Any
 
 from torch import Tensor
@@ -14,8 +16,12 @@ from torch import Tensor
 from llama_adapter.errors import ConfigError, MissingDependencyError
 from llama_adapter.generation.requests import Sampling
 
-MOST_CHARACTERS = 1 << 16
-"""Of a schema or grammar; larger ones take seconds to compile and gigabytes to keep."""
+MOST_CHARACTERS = 1 << 14
+"""Of a schema or grammar: compiling takes time by the cube of its properties that may be left out
+and of its depth, minutes for four times as much, and cannot be ended."""
+MOST_LEVELS = 100
+"""Of brackets in a schema."""
+_TEXT = re.compile(r'"(?:[^"\\]|\\.)*"')
 
 
 class Grammars:
@@ -40,6 +46,8 @@ class Grammars:
                 raise ConfigError(
                     f"{name} must have at most {MOST_CHARACTERS} characters, got {len(text)}"
                 )
+            if name == "json_schema" and _levels(text) > MOST_LEVELS:
+                raise ConfigError(f"{name} must have at most {MOST_LEVELS} levels of brackets")
             self._start()
             return self._workers.submit(self._compile, name, text)
         return None
@@ -68,6 +76,16 @@ class Grammars:
         except Exception as error:  # of the library, whose classes change
             reason = str(error).strip().splitlines() or [type(error).__name__]
             raise ConfigError(f"{name} cannot be used: {reason[-1][:200]}") from error
+
+
+def _levels(text: str) -> int:
+    """How deep the brackets of a JSON text are nested.
+
+    >>> _levels('{"a": [1, {}], "[[[[": 2}')
+    3
+    """
+    steps = {"{": 1, "[": 1, "}": -1, "]": -1}
+    return max(accumulate(steps.get(letter, 0) for letter in _TEXT.sub("", text)), default=0)
 
 
 class Matcher:

@@ -7,11 +7,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from llama_adapter.generation.grammar import MOST_CHARACTERS
 from llama_adapter.generation.requests import MAX_TOP_LOGPROBS
 
 MAX_STOPS = 16
 MAX_STOP_CHARACTERS = 256
-MAX_SCHEMA_CHARACTERS = 65_536
 MAX_SEED = 2**63 - 1
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -158,8 +158,12 @@ class ResponseFormat(BaseModel):
     def _is_whole(self) -> ResponseFormat:
         if (self.type == "json_schema") != (self.json_schema is not None):
             raise ValueError("json_schema goes with type 'json_schema' and with nothing else")
-        if len(self.as_schema or "") > MAX_SCHEMA_CHARACTERS:
-            raise ValueError(f"the schema has more than {MAX_SCHEMA_CHARACTERS} characters")
+        try:
+            length = len(self.as_schema or "")
+        except RecursionError as error:
+            raise ValueError("the schema is nested too deeply") from error
+        if length > MOST_CHARACTERS:
+            raise ValueError(f"the schema has more than {MOST_CHARACTERS} characters")
         return self
 
 
@@ -202,7 +206,7 @@ class _OfOneText(Drawn):
     max_tokens: int | None = Field(None, ge=1)
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = None
-    grammar: str | None = Field(None, max_length=MAX_SCHEMA_CHARACTERS)
+    grammar: str | None = Field(None, max_length=MOST_CHARACTERS)
     """Not OpenAI's: a grammar in GBNF."""
 
     @model_validator(mode="after")
