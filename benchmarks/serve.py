@@ -298,10 +298,11 @@ def http(options: argparse.Namespace) -> dict[str, Any]:
     )
     engine = _endless_engine(model, processor)
     texts = [f"{index} Where is the star? Tell me all about it." for index in range(ROWS)]
-    app, gate = make_app(Service(engine=engine, base_name="base"))
+    limits = Limits(request_seconds=3600)
+    app, gate = make_app(Service(engine=engine, base_name="base", limits=limits))
     with bind("127.0.0.1", 0) as bound, ProcessPoolExecutor(1, get_context("spawn")) as clients:
         url = f"http://127.0.0.1:{bound.getsockname()[1]}/v1/chat/completions"
-        server = Server(app, gate, engine, Limits(), drain_seconds=1)
+        server = Server(app, gate, engine, limits, drain_seconds=1)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
         thread.start()
         while not server.started:

@@ -92,14 +92,14 @@ class SequentialEngine:
     def submit(
         self, request: GenerationRequest, *, notify: Callable[[], None] | None = None
     ) -> Generation:
-        if self._state != "ready":
-            raise UnavailableError(f"the engine is {self._state}")
         self.processor(request.adapter)
         if request.sampling.json_schema is not None or request.sampling.grammar is not None:
             raise ConfigError("json_schema and grammar are not supported with this base")
         check_length(request, self.context_length)
         generation = Generation(request, notify)
-        with self._changed:
+        with self._changed:  # in which an engine that is drained ends
+            if self._state != "ready":
+                raise UnavailableError(f"the engine is {self._state}")
             if len(self._queue) >= self._max_queue:
                 raise QueueFullError(f"{len(self._queue)} requests wait, the most that may")
             self._queue.append(generation)

@@ -32,7 +32,7 @@ ROUTES = OPEN | GENERATING | {
 UNDER = ("/v1/adapters", "/v1/models")
 """Roots of routes that end in a name."""
 _LOOPBACK = frozenset(("127.0.0.1", "localhost", "::1"))
-_DISCARD_SECONDS = 1.0
+_DISCARD_SECONDS = 5.0
 _SEND_SECONDS = 30.0
 _HEADERS = [
     (b"x-content-type-options", b"nosniff"),
