@@ -24,7 +24,7 @@ import transformers
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, StaticCache
 
-from benchmarks.family_sweep import Check, check_type, decoder_types, read_rows, sweep
+from benchmarks.family_sweep import Check, append_row, check_type, decoder_types, read_rows, sweep
 from benchmarks.family_training import TYPES, train_type, training_table
 from benchmarks.family_vision import check_vision_type, vision_table, vision_types
 from llama_adapter import LlamaAdapterConfig, LlamaAdapterForConditionalGeneration
@@ -269,13 +269,15 @@ def put_between(path: Path, begin: str, end: str, text: str) -> None:
     path.write_text(between.sub(lambda _: f"{begin}\n{text}\n{end}", path.read_text()))
 
 
-def run_sweep(types: list[str], results: Path, check: Check) -> list[dict[str, Any]]:
-    """Rows of every type, with progress on stderr."""
+def run_sweep(
+    types: list[str], results: Path, check: Check, *, only: list[str]
+) -> list[dict[str, Any]]:
+    """Rows of every type, or of those so far and `only` some more; progress is on stderr."""
     results.parent.mkdir(parents=True, exist_ok=True)
-    for row in sweep(types, results, check):
+    for row in sweep(only or types, results, check):
         print(f"{row['status']:9} {row['type']}", file=sys.stderr, flush=True)
     known = read_rows(results)
-    return [known[model_type] for model_type in types]
+    return [known[model_type] for model_type in types if model_type in known]
 
 
 def sweep_table(
@@ -283,6 +285,7 @@ def sweep_table(
     accepted_lines: Callable[[list[dict[str, Any]]], list[str]],
     *,
     option: str,
+    count: int,
 ) -> str:
     """How many types are accepted and refused, and each with its columns or its reason."""
     by_status = {
@@ -293,7 +296,7 @@ def sweep_table(
     lines = [
         f"Made by `python -m benchmarks.families {option}` on {datetime.now(UTC).date()} with "
         f"torch {torch.__version__}, transformers {transformers.__version__}, float32 on the CPU: "
-        f"{counts}.",
+        f"{counts}" + (f"; {count - len(rows)} more were not tried." if count > len(rows) else "."),
         "",
         *accepted_lines(by_status.pop("accepted")),
         "",
@@ -341,13 +344,19 @@ def main() -> None:
     parser.add_argument("--write", type=Path, help="put the table between the file's markers")
     parser.add_argument("--all", action="store_true", help="every causal type of transformers")
     parser.add_argument("--vision", action="store_true", help="every vision encoder type")
-    parser.add_argument("--results", type=Path, help="with --all and --vision: rows so far, "
+    parser.add_argument("--results", type=Path, help="rows so far of --all, --vision or --train, "
                         "in runs/ if not given; what is there is not run again")  # fmt: skip
+    parser.add_argument("--type", action="append", help="with --all and --vision: try only these")
     parser.add_argument("--train", action="store_true", help="train, chat and export")
     options = parser.parse_args()
     if options.train:
-        with tempfile.TemporaryDirectory() as folder:
-            text = training_table([train_type(name, Path(folder) / name) for name in TYPES])
+        results = options.results or Path("runs/families-train.jsonl")
+        results.parent.mkdir(parents=True, exist_ok=True)
+        for name in (name for name in TYPES if name not in read_rows(results)):
+            with tempfile.TemporaryDirectory() as folder:
+                append_row(results, train_type(name, Path(folder)))
+        known = read_rows(results)
+        text = training_table([known[name] for name in TYPES])
         print(text)
         if options.write is not None:
             put_between(options.write, TRAINING_BEGIN, TRAINING_END, text)
@@ -356,13 +365,14 @@ def main() -> None:
         kind = "vision" if options.vision else "all"
         types, check, lines, *markers = SWEEPS[kind]
         results = options.results or Path(f"runs/families-{kind}.jsonl")
-        text = sweep_table(run_sweep(types(), results, check), lines, option=f"--{kind}")
+        rows = run_sweep(types(), results, check, only=options.type or [])
+        text = sweep_table(rows, lines, option=f"--{kind}", count=len(types()))
         print(text)
         if options.write is not None:
             put_between(options.write, *markers, text)
         return
-    rows = [measure(family, backend=options.backend) for family in options.family or FAMILIES]
-    text = table(rows, backend=options.backend)
+    measured = [measure(family, backend=options.backend) for family in options.family or FAMILIES]
+    text = table(measured, backend=options.backend)
     print(text)
     if options.write is not None:
         put_between(options.write, BEGIN, END, text)

@@ -224,10 +224,11 @@ def _run(check: Check, model_type: str, path: Path) -> None:
     torch.set_num_threads(1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        _append(path, check(model_type))
+        append_row(path, check(model_type))
 
 
-def _append(path: Path, row: dict[str, Any]) -> None:
+def append_row(path: Path, row: dict[str, Any]) -> None:
+    """Add the row of a type to those of earlier runs."""
     with path.open("a") as file:
         file.write(json.dumps(row) + "\n")
 
@@ -255,5 +256,5 @@ def sweep(types: Iterable[str], path: Path, check: Check) -> Iterator[dict[str, 
             process.join()
             reason = f"no result within {TIME_LIMIT} s"
         if reason is not None:
-            _append(path, {"type": model_type, "status": "unbuilt", "reason": reason})
+            append_row(path, {"type": model_type, "status": "unbuilt", "reason": reason})
         yield read_rows(path)[model_type]

@@ -93,13 +93,13 @@ def describe_directory(directory: Path) -> dict[str, Any]:
         "layers": {
             "base": int((stored["base"] or {}).get("num_hidden_layers", 0)),
             "static": _layers_with(sizes, "prompt"),
-            "visual": list(config.visual_layer_indices()),
+            "visual": _layers_with(sizes, "visual_gate"),
         },
         "base": _brief(stored["base"]),
         "vision": _brief(stored["vision"]),
         "adapter": config.to_dict(),
         "base_is_known_by": describe_rule(stored["base"]),
-        "notes": _notes(stored["base"], base_config),
+        "notes": [*_notes(stored["base"], base_config), *_without_prompts(stored, config, sizes)],
     }
 
 
@@ -178,6 +178,23 @@ def group_and_role(name: str, names: Collection[str]) -> tuple[Group, Role]:
 def _layers_with(names: Mapping[str, int], what: str) -> list[int]:
     parts = [name.split(".") for name in names if name.endswith(f".{what}")]
     return sorted(int(part) for found in parts for part in found if part.isdecimal())
+
+
+def _without_prompts(
+    stored: Mapping[str, Any], config: AdapterConfig, sizes: Mapping[str, int]
+) -> list[str]:
+    """Says which layers can have no prompts, where every layer that can has some."""
+    if config.prompt_layers is not None or not config.prompt_length:
+        return []
+    with_prompts = {*_layers_with(sizes, "prompt"), *_layers_with(sizes, "visual_gate")}
+    count = int((stored["base"] or {}).get("num_hidden_layers", 0))
+    without = sorted(set(range(count)) - with_prompts)
+    if not without:
+        return []
+    return [
+        f"layers {', '.join(map(str, without))} have no prompts: they reuse the keys and values of "
+        "other layers, or have no softmax attention"
+    ]
 
 
 def _kind(directory: Path, config: AdapterConfig) -> str:
