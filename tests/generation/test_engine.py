@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import json
 import random
+import shutil
 import threading
 import time
 from typing import Any
@@ -18,6 +19,7 @@ from PIL import Image
 from llama_adapter.conversation import Conversation
 from llama_adapter.errors import (
     ConfigError,
+    LlamaAdapterError,
     PromptError,
     QueueFullError,
     UnavailableError,
@@ -376,6 +378,39 @@ def test_adapters_come_and_go_while_requests_run(engine):
         engine.submit(other)
     with pytest.raises(ConfigError, match="'v2' is loaded already"):
         engine.load_adapter("v2", bundled_adapter("v2"))
+
+
+def test_an_adapter_that_cannot_be_loaded_leaves_nothing_on_the_base(tmp_path):
+    """The base is shared: what a failed load left there would be in every answer."""
+    engine = start(rows=2)
+    damaged = tmp_path / "damaged"
+    shutil.copytree(bundled_adapter("v2"), damaged)
+    path = damaged / "adapter_model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-4:] = b"\x00\x00\xc0\x7f"  # not a number
+    path.write_bytes(content)
+    with pytest.raises(LlamaAdapterError):
+        engine.load_adapter("damaged", damaged)
+    engine.load_adapter("again", bundled_adapter("v2"))
+    asked = request(engine, 0)
+    for name in ("v2", "again"):
+        generation = engine.submit(dataclasses.replace(asked, adapter=name))
+        assert text_of(generation) == expected(0)
+    engine.drain(5)
+
+
+def test_an_adapter_that_cannot_be_removed_costs_its_caller_alone(monkeypatch):
+    engine = start(rows=2)
+
+    def fail(name: str) -> None:
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(engine, "_forget", fail)
+    with pytest.raises(RuntimeError, match="no memory"):
+        engine.unload_adapter("caption")
+    assert text_of(engine.submit(request(engine, 0))) == expected(0)
+    assert engine.health.state == "ready"
+    engine.drain(5)
 
 
 def test_a_full_queue_says_so_at_once_and_a_drained_engine_answers_what_it_took():

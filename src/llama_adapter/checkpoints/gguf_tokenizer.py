@@ -135,6 +135,9 @@ def _tokens(
 
     model = described["model"]
     vocabulary: dict[str, int] = model["vocab"]
+    beyond = [t["content"] for t in described["added_tokens"] if t["id"] >= size]
+    if beyond or max(vocabulary.values(), default=0) >= size:
+        raise _refusal(f"it has tokens beyond the model's {size}, such as {(beyond or ['?'])[0]!r}")
     tokens = [f"[PAD{i}]" for i in range(size)]
     types = [TokenType.UNUSED] * size
     for token, i in vocabulary.items():

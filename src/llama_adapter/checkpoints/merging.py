@@ -21,6 +21,7 @@ from llama_adapter.errors import CheckpointError, UnsupportedModelError
 from llama_adapter.model import LlamaAdapterForConditionalGeneration
 from llama_adapter.model.adapter import Adapter
 from llama_adapter.model.configuration import ADAPTER_CONFIG_NAME, LlamaAdapterConfig
+from llama_adapter.model.equivalence import EQUIVALENCE_NAME
 from llama_adapter.model.groups import Role
 from llama_adapter.model.peft_base import PEFT_FOLDER
 from llama_adapter.model.persistence import ADAPTER_WEIGHTS_NAME, write_tensors
@@ -268,7 +269,10 @@ def _write_rest(
 
 def _copy_rest(source: Path, target: Path) -> None:
     """Processor and tokenizer files of an adapter directory."""
-    ours = {ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, EXTRAS_NAME, CARD, "config.json"}
+    ours = {
+        ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, EXTRAS_NAME, EQUIVALENCE_NAME, CARD,
+        "config.json",
+    }  # fmt: skip
     for path in source.iterdir():
         if path.is_file() and path.name not in ours and not path.name.startswith("."):
             shutil.copyfile(path, target / path.name)

@@ -203,6 +203,7 @@ class RowEngine:
 
     def _refuse_if_full(self, request: GenerationRequest) -> None:
         waiting = sum(a.request.sampling.n if a.choice == 0 else 1 for a in self._queue)
+        waiting += sum(len(a.siblings) for a in self._running())
         tokens = sum(len(a.prompt) for a in self._queue)
         if waiting + request.sampling.n > self.settings.max_queue:
             raise QueueFullError(
@@ -229,7 +230,8 @@ class RowEngine:
 
     def drain(self, seconds: float) -> None:
         with self._changed:
-            self._state, self._drained_at = "draining", time.monotonic() + seconds
+            if self._state != "dead":
+                self._state, self._drained_at = "draining", time.monotonic() + seconds
             self._changed.notify()
         self._thread.join(seconds + 60)
 
@@ -354,10 +356,13 @@ class RowEngine:
             self._state = "dead"
             waiting = [*self._queue, *self._running()]
             self._queue.clear()
-            for _, done in self._calls:
-                done.set_exception(UnavailableError("the engine is dead"))
-            for done in self._leaving.values():
-                done.set_result(None)
+            calls, leaving = [done for _, done in self._calls], [*self._leaving.values()]
+            self._calls.clear()
+            self._leaving.clear()
+        for done in calls:
+            done.set_exception(UnavailableError("the engine is dead"))
+        for done in leaving:
+            done.set_result(None)
         for answer in waiting:
             answer.generation.fail(UnavailableError(f"the engine is dead: {self._reason}"))
 
@@ -383,8 +388,13 @@ class RowEngine:
             a.adapter.name for a in (*self._running(), *self._waiting()) if a.adapter is not None
         }
         for name in [name for name in self._leaving if name not in used]:
-            self._forget(name)
-            self._leaving.pop(name).set_result(None)
+            done = self._leaving.pop(name)
+            try:
+                self._forget(name)
+            except Exception as error:
+                done.set_exception(error)
+            else:
+                done.set_result(None)
 
     def _load(self, name: str, directory: Path, processor: LlamaAdapterProcessor) -> None:
         if name in self._processors or name in self._leaving:
@@ -456,7 +466,11 @@ class RowEngine:
             except Exception as error:
                 self._fail(answer, error)
                 continue
-            self._place(answer)
+            try:
+                self._place(answer)
+            except Exception as error:
+                answer.generation.fail(error)
+                raise
 
     def _make_room(self, answer: PendingAnswer) -> bool:
         """Free entries of images that nobody reads, the oldest first, for those of an answer."""
@@ -466,6 +480,8 @@ class RowEngine:
             (key for key, image in self._images.items() if not image.users and key not in keys),
             key=lambda key: self._images[key].used_at,
         )
+        if self._stack.free_images + len(unused) < missing:
+            return False  # what others need is not thrown out for nothing
         while self._stack.free_images < missing and unused:
             self._stack.release([self._images.pop(unused.pop(0)).entry])
         return self._stack.free_images >= missing

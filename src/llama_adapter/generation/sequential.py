@@ -107,20 +107,20 @@ class SequentialEngine:
         return generation
 
     def load_adapter(self, name: str, directory: Path) -> None:
-        if name in self._loaded:
-            raise ConfigError(f"an adapter named {name!r} is loaded already")
         processor = LlamaAdapterProcessor.from_pretrained(directory)
         with self._using_model:
+            if name in self._loaded:
+                raise ConfigError(f"an adapter named {name!r} is loaded already")
             self._model.prepare_for_training()  # merged weights are of one adapter alone
             self._model.load_adapter(directory, name)
             self._model.eval()
-        self._loaded[name] = (name, processor)
+            self._loaded[name] = (name, processor)
 
     def unload_adapter(self, name: str) -> None:
-        own_name, _ = self._entry(name)
-        if len(self._loaded) == 1:
-            raise ConfigError(f"{name!r} is the only adapter; it cannot be unloaded")
         with self._using_model:
+            own_name, _ = self._entry(name)
+            if len(self._loaded) == 1:
+                raise ConfigError(f"{name!r} is the only adapter; it cannot be unloaded")
             del self._loaded[name]
             if self._model.active_adapter == own_name:
                 self._model.set_adapter(next(iter(self._loaded.values()))[0])
@@ -128,7 +128,8 @@ class SequentialEngine:
 
     def drain(self, seconds: float) -> None:
         with self._changed:
-            self._state, self._drained_at = "draining", time.monotonic() + seconds
+            if self._state != "dead":
+                self._state, self._drained_at = "draining", time.monotonic() + seconds
             self._changed.notify()
         self._thread.join(seconds + 60)
 

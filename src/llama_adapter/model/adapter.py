@@ -96,13 +96,13 @@ class Adapter:
                         "(fusion 'none' is text only)"
                     )
                 self.projection = VisualProjection(feature_size, width, config=config).to(home)
-        except (ConfigError, UnsupportedModelError):
+        except BaseException:
             self._unroute()
             raise
         self.attach()
         try:
             self._check_trainables(torch.zeros(1, 1, width, device=home))
-        except UnsupportedModelError:
+        except BaseException:  # also of memory: the base may be shared
             self.detach()
             raise
 

@@ -230,7 +230,11 @@ class AdapterPersistence:
             check_reference(vision, config.vision, what="vision encoder", directory=directory)
             check_projector(header, config.adapter_config, language_model, vision, source=str(path))
         model = cls(config, language_model=language_model, vision=vision)  # type: ignore[call-arg]
-        model.adapter.load_state_dict(read_checked(path), source=str(path))  # type: ignore[attr-defined]
+        try:
+            model.adapter.load_state_dict(read_checked(path), source=str(path))  # type: ignore[attr-defined]
+        except BaseException:  # the base may be shared, and goes on without this adapter
+            model.adapter.detach()  # type: ignore[attr-defined]
+            raise
         return model.eval()  # type: ignore[attr-defined]
 
     def load_adapter(self, directory: Any, adapter_name: str = "default", **options: Any) -> None:

@@ -143,7 +143,10 @@ class AdapterStack:
             if isinstance(module, StackedModule):
                 module.write(index, None)
         self._static.clear(index)
-        self._merge()
+        try:
+            self._merge()
+        except RuntimeError:  # no memory for merged weights, which are speed alone
+            self._unmerge()
 
     def _write(self, adapter: Adapter, index: int) -> None:
         """Fill an adapter's row of every table, of which some may be new."""
@@ -178,11 +181,15 @@ class AdapterStack:
         learned = {}
         if alone is not None:
             learned = {(id(s.parent), s.attribute): s.module for s in alone.adapter.targets}
+        self._unmerge()
         for place, (_, _, _, module) in self._modules.items():
+            if isinstance(module, StackedModule) and alone is not None:
+                module.merge(alone.index, learned.get(place))
+
+    def _unmerge(self) -> None:
+        for _, _, _, module in self._modules.values():
             if isinstance(module, StackedModule):
                 module.unmerge()
-                if alone is not None:
-                    module.merge(alone.index, learned.get(place))
 
     # --- putting it on ----------------------------------------------------------------------
 
