@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import logging
 import shutil
+import socket
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +16,7 @@ from typing import Any
 import httpx2
 import openai
 import pytest
+from PIL import Image
 
 from llama_adapter.errors import ConfigError
 from llama_adapter.generation.engine import EngineSettings, RowEngine
@@ -57,6 +61,51 @@ def test_a_full_server_says_so_before_it_reads_anything(serving: Any) -> None:
         assert running.is_idle()
         assert running.post("/v1/completions", json={**SHORT, "n": 2}).status_code == 429
         assert running.post("/v1/completions", json=SHORT).status_code == 200
+
+
+def test_the_images_of_a_request_are_bounded_together(serving: Any) -> None:
+    content = io.BytesIO()
+    Image.new("RGB", (20, 20)).save(content, "PNG")
+    image = "data:image/png;base64," + base64.b64encode(content.getvalue()).decode()
+    part = {"type": "image_url", "image_url": {"url": image}}
+    with serving(limits=Limits(max_request_pixels=1000)) as running:
+        for count, status in ((2, 200), (3, 400)):
+            message = {
+                "role": "user",
+                "content": [part] * count + [{"type": "text", "text": "What is it?"}],
+            }
+            asked = {"model": "toy", "messages": [message], "max_tokens": 1}
+            answer = running.post("/v1/chat/completions", json=asked)
+            assert answer.status_code == status, answer.text
+        error = answer.json()["error"]
+        assert error["param"] == "messages.0.content.2"
+        assert running.is_idle()
+
+
+def test_nothing_is_read_where_nothing_is_taken(server: Any) -> None:
+    with socket.create_connection(("127.0.0.1", server.port), 20) as client:
+        client.sendall(as_http(b"", path="/health", length=1000))
+        assert client.recv(100).startswith(b"HTTP/1.1 405")
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"input": "hi", "text": {"format": {"type": "json_schema"}}},
+        {"input": [{"role": "user", "content": "hi"}] * 10_000, "instructions": "be kind"},
+    ],
+)
+def test_what_only_the_chat_form_of_a_response_refuses_is_a_400(server: Any, body: Any) -> None:
+    answer = server.post("/v1/responses", json={"model": "toy", **body})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["message"]
+
+
+def test_a_text_to_tokenize_is_bounded(serving: Any) -> None:
+    with serving(limits=Limits(max_prompt_tokens=10)) as running:
+        asked = {"model": "toy", "prompt": "a " * 1000}
+        assert running.post("/tokenize", json=asked).status_code == 400
+        assert running.post("/tokenize", json={**asked, "prompt": "a"}).status_code == 200
 
 
 def test_bodies_are_bounded_and_have_to_arrive(serving: Any) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import base64
 import io
+import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ INNER = [
     "169.254.169.254", "224.0.0.1", "240.0.0.1", "255.255.255.255", "::", "::1", "::127.0.0.1",
     "::ffff:10.0.0.1", "::ffff:7f00:1", "64:ff9b::a00:1", "64:ff9b::7f00:1", "2002:7f00:1::",
     "2002:a9fe:a9fe::", "fe80::1", "fe80::1%eth0", "fc00::1", "fd12::1", "ff02::1",
+    "64:ff9b:1::a9fe:a9fe", "fec0::1",
 ]  # fmt: skip
 
 
@@ -171,6 +174,7 @@ def test_redirects_are_followed_and_each_is_checked(site: str) -> None:
         "http://127.0.0.1/a.png": "fetches nothing from host '127.0.0.1'",
         f"http://other.example:{site.partition(':')[2]}/": "nothing from host 'other.example'",
         "file:///etc/passwd": "not http or https",
+        "http://[": "cannot be fetched: ValueError",
         "ftp://images.example/": "not http or https",
         f"http://{site}/to//to//to//to//a.png": "more than 3 times",
         f"http://user@{site}/": "fetches nothing",
@@ -242,3 +246,43 @@ def test_pixels_are_counted_before_they_are_decoded() -> None:
 def test_what_is_not_a_video_is_refused() -> None:
     with pytest.raises(LlamaAdapterError, match="the clip"):
         Media().load(data_url(png()[:40]), is_video=True, name="the clip")
+
+
+@contextmanager
+def listening(answer: Callable[[socket.socket], None]) -> Iterator[int]:
+    """A port on which each client is given to `answer`, in a thread."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def accept() -> None:
+            with suppress(OSError):
+                client, _ = server.accept()
+                with client:
+                    answer(client)
+
+        thread = threading.Thread(target=accept, daemon=True)
+        thread.start()
+        yield server.getsockname()[1]
+
+
+def test_a_handshake_that_drips_ends_when_its_time_is_up() -> None:
+    """A byte now and then begins every time limit of a socket again."""
+    over = threading.Event()
+
+    def drip(client: socket.socket) -> None:
+        client.sendall(b"\x16\x03\x03\x40\x00")  # the head of a long record
+        while not over.wait(0.1):
+            client.sendall(b"\x00")
+
+    with listening(drip) as port:
+        site = f"images.example:{port}"
+        media = Media(
+            hosts=(site,),
+            resolve=lambda *_: ["127.0.0.1"],
+            may_connect=lambda _: True,
+            limits=Limits(fetch_seconds=0.5),
+        )
+        begun = time.monotonic()
+        with pytest.raises(ImageError, match="cannot be fetched"):
+            load(media, f"https://{site}/a.png")
+        over.set()
+    assert time.monotonic() - begun < 20

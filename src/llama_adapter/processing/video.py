@@ -104,7 +104,8 @@ def load_video(
                     f"{label}: lasts {seconds:.0f} s, the limit is {max_seconds:.0f} s"
                 )
             targets = [seconds * (i + 0.5) / frames for i in range(frames)]
-            return _sample(_Reader(av, container, stream), targets, seconds=seconds, name=label)
+            reader = _Reader(av, container, stream)
+            return _sample(reader, targets, seconds=seconds, name=label, max_pixels=max_pixels)
     except av.error.FFmpegError as error:
         raise VideoError(f"{label}: cannot be read as a video ({error.strerror})") from error
     except (MemoryError, OverflowError, ValueError) as error:
@@ -281,7 +282,9 @@ class _Reader:
         return float(frame.time) - self._start
 
 
-def _sample(reader: _Reader, targets: list[float], *, seconds: float, name: str) -> Video:
+def _sample(
+    reader: _Reader, targets: list[float], *, seconds: float, name: str, max_pixels: int
+) -> Video:
     images: list[Image.Image | None] = []
     times: list[float] = []
     last: VideoFrame | None = None
@@ -293,6 +296,8 @@ def _sample(reader: _Reader, targets: list[float], *, seconds: float, name: str)
             images.append(None)
             times.append(target)
             continue
+        if frame.width * frame.height > max_pixels:  # it may change behind its header
+            raise VideoError(f"{name}: a frame has more than {max_pixels:,} pixels")
         images.append(images[-1] if frame is last else _upright(frame))
         times.append(max(0.0, reader.time(frame)))
         last = frame

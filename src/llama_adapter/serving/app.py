@@ -18,6 +18,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
 from llama_adapter.errors import LlamaAdapterError
@@ -47,6 +48,8 @@ from llama_adapter.serving.schema import (
 from llama_adapter.serving.service import Reader, Service, Waker, ends_when_client_leaves
 
 PAGE = Path(__file__).parent / "page" / "index.html"
+_LETTERS_A_TOKEN = 16
+"""No tokenizer makes fewer tokens of ordinary text."""
 _NO_STORE = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 
 
@@ -171,7 +174,11 @@ class _Routes:
         def format_of(*, model: str, **_: Any) -> ResponsesFormat:
             return ResponsesFormat(model=model)
 
-        return await self._answer(body.as_chat(), request, format_of)
+        try:
+            chat = body.as_chat()
+        except ValidationError as error:
+            raise as_validation_error(error.errors()) from error
+        return await self._answer(chat, request, format_of)
 
     async def _answer(
         self,
@@ -205,14 +212,10 @@ class _Routes:
     ) -> GenerationRequest:
         """What the engine is asked, with the prompt made in a thread."""
         begun = time.monotonic()
-        make = (
-            partial(self.service.chat_prompt, asked)
-            if isinstance(asked, ChatRequest)
-            else partial(self.service.text_prompt, asked)
-        )
-        prompt = await self.service.prepare(make, adapter)
-        self.metrics.prepare.observe(time.monotonic() - begun)
         started = request.scope["started"]
+        until = started + self.service.limits.request_seconds
+        prompt = await self.service.prepare(asked, adapter, until=until)
+        self.metrics.prepare.observe(time.monotonic() - begun)
         return self.service.request(prompt, adapter, asked.sampling, started=started)
 
     async def _choices(self, reader: Reader, answers: int, request: Request) -> list[Choice]:
@@ -268,9 +271,18 @@ class _Routes:
 
     # --- tokens and models --------------------------------------------------------------------
 
-    async def tokenize(self, body: TokenizeRequest) -> dict[str, Any]:
+    async def tokenize(self, body: TokenizeRequest) -> Response:
         """The tokens of a text, or of the prompt that messages become."""
         adapter = self.service.adapter(body.model)
+        most = self.service.limits.max_prompt_tokens
+        if len(body.prompt or "") > _LETTERS_A_TOKEN * most:
+            raise ApiError(
+                400,
+                f"the text has {len(body.prompt or '')} letters; at most {_LETTERS_A_TOKEN * most} "
+                "may be",
+                code="context_length_exceeded",
+                param="prompt",
+            )
         if body.messages is not None:
             tokens = await asyncio.to_thread(self.service.tokens, body.messages, adapter)
         else:
@@ -278,7 +290,9 @@ class _Routes:
             found = await asyncio.to_thread(tokenizer, body.prompt)
             tokens = tuple(found["input_ids"])
         context = self.engine.context_length
-        return {"count": len(tokens), "max_model_len": context, "tokens": list(tokens)}
+        found = {"count": len(tokens), "max_model_len": context, "tokens": list(tokens)}
+        # a long list would hold up everybody on the event loop
+        return await asyncio.to_thread(JSONResponse, found)
 
     async def detokenize(self, body: DetokenizeRequest) -> dict[str, Any]:
         """The text of tokens."""

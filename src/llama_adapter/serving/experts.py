@@ -106,20 +106,24 @@ class EngineCaptions:
     def consult(self, request: Request) -> Report:
         """One caption per image; ExpertError where they are not done in time."""
         processor = self._engine.processor(self._adapter)
-        asked = [
-            self._engine.submit(
-                GenerationRequest(
-                    prompt=encode_prompt(
-                        processor, Conversation.ask(self._instruction, images=[image])
-                    ),
-                    adapter=self._adapter,
-                    sampling=self._sampling,
-                    deadline=request.deadline,
+        asked: list[Generation] = []
+        try:
+            for image in request.images:
+                conversation = Conversation.ask(self._instruction, images=[image])
+                asked.append(
+                    self._engine.submit(
+                        GenerationRequest(
+                            prompt=encode_prompt(processor, conversation),
+                            adapter=self._adapter,
+                            sampling=self._sampling,
+                            deadline=request.deadline,
+                        )
+                    )
                 )
-            )
-            for image in request.images
-        ]
-        return captions([_whole(generation) for generation in asked])
+            return captions([_whole(generation) for generation in asked])
+        finally:
+            for generation in asked:  # those that are not done where one is refused
+                generation.cancel()
 
 
 def _whole(generation: Generation) -> str:

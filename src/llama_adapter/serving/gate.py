@@ -98,8 +98,8 @@ class Gate:
             if self.is_draining:
                 raise UnavailableError("the server is shutting down")
             held.enter_context(self.admission.enter())
-        if scope["method"] in {"GET", "HEAD", "OPTIONS"}:
-            return receive
+        if scope["method"] in {"GET", "HEAD", "OPTIONS"} or path in OPEN:
+            return receive  # nothing reads a body there
         return _Replay(await read_body(scope, receive, self.admission.limits), receive)
 
     def _check_origin(self, headers: dict[bytes, bytes]) -> None:

@@ -29,13 +29,15 @@ class Limits:
     """Images and videos of one conversation."""
     max_pixels: int = 40_000_000
     """Pixels of one image, or of one frame."""
+    max_request_pixels: int = 120_000_000
+    """Pixels of all images and frames of one request, which are decoded at the same time."""
     max_media_bytes: int = 24 << 20
     """Bytes of one file that is fetched."""
     fetch_seconds: float = 10.0
     """For one image or video that is fetched."""
     video_frames: int = 8
     video_seconds: float = 600.0
-    max_prompt_tokens: int = 1 << 20
+    max_prompt_tokens: int = 1 << 18
     """Tokens of one prompt, where the base's context is not shorter anyway."""
     max_tokens: int = 1024
     """Tokens of one answer, and how many it may have where a request does not say."""

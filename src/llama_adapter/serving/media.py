@@ -32,6 +32,7 @@ MAX_REDIRECTS = 3
 _REDIRECTS = frozenset((301, 302, 303, 307, 308))
 _PORTS = {"http": 80, "https": 443}
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
+_LOCAL_NAT64 = ipaddress.ip_network("64:ff9b:1::/48")
 
 
 def is_public(address: str) -> bool:
@@ -42,6 +43,8 @@ def is_public(address: str) -> bool:
     """
     found = ipaddress.ip_address(address.partition("%")[0])
     if isinstance(found, ipaddress.IPv6Address):
+        if found in _LOCAL_NAT64 or found.is_site_local:
+            return False
         inner = found.ipv4_mapped or found.sixtofour or (found.teredo or (None, None))[1]
         if found in _NAT64 or int(found) >> 32 == 0:
             inner = ipaddress.IPv4Address(int(found) & 0xFFFF_FFFF)
@@ -68,25 +71,38 @@ class Media:
     resolve: Callable[[str, int], Sequence[str]] = _resolve
     may_connect: Callable[[str], bool] = is_public
 
-    def load(self, url: str, *, is_video: bool, name: str) -> ImageRef:
-        """The image, or frames of the video, decoded.
+    def load(
+        self,
+        url: str,
+        *,
+        is_video: bool,
+        name: str,
+        until: float = float("inf"),
+        pixels_left: int | None = None,
+    ) -> ImageRef:
+        """The image, or frames of the video, decoded; fetched until a time of the monotonic clock.
 
+        With `pixels_left` it has at most so many, in all of its frames.
         Raises ImageError or VideoError for what cannot be had, is not allowed or cannot be read.
         """
-        data = self._fetch(url, name=name)
+        frames = self.limits.video_frames if is_video else 1
+        max_pixels = self.limits.max_pixels
+        if pixels_left is not None:
+            max_pixels = max(1, min(max_pixels, pixels_left // frames))
+        data = self._fetch(url, name=name, until=until)
         if is_video:
             video = load_video(
                 data,
-                frames=self.limits.video_frames,
+                frames=frames,
                 name=name,
                 max_seconds=self.limits.video_seconds,
-                max_pixels=self.limits.max_pixels,
+                max_pixels=max_pixels,
             )
             return video.as_image_ref()
-        image = load_image(data, name=name, max_pixels=self.limits.max_pixels)
+        image = load_image(data, name=name, max_pixels=max_pixels)
         return ImageRef(source=image, name=name)
 
-    def _fetch(self, url: str, *, name: str) -> bytes:
+    def _fetch(self, url: str, *, name: str, until: float) -> bytes:
         scheme = url[:8].partition(":")[0].lower()
         if scheme == "data":
             return _decode(url, name=name)
@@ -98,7 +114,7 @@ class Media:
         if scheme == "file":
             return self._read(parts, name=name)
         if scheme in _PORTS:
-            return self._download(url, name=name)
+            return self._download(url, name=name, until=until)
         raise ImageError(
             f"{name}: the URL must begin with data:, or with http:, https: or file: where the "
             "server allows it"
@@ -115,19 +131,19 @@ class Media:
             raise ImageError(f"{name}: the file is not in the folder that this server reads")
         return read_bytes(path, error=ImageError, limit=self.limits.max_media_bytes, name=name)
 
-    def _download(self, url: str, *, name: str) -> bytes:
-        until = time.monotonic() + self.limits.fetch_seconds
+    def _download(self, url: str, *, name: str, until: float) -> bytes:
+        until = min(until, time.monotonic() + self.limits.fetch_seconds)
         for _ in range(MAX_REDIRECTS + 1):
-            parts = urlsplit(url)
             try:
-                found = self._get(parts, until=until, name=name)
+                found = self._get(urlsplit(url), until=until, name=name)
+                if isinstance(found, bytes):
+                    return found
+                url = urljoin(url, found)
+                scheme = urlsplit(url).scheme
             except (OSError, http.client.HTTPException, ValueError) as error:
                 reason = type(error).__name__
                 raise ImageError(f"{name}: cannot be fetched: {reason}") from error
-            if isinstance(found, bytes):
-                return found
-            url = urljoin(url, found)
-            if urlsplit(url).scheme not in _PORTS:
+            if scheme not in _PORTS:
                 raise ImageError(f"{name}: redirected to something that is not http or https")
         raise ImageError(f"{name}: redirected more than {MAX_REDIRECTS} times")
 
@@ -183,17 +199,30 @@ class _Connection(http.client.HTTPConnection):
         self._address = address
         self._is_tls = is_tls
         self._connected: socket.socket | None = None
+        self._is_over = False
 
     def connect(self) -> None:
         """Connect to the address, whatever the name resolves to by now."""
-        connected = socket.create_connection((self._address, self.port), self.timeout)
+        self.sock = self._connected = socket.create_connection(
+            (self._address, self.port), self.timeout
+        )
         if self._is_tls:
             context = ssl.create_default_context()
-            connected = context.wrap_socket(connected, server_hostname=self.host)
-        self.sock = self._connected = connected
+            tls = context.wrap_socket(
+                self.sock, server_hostname=self.host, do_handshake_on_connect=False
+            )
+            self.sock = self._connected = tls
+            self._refuse_if_over()
+            tls.do_handshake()
+        self._refuse_if_over()
+
+    def _refuse_if_over(self) -> None:
+        if self._is_over:
+            raise TimeoutError
 
     def give_up(self) -> None:
         """End whatever is being waited for, from another thread."""
+        self._is_over = True
         with suppress(OSError):  # not connected any more
             if self._connected is not None:
                 self._connected.shutdown(socket.SHUT_RDWR)

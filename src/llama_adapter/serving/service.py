@@ -5,15 +5,22 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from llama_adapter.conversation import Conversation, ImageRef, Message
-from llama_adapter.errors import ConfigError, LlamaAdapterError, PromptError
+from llama_adapter.errors import (
+    ConfigError,
+    LlamaAdapterError,
+    PromptError,
+    QueueFullError,
+    UnavailableError,
+)
 from llama_adapter.generation.requests import (
     EncodedPrompt,
     Engine,
@@ -70,10 +77,39 @@ class Service:
     def __post_init__(self) -> None:
         self.threads = ThreadPoolExecutor(self.limits.prepare_threads, "prepare")
 
-    async def prepare(self, make: Callable[..., EncodedPrompt], *arguments: Any) -> EncodedPrompt:
-        """Make a prompt outside the event loop."""
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self.threads, make, *arguments)
+        self.fetching = ThreadPoolExecutor(self.limits.prepare_threads, "fetch")
+        """Of its own, so that slow hosts hold up nobody who names none."""
+        self._unfinished = 0
+
+    async def prepare(
+        self, asked: ChatRequest | CompletionRequest, adapter: str | None, *, until: float
+    ) -> EncodedPrompt:
+        """Make a prompt outside the event loop; what its client has left ends at its next image."""
+        if self._unfinished >= self.limits.max_requests:
+            raise QueueFullError(f"{self._unfinished} prompts are being read")
+        processor, gone = self.engine.processor(adapter), threading.Event()
+        if isinstance(asked, ChatRequest):
+            reading = _Reading(self.media, until=until, gone=gone)
+            make = partial(self.chat_prompt, asked, adapter, reading)
+        else:
+            make = partial(self.text_prompt, asked, adapter)
+        pool = self.fetching if _fetches(asked) else self.threads
+        future = asyncio.get_running_loop().run_in_executor(pool, make)
+        self._unfinished += 1
+        future.add_done_callback(self._finish)
+        try:
+            prompt = await asyncio.shield(future)
+        except asyncio.CancelledError:
+            gone.set()
+            raise
+        if self.engine.processor(adapter) is not processor:
+            raise UnavailableError(f"adapter {adapter!r} has just been exchanged")
+        return prompt
+
+    def _finish(self, future: asyncio.Future[EncodedPrompt]) -> None:
+        self._unfinished -= 1
+        if not future.cancelled():
+            future.exception()  # looked at, for a client that has gone
 
     def adapter(self, model: str) -> str | None:
         """The adapter that a `model` means, None for the base; ApiError 404 for an unknown one."""
@@ -96,9 +132,11 @@ class Service:
 
     # --- prompts ------------------------------------------------------------------------------
 
-    def chat_prompt(self, body: ChatRequest, adapter: str | None) -> EncodedPrompt:
+    def chat_prompt(
+        self, body: ChatRequest, adapter: str | None, reading: _Reading
+    ) -> EncodedPrompt:
         """The prompt of a chat, with its images read and its experts asked."""
-        conversation = self._conversation(body.messages)
+        conversation = self._conversation(body.messages, reading.load)
         if not conversation.awaits_answer:
             raise ApiError(
                 400, "the last message must be the user's", code="invalid_value", param="messages"
@@ -130,10 +168,10 @@ class Service:
 
     def tokens(self, messages: Sequence[ChatMessage], adapter: str | None) -> tuple[int, ...]:
         """The tokens of a chat's prompt, without reading its images."""
-        conversation = self._conversation(messages, reads=False)
+        conversation = self._conversation(messages, _unread)
         return tuple(self.engine.processor(adapter).encode(conversation).input_ids)
 
-    def _conversation(self, messages: Sequence[ChatMessage], *, reads: bool = True) -> Conversation:
+    def _conversation(self, messages: Sequence[ChatMessage], load: _Load) -> Conversation:
         """What was said, with every image and video read."""
         parts = [p for m in messages if isinstance(m.content, list) for p in m.content]
         count = sum(part.url is not None for part in parts)
@@ -144,32 +182,10 @@ class Service:
             )
         return Conversation(
             messages=tuple(
-                self._message(message, where=f"messages.{index}", reads=reads)
+                _message(message, load, where=f"messages.{index}")
                 for index, message in enumerate(messages)
             )
         )
-
-    def _message(self, message: ChatMessage, *, where: str, reads: bool) -> Message:
-        role = "system" if message.role == "developer" else message.role
-        if isinstance(message.content, str):
-            return Message(role=role, text=message.content)
-        images = []
-        for index, part in enumerate(message.content):
-            if part.url is not None:
-                name = f"{where}.content.{index}"
-                is_video = part.video_url is not None
-                blank = ImageRef(source=None, name=name)
-                images.append(
-                    self._load(part.url, is_video=is_video, name=name) if reads else blank
-                )
-        texts = [part.text for part in message.content if part.url is None and part.text]
-        return Message(role=role, text="\n".join(texts), images=tuple(images))
-
-    def _load(self, url: str, *, is_video: bool, name: str) -> ImageRef:
-        try:
-            return self.media.load(url, is_video=is_video, name=name)
-        except LlamaAdapterError as error:
-            raise ApiError(400, str(error), code="invalid_image", param=name) from error
 
     # --- generation ---------------------------------------------------------------------------
 
@@ -229,6 +245,76 @@ class Service:
         if not path.is_relative_to(folder) or not path.is_dir():
             raise ConfigError(f"there is no directory {directory[:200]!r} in the adapters' folder")
         self.engine.load_adapter(name, path)
+
+
+class _Load(Protocol):
+    """Brings the image or video of a part."""
+
+    def __call__(self, url: str, /, *, is_video: bool, name: str) -> ImageRef: ...
+
+
+def _unread(_url: str, *, name: str, **_: bool) -> ImageRef:
+    """An image that nobody looks at."""
+    return ImageRef(source=None, name=name)
+
+
+class _Reading:
+    """The images of one request, within what they may take together."""
+
+    def __init__(self, media: Media, *, until: float, gone: threading.Event) -> None:
+        self._media = media
+        self._until = until
+        self._gone = gone
+        self._pixels_left = media.limits.max_request_pixels
+
+    def load(self, url: str, *, is_video: bool, name: str) -> ImageRef:
+        """The next one; ApiError for what cannot be read or is too much."""
+        if self._gone.is_set() or time.monotonic() >= self._until:
+            raise ApiError(504, "the time limit has passed", code="deadline_exceeded")
+        if self._pixels_left < 1:
+            raise self._too_many(name)
+        try:
+            image = self._media.load(
+                url,
+                is_video=is_video,
+                name=name,
+                until=self._until,
+                pixels_left=self._pixels_left,
+            )
+        except LlamaAdapterError as error:
+            raise ApiError(400, str(error), code="invalid_image", param=name) from error
+        frames = image.source if isinstance(image.source, tuple) else (image.source,)
+        self._pixels_left -= sum(frame.width * frame.height for frame in frames)
+        return image
+
+    def _too_many(self, name: str) -> ApiError:
+        most = self._media.limits.max_request_pixels
+        return ApiError(
+            400,
+            f"the images of a request may have {most:,} pixels together",
+            code="invalid_image",
+            param=name,
+        )
+
+
+def _fetches(asked: ChatRequest | CompletionRequest) -> bool:
+    """Whether it names something that is on another host."""
+    messages = asked.messages if isinstance(asked, ChatRequest) else ()
+    parts = [p for m in messages if isinstance(m.content, list) for p in m.content]
+    return any(part.url is not None and part.url[:4].lower() == "http" for part in parts)
+
+
+def _message(message: ChatMessage, load: _Load, *, where: str) -> Message:
+    role = "system" if message.role == "developer" else message.role
+    if isinstance(message.content, str):
+        return Message(role=role, text=message.content)
+    images = [
+        load(part.url, is_video=part.video_url is not None, name=f"{where}.content.{index}")
+        for index, part in enumerate(message.content)
+        if part.url is not None
+    ]
+    texts = [part.text for part in message.content if part.url is None and part.text]
+    return Message(role=role, text="\n".join(texts), images=tuple(images))
 
 
 class Reader:
