@@ -1,6 +1,6 @@
 """Two replicas of the server behind Ray Serve, which restarts one whose engine is dead.
 
-    pip install 'llama-adapter[serve]' 'ray[serve]'
+    pip install '.[serve]' 'ray[serve]'
     MODEL=toy serve run examples.ray_serve:app
 
 All routes of `llama-adapter serve` are there, on Ray's port, streams included. Every replica has a

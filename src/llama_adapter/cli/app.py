@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import logging
+import os
 import sys
 from typing import Annotated
 
@@ -71,11 +73,20 @@ def _options(
     """
 
 
+def _quiet_libraries() -> None:
+    """What libraries write without being asked, where nobody can act on it."""
+    if not sys.stderr.isatty():  # bars of a line each
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    # a faster kernel that nobody has to have
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
+
 def main() -> None:
     """Run the command line and exit with its status."""
     if sys.stdout is None:
         _refuse("standard output is closed")
     set_up_streams()
+    _quiet_libraries()
     try:
         app(prog_name=str(app.info.name))
     except LlamaAdapterError as error:

@@ -244,7 +244,9 @@ def _name_and_directory(text: str) -> tuple[str, Path]:
     name, separator, directory = text.partition("=")
     if not (separator and name and directory):
         raise ConfigError(f"--adapter must be NAME=DIR, got {text!r}")
-    return name, Path(directory).expanduser()
+    from llama_adapter.cli.models import adapter_directory
+
+    return name, adapter_directory(directory)
 
 
 def _open(

@@ -153,8 +153,10 @@ def read_adapter_config(directory: Path) -> dict[str, Any]:
     """
     path = directory / ADAPTER_CONFIG_NAME
     if not path.is_file():
+        is_model = (directory / "config.json").is_file()
+        hint = " (a base or an encoder? adapters are put on one by training)" if is_model else ""
         raise CheckpointError(
-            f"{directory} is not an adapter directory: {ADAPTER_CONFIG_NAME} is missing"
+            f"{directory} is not an adapter directory: {ADAPTER_CONFIG_NAME} is missing{hint}"
         )
     content = read_json_object(path, error=CheckpointError)
     if "peft_type" in content:
