@@ -344,7 +344,14 @@ def stream_all(url: str, model: str, texts: Sequence[str], tokens: int) -> list[
         }
         async with client.stream("POST", url, json=asked) as response:
             lines = [line async for line in response.aiter_lines() if line.startswith("data: {")]
-        return int(json.loads(lines[-1][6:])["usage"]["completion_tokens"])
+        events = [json.loads(line[6:]) for line in lines]
+        if usage := events[-1].get("usage"):
+            return int(usage["completion_tokens"])
+        # transformers tells no usage: an answer that was cut off is as long as it may be
+        ends = [choice.get("finish_reason") for e in events for choice in e.get("choices", ())]
+        if "length" not in ends:
+            raise RuntimeError(f"{url}: {lines[-1][:300]}")
+        return tokens
 
     async def stream_them() -> list[int]:
         limits = httpx2.Limits(max_connections=len(texts))
