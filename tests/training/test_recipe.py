@@ -16,6 +16,7 @@ RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 SHIPPED = (
     "paper-7b",
     "photos",
+    "photos-continued",
     "chat-7b",
     "chat-70b-fsdp",
     "v1-alpaca",
