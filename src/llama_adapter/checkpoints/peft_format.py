@@ -140,7 +140,10 @@ def has_peft_prompts(directory: Path) -> bool:
     path = directory / CONFIG
     if not path.is_file():
         return False
-    return read_json_object(path, error=CheckpointError).get("peft_type") == PROMPTS
+    try:
+        return bool(read_json_object(path, error=CheckpointError).get("peft_type") == PROMPTS)
+    except CheckpointError:  # said by whoever reads the directory as what it may be instead
+        return False
 
 
 def import_peft(directory: Path, *, base: Path, out: Path, overwrite: bool = False) -> int:
