@@ -108,8 +108,8 @@ def refuse_unmergeable(
     if kept and not partial:
         raise CheckpointError(
             f"{directory} cannot become a stock checkpoint: {'; '.join(kept)} cannot be merged "
-            "into weights (--partial merges the linears and norms and keeps the rest as a smaller "
-            "adapter)"
+            "into weights (--format merged --partial merges the linears and norms and keeps the "
+            "rest as a smaller adapter, which our own programs load)"
         )
 
 

@@ -86,7 +86,7 @@ def _refuse_others(directory: Path, config: AdapterConfig) -> None:
         if is_there:
             raise CheckpointError(
                 f"{directory} has {reason}, which no adapter of peft holds; what merges can be "
-                "exported with --format merged"
+                "exported with --format merged --partial"
             )
 
 
