@@ -142,7 +142,7 @@ def has_peft_prompts(directory: Path) -> bool:
         return False
     try:
         return bool(read_json_object(path, error=CheckpointError).get("peft_type") == PROMPTS)
-    except CheckpointError:  # said by whoever reads the directory as what it may be instead
+    except CheckpointError:  # the reader of what it may be instead says so
         return False
 
 
