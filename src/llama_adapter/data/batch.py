@@ -9,6 +9,7 @@ from typing import Any, Protocol, Self
 from torch import Tensor
 
 from llama_adapter.data.samples import InvalidRecord, Kind
+from llama_adapter.errors import ConfigError
 
 PER_IMAGE = frozenset({"pixel_values", "visual_features"})
 """Inputs that have an entry an image; all others have one a row."""
@@ -26,7 +27,8 @@ class TrainBatch:
     """Keyword arguments of the model's forward. Always `input_ids`, `labels` [B, T]. Packed rows
     hold `position_ids` [B, T], restarted at every sample, and no `attention_mask`: attention is
     then kept within samples by the positions alone, as long as no cache is made (pass
-    `use_cache=False`). Padded rows hold `attention_mask`. With images: `pixel_values`
+    `use_cache=False`). Padded rows hold `attention_mask`. Where samples have branches, all rows
+    hold both, the mask as [B, 1, T, T]. With images: `pixel_values`
     [I, 3, H, W] or `visual_features` [I, P, C], `image_index` [B, T] and, where
     only placeholders read, `visual_mask` [B, T]."""
     sample_ids: tuple[str, ...]
@@ -45,6 +47,11 @@ class TrainBatch:
         """
         if "position_ids" not in self.inputs:
             return self
+        if "attention_mask" in self.inputs:
+            raise ConfigError(
+                "flash attention takes no mask, which samples with several answers need: "
+                "set answers: 1, or base.attention: sdpa"
+            )
         per_token = {k: v for k, v in self.inputs.items() if k not in PER_IMAGE}
         flat = {name: value.reshape(1, -1) for name, value in per_token.items()}
         return replace(self, inputs={**self.inputs, **flat})

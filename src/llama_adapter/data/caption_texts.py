@@ -39,6 +39,10 @@ class CaptionTextOptions(SourceOptions):
     """Keys that are not needed; other unknown ones are refused."""
     per_image: int = Field(default=5, ge=1, le=1000)
     """Samples made of the captions of one image."""
+    answers: int = Field(default=1, ge=1, le=100)
+    """Answers in one sample, each to a prompt of its own, drawn in the same way. What their
+    prompts begin with, the image above all, is computed once for all of them: many more are
+    learned in the same time (`docs/speed.md`)."""
     seed: int = 0
     caption_weight: float = Field(default=3.0, gt=0)
     """How often a whole caption is asked for, against 1 for every other form."""
@@ -70,11 +74,14 @@ class CaptionTextSource(ABC):
         if not 0 <= index < len(self):
             raise IndexError(index)
         rng = random.Random(f"{self._type}/{self.options.seed}/{index}")
+        image = index // self.options.per_image
         try:
-            conversation = self.draw(index // self.options.per_image, rng)
+            first, *others = (self.draw(image, rng) for _ in range(self.options.answers))
         except (DataError, PromptError) as error:
             raise placed(error, self.where(index)) from error
-        return Sample(id=self.where(index), kind=self.kind, conversation=conversation)
+        return Sample(
+            id=self.where(index), kind=self.kind, conversation=first, branches=tuple(others)
+        )
 
     @abstractmethod
     def draw(self, image: int, rng: random.Random) -> Conversation:
@@ -96,8 +103,8 @@ class CaptionTextSource(ABC):
         return np.arange(len(self)) // self.options.per_image
 
     def fingerprint(self) -> str:
-        # without the option that runs begun earlier do not know
-        options = repr(self.options).replace(", question_share=0.0", "")
+        # without the options that runs begun earlier do not know
+        options = repr(self.options).replace(", question_share=0.0", "").replace(", answers=1", "")
         return f"{self._type}{options}{self.captions.records.file.version}"
 
 

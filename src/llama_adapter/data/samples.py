@@ -30,6 +30,9 @@ class Sample:
     """Names file and line, such as `alpaca.json:17`."""
     kind: Kind
     conversation: Conversation
+    branches: tuple[Conversation, ...] = ()
+    """Further ways to go on behind the same image: each is learned as if it were alone, and the
+    tokens with which all begin are computed once."""
 
     def __post_init__(self) -> None:
         if self.kind == "caption" and not self.conversation.images:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from typing import Literal, NamedTuple
@@ -13,7 +13,7 @@ from llama_adapter.data.feature_cache import FeatureCache
 from llama_adapter.data.samples import Sample
 from llama_adapter.errors import DataError, PromptError
 from llama_adapter.processing.batching import EncodedSample
-from llama_adapter.processing.encoding import Encoded, encode, opening_ids
+from llama_adapter.processing.encoding import Encoded, encode, joined, opening_ids
 from llama_adapter.processing.processor import LlamaAdapterProcessor
 from llama_adapter.processing.video import is_video, load_video
 
@@ -24,7 +24,8 @@ class Cut(NamedTuple):
     """Some exchanges of a conversation, and how many tokens they make."""
 
     first: int
-    """Exchanges are a question with its answer, counted from 0."""
+    """Exchanges are a question with its answer, counted from 0; of a sample with branches these
+    are counted in their place, the conversation first."""
     stop: int
     tokens: int
     answer_tokens: int
@@ -51,6 +52,8 @@ class SampleEncoder:
         and is to be skipped.
         """
         self._check_images(sample)
+        if sample.branches:
+            return self._cut_branches(sample)
         conversation = sample.conversation
         count = sum(turn.role == "assistant" for turn in conversation.turns)
         whole = self._encode(conversation)
@@ -88,8 +91,41 @@ class SampleEncoder:
             )
         return cuts
 
+    def _cut_branches(self, sample: Sample) -> list[Cut]:
+        """As many branches in a piece as fit; none is cut in itself."""
+        encoded = [self._encode(each) for each in (sample.conversation, *sample.branches)]
+        cuts: list[Cut] = []
+        first = 0
+        while first < len(encoded):
+            stop = first + 1
+            piece = self._joined(sample, encoded[first:stop])
+            while stop < len(encoded):
+                longer = self._joined(sample, encoded[first : stop + 1])
+                if len(longer) > self.limit:
+                    break
+                piece, stop = longer, stop + 1
+            if len(piece) > self.limit:
+                raise DataError(
+                    f"{sample.id}: branch {stop} has {len(piece)} tokens; "
+                    f"a row holds {self.limit} for one sample"
+                )
+            if not encoded[first].num_answer_tokens:
+                raise DataError(f"{sample.id}: branch {stop} holds no answer token to learn")
+            cuts.append(Cut(first, stop, len(piece), piece.num_answer_tokens))
+            first = stop
+        return cuts
+
+    def _joined(self, sample: Sample, encoded: Sequence[Encoded]) -> Encoded:
+        try:
+            return joined(encoded)
+        except PromptError as error:
+            raise DataError(f"{sample.id}: {error}") from error
+
     def encode(self, sample: Sample, first: int, stop: int) -> Encoded:
         """Tokens of some exchanges; never more than fit."""
+        if sample.branches:
+            branches = (sample.conversation, *sample.branches)[first:stop]
+            return self._joined(sample, [self._encode(each) for each in branches])
         count = sum(turn.role == "assistant" for turn in sample.conversation.turns)
         conversation = sample.conversation
         if (first, stop) != (0, count):

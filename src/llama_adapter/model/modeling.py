@@ -21,7 +21,7 @@ from transformers.utils.generic import TransformersKwargs
 
 from llama_adapter.config import AdapterConfig, did_you_mean
 from llama_adapter.errors import ConfigError, TrainingError, UnsupportedModelError
-from llama_adapter.families.compatibility import check_packing
+from llama_adapter.families.compatibility import check_branches, check_packing, mask_for
 from llama_adapter.families.multimodal import text_decoder_of
 from llama_adapter.families.offloading import execution_device
 from llama_adapter.families.quantized import keep_unfused, keep_unpacked
@@ -90,6 +90,8 @@ class LlamaAdapterForConditionalGeneration(
         keep_unpacked(language_model)
         self._keeps_samples_apart = False
         """Whether it is proven that the base keeps the samples of a packed row apart."""
+        self._keeps_branches_apart = False
+        """The same for branches behind one prompt, which a mask tells apart."""
         self._adapters: dict[str, Adapter] = {}
         self.active_adapter: str = "default"
         self.visual: nn.Module | None = None
@@ -193,6 +195,7 @@ class LlamaAdapterForConditionalGeneration(
         (default: row i reads image i); `visual_mask` [B, T] which tokens read at all. Behind a
         cache the two cover the tokens of this pass or all so far. Without `position_ids`
         positions are counted from a 2-D `attention_mask`, so that a left-padded row is as alone.
+        A 4-D one [B, 1, T, T] (bool) says which tokens each sees, whatever the base's attention.
         The loss is cross-entropy over answer tokens (labels other than -100, shifted here),
         divided by `num_answer_tokens` (by its name in Hugging Face's Trainer:
         `num_items_in_batch`; default: those of this batch). `logits_to_keep` is as in
@@ -273,6 +276,11 @@ class LlamaAdapterForConditionalGeneration(
             use_cache = self._apart(position_ids, known, use_cache, kwargs)
         elif position_ids is None and getattr(attention_mask, "ndim", 0) == 2 and num_tokens:
             position_ids = positions_of(attention_mask, num_tokens=num_tokens, cache=known)
+        elif getattr(attention_mask, "ndim", 0) == 4 and attention_mask.dtype == torch.bool:
+            if not self._keeps_branches_apart and not torch.compiler.is_compiling():
+                check_branches(self.language_model)
+                self._keeps_branches_apart = True
+            attention_mask = mask_for(self.language_model, attention_mask)
         inputs = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,

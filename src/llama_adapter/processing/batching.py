@@ -46,8 +46,9 @@ def make_batch(
     """Keyword arguments of the model's forward for rows of samples, filled up to `length`.
 
     `packed` rows hold several samples, which restarting `position_ids` tell apart; others have an
-    `attention_mask`. With images there is `image_index`: [B] where a row shows one image at most,
-    else [B, T]; and `visual_mask` [B, T] where placeholders alone attend to images.
+    `attention_mask`. Where a sample has branches there are both, the mask as [B, 1, T, T] (bool,
+    true where a token is seen). With images there is `image_index`: [B] where a row shows one image
+    at most, else [B, T]; and `visual_mask` [B, T] where placeholders alone attend to images.
     """
 
     def padded(values_of: Callable[[EncodedSample], Sequence[int]], value: int) -> Tensor:
@@ -55,7 +56,9 @@ def make_batch(
         return pad(values, value=value, side=side, length=length)
 
     inputs = {"input_ids": padded(lambda s: s.encoded.input_ids, filling)}
-    if packed:
+    if is_branched := any(sample.encoded.branches for row in rows for sample in row):
+        inputs["attention_mask"] = _branch_mask(rows, length)
+    if packed or is_branched:
         inputs["position_ids"] = _positions(rows, length)
     else:
         inputs["attention_mask"] = padded(lambda s: (1,) * len(s.encoded), 0)
@@ -81,12 +84,24 @@ def _positions(rows: Sequence[Sequence[EncodedSample]], length: int) -> Tensor:
     """Positions that restart at every sample; the padding behind them is one more sample."""
     positions = torch.zeros(len(rows), length, dtype=torch.int64)
     for index, row in enumerate(rows):
-        at = 0
-        for size in [len(sample.encoded) for sample in row]:
-            positions[index, at : at + size] = torch.arange(size)
-            at += size
-        positions[index, at:] = torch.arange(length - at)
+        known = [position for sample in row for position in sample.encoded.positions]
+        positions[index] = torch.tensor([*known, *range(length - len(known))])
     return positions
+
+
+def _branch_mask(rows: Sequence[Sequence[EncodedSample]], length: int) -> Tensor:
+    """[B, 1, T, T], true where a token sees another: earlier, of the same sample, and of its own
+    branch or of what all branches begin with.
+    """
+    samples, branches = torch.full((2, len(rows), length), -1)
+    for index, row in enumerate(rows):
+        numbers = [number for sample in row for number in sample.encoded.branch_numbers]
+        owners = [number for number, sample in enumerate(row) for _ in sample.encoded.input_ids]
+        branches[index, : len(numbers)] = torch.tensor(numbers)
+        samples[index, : len(owners)] = torch.tensor(owners)
+    is_same = samples[:, :, None] == samples[:, None]
+    is_open = (branches[:, None] == 0) | (branches[:, :, None] == branches[:, None])
+    return (is_same & is_open).tril().unsqueeze(1)
 
 
 def _image_indices(

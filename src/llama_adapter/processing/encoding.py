@@ -14,7 +14,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any, Literal
 
 import numpy as np
@@ -37,6 +37,9 @@ class Encoded:
     """The token where it belongs to an answer, else `IGNORE_INDEX`."""
     placeholders: tuple[int, ...]
     """Which image's placeholder the token belongs to, counted within the conversation; -1: none."""
+    branches: tuple[int, ...] = ()
+    """Where branches start, of several conversations that begin alike: each branch goes on from
+    the tokens before the first one, and sees no other branch. Empty: one conversation."""
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -51,7 +54,67 @@ class Encoded:
             input_ids=self.input_ids[:length],
             labels=self.labels[:length],
             placeholders=self.placeholders[:length],
+            branches=tuple(start for start in self.branches if start < length),
         )
+
+    @property
+    def branch_numbers(self) -> list[int]:
+        """For each token the branch it belongs to, counted from 1; 0: what all begin with."""
+        ends = (*self.branches[1:], len(self))
+        lengths = [stop - start for start, stop in zip(self.branches, ends, strict=False)]
+        numbers = [0] * (len(self) - sum(lengths))
+        for number, length in enumerate(lengths, start=1):
+            numbers += [number] * length
+        return numbers
+
+    @property
+    def positions(self) -> list[int]:
+        """For each token its position in the conversation that it belongs to."""
+        shared = self.branches[0] if self.branches else 0
+        starts = (0, *self.branches)
+        return [
+            at - starts[number] + (shared if number else 0)
+            for at, number in enumerate(self.branch_numbers)
+        ]
+
+
+def joined(conversations: Sequence[Encoded]) -> Encoded:
+    """Several conversations with the tokens they begin with in common, each a branch of one.
+
+    Every branch keeps a token of its own before its first answer: a label is learned from the
+    token before it. Raises PromptError where images come behind what all begin with.
+    """
+    first = conversations[0]
+    if len(conversations) == 1:
+        return first
+    shared = max(min(map(_prompt_length, conversations)) - 1, 0)
+    for other in conversations[1:]:
+        same = (
+            first.input_ids[at] == other.input_ids[at]
+            and first.placeholders[at] == other.placeholders[at]
+            for at in range(shared)
+        )
+        shared = next((at for at, is_same in enumerate(same) if not is_same), shared)
+    if any(place >= 0 for each in conversations for place in each.placeholders[shared:]):
+        raise PromptError("the branches of a sample must begin with the same images")
+    parts = [(0, shared, first), *((shared, len(each), each) for each in conversations)]
+
+    def of(name: str) -> tuple[int, ...]:
+        return tuple(v for start, stop, each in parts for v in getattr(each, name)[start:stop])
+
+    lengths = [len(each) - shared for each in conversations]
+    return Encoded(
+        input_ids=of("input_ids"),
+        labels=of("labels"),
+        placeholders=of("placeholders"),
+        branches=tuple(accumulate(lengths[:-1], initial=shared)),
+    )
+
+
+def _prompt_length(encoded: Encoded) -> int:
+    """Tokens before the first that is scored."""
+    scored = (at for at, label in enumerate(encoded.labels) if label != IGNORE_INDEX)
+    return next(scored, len(encoded))
 
 
 def opening_ids(tokenizer: Any) -> tuple[int, ...]:

@@ -51,6 +51,8 @@ def split_by_length(batch: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
 
     Their losses and gradients add up to the whole batch's: what is left out is padding.
     """
+    if batch["attention_mask"].ndim > 2:  # samples with branches
+        return [dict(batch)]
     lengths_B, order_B = batch["attention_mask"].sum(1).sort(stable=True)
     lengths = lengths_B.tolist()
     size, longest = len(lengths), lengths[-1]
