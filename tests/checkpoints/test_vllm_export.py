@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
+from llama_adapter import LlamaAdapterConfig
 from llama_adapter.checkpoints.stock_template import stock_template
 from llama_adapter.checkpoints.vllm_export import TENSORS, export_vllm
 from llama_adapter.errors import CheckpointError
@@ -99,10 +100,6 @@ def test_what_the_plugin_does_not_compute_is_named(tmp_path: Path) -> None:
             {"visual_scope": "all", "placeholder_attention": "all", "frame_rule": "concat"},
             "frame_rule 'concat'",
         ),
-        (
-            {"visual_scope": "all", "placeholder_attention": "all", "lora_rank": 2},
-            "LoRA of key and value",
-        ),
     ):
         directory = tmp_path / "adapter"
         adapted = LlamaAdapterForConditionalGeneration.from_base(
@@ -116,6 +113,45 @@ def test_what_the_plugin_does_not_compute_is_named(tmp_path: Path) -> None:
             export_vllm(directory, out=tmp_path / "out")
         assert not (tmp_path / "out").exists()
         shutil.rmtree(directory)
+
+
+@pytest.mark.parametrize("name", ["v2", "v1"])
+def test_lora_is_merged_and_prompts_bypass_it(name: str, tmp_path: Path) -> None:
+    processor = LlamaAdapterProcessor.from_pretrained(bundled_adapter("v2"))
+    config = (
+        LlamaAdapterConfig.preset("v1")
+        if name == "v1"
+        else LlamaAdapterConfig.from_pretrained(str(bundled_adapter("v2")))
+    )
+    adapted = LlamaAdapterForConditionalGeneration.from_base(
+        LlamaForCausalLM.from_pretrained(_base(tmp_path)),
+        _vision() if name == "v2" else None,
+        _config({**config.adapter_config.to_dict(), "lora_rank": 2}),
+    ).eval()
+    for parameter_name, parameter in adapted.adapter.named_parameters():
+        if parameter_name.endswith(("lora_up", "gate")):
+            torch.nn.init.normal_(parameter)
+    adapted.save_pretrained(tmp_path / "adapter")
+    processor.save_pretrained(tmp_path / "adapter")
+    export_vllm(tmp_path / "adapter", out=tmp_path / "out")
+    tensors = load_file(tmp_path / "out" / TENSORS)
+    merged = LlamaForCausalLM.from_pretrained(tmp_path / "out").model.layers
+    prompts_Md = torch.randn(3, adapted.language_model.config.hidden_size)
+    for attention, prompt in adapted.adapter.prompts():
+        prefix = f"model.layers.{prompt.layer_index}.self_attn"
+        learned = attention.v_proj
+        own = merged[prompt.layer_index].self_attn.v_proj
+        torch.testing.assert_close(own(prompts_Md), learned(prompts_Md), rtol=0, atol=1e-5)
+        expected = learned.without_lora(prompts_Md)
+        if prompt.reads_images:
+            up, down = (tensors[f"{prefix}.value_lora_{n}"] for n in ("up", "down"))
+            assert (up.shape[1], up.shape[2]) == (attention.head_dim, 2)
+            found = own(prompts_Md) - prompts_Md @ down.T @ up.flatten(0, 1).T
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+        else:
+            keys, values = prompt.keys_values(attention, prompt.prompt.unsqueeze(0))
+            assert torch.equal(tensors[f"{prefix}.prompt_keys"], keys[0])
+            assert torch.equal(tensors[f"{prefix}.prompt_values"], values[0])
 
 
 def _base(tmp_path: Path) -> Path:
@@ -134,7 +170,6 @@ def _vision() -> torch.nn.Module:
 
 
 def _config(values: dict[str, object]) -> object:
-    from llama_adapter import LlamaAdapterConfig
     from llama_adapter.config import AdapterConfig
 
     return LlamaAdapterConfig(adapter=AdapterConfig.from_dict(values))

@@ -52,6 +52,17 @@ def randomized_v1(out: Path) -> Path:
     return randomized(out, LlamaAdapterConfig.preset("v1").adapter_config.to_dict())
 
 
+def lora_alone(out: Path) -> Path:
+    values = LlamaAdapterConfig.preset("v1", prompt_length=0).adapter_config.to_dict()
+    return randomized(out, {**values, "lora_rank": 4})
+
+
+def own_placeholders_with_lora(out: Path) -> Path:
+    """The settings of the shipped v2, with LoRA that its prompts bypass."""
+    shipped = LlamaAdapterConfig.from_pretrained(str(bundled_adapter("v2")))
+    return randomized(out, {**shipped.adapter_config.to_dict(), "lora_rank": 4})
+
+
 def merged_chat(out: Path) -> Path:
     settings = LlamaAdapterConfig.preset("v2-chat", prompt_length=0)
     return randomized(out, settings.adapter_config.to_dict())

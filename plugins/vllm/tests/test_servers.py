@@ -8,7 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from adapters import all_tokens, merged_chat, randomized_v1, released, scene
+from adapters import (
+    all_tokens,
+    lora_alone,
+    merged_chat,
+    own_placeholders_with_lora,
+    randomized_v1,
+    released,
+    scene,
+)
 from llama_adapter.checkpoints.vllm_export import export_vllm
 from llama_adapter.miniature.bundled import bundled_adapter
 from llama_adapter.photos import bundled as photos
@@ -71,14 +79,17 @@ KINDS = {
     "late fusion": Kind(_bundled("caption"), mode="cross_attention"),
     "all tokens": Kind(all_tokens, mode="cross_attention"),
     "static prompts": Kind(randomized_v1, images=None, mode="text"),
+    "own placeholders with LoRA": Kind(own_placeholders_with_lora),
+    "LoRA alone": Kind(lora_alone, images=None, mode="text"),
     "merged chat": Kind(merged_chat, images=None, mode="text"),
     "photos": Kind(_photos, images=_photograph),
     "v1-text": Kind(_released("v1-text"), images=None, mode="text"),
     "v2-chat": Kind(_released("v2-chat"), images=None, mode="text"),
     "v2-chat-adapter": Kind(_released("v2-chat-adapter"), images=None, mode="text"),
     "v2-multimodal-bias": Kind(_released("v2-multimodal-bias"), mode="cross_attention"),
+    "v2-multimodal-lora-bias": Kind(_released("v2-multimodal-lora-bias"), mode="cross_attention"),
     "tensor parallel": Kind(
-        _released("v2-multimodal-bias"),
+        _released("v2-multimodal-lora-bias"),
         mode="cross_attention",
         options=("--tensor-parallel-size", "2"),
     ),
@@ -108,16 +119,16 @@ def test_eight_requests_at_once(case: Case) -> None:
     assert [answer.text for answer in found] == chat_answers(str(case.adapter), questions)
 
 
-def test_three_images_with_one_text_twice(case: Case) -> None:
-    """No image is mixed up with another, also where its prefix comes from the cache."""
-    questions = [case.question(LONG, number) for number in range(3)]
+def test_three_images_and_none_with_one_text_twice(case: Case) -> None:
+    """No image is mixed up with another or with none, also where a prefix is in the cache."""
+    questions = [case.question(LONG, number) for number in (0, 1, 2, None)]
     first, second = ([case.server.ask(q) for q in questions] for _ in range(2))
     expected = chat_answers(str(case.adapter), questions)
     assert [answer.text for answer in first] == expected
     assert [answer.text for answer in second] == expected
     pairs = [(a.cached_tokens, b.cached_tokens) for a, b in zip(first, second, strict=True)]
     if case.kind.mode == "cross_attention":  # vLLM shares no prefixes of such models
-        assert pairs == [(0, 0)] * 3
+        assert pairs == [(0, 0)] * 4
     elif case.kind.mode == "placeholders":  # at first at most what precedes the image
         assert all(before < after for before, after in pairs)
     else:

@@ -128,10 +128,12 @@ def unfoldable(config: AdapterConfig) -> list[str]:
 
 @torch.no_grad()
 def merge_into_base(
-    model: LlamaAdapterForConditionalGeneration,
+    model: LlamaAdapterForConditionalGeneration, *, keep_bypassed: bool = True
 ) -> tuple[int, dict[str, Tensor]]:
     """Fold in place and take the adapter off.
 
+    LoRA that prompts bypass is left out, since a stock model would show it to them; without
+    `keep_bypassed` it is merged too, and the caller takes care of the prompts.
     Returns how many modules were merged, and by their names in adapter files the biases that the
     family's configuration has no place for.
     """
@@ -139,7 +141,7 @@ def merge_into_base(
     _refuse_shared(model.adapter)
     config, holders = _bias_holders(base, model.adapter_config)
     names = {id(module): name for name, module in base.named_modules()}
-    bypassed = _bypassed(model.adapter)
+    bypassed = _bypassed(model.adapter) if keep_bypassed else set()
     unplaceable: dict[str, Tensor] = {}
     merged = 0
     for target in model.adapter.targets:

@@ -2,7 +2,8 @@
 
 config.json                 the base's, with the plugin's architecture and what the plugin reads
 model*.safetensors          the base with linears and norms merged
-llama_adapter.safetensors   keys and gated values of static prompts, gates, visual projection
+llama_adapter.safetensors   keys and gated values of static prompts, gates, visual projection,
+                            and the merged LoRA that visual prompts bypass
 vision/                     the vision encoder
 processor/                  the adapter's processor
 chat_template.jinja         the adapter's prompts
@@ -82,7 +83,7 @@ def export_vllm(directory: Path, *, out: Path, overwrite: bool = False) -> VllmR
                 f"{' and '.join(FAMILIES)}"
             )
         tensors = _tensors(model)
-        merged, unplaceable = merging.merge_into_base(model)
+        merged, unplaceable = merging.merge_into_base(model, keep_bypassed=False)
         if unplaceable:
             raise CheckpointError(
                 f"{directory}: a {family} configuration has no flag for {len(unplaceable)} learned "
@@ -115,10 +116,6 @@ def _mode(directory: Path, content: LlamaAdapterConfig) -> str:
         refusal = "its placeholders attend to all visual prompts (own ones are served)"
     elif config.frame_rule == "concat":
         refusal = "frame_rule 'concat' makes a different number of visual prompts for each image"
-    elif config.lora_rank and (
-        config.lora_targets == "all" or {"k_proj", "v_proj"} & set(config.lora_targets)
-    ):
-        refusal = "its visual prompts bypass the LoRA of key and value projections"
     if refusal is not None:
         raise CheckpointError(f"{directory} cannot be served by the vLLM plugin: {refusal}")
     return "placeholders" if config.placeholder_attention == "own" else "cross_attention"
@@ -139,6 +136,11 @@ def _tensors(model: LlamaAdapterForConditionalGeneration) -> dict[str, Tensor]:
             tensors[f"{prefix}.prompt"] = prompt.prompt.detach().clone()
         if prompt.reads_images:
             tensors[f"{prefix}.visual_gate"] = prompt.gate_values_H().float()
+            for name, linear in (("key", attention.k_proj), ("value", attention.v_proj)):
+                if getattr(linear, "lora_up", None) is not None:
+                    heads = linear.lora_up.unflatten(0, (-1, attention.head_dim))
+                    tensors[f"{prefix}.{name}_lora_up"] = heads.detach().clone()
+                    tensors[f"{prefix}.{name}_lora_down"] = linear.lora_down.detach().clone()
     if model.visual is not None:
         for name, tensor in model.visual.state_dict().items():
             tensors[f"visual.{name}"] = tensor.contiguous()

@@ -11,7 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.distributed import (
+    get_tensor_model_parallel_rank,
+    get_tensor_model_parallel_world_size,
+)
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention import CrossAttention
 from vllm.model_executor.models.llama import LlamaAttention, LlamaDecoderLayer
@@ -21,10 +24,13 @@ from llama_adapter_vllm.export import Export
 
 
 def load_heads(parameter: nn.Parameter, loaded: Tensor) -> None:
-    """This rank's heads of a tensor whose first dimension is all query heads."""
-    heads = parameter.shape[0]
-    start = get_tensor_model_parallel_rank() * heads
-    parameter.data.copy_(loaded[start : start + heads])
+    """This rank's heads of a tensor whose first dimension is all heads.
+
+    Key and value heads fewer than ranks are on several of them.
+    """
+    rank, ranks = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
+    start = rank * len(loaded) // ranks
+    parameter.data.copy_(loaded[start : start + len(parameter)])
 
 
 def _head_parameter(*shape: int, dtype: torch.dtype | None = None) -> nn.Parameter:
@@ -66,21 +72,49 @@ class StaticPromptAttention(LlamaAttention):
         return added_HTD.transpose(0, 1).reshape(query.shape)
 
 
-class PlaceholderAttention(StaticPromptAttention):
+class VisualPromptAttention(StaticPromptAttention):
+    """Attention of a layer that may read visual prompts, which bypass LoRA."""
+
+    def __init__(self, config: Any, *args: Any, prefix: str = "", **kwargs: Any) -> None:
+        super().__init__(config, *args, prefix=prefix, **kwargs)
+        adapter = Export.of(config).adapter
+        self.is_late = adapter.fusion == "late" and self.has_static
+        self.is_visual = self.is_late or self.layer in adapter.visual_layer_indices()
+        self.low_rank: list[str] = []
+        if not self.is_visual:
+            return
+        self.visual_gate = _head_parameter(self.num_heads, dtype=torch.float32)
+        rank, targets = adapter.lora_rank, adapter.lora_targets
+        for name in ("key", "value") if rank else ():
+            if targets == "all" or f"{name[0]}_proj" in targets:
+                self.low_rank.append(name)
+                up = _head_parameter(self.num_kv_heads, self.head_dim, rank, dtype=torch.float32)
+                shape = (rank, self.hidden_size)
+                down = nn.Parameter(torch.zeros(shape, dtype=torch.float32), requires_grad=False)
+                self.register_parameter(f"{name}_lora_up", up)
+                self.register_parameter(f"{name}_lora_down", down)
+
+    def visual_keys_values(self, prompts_Md: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of visual prompts, [M, G·D], without what LoRA adds to the linears."""
+        projected = self.qkv_proj(prompts_Md)[0]
+        keys, values = projected[:, self.q_size :].split(self.kv_size, dim=-1)
+        found = {"key": keys, "value": values}
+        for name in self.low_rank:
+            up, down = getattr(self, f"{name}_lora_up"), getattr(self, f"{name}_lora_down")
+            added = F.linear(F.linear(prompts_Md.to(down.dtype), down), up.flatten(0, 1))
+            found[name] = (found[name] - added).to(projected.dtype)
+        return found["key"].contiguous(), found["value"].contiguous()
+
+
+class PlaceholderAttention(VisualPromptAttention):
     """Attention whose placeholder tokens attend to one visual prompt each.
 
     A softmax over one key is 1: what an image adds behind `o_proj` is known before decoding.
     """
 
-    def __init__(self, config: Any, *args: Any, prefix: str = "", **kwargs: Any) -> None:
-        super().__init__(config, *args, prefix=prefix, **kwargs)
-        self.is_visual = self.layer in Export.of(config).adapter.visual_layer_indices()
-        if self.is_visual:
-            self.visual_gate = _head_parameter(self.num_heads, dtype=torch.float32)
-
     def image_part(self, prompts_Md: Tensor) -> Tensor:
         """`s ⊙ W_o (g ⊙ v_P)` of visual prompts, [M, d]."""
-        values = self.qkv_proj(prompts_Md)[0][:, -self.kv_size :]
+        _, values = self.visual_keys_values(prompts_Md)
         values_MGD = values.view(-1, self.num_kv_heads, self.head_dim)
         values_MHD = values_MGD.repeat_interleave(self.num_heads // self.num_kv_heads, dim=1)
         gated_MHD = (values_MHD * self.visual_gate[:, None]).to(values.dtype)
@@ -88,7 +122,7 @@ class PlaceholderAttention(StaticPromptAttention):
         return added_Md if self.o_proj.bias is None else added_Md - self.o_proj.bias
 
 
-class CrossPromptAttention(StaticPromptAttention):
+class CrossPromptAttention(VisualPromptAttention):
     """Attention that reads an image's prompts as an encoder's tokens, from vLLM's cache.
 
     Early fusion: they stand alone in the first layers. Late fusion: they are added to the static
@@ -97,14 +131,11 @@ class CrossPromptAttention(StaticPromptAttention):
 
     def __init__(self, config: Any, *args: Any, prefix: str = "", **kwargs: Any) -> None:
         super().__init__(config, *args, prefix=prefix, **kwargs)
-        adapter = Export.of(config).adapter
-        self.is_late = adapter.fusion == "late" and self.has_static
-        self.is_visual = self.is_late or self.layer in adapter.visual_layer_indices()
         if self.is_late:
+            adapter = Export.of(config).adapter
             shape = (adapter.prompt_length, self.hidden_size)
             self.prompt = nn.Parameter(torch.zeros(shape, dtype=torch.float32), requires_grad=False)
         if self.is_visual:
-            self.visual_gate = _head_parameter(self.num_heads, dtype=torch.float32)
             self.visual = CrossAttention(
                 self.num_heads,
                 self.head_dim,
@@ -141,9 +172,7 @@ class CrossPromptAttention(StaticPromptAttention):
             if self.is_late:
                 images = visual_prompts.view(-1, *self.prompt.shape)
                 visual_prompts = (images.float() + self.prompt).flatten(0, 1)
-            projected = self.qkv_proj(visual_prompts.to(query.dtype))[0]
-            _, keys, values = projected.split([self.q_size, self.kv_size, self.kv_size], dim=-1)
-            keys, values = keys.contiguous(), values.contiguous()
+            keys, values = self.visual_keys_values(visual_prompts.to(query.dtype))
         added = self.visual(query.contiguous(), keys, values)
         added_THD = added.view(-1, self.num_heads, self.head_dim) * self.visual_gate[:, None]
         reads_T = _has_image(self.visual.layer_name, len(query))
