@@ -2,8 +2,8 @@
 
     venv-vllm/bin/python -m benchmarks.vllm_throughput photos
 
-Prompts are texts: the base has no images to read. Both sides run without compilation, which the
-plugin switches off; rounds alternate. Results are ratios of throughput (plugin over base).
+Prompts are texts: the base has no images to read. Both sides run without compilation, which takes
+minutes at each start; rounds alternate. Results are ratios of throughput (plugin over base).
 """
 
 from __future__ import annotations

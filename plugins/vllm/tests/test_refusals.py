@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import vllm
 from llama_adapter.checkpoints.vllm_export import TENSORS, export_vllm
 from llama_adapter.errors import CheckpointError
 from llama_adapter.miniature.bundled import bundled_adapter
@@ -73,10 +74,26 @@ def test_what_is_missing_or_damaged_is_named(
     assert "\n" not in str(refused.value)
 
 
-def test_server_ends_with_that_line(export: Path) -> None:
-    _truncate(export / TENSORS)
+def _unchanged(_: Path) -> None:
+    pass
+
+
+@pytest.mark.parametrize(
+    ("damage", "options", "says"),
+    [
+        (_truncate, (), (f"{TENSORS} has", "export it again")),
+        (_unchanged, ("--pipeline-parallel-size", "2"), ("pipeline_parallel_size is 2",)),
+    ],
+)
+def test_server_ends_with_one_line(
+    export: Path,
+    damage: Callable[[Path], None],
+    options: tuple[str, ...],
+    says: tuple[str, ...],
+) -> None:
+    damage(export / TENSORS)
     ended = subprocess.run(
-        command(export, port=1),
+        command(export, *options, port=1),
         env={**os.environ, **ENVIRONMENT},
         capture_output=True,
         text=True,
@@ -84,14 +101,19 @@ def test_server_ends_with_that_line(export: Path) -> None:
     )
     assert ended.returncode != 0
     last = ended.stderr.strip().splitlines()[-1]
-    assert f"{TENSORS} has" in last
-    assert "export it again" in last
+    assert all(part in last for part in says), last
 
 
 @pytest.mark.parametrize("version", ["0.31.0", "0.33.0rc1", "1.0.0+cpu"])
 def test_other_vllm_is_refused(version: str) -> None:
     with pytest.raises(RuntimeError, match=rf"works with vLLM 0.32, found {version[:6]}"):
         llama_adapter_vllm.check_version(version)
+
+
+def test_plugin_is_not_registered_with_another_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vllm, "__version__", "0.33.0")
+    with pytest.raises(RuntimeError, match=r"works with vLLM 0.32, found 0.33.0"):
+        llama_adapter_vllm.register()
 
 
 def test_distribution_has_the_same_bounds() -> None:

@@ -41,7 +41,7 @@ class Kind:
     """Gives an adapter directory; it may write one at the path it is given."""
     images: Callable[[int], Image.Image] | None = scene
     mode: str = "placeholders"
-    options: tuple[str, ...] = ()
+    options: tuple[str, ...] = ("--enforce-eager",)
 
 
 @dataclass(frozen=True)
@@ -76,9 +76,11 @@ def _released(kind: str) -> Make:
 
 KINDS = {
     "own placeholders": Kind(_bundled("v2")),
+    "own placeholders, compiled": Kind(_bundled("v2"), options=()),
     "late fusion": Kind(_bundled("caption"), mode="cross_attention"),
     "all tokens": Kind(all_tokens, mode="cross_attention"),
     "static prompts": Kind(randomized_v1, images=None, mode="text"),
+    "static prompts, compiled": Kind(randomized_v1, images=None, mode="text", options=()),
     "own placeholders with LoRA": Kind(own_placeholders_with_lora),
     "LoRA alone": Kind(lora_alone, images=None, mode="text"),
     "merged chat": Kind(merged_chat, images=None, mode="text"),

@@ -36,6 +36,7 @@ from llama_adapter.model import LlamaAdapterForConditionalGeneration
 from llama_adapter.model.configuration import LlamaAdapterConfig
 from llama_adapter.model.gated_attention import LateFusionPrompt, StaticPrompt
 from llama_adapter.model.peft_base import PEFT_FOLDER
+from llama_adapter.model.scaled_linear import ScaledLinear
 from llama_adapter.processing.processor import LlamaAdapterProcessor
 
 FORMAT_VERSION = 1
@@ -136,11 +137,15 @@ def _tensors(model: LlamaAdapterForConditionalGeneration) -> dict[str, Tensor]:
             tensors[f"{prefix}.prompt"] = prompt.prompt.detach().clone()
         if prompt.reads_images:
             tensors[f"{prefix}.visual_gate"] = prompt.gate_values_H().float()
-            for name, linear in (("key", attention.k_proj), ("value", attention.v_proj)):
-                if getattr(linear, "lora_up", None) is not None:
-                    heads = linear.lora_up.unflatten(0, (-1, attention.head_dim))
-                    tensors[f"{prefix}.{name}_lora_up"] = heads.detach().clone()
-                    tensors[f"{prefix}.{name}_lora_down"] = linear.lora_down.detach().clone()
+            linears = prompt.project.linears(attention)
+            for name, linear in zip(("key", "value"), linears, strict=True):
+                if not isinstance(linear, ScaledLinear):
+                    continue
+                up, down = linear.lora_up, linear.lora_down
+                if up is not None and down is not None:
+                    heads = model.language_model.config.num_key_value_heads
+                    tensors[f"{prefix}.{name}_lora_up"] = up.unflatten(0, (heads, -1))
+                    tensors[f"{prefix}.{name}_lora_down"] = down
     if model.visual is not None:
         for name, tensor in model.visual.state_dict().items():
             tensors[f"visual.{name}"] = tensor.contiguous()

@@ -25,14 +25,15 @@ def register() -> None:
     from vllm import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
-    from llama_adapter_vllm.config import AdapterModelConfig
+    from llama_adapter_vllm.config import EagerExportConfig, ExportConfig
 
     known = ModelRegistry.get_supported_archs()
     for name in ARCHITECTURES:
         if name not in known:
             # by name: importing the model here would start CUDA in the wrong process
             ModelRegistry.register_model(name, f"{_MODULE}:{name}")
-        MODELS_CONFIG_MAP[name] = AdapterModelConfig
+        compiles = "CrossAttention" not in name
+        MODELS_CONFIG_MAP[name] = ExportConfig if compiles else EagerExportConfig
 
 
 def check_version(version: str) -> None:

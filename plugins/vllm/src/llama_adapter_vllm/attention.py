@@ -216,17 +216,17 @@ class PlaceholderLayer(StaticPromptLayer):
 
     attention = PlaceholderAttention
 
+    def keep_image_parts(self, parts_Td: Tensor) -> None:
+        """What to add in each pass; a buffer, so that a compiled graph reads it where it is."""
+        self.register_buffer("image_parts", parts_Td, persistent=False)
+
     def forward(
-        self,
-        positions: Tensor,
-        hidden_states: Tensor,
-        residual: Tensor | None,
-        image_parts: Tensor | None = None,
+        self, positions: Tensor, hidden_states: Tensor, residual: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         hidden, residual = self.normed(hidden_states, residual)
         hidden = self.self_attn(positions, hidden)
-        if image_parts is not None and self.self_attn.is_visual:
-            hidden = hidden + image_parts[self.self_attn.layer]
+        if self.self_attn.is_visual:
+            hidden = hidden + self.image_parts[: hidden.shape[0]]
         return self.rest(hidden, residual)
 
 

@@ -88,6 +88,12 @@ class LlamaAdapterPlaceholdersForConditionalGeneration(_Multimodal):
         hidden_size = vllm_config.model_config.hf_config.hidden_size
         shape = (self.export.adapter.visual_layers, most, hidden_size)
         self.register_buffer("image_parts", torch.zeros(shape), persistent=False)
+        for layer, parts_Td in zip(self._visual_layers, self.image_parts, strict=True):
+            layer.keep_image_parts(parts_Td)
+
+    @property
+    def _visual_layers(self) -> Any:
+        return self.model.layers[: self.export.adapter.visual_layers]
 
     @classmethod
     def get_placeholder_str(cls, modality: str, i: int) -> str | None:
@@ -99,8 +105,9 @@ class LlamaAdapterPlaceholdersForConditionalGeneration(_Multimodal):
             return []
         prompts_IMd = self.visual_prompts(pixel_values)
         flat = prompts_IMd.flatten(0, 1)
-        layers = self.model.layers[: self.export.adapter.visual_layers]
-        parts = torch.cat([layer.self_attn.image_part(flat) for layer in layers], dim=-1)
+        parts = torch.cat(
+            [layer.self_attn.image_part(flat) for layer in self._visual_layers], dim=-1
+        )
         return list(parts.unflatten(0, prompts_IMd.shape[:2]))
 
     def embed_input_ids(
@@ -119,19 +126,6 @@ class LlamaAdapterPlaceholdersForConditionalGeneration(_Multimodal):
             rows_KTd = rows.unflatten(-1, (len(parts), -1)).transpose(0, 1)
             parts[:, is_multimodal.to(parts.device)] = rows_KTd
         return embeds
-
-    def forward(
-        self,
-        input_ids: Tensor | None,
-        positions: Tensor,
-        intermediate_tensors: Any = None,
-        inputs_embeds: Tensor | None = None,
-        **_: Any,
-    ) -> Any:
-        parts = None if inputs_embeds is None else self.image_parts[:, : len(inputs_embeds)]
-        return self.model(
-            input_ids, positions, intermediate_tensors, inputs_embeds, image_parts=parts
-        )
 
 
 @MULTIMODAL_REGISTRY.register_processor(
