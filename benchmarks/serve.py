@@ -169,7 +169,7 @@ def _forget_prefixes(engine: RowEngine) -> None:
         engine._stack.release([image.entry for image in engine._images.values()])
         engine._images.clear()
 
-    engine._call(forget).result()
+    engine._calls.put(forget).result()
 
 
 # --- many adapters -------------------------------------------------------------------------------

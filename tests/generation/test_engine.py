@@ -27,6 +27,7 @@ from llama_adapter.errors import (
 )
 from llama_adapter.generation.answer import answer
 from llama_adapter.generation.engine import EngineSettings, RowEngine
+from llama_adapter.generation.grammar import Grammars
 from llama_adapter.generation.pending import PendingAnswer
 from llama_adapter.generation.requests import (
     EncodedPrompt,
@@ -124,6 +125,13 @@ def becomes_idle(engine: RowEngine) -> None:
     until = time.monotonic() + 30
     while engine.stats.busy_rows or engine.stats.queued:
         assert time.monotonic() < until, engine.stats
+        time.sleep(0.01)
+
+
+def becomes_ready(engine: RowEngine) -> None:
+    until = time.monotonic() + 60
+    while engine.health.state == "starting":
+        assert time.monotonic() < until
         time.sleep(0.01)
 
 
@@ -235,6 +243,68 @@ def test_an_answer_follows_a_json_schema(engine):
     deep = '{"type": "array", "items": ' * 200 + "{}" + "}" * 200
     with pytest.raises(ConfigError, match="at most 100 levels"):
         engine.submit(request(engine, 0, json_schema=deep))
+
+
+def test_a_grammar_is_made_ready_by_a_thread_of_its_own(monkeypatch):
+    """Importing xgrammar takes seconds, in which a server's event loop would answer nobody."""
+    pytest.importorskip("xgrammar", reason="pip install 'llama-adapter[grammar]'")
+    gate = threading.Event()
+    begin = Grammars._start
+    monkeypatch.setattr(Grammars, "_start", lambda self: gate.wait(20) and begin(self))
+    engine = start(rows=2)
+    becomes_ready(engine)
+    waiting = engine.submit(request(engine, 0, grammar='root ::= "red" | "blue"'))
+    assert text_of(engine.submit(request(engine, 1))) == expected(1)
+    assert not waiting.is_done
+    gate.set()
+    assert text_of(waiting)[0] in ("red", "blue")
+    engine.drain(5)
+
+
+def test_a_request_made_for_an_adapter_that_was_exchanged_is_refused():
+    engine = start(rows=2)
+    becomes_ready(engine)
+    asked = dataclasses.replace(request(engine, 1), encoded_by=engine.processor("caption"))
+    assert text_of(engine.submit(asked)) == expected(1)
+    engine.unload_adapter("caption")
+    engine.load_adapter("caption", bundled_adapter("caption"))
+    with pytest.raises(UnavailableError, match="'caption' has just been exchanged"):
+        engine.submit(asked)
+    engine.drain(5)
+
+
+def test_images_in_use_stay_in_a_bank_that_is_too_small_for_all():
+    engine = start(rows=6, images=2)
+    becomes_ready(engine)
+    generations = [engine.submit(request(engine, i)) for i in range(12)]
+    assert [text_of(one) for one in generations] == [expected(i) for i in range(12)]
+    assert len(engine._images) <= 2
+    assert engine._stack.free_images + len(engine._images) == 2
+    engine.drain(5)
+
+
+def test_a_row_that_cannot_be_claimed_costs_what_runs_and_not_what_waits(engine, monkeypatch):
+    claim, claimed = engine._cache.claim, []
+
+    def refuse(*place: Any, **options: Any) -> Any:
+        claimed.append(place)
+        if len(claimed) == 2:
+            raise RuntimeError("no row")
+        return claim(*place, **options)
+
+    held, gate = threading.Event(), threading.Event()
+    call = engine._calls.put(lambda: (held.set(), gate.wait(20))[0])
+    held.wait(20)
+    generations = [engine.submit(request(engine, i)) for i in range(4)]
+    monkeypatch.setattr(engine._cache, "claim", refuse)
+    gate.set()
+    call.result()
+    for generation in generations[:2]:
+        with pytest.raises(RuntimeError, match="no row"):
+            list(generation)
+    assert [text_of(one) for one in generations[2:]] == [expected(2), expected(3)]
+    becomes_idle(engine)
+    assert not any(image.users for image in engine._images.values())
 
 
 def test_what_does_not_fit_is_refused_at_once(engine):
@@ -415,15 +485,14 @@ def test_an_adapter_that_cannot_be_removed_costs_its_caller_alone(monkeypatch):
 
 def test_a_full_queue_says_so_at_once_and_a_drained_engine_answers_what_it_took():
     engine = start(rows=1, max_queue=2)
-    while engine.health.state == "starting":
-        time.sleep(0.01)
+    becomes_ready(engine)
     gate, held = threading.Event(), threading.Event()
 
     def hold() -> None:
         held.set()
         gate.wait(20)
 
-    call = engine._call(hold)
+    call = engine._calls.put(hold)
     held.wait(20)
     accepted = [engine.submit(request(engine, i)) for i in range(2)]
     with pytest.raises(QueueFullError, match="2 answers wait, and at most 2 may"):
@@ -440,8 +509,7 @@ def test_a_full_queue_says_so_at_once_and_a_drained_engine_answers_what_it_took(
 
 def test_draining_ends_what_takes_too_long():
     engine = start(rows=2)
-    while engine.health.state == "starting":
-        time.sleep(0.01)
+    becomes_ready(engine)
     generation = engine.submit(request(engine, 0, max_tokens=150, temperature=5.0))
     engine.drain(0)
     assert text_of(generation)[2] in ("deadline", "stop")
@@ -449,8 +517,7 @@ def test_draining_ends_what_takes_too_long():
 
 def test_a_step_that_crashes_costs_its_requests_and_not_the_engine(monkeypatch):
     engine = start(rows=2)
-    while engine.health.state == "starting":
-        time.sleep(0.01)
+    becomes_ready(engine)
     monkeypatch.setattr("llama_adapter.generation.engine.draw", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         list(engine.submit(request(engine, 0)))
@@ -469,7 +536,7 @@ def test_a_step_that_crashes_costs_its_requests_and_not_the_engine(monkeypatch):
 
 def test_a_step_that_crashes_still_ends_what_had_ended_in_it(engine, monkeypatch):
     held, gate = threading.Event(), threading.Event()
-    call = engine._call(lambda: (held.set(), gate.wait(20))[0])
+    call = engine._calls.put(lambda: (held.set(), gate.wait(20))[0])
     held.wait(20)
     late = engine.submit(dataclasses.replace(request(engine, 0), deadline=time.monotonic()))
     monkeypatch.setattr(engine, "_admit", lambda: 1 / 0)
@@ -512,7 +579,7 @@ def test_a_long_prompt_is_read_although_short_ones_keep_coming(engine):
         generations.append(engine.submit(asked, notify=notify))
 
     held, gate = threading.Event(), threading.Event()
-    call = engine._call(lambda: (held.set(), gate.wait(20))[0])
+    call = engine._calls.put(lambda: (held.set(), gate.wait(20))[0])
     held.wait(20)
     submit("short", [300, 301, 302], 2)
     submit("long", list(range(300, 500)), 1)

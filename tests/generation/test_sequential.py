@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -143,6 +144,74 @@ def test_adapters_come_and_go(engine, conversation, adapter_dir) -> None:
     assert texts(ask(engine, conversation, sampling=Sampling(max_tokens=8))) == [before]
     engine.unload_adapter("second")
     assert engine.adapters == ("first",)
+
+
+def test_an_adapter_is_loaded_between_two_requests_however_many_wait(
+    loaded, conversation, adapter_dir
+) -> None:
+    engine = started(loaded)
+    waiting = [ask(engine, conversation, sampling=LONG) for _ in range(12)]
+    engine.load_adapter("second", adapter_dir)
+    assert sum(generation.is_done for generation in waiting) < 6
+    for generation in waiting:
+        generation.cancel()
+    engine.unload_adapter("second")
+    engine.drain(0)
+
+
+def test_a_request_whose_adapter_is_gone_or_exchanged_fails_alone(
+    loaded, conversation, adapter_dir
+) -> None:
+    engine = started(loaded)
+    engine.load_adapter("second", adapter_dir)
+    old = engine.processor("second")
+    asked = GenerationRequest(
+        prompt=encode_prompt(old, conversation),
+        adapter="second",
+        sampling=Sampling(max_tokens=2),
+        encoded_by=old,
+    )
+    assert texts(engine.submit(asked))
+    held, gate = threading.Event(), threading.Event()
+    engine._calls.put(lambda: (held.set(), gate.wait(20))[0])
+    held.wait(20)
+    late = engine.submit(asked)
+    engine._calls.put(lambda: engine._forget("second"))
+    gate.set()
+    with pytest.raises(ConfigError, match="no adapter 'second'"):
+        list(late)
+    engine.load_adapter("second", adapter_dir)
+    with pytest.raises(UnavailableError, match="has just been exchanged"):
+        engine.submit(asked)
+    assert texts(ask(engine, conversation, sampling=Sampling(max_tokens=2)))
+    engine.unload_adapter("second")
+    engine.drain(0)
+
+
+def test_a_request_that_fails_fails_alone(loaded, conversation, monkeypatch) -> None:
+    engine = started(loaded)
+    monkeypatch.setattr(type(loaded[0]), "generate", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        list(ask(engine, conversation, sampling=Sampling(max_tokens=2)))
+    monkeypatch.undo()
+    assert texts(ask(engine, conversation, sampling=Sampling(max_tokens=2)))
+    assert engine.health.state == "ready"
+    engine.drain(0)
+
+
+def test_an_engine_that_cannot_warm_up_is_dead_and_says_so(
+    loaded, conversation, adapter_dir, monkeypatch
+) -> None:
+    monkeypatch.setattr(type(loaded[0]), "generate", lambda *_, **__: 1 / 0)
+    engine = SequentialEngine(*loaded, name="first")
+    engine._thread.join(60)
+    assert engine.health.state == "dead"
+    assert "ZeroDivisionError" in engine.health.reason
+    with pytest.raises(UnavailableError, match="dead"):
+        ask(engine, conversation)
+    with pytest.raises(UnavailableError, match="dead"):
+        engine.load_adapter("second", adapter_dir)
+    engine.drain(0)
 
 
 def test_draining_ends_what_runs_and_takes_nothing_new(loaded, conversation) -> None:

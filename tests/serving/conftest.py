@@ -35,6 +35,7 @@ class Running:
     port: int
     service: Service
     gate: Any
+    server: Server
 
     @property
     def url(self) -> str:
@@ -52,12 +53,13 @@ class Running:
     def connect(self) -> socket.socket:
         return socket.create_connection(("127.0.0.1", self.port), timeout=30)
 
-    def is_idle(self, seconds: float = 20) -> bool:
-        """Whether every place and row becomes free."""
+    def is_idle(self, seconds: float = 20, connections: int = 1000) -> bool:
+        """Whether every place and row becomes free, and at most so many connections stay."""
         until = time.monotonic() + seconds
         while time.monotonic() < until:
             stats = self.service.engine.stats
-            if not (self.gate.admission.count or stats.busy_rows or stats.queued):
+            too_many = len(self.server.server_state.connections) > connections
+            if not (self.gate.admission.count or stats.busy_rows or stats.queued or too_many):
                 return True
             time.sleep(0.02)
         return False
@@ -86,6 +88,7 @@ def serving(engine: Any) -> Callable[..., Any]:
         media: dict[str, Any] | None = None,
         service: dict[str, Any] | None = None,
         engine: Any = engine,
+        send_buffer: int | None = None,
         **options: Any,
     ) -> Iterator[Running]:
         limits = limits or Limits()
@@ -98,11 +101,13 @@ def serving(engine: Any) -> Callable[..., Any]:
         )
         app, gate = make_app(whole, **options)
         bound = bind("127.0.0.1", 0)
+        if send_buffer is not None:
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
         port = bound.getsockname()[1]
         server = Server(app, gate, engine, limits, drain_seconds=1)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
         thread.start()
-        running = Running(port=port, service=whole, gate=gate)
+        running = Running(port=port, service=whole, gate=gate, server=server)
         try:
             while thread.is_alive() and not server.started:
                 time.sleep(0.01)

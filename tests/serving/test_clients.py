@@ -108,6 +108,17 @@ def test_stop_texts_end_the_answer(server, red_star) -> None:
     assert short.choices[0].finish_reason == "length"
 
 
+def test_a_schema_or_grammar_that_is_wrong_is_a_400_of_streams_too(server) -> None:
+    client = server.client()
+    wrong = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "nothing"}}}
+    for options in ({"response_format": wrong}, {"extra_body": {"grammar": "root ::= nowhere"}}):
+        for stream in (False, True):
+            with pytest.raises(openai.BadRequestError, match="cannot be used"):
+                client.chat.completions.create(
+                    model="toy", messages=asks(), stream=stream, **options
+                )
+
+
 def test_an_answer_follows_a_json_schema_or_a_grammar(server, red_star) -> None:
     client = server.client()
     schema = {"type": "object", "properties": {"color": {"enum": ["red", "blue"]}}}

@@ -130,6 +130,42 @@ def test_bodies_are_bounded_and_have_to_arrive(serving: Any) -> None:
         assert running.post("/v1/completions", json=SHORT).status_code == 200
 
 
+@contextmanager
+def unread(running: Any, path: str, **asked: Any) -> Any:
+    """A connection whose client asks and then reads nothing."""
+    with socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.settimeout(20)
+        client.connect(("127.0.0.1", running.port))
+        client.sendall(as_http(json.dumps(asked).encode(), path=path))
+        yield client
+
+
+def test_a_stream_that_nobody_reads_is_ended(serving: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llama_adapter.serving.gate._SEND_SECONDS", 0.3)
+    wordy = {**LONG, "max_tokens": 300, "n": 4, "logprobs": 5, "stream": True}
+    with serving() as running, unread(running, "/v1/completions", **wordy):
+        time.sleep(0.5)
+        assert running.gate.admission.count == 4
+        assert running.is_idle()
+
+
+def test_an_answer_that_nobody_takes_is_dropped(serving: Any) -> None:
+    """One that is taken slowly arrives, although it takes longer than headers may."""
+    asked = {"model": "toy", "prompt": "star " * 20_000}
+    with serving(limits=Limits(header_seconds=0.5), send_buffer=4096) as running:
+        with unread(running, "/tokenize", **asked) as client:
+            client.recv(1)
+            assert running.is_idle(connections=0)
+            assert len(client.makefile("rb").read()) < 20_000
+        with unread(running, "/tokenize", **asked) as client:
+            found = b""
+            while not found.endswith(b"]}"):
+                found += client.recv(1 << 16)
+                time.sleep(0.05)
+        assert json.loads(found.partition(b"\r\n\r\n")[2])["count"] >= 20_000
+
+
 def test_sixty_megabytes_are_refused_before_they_are_read(server: Any) -> None:
     with server.connect() as huge:
         huge.sendall(as_http(b" " * 100_000, path="/v1/chat/completions", length=60_000_000))

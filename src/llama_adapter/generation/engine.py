@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from llama_adapter.errors import (
     UnavailableError,
     UnsupportedModelError,
 )
+from llama_adapter.generation.calls import Calls, complete
 from llama_adapter.generation.grammar import Grammars, Matcher
 from llama_adapter.generation.passes import Chunk, RowModel
 from llama_adapter.generation.pending import PendingAnswer, ReadyImage, num_frames
@@ -127,7 +129,7 @@ class RowEngine:
         self._images: dict[tuple[StackedAdapter, str], ReadyImage] = {}
         self._changed = threading.Condition()
         self._queue: deque[PendingAnswer] = deque()
-        self._calls: deque[tuple[Callable[[], None], Future[None]]] = deque()
+        self._calls = Calls(self._changed)
         self._leaving: dict[str, Future[None]] = {}
         self._delivered: dict[Generation, list[Increment]] = {}
         self._state: State = "starting"
@@ -183,13 +185,12 @@ class RowEngine:
                 f"at most {settings.images} can be read at once"
             )
         generation = Generation(request, notify)
-        answer = self._answer(generation, grammar=self._grammars.compile(sampling))
-        with self._changed:
+        with self._changed:  # in which no adapter leaves
             self._refuse_unless_ready()
-            if self.processor(request.adapter) is not answer.processor:
-                raise UnavailableError(f"adapter {request.adapter!r} has just been exchanged")
+            request.check_processor(self.processor(request.adapter))
             self._refuse_if_full(request)
-            self._queue.append(answer)
+            grammar = self._grammars.compile(sampling)
+            self._queue.append(self._answer(generation, grammar=grammar))
             self._changed.notify()
         return generation
 
@@ -214,7 +215,10 @@ class RowEngine:
 
     def load_adapter(self, name: str, directory: Path) -> None:
         processor = LlamaAdapterProcessor.from_pretrained(directory)
-        self._call(lambda: self._load(name, directory, processor)).result()
+        with self._changed:  # in which an engine that is drained ends
+            self._refuse_if_ending()
+            done = self._calls.put(lambda: self._load(name, directory, processor))
+        done.result()
 
     def unload_adapter(self, name: str) -> None:
         """Remove an adapter: it takes no more requests, and those that it has are answered."""
@@ -234,15 +238,6 @@ class RowEngine:
                 self._state, self._drained_at = "draining", time.monotonic() + seconds
             self._changed.notify()
         self._thread.join(seconds + 60)
-
-    def _call(self, function: Callable[[], None]) -> Future[None]:
-        """Let the engine's thread call a function between two steps."""
-        done: Future[None] = Future()
-        with self._changed:
-            self._refuse_if_ending()
-            self._calls.append((function, done))
-            self._changed.notify()
-        return done
 
     def _answer(
         self, generation: Generation, *, grammar: Future[Any] | None, choice: int = 0
@@ -356,11 +351,9 @@ class RowEngine:
             self._state = "dead"
             waiting = [*self._queue, *self._running()]
             self._queue.clear()
-            calls, leaving = [done for _, done in self._calls], [*self._leaving.values()]
-            self._calls.clear()
+            leaving = [*self._leaving.values()]
             self._leaving.clear()
-        for done in calls:
-            done.set_exception(UnavailableError("the engine is dead"))
+            self._calls.refuse(UnavailableError("the engine is dead"))
         for done in leaving:
             done.set_result(None)
         for answer in waiting:
@@ -376,25 +369,12 @@ class RowEngine:
     # --- adapters ---------------------------------------------------------------------------
 
     def _make_calls(self) -> None:
-        while self._calls:
-            function, done = self._calls.popleft()
-            try:
-                function()
-            except Exception as error:
-                done.set_exception(error)
-            else:
-                done.set_result(None)
+        self._calls.make()
         used = {
             a.adapter.name for a in (*self._running(), *self._waiting()) if a.adapter is not None
         }
         for name in [name for name in self._leaving if name not in used]:
-            done = self._leaving.pop(name)
-            try:
-                self._forget(name)
-            except Exception as error:
-                done.set_exception(error)
-            else:
-                done.set_result(None)
+            complete(self._leaving.pop(name), partial(self._forget, name))
 
     def _load(self, name: str, directory: Path, processor: LlamaAdapterProcessor) -> None:
         if name in self._processors or name in self._leaving:

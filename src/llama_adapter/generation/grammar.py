@@ -6,8 +6,10 @@ Shape: V vocabulary.
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from importlib.util import find_spec
 from itertools import accumulate
 from typing import Any
 
@@ -30,6 +32,7 @@ class Grammars:
     def __init__(self, tokenizer: Any, vocabulary: int) -> None:
         self._tokenizer, self._vocabulary = tokenizer, vocabulary
         self._workers = ThreadPoolExecutor(2, thread_name_prefix="grammar")
+        self._starting = threading.Lock()
         self._compiler: Any = None
 
     def compile(self, sampling: Sampling) -> Future[Any] | None:
@@ -48,26 +51,25 @@ class Grammars:
                 )
             if name == "json_schema" and _levels(text) > MOST_LEVELS:
                 raise ConfigError(f"{name} must have at most {MOST_LEVELS} levels of brackets")
-            self._start()
+            if find_spec("xgrammar") is None:
+                raise MissingDependencyError(
+                    "xgrammar", extra="grammar", purpose="a JSON schema or a grammar"
+                )
             return self._workers.submit(self._compile, name, text)
         return None
 
-    def _start(self) -> None:
-        if self._compiler is not None:
-            return
-        try:
-            import xgrammar
-        except ImportError as error:
-            raise MissingDependencyError(
-                "xgrammar", extra="grammar", purpose="a JSON schema or a grammar"
-            ) from error
+    def _start(self) -> Any:
+        """The compiler; importing the library takes seconds, so it is done by a worker."""
+        import xgrammar
+
         known = xgrammar.TokenizerInfo.from_huggingface(
             self._tokenizer, vocab_size=self._vocabulary
         )
-        self._compiler = xgrammar.GrammarCompiler(known, max_threads=1, cache_limit_bytes=1 << 28)
+        return xgrammar.GrammarCompiler(known, max_threads=1, cache_limit_bytes=1 << 28)
 
     def _compile(self, name: str, text: str) -> Any:
-        compiler = self._compiler
+        with self._starting:
+            compiler = self._compiler = self._compiler or self._start()
         try:
             if name != "json_schema":
                 return compiler.compile_grammar(text)

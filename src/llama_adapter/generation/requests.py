@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from llama_adapter.conversation import Conversation, ImageRef
-from llama_adapter.errors import ConfigError, PromptError
+from llama_adapter.errors import ConfigError, PromptError, UnavailableError
 from llama_adapter.processing.prompts import frames_of
 
 Finish = Literal["stop", "length", "deadline", "cancelled"]
@@ -104,6 +104,13 @@ class GenerationRequest:
     sampling: Sampling = field(default_factory=Sampling)
     deadline: float | None = None
     """When all its answers end wherever they are, by `time.monotonic`."""
+    encoded_by: Any = field(default=None, repr=False)
+    """The processor that made the prompt, which the adapter must still have; None: any."""
+
+    def check_processor(self, current: Any) -> None:
+        """UnavailableError where another adapter has the name by now."""
+        if self.encoded_by is not None and self.encoded_by is not current:
+            raise UnavailableError(f"adapter {self.adapter!r} has just been exchanged")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -263,8 +270,9 @@ class Engine(Protocol):
         """Queue a request; never waits.
 
         Raises QueueFullError at once where the queue is full, UnavailableError unless the engine
-        is ready, PromptError where prompt and answer do not fit into `context_length`, and
-        ConfigError for what it cannot do, such as an adapter that is not loaded.
+        is ready and the adapter the one that the prompt was made for, PromptError where prompt
+        and answer do not fit into `context_length`, and ConfigError for what it cannot do, such as
+        an adapter that is not loaded.
         """
         ...
 

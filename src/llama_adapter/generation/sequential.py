@@ -22,6 +22,7 @@ from transformers.generation.stopping_criteria import StoppingCriteria
 
 from llama_adapter.errors import ConfigError, PromptError, QueueFullError, UnavailableError
 from llama_adapter.generation.answer import settled_text, text_before
+from llama_adapter.generation.calls import Calls
 from llama_adapter.generation.requests import (
     EncodedPrompt,
     EngineStats,
@@ -61,7 +62,7 @@ class SequentialEngine:
         self._queue: deque[Generation] = deque()
         self._busy: Generation | None = None
         self._changed = threading.Condition()
-        self._using_model = threading.Lock()
+        self._calls = Calls(self._changed)
         self._state: State = "starting"
         self._reason = ""
         self._drained_at = float("inf")
@@ -92,7 +93,7 @@ class SequentialEngine:
     def submit(
         self, request: GenerationRequest, *, notify: Callable[[], None] | None = None
     ) -> Generation:
-        self.processor(request.adapter)
+        request.check_processor(self.processor(request.adapter))
         if request.sampling.json_schema is not None or request.sampling.grammar is not None:
             raise ConfigError("json_schema and grammar are not supported with this base")
         check_length(request, self.context_length)
@@ -108,23 +109,35 @@ class SequentialEngine:
 
     def load_adapter(self, name: str, directory: Path) -> None:
         processor = LlamaAdapterProcessor.from_pretrained(directory)
-        with self._using_model:
-            if name in self._loaded:
-                raise ConfigError(f"an adapter named {name!r} is loaded already")
-            self._model.prepare_for_training()  # merged weights are of one adapter alone
-            self._model.load_adapter(directory, name)
-            self._model.eval()
-            self._loaded[name] = (name, processor)
+        self._call(lambda: self._load(name, directory, processor))
 
     def unload_adapter(self, name: str) -> None:
-        with self._using_model:
-            own_name, _ = self._entry(name)
-            if len(self._loaded) == 1:
-                raise ConfigError(f"{name!r} is the only adapter; it cannot be unloaded")
-            del self._loaded[name]
-            if self._model.active_adapter == own_name:
-                self._model.set_adapter(next(iter(self._loaded.values()))[0])
-            self._model.delete_adapter(own_name)
+        self._call(lambda: self._forget(name))
+
+    def _call(self, function: Callable[[], None]) -> None:
+        """Have the engine's thread do something with the model before the next request."""
+        with self._changed:  # in which an engine that is drained ends
+            if self._state in ("draining", "dead"):
+                raise UnavailableError(f"the engine is {self._state}")
+            done = self._calls.put(function)
+        done.result()
+
+    def _load(self, name: str, directory: Path, processor: LlamaAdapterProcessor) -> None:
+        if name in self._loaded:
+            raise ConfigError(f"an adapter named {name!r} is loaded already")
+        self._model.prepare_for_training()  # merged weights are of one adapter alone
+        self._model.load_adapter(directory, name)
+        self._model.eval()
+        self._loaded[name] = (name, processor)
+
+    def _forget(self, name: str) -> None:
+        own_name, _ = self._entry(name)
+        if len(self._loaded) == 1:
+            raise ConfigError(f"{name!r} is the only adapter; it cannot be unloaded")
+        del self._loaded[name]
+        if self._model.active_adapter == own_name:
+            self._model.set_adapter(next(iter(self._loaded.values()))[0])
+        self._model.delete_adapter(own_name)
 
     def drain(self, seconds: float) -> None:
         with self._changed:
@@ -143,27 +156,38 @@ class SequentialEngine:
         try:
             self._answer(_warm_up(self._first))
         except Exception as error:
-            self._state, self._reason = "dead", f"{type(error).__name__}: {error}"
+            with self._changed:
+                self._state, self._reason = "dead", f"{type(error).__name__}: {error}"
+                self._calls.refuse(UnavailableError("the engine is dead"))
             return
         with self._changed:
             if self._state == "starting":
                 self._state = "ready"
-        while (generation := self._next()) is not None:
+        while self._has_work():
+            self._calls.make()
+            if (generation := self._next()) is None:
+                continue
             try:
                 self._answer(generation)
             except Exception as error:  # of this request alone, whatever it is
                 generation.fail(error)
             self._busy = None
 
+    def _has_work(self) -> bool:
+        """Wait for something to do; False where nothing will come any more."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._queue or self._calls or self._state == "draining")
+            return bool(self._queue or self._calls)
+
     def _next(self) -> Generation | None:
         with self._changed:
-            self._changed.wait_for(lambda: self._queue or self._state == "draining")
             self._busy = self._queue.popleft() if self._queue else None
             return self._busy
 
     def _answer(self, generation: Generation) -> None:
         request = generation.request
-        with self._using_model, self._adapter_on(request.adapter):
+        request.check_processor(self.processor(request.adapter))  # others may have come meanwhile
+        with self._adapter_on(request.adapter):
             for choice in range(request.sampling.n):
                 self._answer_once(generation, choice)
 

@@ -200,7 +200,8 @@ class _Routes:
             held.enter_context(self.admission.enter(asked.n - 1))
             reader = Reader(self.engine, await self._request(asked, adapter, request), self.waker)
             held.callback(reader.generation.cancel)
-            if not asked.stream:
+            # the error of a stream that cannot even begin has a status too
+            if not asked.stream or await reader.has_failed():
                 choices = await self._choices(reader, asked.n, request)
                 return JSONResponse(form.whole(choices, reader.generation.usage))
         return StreamingResponse(
@@ -214,9 +215,11 @@ class _Routes:
         begun = time.monotonic()
         started = request.scope["started"]
         until = started + self.service.limits.request_seconds
-        prompt = await self.service.prepare(asked, adapter, until=until)
+        prompt, processor = await self.service.prepare(asked, adapter, until=until)
         self.metrics.prepare.observe(time.monotonic() - begun)
-        return self.service.request(prompt, adapter, asked.sampling, started=started)
+        return self.service.request(
+            prompt, adapter, asked.sampling, started=started, encoded_by=processor
+        )
 
     async def _choices(self, reader: Reader, answers: int, request: Request) -> list[Choice]:
         """The answers, once all of them have ended."""

@@ -22,6 +22,8 @@ from llama_adapter.serving.metrics import log
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _LAST_BYTES_SECONDS = 5
+_SLOWEST_READER = 1024
+"""Bytes a second of a finished answer that its client must take."""
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -101,7 +103,7 @@ class Server(uvicorn.Server):
 
 
 class _TimedProtocol(H11Protocol):
-    """Closes connections that do not bring a whole request's headers in time."""
+    """Closes connections that neither bring a request's headers nor take an answer in time."""
 
     header_seconds = 10.0
 
@@ -129,8 +131,15 @@ class _TimedProtocol(H11Protocol):
         super().connection_lost(exc)
 
     def _wait_for_headers(self) -> None:
+        self._unsent = self.transport.get_write_buffer_size()
         self._timer = self.loop.call_later(self.header_seconds, self._give_up)
 
     def _give_up(self) -> None:
-        if not self.transport.is_closing():
-            self.transport.close()
+        unsent = self.transport.get_write_buffer_size()
+        if not unsent:
+            if not self.transport.is_closing():
+                self.transport.close()
+        elif self._unsent - unsent > _SLOWEST_READER * self.header_seconds:
+            self._wait_for_headers()
+        else:
+            self.transport.abort()  # closing would wait for the reader

@@ -19,7 +19,6 @@ from llama_adapter.errors import (
     LlamaAdapterError,
     PromptError,
     QueueFullError,
-    UnavailableError,
 )
 from llama_adapter.generation.requests import (
     EncodedPrompt,
@@ -83,28 +82,28 @@ class Service:
 
     async def prepare(
         self, asked: ChatRequest | CompletionRequest, adapter: str | None, *, until: float
-    ) -> EncodedPrompt:
-        """Make a prompt outside the event loop; what its client has left ends at its next image."""
+    ) -> tuple[EncodedPrompt, Any]:
+        """Make a prompt outside the event loop; what its client has left ends at its next image.
+
+        Returns the processor that made it, too.
+        """
         if self._unfinished >= self.limits.max_requests:
             raise QueueFullError(f"{self._unfinished} prompts are being read")
         processor, gone = self.engine.processor(adapter), threading.Event()
         if isinstance(asked, ChatRequest):
             reading = _Reading(self.media, until=until, gone=gone)
-            make = partial(self.chat_prompt, asked, adapter, reading)
+            make = partial(self.chat_prompt, asked, adapter, processor, reading)
         else:
-            make = partial(self.text_prompt, asked, adapter)
+            make = partial(self.text_prompt, asked, processor)
         pool = self.fetching if _fetches(asked) else self.threads
         future = asyncio.get_running_loop().run_in_executor(pool, make)
         self._unfinished += 1
         future.add_done_callback(self._finish)
         try:
-            prompt = await asyncio.shield(future)
+            return await asyncio.shield(future), processor
         except asyncio.CancelledError:
             gone.set()
             raise
-        if self.engine.processor(adapter) is not processor:
-            raise UnavailableError(f"adapter {adapter!r} has just been exchanged")
-        return prompt
 
     def _finish(self, future: asyncio.Future[EncodedPrompt]) -> None:
         self._unfinished -= 1
@@ -133,7 +132,7 @@ class Service:
     # --- prompts ------------------------------------------------------------------------------
 
     def chat_prompt(
-        self, body: ChatRequest, adapter: str | None, reading: _Reading
+        self, body: ChatRequest, adapter: str | None, processor: Any, reading: _Reading
     ) -> EncodedPrompt:
         """The prompt of a chat, with its images read and its experts asked."""
         conversation = self._conversation(body.messages, reading.load)
@@ -143,7 +142,6 @@ class Service:
             )
         if conversation.images and adapter is None:
             raise PromptError("the base reads text alone; choose an adapter to show it images")
-        processor = self.engine.processor(adapter)
         if self.experts is not None:
             conversation = self.experts.inform(conversation, body.experts, processor=processor)
         elif body.experts:
@@ -152,9 +150,8 @@ class Service:
             )
         return encode_prompt(processor, conversation)
 
-    def text_prompt(self, body: CompletionRequest, adapter: str | None) -> EncodedPrompt:
+    def text_prompt(self, body: CompletionRequest, processor: Any) -> EncodedPrompt:
         """The prompt of a text or of tokens that go on."""
-        processor = self.engine.processor(adapter)
         if isinstance(body.prompt, list):
             tokens = tuple(int(token) for token in body.prompt)
             vocabulary = len(processor.tokenizer)
@@ -196,6 +193,7 @@ class Service:
         sampling: dict[str, Any],
         *,
         started: float,
+        encoded_by: Any = None,
     ) -> GenerationRequest:
         """What the engine is asked; ApiError for what is beyond the limits."""
         length, context = len(prompt.input_ids), self.engine.context_length
@@ -222,6 +220,7 @@ class Service:
             adapter=adapter,
             sampling=Sampling(**{**sampling, "max_tokens": max_tokens}),
             deadline=started + self.limits.request_seconds,
+            encoded_by=encoded_by,
         )
 
     def check_answers(self, n: int) -> None:
@@ -326,6 +325,11 @@ class Reader:
         self.generation: Generation = engine.submit(request, notify=lambda: waker.notify(notify))
         self.first_at: float | None = None
         """When the first token was there."""
+
+    async def has_failed(self) -> bool:
+        """Whether it ends without any token, once there is the first news of it."""
+        await self._news.wait()
+        return self.generation.is_done and not self.generation.usage.completion_tokens
 
     async def increments(self) -> AsyncIterator[Increment]:
         """Every increment; ApiError 504 where time is up."""
