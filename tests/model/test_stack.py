@@ -223,6 +223,34 @@ def test_adapters_come_and_go_while_others_stay(base, tower, stir, ids):
 
 
 @torch.no_grad()
+def test_mixed_rows_follow_an_exchange_of_adapters_and_images(base, tower, stir, ids, pictures):
+    """What was gathered for the same rows of the pass before is not used any longer."""
+    names = ("early", "released lora", "late")
+    models = make_models(base, tower, stir, {name: KINDS[name] for name in names})
+    stack = AdapterStack(models["early"].language_model, capacity=2, image_capacity=1)
+    stack.attach()
+    stack.add("early", models["early"].adapter, models["early"].vision)
+
+    def check(name: str, picture: int) -> None:
+        image = pictures[picture : picture + 1]
+        reads = reads_of(stack, "early", image)
+        rows = [RowReads(adapter=stack[name].index), reads]
+        for _ in range(2):
+            stack.select(rows, num_tokens=7)
+            found = stack.language_model(ids[:1].expand(2, -1)).logits
+        with stack.detached():
+            expected = [alone(models[name], ids[:1], None), alone(models["early"], ids[:1], image)]
+        assert_close(found, torch.cat(expected), rtol=1e-4, atol=1e-4)
+        stack.release([reads.image])
+
+    for name in names[1:]:
+        stack.add(name, models[name].adapter, models[name].vision)
+        check(name, picture=0)
+        check(name, picture=1)
+        stack.remove(name)
+
+
+@torch.no_grad()
 def test_two_vision_encoders_serve_one_base(base, tower, stir, ids, pictures):
     language_model = base()
     models = make_models(base, tower, stir, {"one": KINDS["early"]}, language_model)

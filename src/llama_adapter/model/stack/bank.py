@@ -39,6 +39,8 @@ class PromptBank:
         """Which entries add something in a layer."""
         self._lengths = [0] * size
         self._longest = 0
+        self._rows: tuple[list[int], RowEntries] | None = None
+        """What the rows of the last mixed pass read, until an entry changes."""
 
     def put(self, entry: int, prompts: Mapping[int, KeysValues]) -> None:
         """Fill an entry with keys and gated values [H, M, D] by layer."""
@@ -52,6 +54,7 @@ class PromptBank:
 
     def clear(self, entry: int) -> None:
         """Let an entry add nothing."""
+        self._rows = None
         for layer, holders in self._holders.items():
             if entry in holders:
                 for table in self._tables[layer]:
@@ -79,6 +82,8 @@ class PromptBank:
 
     def of_rows(self, entries: Sequence[int]) -> RowEntries | None:
         """One entry a row; None where no row reads anything."""
+        if self._rows is not None and self._rows[0] == entries:
+            return self._rows[1]
         used = frozenset(entries)
         if used == {0}:
             return None
@@ -88,13 +93,16 @@ class PromptBank:
             # entry 0 may attend to all of its values, which are 0
             mask = self._within([self._lengths[entry] or length for entry in entries], length)
             mask = mask[:, None, None]
-        return RowEntries(
+        found = RowEntries(
             used=used,
             entries_B=torch.tensor(entries, device=self.device),
             only=entries[0] if len(used) == 1 else None,
             length=length,
             mask_B11M=mask,
         )
+        if found.only is None:  # there is nothing to gather otherwise
+            self._rows = list(entries), found
+        return found
 
     def of_tokens(self, rows: Sequence[RowReads], num_tokens: int) -> list[Entries]:
         """What each token reads, where that differs within rows; all other tokens read entry 0."""
@@ -146,13 +154,20 @@ class PromptBank:
         """What the entries add in a layer, [B, H, T, D]; None for nothing."""
         if layer not in self._tables or self._holders[layer].isdisjoint(reads.used):
             return None
-        keys_SHMD, values_SHMD = self._tables[layer]
+        tables = self._tables[layer]
         if isinstance(reads, OwnPrompts):
-            return _own_prompts(values_SHMD, reads).to(query_BHTD.device)
-        mask = reads.mask_B11M if isinstance(reads, RowEntries) else reads.mask_B1TK
-        keys, values = (_picked(table, reads).to(query_BHTD) for table in (keys_SHMD, values_SHMD))
-        if isinstance(reads, TokenEntries):
-            keys, values = (x.transpose(0, 1).flatten(1, 2).unsqueeze(0) for x in (keys, values))
+            return _own_prompts(tables[1], reads).to(query_BHTD.device)
+        if isinstance(reads, RowEntries):
+            mask = reads.mask_B11M
+            if layer not in reads.gathered:
+                reads.gathered[layer] = _picked(tables, reads, query_BHTD)
+            keys, values = reads.gathered[layer]
+        else:
+            mask = reads.mask_B1TK
+            keys, values = (
+                x.transpose(0, 1).flatten(1, 2).unsqueeze(0)
+                for x in _picked(tables, reads, query_BHTD)
+            )
         if mask is not None:
             mask = mask.to(query_BHTD.device)
         return attend(query_BHTD, keys, values, mask=mask, scale=scale, softcap=softcap)
@@ -162,12 +177,17 @@ def _padded(values: Sequence[int], length: int) -> list[int]:
     return [*values, *(0,) * (length - len(values))]
 
 
-def _picked(table_SHMD: Tensor, reads: RowEntries | TokenEntries) -> Tensor:
-    table_SHMD = table_SHMD[:, :, : reads.length]
-    if isinstance(reads, RowEntries) and reads.only is not None:
-        return table_SHMD[reads.only : reads.only + 1]
-    entries = reads.entries_B if isinstance(reads, RowEntries) else reads.entries_E
-    return table_SHMD.index_select(0, entries.to(table_SHMD.device))
+def _picked(tables: KeysValues, reads: RowEntries | TokenEntries, like: Tensor) -> KeysValues:
+    """The entries that a pass uses, on the device and in the dtype of its queries."""
+
+    def pick(table_SHMD: Tensor) -> Tensor:
+        table_SHMD = table_SHMD[:, :, : reads.length]
+        if isinstance(reads, RowEntries) and reads.only is not None:
+            return table_SHMD[reads.only : reads.only + 1].to(like)
+        entries = reads.entries_B if isinstance(reads, RowEntries) else reads.entries_E
+        return table_SHMD.index_select(0, entries.to(table_SHMD.device)).to(like)
+
+    return pick(tables[0]), pick(tables[1])
 
 
 def _own_prompts(values_SHMD: Tensor, reads: OwnPrompts) -> Tensor:

@@ -6,10 +6,12 @@ Shapes: B rows, T tokens of a pass, E entries of a bank, M prompts of each, K = 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
+from llama_adapter.families.structure import KeysValues
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,30 +41,36 @@ class Selection:
     def __init__(self) -> None:
         self.only: int | None = 0
         """The adapter of all rows, where they have the same one."""
-        self._index: dict[torch.device, Tensor] = {}
         self._adapters: list[int] = []
+        self._gathered: dict[int, Tensor] = {}
+        """Rows of tables, by the table: rows of a batch keep their adapters for many passes."""
 
     def set(self, adapters: Sequence[int]) -> None:
         """Take the adapters of the rows of the next pass."""
         self.only = adapters[0] if len(set(adapters)) == 1 else None
         if self.only is None and adapters != self._adapters:
             self._adapters = list(adapters)
-            self._index = {}
+            self.forget()
+
+    def forget(self) -> None:
+        """Gather again: tables have changed, or are others."""
+        self._gathered = {}
 
     def rows_of(self, table_AC: Tensor, x: Tensor) -> Tensor:
         """The row of a table for each row of x, which it broadcasts against."""
         if self.only is not None:
             return table_AC[self.only]
-        picked = table_AC.index_select(0, self.index(table_AC.device, len(x)))
+        picked = self.gathered(table_AC, len(x))
         return picked.view(len(x), *(1,) * (x.ndim - 2), *picked.shape[1:])
 
-    def index(self, device: torch.device, num_rows: int) -> Tensor:
-        """The adapter of each row; of each token, where a family flattens a batch."""
-        if device not in self._index:
-            self._index[device] = torch.tensor(self._adapters, device=device)
-        index_B = self._index[device]
-        repeats = num_rows // len(index_B)
-        return index_B if repeats == 1 else index_B.repeat_interleave(repeats)
+    def gathered(self, table_AC: Tensor, num_rows: int) -> Tensor:
+        """The row of a table for each row of a pass; for each token, where a family flattens it."""
+        picked = self._gathered.get(id(table_AC))
+        if picked is None:
+            index_B = torch.tensor(self._adapters, device=table_AC.device)
+            picked = self._gathered[id(table_AC)] = table_AC.index_select(0, index_B)
+        repeats = num_rows // len(picked)
+        return picked if repeats == 1 else picked.repeat_interleave(repeats, 0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,6 +84,8 @@ class RowEntries:
     length: int
     mask_B11M: Tensor | None
     """Where entries differ in length."""
+    gathered: dict[int, KeysValues] = field(default_factory=dict)
+    """Keys and values of the rows by layer, kept for the passes in which they stay."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -35,6 +35,7 @@ class StackedModule(nn.Module):
 
     def write(self, adapter: int, module: AdapterModule | None) -> None:
         """Take an adapter's values, or the base's where it has no module here."""
+        self.selection.forget()
         for name, table in self._tables.items():
             table[adapter] = self.neutral(name)
         for name, value in {} if module is None else dict(self.values_of(module)).items():
@@ -84,6 +85,7 @@ class StackedModule(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         super()._apply(fn, recurse)
+        self.selection.forget()
         self._tables = {name: fn(table) for name, table in self._tables.items()}
         return self
 
@@ -150,10 +152,10 @@ class StackedLinear(StackedModule):
         x = x.to(down.dtype)
         if only is not None:
             return F.linear(F.linear(x, down[only]), up[only])
-        index = self.selection.index(down.device, len(x))
+        down, up = (self.selection.gathered(table, len(x)) for table in (down, up))
         x_B1 = x if x.ndim == 3 else x.unsqueeze(1)
-        low_rank = x_B1 @ down.index_select(0, index).transpose(1, 2)
-        return (low_rank @ up.index_select(0, index).transpose(1, 2)).view(*x.shape[:-1], -1)
+        low_rank = x_B1 @ down.transpose(1, 2)
+        return (low_rank @ up.transpose(1, 2)).view(*x.shape[:-1], -1)
 
 
 class StackedNorm(StackedModule):
