@@ -113,24 +113,31 @@ def running(command: Sequence[str]) -> Iterator[tuple[str, int]]:
     """A server on a free port, once it answers."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    process = subprocess.Popen(
-        [*command, "--port", str(port)],
-        stderr=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    url = f"http://127.0.0.1:{port}"
-    try:
-        while process.poll() is None:
-            try:
-                if httpx2.get(f"{url}/health", timeout=60).is_success:
-                    break
-            except httpx2.HTTPError:
+    with tempfile.TemporaryFile("w+") as log:
+        process = subprocess.Popen(
+            [*command, "--port", str(port)],
+            stderr=log,
+            stdout=log,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        url = f"http://127.0.0.1:{port}"
+        try:
+            while not _answers(url):
+                if process.poll() is not None:
+                    log.seek(0)
+                    raise RuntimeError(f"{' '.join(command)} has ended: {log.read()[-2000:]}")
                 time.sleep(0.2)
-        yield url, process.pid
-    finally:
-        process.terminate()
-        process.wait()
+            yield url, process.pid
+        finally:
+            process.terminate()
+            process.wait()
+
+
+def _answers(url: str) -> bool:
+    try:
+        return httpx2.get(f"{url}/health", timeout=60).is_success
+    except httpx2.HTTPError:
+        return False
 
 
 if __name__ == "__main__":
