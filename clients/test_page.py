@@ -156,6 +156,13 @@ def test_images_can_be_pasted_and_dropped_on_a_phone(
     page.fill("#text", "What colour is the star?")
     page.tap("#go")
     expect(page.locator(".assistant")).to_have_text("the star is red.")
+    expect(page.locator("#go")).to_have_text("Send")
+    page.fill("#text", "Tell me what shape it is and where in the picture it is.")
+    page.tap("#go")
+    expect(page.locator(".assistant")).to_have_count(2)
+    expect(page.locator("#usage")).to_contain_text("tokens")
+    expect(page.locator("#go")).to_have_text("Send")
+    expect(page.locator(".message").last).to_be_in_viewport(ratio=1)
     assert page.evaluate("document.documentElement.scrollWidth") <= 360
     page.screenshot(path=SHOTS / "phone.png")
     page.emulate_media(color_scheme="dark")

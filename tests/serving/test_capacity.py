@@ -8,8 +8,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, SiglipVisionConfig, SiglipVisionModel
 
 from llama_adapter import LlamaAdapterConfig, LlamaAdapterForConditionalGeneration
-from llama_adapter.generation.passes import RowModel
-from llama_adapter.model.stack import AdapterStack
+from llama_adapter.generation.passes import Chunk, RowModel
+from llama_adapter.model.stack import AdapterStack, RowReads
 
 LAYERS, HEADS, KV_HEADS, SIZE, HIDDEN, MLP = 4, 4, 2, 16, 64, 96
 HALF, FULL = 2, 4
@@ -51,6 +51,15 @@ def test_memory_is_what_the_guide_says() -> None:
     [length, layers] = [10, LAYERS - 1]
     assert bytes_of(prompts(stack._static)) / 4 == layers * 2 * length * HEADS * SIZE * HALF
     assert bytes_of(prompts(stack._images)) / 6 == 2 * 20 * HEADS * SIZE * HALF
+
+    stack.attach()
+    chunks = [Chunk(start=0, tokens=[1], reads=RowReads(adapter=i)) for i in (1, 2)]
+    with torch.inference_mode():
+        rows.run(0, chunks)
+    assert bytes_of([*stack.selection._gathered.values()]) / 2 == FULL * (2 * outputs + norms)
+    [(_, reads)] = stack._reads
+    kept = [table for tables in reads.gathered.values() for table in tables]
+    assert bytes_of(kept) / 2 == layers * 2 * length * HEADS * SIZE * HALF
 
 
 def prompts(bank: Any) -> list[torch.Tensor]:
