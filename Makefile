@@ -57,7 +57,7 @@ vllm-test:
 # llama.cpp's part for images, which takes half of the compiler's time, is left out.
 gguf-test: install
 	CMAKE_ARGS=-DLLAVA_BUILD=OFF $(BIN)/python -m pip install --disable-pip-version-check -q llama-cpp-python
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest clients/llama_cpp
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -rP clients/llama_cpp
 
 ray-test:
 	test -x $(VENV)-ray/bin/python || $(PYTHON) -m venv $(VENV)-ray
