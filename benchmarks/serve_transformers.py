@@ -73,6 +73,10 @@ def make_models(folder: Path, options: argparse.Namespace) -> tuple[Path, Path]:
     options.vocabulary = len(tokenizer)
     base = make_llama(options)
     base.generation_config.eos_token_id = None
+    texts = tokenizer.batch_decode([[token] for token in range(len(tokenizer))])
+    odd = [token for token, text in enumerate(texts) if not text or not text.isascii()]
+    with torch.no_grad():  # `transformers serve` ends a stream whose bytes make no text
+        base.lm_head.weight[odd] = 0
     base.save_pretrained(folder / "base")
     tokenizer.save_pretrained(folder / "base")
     config = LlamaAdapterConfig.preset("v2-chat")

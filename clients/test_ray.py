@@ -52,13 +52,14 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         "RAY_raylet_start_wait_time_s": "600",  # where the machine is busy
     }
     log = tmp_path_factory.mktemp("ray") / "log"
-    process = subprocess.Popen(
-        [sys.executable, "-c", DRIVER, str(port)],
-        stdout=subprocess.PIPE,
-        stderr=log.open("w"),
-        text=True,
-        env=environment,
-    )
+    with log.open("w") as errors:
+        process = subprocess.Popen(
+            [sys.executable, "-c", DRIVER, str(port)],
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            env=environment,
+        )
     assert process.stdout is not None
     found = next((line for line in process.stdout if line.startswith("{")), "nothing")
     assert "RUNNING: 'RUNNING'>: 2" in found or "'RUNNING': 2" in found, (
