@@ -44,8 +44,10 @@ def text_decoder_of(model: PreTrainedModel) -> PreTrainedModel:
 
     What AutoModelForCausalLM loads by itself is given back as it is.
     """
-    known = (*MODEL_FOR_CAUSAL_LM_MAPPING.values(),)
-    if isinstance(model, known) or not holds_text_decoder(model.config):
+    # the mapping's values import every family of transformers: seconds
+    if not holds_text_decoder(model.config) or isinstance(
+        model, (*MODEL_FOR_CAUSAL_LM_MAPPING.values(),)
+    ):
         return model
     config: Any = model.config.get_text_config()
     with torch.device("meta"):
