@@ -4,7 +4,8 @@
 
 Both servers run in processes of their own with one thread, over the same random Llama, and stream
 32 answers of equal length at once. `transformers serve` is measured as it starts by default, and
-with continuous batching, for which it gets the cache that it needs. The ratio is of tokens for each second of processor time.
+with continuous batching, for which it gets the cache that it needs. The ratio is of tokens for each
+second of processor time.
 """
 
 from __future__ import annotations
