@@ -385,6 +385,14 @@ def fault_text(fault: Mapping[str, Any]) -> str:
     return message[:1].lower() + message[1:] + ("" if is_section else f", got {shown(found)}")
 
 
+def not_one_of(name: str, found: object, allowed: Iterable[str]) -> str:
+    """What is said of a word that is none of the allowed ones."""
+    known = list(allowed)
+    return (
+        f"{name} must be one of {', '.join(known)}, got {shown(found)}{did_you_mean(found, known)}"
+    )
+
+
 def did_you_mean(name: object, known: Iterable[str]) -> str:
     """`"; did you mean 'x'?"` for a near miss, else nothing."""
     close = difflib.get_close_matches(str(name)[:100], list(known), n=1)

@@ -47,7 +47,7 @@ def test_score_for_people(cli: Cli, predictions: Path) -> None:
 def test_bad_input_is_one_line_and_status_2(cli: Cli, predictions: Path, tmp_path: Path) -> None:
     for arguments, message in (
         (("msvd-qa", "--predictions", tmp_path / "gone"), "no such predictions"),
-        (("msvd", "--predictions", predictions), "task must be one of"),
+        (("msvd", "--predictions", predictions), "got 'msvd'; did you mean 'msvd-qa'?"),
         (("mme", "--predictions", predictions), "line 1 lacks question_id"),
         (("scienceqa", "--predictions", predictions), "needs the right answers; give --data"),
     ):

@@ -198,7 +198,7 @@ def eval_(
         return
     from llama_adapter.evaluation.tasks import find_task
 
-    found = find_task(task)
+    found = find_task(task, others=[MINIATURE])
     refuse_unread(given, settings.unread(task, found.options))
     judge.check(found)
     experts.check(answerer.model)

@@ -117,10 +117,11 @@ def export(
 
     from llama_adapter.cli.models import adapter_directory
     from llama_adapter.cli.output import json_only
+    from llama_adapter.config import not_one_of
     from llama_adapter.errors import ConfigError
 
     if format_ not in FORMATS:
-        raise ConfigError(f"--format must be one of {', '.join(FORMATS)}, got {format_!r}")
+        raise ConfigError(not_one_of("--format", format_, FORMATS))
     if partial and format_ != "merged":
         raise ConfigError("--partial belongs to --format merged")
     logging.disable_progress_bar()

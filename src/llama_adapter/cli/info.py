@@ -33,7 +33,6 @@ def info(
       llama-adapter info runs/mine/adapter --json
       llama-adapter info --shape llama-7b
     """
-    from llama_adapter.checkpoints.description import describe_shape
     from llama_adapter.cli.models import adapter_directory
     from llama_adapter.cli.output import json_only
     from llama_adapter.errors import ConfigError
@@ -48,6 +47,8 @@ def info(
         )
     with json_only(as_json) as emit:
         if shape is not None:
+            from llama_adapter.checkpoints.description import describe_shape
+
             described = describe_shape(shape, preset=preset or "v2")
         else:
             described = describe(adapter_directory(str(model)))
@@ -87,4 +88,6 @@ def _print_section(name: str, content: Any) -> None:
 
 def _shown(value: Any) -> Any:
     is_number = isinstance(value, int) and not isinstance(value, bool)
+    if value in (None, ""):
+        return "–"
     return f"{value:,}" if is_number else value

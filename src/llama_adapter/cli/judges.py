@@ -11,6 +11,7 @@ import typer
 from typer import Option
 
 from llama_adapter.cli.numbers import between
+from llama_adapter.config import not_one_of
 from llama_adapter.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ class JudgeSettings:
         if self.judge_model and not self.is_model:
             raise ConfigError("--judge-model needs --judge-url, or --judge local")
         if self.judge is not None and self.judge not in KINDS:
-            raise ConfigError(f"--judge must be one of {', '.join(KINDS)}, got {self.judge!r}")
+            raise ConfigError(not_one_of("--judge", self.judge, KINDS))
         if self.judge is not None and self.judge_url is not None:
             raise ConfigError(f"--judge {self.judge} and --judge-url are two judges; give one")
         if (self.judge_price_in is None) != (self.judge_price_out is None):

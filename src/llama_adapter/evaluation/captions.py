@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from llama_adapter.config import not_one_of
 from llama_adapter.errors import EvaluationError
 from llama_adapter.evaluation.java_tools import (
     METEOR_SUMS,
@@ -75,8 +76,7 @@ def caption_sums(
     if tokenizer == "auto":
         tokenizer = "ptb" if has_java() else "simple"
     if tokenizer not in TOKENIZERS:
-        names = ", ".join(["auto", *TOKENIZERS])
-        raise EvaluationError(f"tokenizer must be one of {names}, got {tokenizer!r}")
+        raise EvaluationError(not_one_of("tokenizer", tokenizer, ["auto", *TOKENIZERS]))
     tokenize = TOKENIZERS[tokenizer]
     hypotheses = tokenize(candidates)
     flat = iter(tokenize([ref for refs in references for ref in refs]))

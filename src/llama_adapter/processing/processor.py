@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, BatchFeature, ProcessorMixin
 from transformers.utils import cached_file
 
-from llama_adapter.config import IGNORE_INDEX, from_version_1
+from llama_adapter.config import IGNORE_INDEX, from_version_1, not_one_of
 from llama_adapter.conversation import Conversation, ImageRef
 from llama_adapter.errors import CheckpointError, ConfigError, LlamaAdapterError, PromptError
 from llama_adapter.files import read_json_object, write_atomically
@@ -75,7 +75,7 @@ def check_options(
 ) -> None:
     """ConfigError for options that no processor takes."""
     if template not in TEMPLATES:
-        raise ConfigError(f"template must be one of {', '.join(TEMPLATES)}, got {template!r}")
+        raise ConfigError(not_one_of("template", template, TEMPLATES))
     if visual_scope not in {"all", "placeholders"}:
         raise ConfigError(f"visual_scope must be 'all' or 'placeholders', got {visual_scope!r}")
     if channel_order not in {"rgb", "bgr"}:

@@ -22,6 +22,7 @@ from functools import cached_property
 from string import Formatter
 from typing import Any
 
+from llama_adapter.config import not_one_of
 from llama_adapter.conversation import Conversation
 from llama_adapter.errors import ConfigError, PromptError
 from llama_adapter.processing.chat_template import ChatTemplate
@@ -44,7 +45,7 @@ class PromptRenderer:
         chat_switches: Mapping[str, Any] | None = None,
     ) -> None:
         if template not in TEMPLATES:
-            raise ConfigError(f"template must be one of {', '.join(TEMPLATES)}, got {template!r}")
+            raise ConfigError(not_one_of("template", template, TEMPLATES))
         self._tokenizer = tokenizer
         self._placeholder_text = placeholder_text
         self._specials = special_tokens(tokenizer)

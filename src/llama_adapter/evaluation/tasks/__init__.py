@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+from llama_adapter.config import not_one_of
 from llama_adapter.errors import EvaluationError
 from llama_adapter.evaluation.tasks.base import Task
 from llama_adapter.evaluation.tasks.coco import COCO_CAPTION
@@ -33,10 +36,10 @@ TASKS: dict[str, Task] = {
 """Every task by its name on the command line."""
 
 
-def find_task(name: str) -> Task:
-    """The task of that name."""
+def find_task(name: str, *, others: Iterable[str] = ()) -> Task:
+    """The task of that name; `others` are names that the caller knows besides."""
     if name not in TASKS:
-        raise EvaluationError(f"task must be one of {', '.join(TASKS)}, got {name!r}")
+        raise EvaluationError(not_one_of("task", name, [*TASKS, *others]))
     return TASKS[name]
 
 
