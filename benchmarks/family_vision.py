@@ -75,6 +75,8 @@ def check_vision_type(model_type: str) -> dict[str, Any]:
         larger = torch.randn(1, 3, height + height // 2, width * 2)
         row["sizes"] = _tried(lambda: vision_features(vision, larger, AdapterConfig()))
         _learns(vision, images)
+    except CannotBuildError as error:
+        return row | {"status": "unbuilt", "reason": str(error)[:300]}
     except LlamaAdapterError as error:
         return row | {"status": "refused", "reason": str(error)[:300]}
     except Exception as error:
@@ -90,8 +92,11 @@ def _calibrate(vision: Any, images: Tensor) -> None:
     for norm in norms:
         norm.momentum = 1.0
         norm.train()
-    with torch.no_grad():
-        vision(pixel_values=images)
+    try:
+        with torch.no_grad():
+            vision(pixel_values=images)
+    except Exception as error:
+        raise CannotBuildError(f"it does not run by itself: {error}") from error
     vision.eval()
 
 
