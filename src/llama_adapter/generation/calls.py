@@ -12,7 +12,7 @@ class Calls:
     """Calls that wait for the engine's thread, in the order in which they came."""
 
     def __init__(self, changed: threading.Condition) -> None:
-        """`changed` is the engine's: whoever waits for work hears of a call."""
+        """`changed` is the engine's: the thread that waits for work hears of a call."""
         self._changed = changed
         self._waiting: deque[tuple[Callable[[], None], Future[None]]] = deque()
 
