@@ -78,6 +78,12 @@ def test_two_shards_learn_what_one_process_learns(
     assert_close(tensors(out), tensors(alone), **CLOSE)
 
 
+def test_replicas_are_gone_before_their_processes_part(recipe: Path, tmp_path: Path) -> None:
+    """Else the last of them can wait for ever; `workers.work` looks for any that is left."""
+    _, said = finish(*start(recipe, f"out={tmp_path / 'replicas'}", processes=2))
+    assert "2 process(es) on cpu, DDP" in said[0]
+
+
 def test_a_run_of_one_process_goes_on_in_shards(
     recipe: Path, alone: Path, losses: Any, tmp_path: Path
 ) -> None:

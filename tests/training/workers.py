@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import random
@@ -46,6 +47,8 @@ def work(
 ) -> None:
     """What one process does: its result and what it said, or its error."""
     import torch
+    from torch import distributed as dist
+    from torch import nn
 
     from llama_adapter.training.callbacks import Callbacks
     from llama_adapter.training.launch import train
@@ -53,6 +56,17 @@ def work(
 
     os.environ.update(environment)
     torch.set_num_threads(1)
+    end_group = dist.destroy_process_group
+
+    def end_group_last(*group: Any) -> None:
+        """A replica that outlives its group can wait for ever when it goes (seen once)."""
+        kept = [
+            each for each in gc.get_objects() if type(each) is nn.parallel.DistributedDataParallel
+        ]
+        assert not kept
+        end_group(*group)
+
+    dist.destroy_process_group = end_group_last
     # as in a run that a user starts; data workers of a server would outlive a kill
     multiprocessing.set_start_method("fork", force=True)
     said: list[str] = []

@@ -185,6 +185,9 @@ def decoder_layers(model: LlamaAdapterForConditionalGeneration) -> list[nn.Modul
 def finish(accelerator: Accelerator) -> None:
     """Leave together: a process that leaves early can abort the others after success."""
     accelerator.wait_for_everyone()
+    # Replicas first: the last of them would end the group while it holds Python's lock, and wait
+    # for a thread of the group that waits for this lock.
+    accelerator.free_memory()
     accelerator.end_training()
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -58,47 +58,63 @@ def train(
     with ExitStack() as locks, _processes(recipe) as accelerator:
         communicator = ProcessGroup(accelerator.device)
         on_rank_0(communicator, lambda: _acquire_directory(recipe, locks, callbacks, resume=resume))
-        processor = load_processor(recipe)
-        sizes = refuse_at_start(
+        # in a frame of its own: what trained is gone when the processes part
+        return _train(
+            recipe, accelerator, communicator, types, callbacks, score_captions, budget, resume
+        )
+
+
+def _train(
+    recipe: Recipe,
+    accelerator: Accelerator,
+    communicator: Communicator,
+    types: SourceTypes,
+    callbacks: Callbacks,
+    score_captions: CaptionScorer | None,
+    budget: StepBudget,
+    resume: bool,
+) -> TrainingResult:
+    processor = load_processor(recipe)
+    sizes = refuse_at_start(
+        recipe,
+        processor,
+        score_captions=score_captions,
+        world=accelerator.num_processes,
+    )
+    with accelerator.main_process_first():  # it leaves the samples' lengths for the others
+        data = open_data(
             recipe,
             processor,
-            score_captions=score_captions,
+            types=types,
+            rank=accelerator.process_index,
             world=accelerator.num_processes,
+            pin_memory=accelerator.device.type == "cuda",
+            progress=callbacks.progress if accelerator.is_main_process else silent,
         )
-        with accelerator.main_process_first():  # it leaves the samples' lengths for the others
-            data = open_data(
-                recipe,
-                processor,
-                types=types,
-                rank=accelerator.process_index,
-                world=accelerator.num_processes,
-                pin_memory=accelerator.device.type == "cuda",
-                progress=callbacks.progress if accelerator.is_main_process else silent,
-            )
-        for component in (c for stream in data.streams.values() for c in stream.components):
-            longest = int(component.pieces.column("tokens").max(initial=0))
-            check_positions(sizes, longest, name=component.source.name)
-        with _closing(data):
-            sharded = is_sharded(recipe.compute.strategy, accelerator)
-            built = build(recipe, device=accelerator.device, on_device=not sharded)
-            _cache_features(recipe, built, processor, data, communicator, callbacks)
-            engine = engine_for(built.model, accelerator, strategy=recipe.compute.strategy)
-            run = TrainingRun(
-                recipe,
-                built,
-                processor=processor,
-                streams=data.streams,
-                engine=engine,
-                callbacks=callbacks,
-                evaluate=_evaluation(recipe, built.model, processor, engine, data, score_captions),
-                budget=budget,
-            )
-            on_rank_0(communicator, lambda: _begin(run.directory, recipe, data, callbacks))
-            run.track = _tracking(recipe, accelerator)
-            if accelerator.is_main_process:
-                callbacks.message(_summary(run, engine, accelerator))
-            result = run.run(resume=resume)
-            return replace(result, invalid=result.invalid + len(data.invalid))
+    for component in (c for stream in data.streams.values() for c in stream.components):
+        longest = int(component.pieces.column("tokens").max(initial=0))
+        check_positions(sizes, longest, name=component.source.name)
+    with _closing(data):
+        sharded = is_sharded(recipe.compute.strategy, accelerator)
+        built = build(recipe, device=accelerator.device, on_device=not sharded)
+        _cache_features(recipe, built, processor, data, communicator, callbacks)
+        engine = engine_for(built.model, accelerator, strategy=recipe.compute.strategy)
+        run = TrainingRun(
+            recipe,
+            built,
+            processor=processor,
+            streams=data.streams,
+            engine=engine,
+            callbacks=callbacks,
+            evaluate=_evaluation(recipe, built.model, processor, engine, data, score_captions),
+            budget=budget,
+        )
+        on_rank_0(communicator, lambda: _begin(run.directory, recipe, data, callbacks))
+        run.track = _tracking(recipe, accelerator)
+        if accelerator.is_main_process:
+            callbacks.message(_summary(run, engine, accelerator))
+        result = run.run(resume=resume)
+        return replace(result, invalid=result.invalid + len(data.invalid))
 
 
 def _acquire_directory(
