@@ -657,7 +657,8 @@ class RowEngine:
     def _fail(self, answer: PendingAnswer, error: Exception) -> None:
         """End a request, all of its answers, with an error."""
         generation = answer.generation
-        generation.put(*self._delivered.pop(generation, ()))
+        if delivered := self._delivered.pop(generation, ()):
+            generation.put(*delivered)
         generation.fail(error)
         for waiting in [a for a in self._waiting() if a.generation is generation]:
             self._unqueue(waiting)

@@ -327,9 +327,12 @@ class Reader:
         """When the first token was there."""
 
     async def has_failed(self) -> bool:
-        """Whether it ends without any token, once there is the first news of it."""
-        await self._news.wait()
-        return self.generation.is_done and not self.generation.usage.completion_tokens
+        """Whether it ends without any token, once it has ended or there is one."""
+        while not (self.generation.is_done or self.generation.usage.completion_tokens):
+            await self._news.wait()
+            self._news.clear()
+        self._news.set()  # what is there is still to be read
+        return not self.generation.usage.completion_tokens
 
     async def increments(self) -> AsyncIterator[Increment]:
         """Every increment; ApiError 504 where time is up."""
