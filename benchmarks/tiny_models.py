@@ -279,6 +279,9 @@ VISION_OVERRIDES: dict[str, dict[str, Any]] = {
 """What an encoder needs besides small sizes; images keep their own size elsewhere."""
 
 
+SMALLEST_WEIGHTS = 0.02
+
+
 def tiny_vision(model_type: str, *, seed: int = 0) -> Any:
     """A tiny random vision encoder of a type, or whole where its sizes cannot be shrunken.
 
@@ -310,6 +313,8 @@ def _smaller_vision(config: Any, names: tuple[str, ...]) -> Any:
         value = getattr(config, name, None)
         if isinstance(value, int):
             setattr(config, name, min(value, SIZES[name]))
+    if (getattr(config, "initializer_range", None) or 1.0) < SMALLEST_WEIGHTS:
+        config.initializer_range = SMALLEST_WEIGHTS  # no image shows through SAM's
     return config
 
 

@@ -58,9 +58,17 @@ def vision_feature_size(vision: VisionEncoder, config: AdapterConfig) -> int:
     kind: Any = type(vision)
     with torch.device("meta"):
         twin = kind(vision.config).eval()
-    pixels = torch.zeros(1, 3, *pixel_size(vision), dtype=twin.dtype, device="meta")
+    weight = next(iter(vision.parameters()))
+    image = torch.zeros(1, 3, *pixel_size(vision), dtype=twin.dtype, device="meta")
     with torch.no_grad(), _WithoutRandomness(vision):
-        return int(_tokens(twin, pixels, config.vision_feature).shape[-1])
+        try:
+            return int(_tokens(twin, image, config.vision_feature).shape[-1])
+        except UnsupportedModelError:
+            if weight.is_meta:
+                raise
+            # some look into values, which the meta device does not have
+            black = torch.zeros_like(image, device=weight.device, dtype=weight.dtype)
+            return int(_tokens(vision, black, config.vision_feature).shape[-1])
 
 
 @torch.no_grad()
