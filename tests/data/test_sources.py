@@ -14,6 +14,7 @@ from tests.data.files import open_source, write_alpaca, write_pairs, write_pictu
 
 from llama_adapter.data import SOURCES, Source
 from llama_adapter.data.records import JsonRecords
+from llama_adapter.errors import DataError
 
 
 def turns(source: Source, index: int = 0) -> list[tuple[str, str]]:
@@ -66,6 +67,47 @@ def test_alpaca(tmp_path: Path, lines: bool) -> None:
     assert without.context is None
     assert [m.role for m in without.messages] == ["user", "assistant"]
     assert source[1].kind == "instruction"
+
+
+def test_records_are_shown_next_to_unrelated_images(tmp_path: Path) -> None:
+    path = write_alpaca(tmp_path / "a.json", 40)
+    records = json.loads(path.read_text())
+    own = write_pictures(tmp_path / "own", 1)[0]
+    records[3]["image"] = own
+    path.write_text(json.dumps(records))
+    names = write_pictures(tmp_path / "photos", 4)
+    captions = [
+        {"image": name, "captions": ["a", "b"], "split": "test" if name == names[3] else "train"}
+        for name in names
+    ]
+    images = {
+        "path": write(tmp_path / "captions.json", captions),
+        "images": tmp_path / "photos",
+        "split": "train",
+    }
+    options = {"path": path, "images": tmp_path / "own"}
+    source = open_source("alpaca", "caption", **options, unrelated_images=images)
+    shown = [Path(str(image.source)) for n in range(40) for image in source[n].conversation.images]
+    assert len(shown) == 40
+    assert shown.pop(3) == tmp_path / "own" / own
+    assert set(shown) == {tmp_path / "photos" / name for name in names[:3]}
+    plain = open_source("alpaca", "instruction", **options)
+    for index in (0, 1):
+        with_image, without = source[index].conversation, plain[index].conversation
+        assert with_image.images
+        assert with_image.context == without.context
+        assert [m.text for m in with_image.messages] == [m.text for m in without.messages]
+    again = open_source("alpaca", "caption", **options, unrelated_images=images)
+    assert again[7] == source[7]
+    assert "unrelated_images" not in plain.fingerprint()
+    assert source.fingerprint() not in (
+        plain.fingerprint(),
+        open_source("alpaca", "caption", **options).fingerprint(),
+    )
+    with pytest.raises(
+        DataError, match=r"a\.json: unrelated_images belongs to a source of `captions`"
+    ):
+        open_source("alpaca", "instruction", **options, unrelated_images=images)
 
 
 def test_a_source_travels_to_another_process(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from llama_adapter.conversation import Conversation, Message
+from llama_adapter.data.captions import CocoOptions
 from llama_adapter.data.media import MediaFolder
 from llama_adapter.data.records import JsonRecords
 from llama_adapter.data.samples import Kind, Sample, SourceOptions, placed
@@ -67,13 +69,18 @@ class JsonSource(ABC):
             conversation = self.read(fields, media)
             said = [message.text for message in conversation.messages]
             fields.check(shows_media=bool(conversation.images), said=said)
-            return Sample(id=where, kind=self.kind, conversation=conversation)
+            shown = self.shown(conversation, index)
+            return Sample(id=where, kind=self.kind, conversation=shown)
         except (DataError, PromptError) as error:
             raise placed(error, where) from error
 
     @abstractmethod
     def read(self, fields: Fields, media: Media) -> Conversation:
         """What one record says; DataError or PromptError if it cannot be learned from."""
+
+    def shown(self, conversation: Conversation, index: int) -> Conversation:  # noqa: ARG002
+        """The conversation of a record, with what is shown along with it."""
+        return conversation
 
     def where(self, index: int) -> str:
         return self.records.where(index)
@@ -88,6 +95,11 @@ class JsonSource(ABC):
 class AlpacaOptions(RecordOptions):
     """JSON or JSON lines of {instruction, input, output}: Alpaca, GPT-4-LLM, Dolly, OpenOrca."""
 
+    unrelated_images: CocoOptions | None = None
+    """A file of captions, one of whose images is shown with each record that shows none itself.
+    As `captions`, whose loss updates VISION: an image must not change answers that are not about
+    it."""
+
     def open(self, kind: Kind) -> AlpacaSource:
         keys = (*QUESTION, *ANSWER, "instances")
         return AlpacaSource(self, kind, type_="alpaca", record_keys=keys)
@@ -96,8 +108,30 @@ class AlpacaOptions(RecordOptions):
 class AlpacaSource(JsonSource):
     """Single questions, with a context where the record has an input, after earlier turns."""
 
+    def __init__(self, options: AlpacaOptions, kind: Kind, **kwargs: Any) -> None:
+        super().__init__(options, kind, **kwargs)
+        unrelated = options.unrelated_images
+        if unrelated and kind == "instruction":
+            raise DataError(
+                f"{self.name}: unrelated_images belongs to a source of `captions`, whose loss "
+                "updates VISION; this one is of `instructions`"
+            )
+        self.unrelated = unrelated.open(kind) if unrelated else None
+
     def read(self, fields: Fields, media: Media) -> Conversation:
         return single_question(fields, media)
+
+    def shown(self, conversation: Conversation, index: int) -> Conversation:
+        if self.unrelated is None or conversation.images:
+            return conversation
+        # by the record's own number: the same image in every epoch and on every process
+        number = zlib.crc32(str(index).encode()) % len(self.unrelated)
+        return conversation.with_images(self.unrelated[number].conversation.images)
+
+    def fingerprint(self) -> str:
+        # without the option, as runs begun earlier know it
+        known = super().fingerprint().replace(", unrelated_images=None", "")
+        return known + (self.unrelated.fingerprint() if self.unrelated else "")
 
 
 def single_question(fields: Fields, media: Media) -> Conversation:
