@@ -74,7 +74,7 @@ def test_shards_of_a_limit_are_a_partition_of_it(bench: Path) -> None:
 @pytest.mark.parametrize(
     ("option", "value"),
     [("limit", 0), ("frames", 0), ("batch-size", 0), ("max-new-tokens", -1), ("temperature", -0.1),
-     ("judge-price-in", 1.0)],
+     ("beams", 0), ("judge-price-in", 1.0)],
 )  # fmt: skip
 def test_numbers_that_make_no_sense(
     cli: Any, write: Any, tmp_path: Path, option: str, value: float

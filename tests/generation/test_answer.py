@@ -18,7 +18,7 @@ from llama_adapter import (
     LlamaAdapterForConditionalGeneration,
     LlamaAdapterProcessor,
 )
-from llama_adapter.errors import PromptError
+from llama_adapter.errors import ConfigError, PromptError
 from llama_adapter.generation import GenerationSettings
 from llama_adapter.generation.answer import (
     Answer,
@@ -218,3 +218,30 @@ def test_nothing_else_calls_generate() -> None:
         "generation/sequential.py",
         "model/visual_generation.py",
     }
+
+
+def test_beams_in_a_batch_answer_as_alone(loaded: tuple[Any, Any]) -> None:
+    model, processor = loaded
+    beams = GenerationSettings(max_new_tokens=8, beams=3)
+    together = answer(model, processor, questions(), beams)
+    for conversation, found in zip(questions(), together, strict=True):
+        inputs = processor([conversation])
+        ids = model.generate(
+            **inputs, **processor.stop_options, max_new_tokens=8, do_sample=False, num_beams=3
+        )
+        tokens = ids[0, inputs["input_ids"].shape[1] :].tolist()
+        assert tuple(tokens[: len(found.tokens)]) == found.tokens
+    assert together != answer(model, processor, questions(), SHORT)
+
+
+def test_what_beams_cannot_do_is_refused(loaded: tuple[Any, Any]) -> None:
+    model, processor = loaded
+    beams = GenerationSettings(beams=2)
+    with pytest.raises(ConfigError, match=r"beams 2 need temperature 0, got 0\.5"):
+        GenerationSettings(beams=2, temperature=0.5)
+    with pytest.raises(ConfigError, match="beams must be at least 1, got 0"):
+        GenerationSettings(beams=0)
+    with pytest.raises(ConfigError, match="a stream takes beams 1, got 2"):
+        next(stream(model, processor, questions()[0], beams))
+    with pytest.raises(ConfigError, match="log_probabilities take beams 1, got 2"):
+        answer(model, processor, questions(), beams, log_probabilities=True)

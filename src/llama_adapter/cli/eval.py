@@ -15,7 +15,14 @@ from typer import Option
 from llama_adapter.cli.experts import ExpertSettings
 from llama_adapter.cli.judges import JudgeSettings, judge_answers
 from llama_adapter.cli.models import BUILT_IN_NAMES, MODEL_OPTION
-from llama_adapter.cli.numbers import MAX_FRAMES, MAX_NEW_TOKENS, MAX_SEED, MAX_TEMPERATURE, between
+from llama_adapter.cli.numbers import (
+    MAX_BEAMS,
+    MAX_FRAMES,
+    MAX_NEW_TOKENS,
+    MAX_SEED,
+    MAX_TEMPERATURE,
+    between,
+)
 from llama_adapter.cli.output import json_only
 from llama_adapter.cli.score import TASK_HELP
 from llama_adapter.cli.settings import given_options
@@ -103,6 +110,10 @@ class AskingSettings:
     temperature: Annotated[
         float | None, Option(help="0: no sampling.", callback=between(0, MAX_TEMPERATURE))
     ] = None
+    beams: Annotated[
+        int | None,
+        Option(help="Beam search with so many; 1: none.", callback=between(1, MAX_BEAMS)),
+    ] = None
     seed: Annotated[
         int, Option(help="For sampled answers and the bootstrap.", callback=between(0, MAX_SEED))
     ] = 0
@@ -135,7 +146,7 @@ class EvalSettings:
         whose, data, judge = self.answerer, self.data, self.judge
         asking = frozenset((
             "model", "endpoint", "media", "limit", "shard",
-            "prompt", "images", "frames", "max_new_tokens", "temperature", "batch_size",
+            "prompt", "images", "frames", "max_new_tokens", "temperature", "beams", "batch_size",
             "expert", "expert_timeout", "expert_tokens", "expert_cache",
         ))  # fmt: skip
         if whose.predictions is not None:
@@ -156,6 +167,8 @@ class EvalSettings:
             yield frozenset(("judge_prompts", *prices)), "it needs --judge-url or --judge local"
         if judge.judge_url is None:
             yield frozenset(("judge_concurrency",)), "it needs --judge-url"
+        if whose.endpoint is not None:
+            yield frozenset(("beams",)), "OpenAI's interface does not have it"
         is_elsewhere = whose.endpoint is not None and not self.experts.expert
         is_local = judge.judge == "local"
         if (is_elsewhere or whose.predictions is not None or data.merge) and not is_local:

@@ -15,6 +15,7 @@ Check = Callable[[typer.CallbackParam, Number], Number]
 MAX_NEW_TOKENS = 1_000_000
 MAX_TEMPERATURE = 1e6
 MAX_FRAMES = 512
+MAX_BEAMS = 1000
 MAX_SEED = 2**32 - 1
 """Beyond what torch, numpy and Python all take, a seed would be refused by one of them."""
 

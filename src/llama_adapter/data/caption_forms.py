@@ -98,6 +98,7 @@ SENTENCE = Form(
         "Repeat the description.",
         "Sum up the {subject} in one short sentence.",
         "Describe the {subject}.",
+        "Generate caption of this {subject}",  # what the task coco-caption asks
     ),
     write=_sentence,
 )

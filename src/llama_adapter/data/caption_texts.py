@@ -27,6 +27,8 @@ from llama_adapter.errors import DataError, PromptError
 
 TEXT_MARK = "Text:"
 """Precedes a text next to an image, or next to a description in the image's place."""
+_DRAWS = 2
+"""Counts up whenever the same seed draws other samples: lengths kept by a run are theirs."""
 
 
 class CaptionTextOptions(SourceOptions):
@@ -105,7 +107,7 @@ class CaptionTextSource(ABC):
     def fingerprint(self) -> str:
         # without the options that runs begun earlier do not know
         options = repr(self.options).replace(", question_share=0.0", "").replace(", answers=1", "")
-        return f"{self._type}{options}{self.captions.records.file.version}"
+        return f"{self._type}{_DRAWS}{options}{self.captions.records.file.version}"
 
 
 class CaptionTaskOptions(CaptionTextOptions):

@@ -86,6 +86,7 @@ class LlamaAdapterLmms(lmms):
         generation = Generation(
             max_new_tokens=int(options.get("max_new_tokens", _DEFAULTS.max_new_tokens)),
             temperature=float(options.get("temperature") or 0.0),
+            beams=int(options.get("num_beams") or 1),
             frames=self._frames,
         )
         answers = self._answerer.answer(conversations, generation, seed=0)

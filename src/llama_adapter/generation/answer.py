@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
 from llama_adapter.conversation import Conversation
-from llama_adapter.errors import LlamaAdapterError
+from llama_adapter.errors import ConfigError, LlamaAdapterError
 from llama_adapter.generation.settings import GenerationSettings
 from llama_adapter.model import LlamaAdapterForConditionalGeneration, answer_mask
 from llama_adapter.processing.encoding import pad_id
@@ -122,8 +122,11 @@ def stream(
 ) -> Generator[str, None, Answer]:
     """The text of an answer in pieces as they are generated; returns the whole `Answer`.
 
-    Closing the generator ends generation after the current token.
+    Closing the generator ends generation after the current token. ConfigError for beams, whose
+    answer is known at the end only.
     """
+    if settings is not None and settings.beams > 1:
+        raise ConfigError(f"a stream takes beams 1, got {settings.beams}: see `answer`")
     inputs = processor([conversation]).to(model.device)
     written = _Written(processor.tokenizer)
     is_closed = threading.Event()
@@ -236,6 +239,8 @@ def _generate(
     if is_cancelled is not None or deadline is not None:
         options["stopping_criteria"] = [_must_end(deadline, is_cancelled)]
     if log_probabilities:
+        if settings.beams > 1:
+            raise ConfigError(f"log_probabilities take beams 1, got {settings.beams}")
         options |= {"output_logits": True, "return_dict_in_generate": True}
     with nullcontext() if seed is None else torch.random.fork_rng():
         if seed is not None:

@@ -20,6 +20,8 @@ class GenerationSettings:
     temperature: float = 0.0
     """0: the likeliest token every time."""
     top_p: float = 1.0
+    beams: int = 1
+    """Answers kept under way at once, of which the likeliest is taken (beam search); 1: none."""
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -28,11 +30,19 @@ class GenerationSettings:
             raise ConfigError(f"temperature must be at least 0 and finite, got {self.temperature}")
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"top_p must be in (0, 1], got {self.top_p}")
+        if self.beams < 1:
+            raise ConfigError(f"beams must be at least 1, got {self.beams}")
+        if self.beams > 1 and self.temperature >= _COLDEST:
+            raise ConfigError(
+                f"beams {self.beams} need temperature 0, got {self.temperature}: beam search "
+                "takes the likeliest answer"
+            )
 
     def as_keywords(self) -> dict[str, Any]:
         """What transformers' `generate` calls them."""
         if self.temperature < _COLDEST:
-            return {"max_new_tokens": self.max_new_tokens, "do_sample": False}
+            greedy = {"max_new_tokens": self.max_new_tokens, "do_sample": False}
+            return greedy if self.beams == 1 else greedy | {"num_beams": self.beams}
         return {
             "max_new_tokens": self.max_new_tokens,
             "do_sample": True,

@@ -72,7 +72,7 @@ class Judging:
 
 _SETTINGS = frozenset((
     "data", "model", "endpoint", "device", "predictions", "limit", "shard", "merge",
-    "prompt", "max_new_tokens", "temperature", "seed", "batch_size",
+    "prompt", "max_new_tokens", "temperature", "beams", "seed", "batch_size",
     "expert", "expert_timeout", "expert_tokens", "expert_cache",
 ))  # fmt: skip
 _JUDGE_SETTINGS = frozenset((
