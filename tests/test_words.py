@@ -12,6 +12,8 @@ BANNED = {
     r"slots?(?!=True|__)": "placeholder",
     r"semantics": "adapter config, settings",
     r"colours?|centred?|behaviours?|neighbour(s|ing)?|honour(s|ed)?|licence": "American spelling",
+    r"favour(s|ed)?|judgement|learnt|misspelt": "American spelling",
+    r"fold(ed|ing|s)": "merge",
     r"(quant|token|normal|recogn|initial|optim|serial|synchron|random|util)is\w+": "-ize",
     r"anew|whoever|homeless|strangers?|the very (?!same)": "plain words",
     r"beside": "next to, with, in addition to",
@@ -22,7 +24,7 @@ BANNED = {
 }
 STORED = (
     "<|slot_", "slot_reads", "slot_text", '"slots"', "'slots'", "unquantised", '"beside"',
-    "Text in the picture:", "describe the picture", "What does the picture show?",
+    "Text in the picture:", '"judgement"', "describe the picture", "What does the picture show?",
     "|picture|", "|licence|", "beside onto", "tags for the picture", "summarize the picture",
     "over picture place", '"picture"', 'f"picture/', "what colour is", "what colours do",
     "colour color colours colors", "next to|beside|behind",

@@ -130,7 +130,7 @@ def unfoldable(config: AdapterConfig) -> list[str]:
 def merge_into_base(
     model: LlamaAdapterForConditionalGeneration, *, keep_bypassed: bool = True
 ) -> tuple[int, dict[str, Tensor]]:
-    """Fold in place and take the adapter off.
+    """Merge in place and take the adapter off.
 
     LoRA that prompts bypass is left out, since a stock model would show it to them; without
     `keep_bypassed` it is merged too, and the caller takes care of the prompts.
@@ -171,7 +171,7 @@ def merge_into_base(
 
 
 def _merge_linear(module: ScaledLinear, name: str) -> Tensor | None:
-    """Fold into the frozen weight; returns the bias that goes with it."""
+    """Merge into the frozen weight; returns the bias that goes with it."""
     linear = module.base_layer
     if type(linear) not in (nn.Linear, Conv1D):
         raise UnsupportedModelError(

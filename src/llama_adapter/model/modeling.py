@@ -395,7 +395,7 @@ class LlamaAdapterForConditionalGeneration(
         return [p for _, p in self.adapter.named_parameters(Group(group))]
 
     def prepare_for_inference(self) -> None:
-        """Fold bias and scale into plain linears and keep keys and values of static prompts.
+        """Merge bias and scale into plain linears and keep keys and values of static prompts.
 
         Same logits to rounding, at the base model's speed; needs memory for a second copy of the
         adapted weights. Undone by `prepare_for_training`; until then nothing learns. Quantized

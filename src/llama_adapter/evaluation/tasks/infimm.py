@@ -37,7 +37,7 @@ CATEGORIES = ("deductive", "abductive", "analogical")
 WEIGHTS = {"moderate": 1, "high": 2}
 _GROUPS = (*CATEGORIES, *WEIGHTS, "overall")
 # The published files misspell one key and are not of one mind about the case of the others.
-_MISSPELT = {
+_MISSPELLED = {
     "counter-intuitve": "counter-intuitive",
     "catogory": "category",
     "socre": "score",
@@ -49,8 +49,8 @@ _SAID = ("prediction", "pred", "model answer", "model prediction", "response", "
 
 
 def _tidy(item: dict[str, Any]) -> dict[str, Any]:
-    spelt = {key.replace("_", " "): value for key, value in lowered(item).items()}
-    return {_MISSPELT.get(key, key): value for key, value in spelt.items()}
+    spelled = {key.replace("_", " "): value for key, value in lowered(item).items()}
+    return {_MISSPELLED.get(key, key): value for key, value in spelled.items()}
 
 
 def _metadata(item: dict[str, Any]) -> dict[str, Any]:
