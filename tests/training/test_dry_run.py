@@ -68,6 +68,7 @@ def test_a_sound_recipe() -> None:
     assert report.kinds["instruction"].answer_tokens_per_step > 100
     text = report.as_text()
     assert "⟦" in text
+    assert "cut into" not in text  # every sample fits a row
     assert "nothing prevents training" in text
     assert json.loads(json.dumps(report.to_dict()))["steps"] == recipe.steps
 

@@ -361,8 +361,10 @@ def _source_text(source: SourceReport) -> str:
     if source.read:
         lines.append(
             f"  {source.samples:,} samples, {source.held_out:,} held out; read {source.read:,}, "
-            f"invalid {len(source.invalid):,}, cut into {source.pieces:,} pieces"
+            f"invalid {len(source.invalid):,}"
         )
+        if source.pieces != source.read - len(source.invalid):
+            lines[-1] += f", cut into {source.pieces:,} pieces"
     if source.tokens:
         t = source.tokens
         share = source.answer_tokens / t["sum"]
