@@ -137,13 +137,17 @@ def watching(recipe: Recipe) -> Iterator[Callbacks]:
     """A progress bar on a terminal, else a line now and then; on stderr, in one process."""
     from rich.console import Console
 
-    from llama_adapter.cli.progress import bars
+    from llama_adapter.cli.progress import bars, lines
     from llama_adapter.training.callbacks import Callbacks
 
     if os.environ.get("RANK", "0") != "0":
         yield Callbacks()
     elif not Console(stderr=True).is_terminal:
-        yield Callbacks(step=_lines(recipe), message=lambda message: typer.echo(message, err=True))
+        yield Callbacks(
+            step=_lines(recipe),
+            message=lambda message: typer.echo(message, err=True),
+            progress=lines,
+        )
     else:
         with bars("{task.description}", "{task.fields[speed]}") as display:
             yield _bar_callbacks(display, recipe)
