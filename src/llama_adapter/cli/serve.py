@@ -207,7 +207,7 @@ def serve(
     Examples:
       llama-adapter serve toy
       llama-adapter serve toy --adapter caption=DIR --expert ocr --port 8080
-      llama-adapter serve runs/mine/adapter --host 0.0.0.0 --api-keys keys.txt
+      llama-adapter serve runs/mine/adapter --name mine --host 0.0.0.0 --api-keys keys.txt
     """
     from importlib.util import find_spec
 
