@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
 import re
+from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 
@@ -40,11 +43,43 @@ def test_commands_exist() -> None:
         assert name in commands, f"{page} names llama-adapter {name}"
 
 
+def _below(kind: type[Section]) -> Iterator[type[Section]]:
+    for each in kind.__subclasses__():
+        yield from (each, *_below(each))
+
+
 def test_keys_of_recipes_exist() -> None:
-    known = {name for section in Section.__subclasses__() for name in section.model_fields}
+    known = {name for section in _below(Section) for name in section.model_fields}
     known |= {field.name for field in fields(AdapterConfig)}
     sections = "base|vision|adapter|prompt|data|optimizer|compute|evaluation|logging"
     named = _named(rf"`({sections})\.(?!pth|py)(\w+)[`:=]")
     assert len(named) >= 10
     for page, section, key in named:
         assert key in known, f"{page} names {section}.{key}"
+
+
+def test_code_compiles_and_imports_what_there_is() -> None:
+    imported = 0
+    for page in PAGES:
+        for code in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL):
+            if code.startswith("# model/"):
+                continue  # lines of ours, which tests/test_how_it_works.py compares
+            for node in ast.walk(ast.parse(code, str(page))):
+                if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("llama_"):
+                    module = importlib.import_module(str(node.module))
+                    for alias in node.names:
+                        assert hasattr(module, alias.name), f"{page.name} imports {alias.name}"
+                        imported += 1
+    assert imported >= 10
+
+
+def test_links_lead_somewhere() -> None:
+    for page in PAGES:
+        for link in re.findall(r"\]\((?!https?:)([^)\s]+)\)", page.read_text()):
+            name, _, anchor = link.partition("#")
+            target = (page.parent / name).resolve() if name else page
+            assert target.exists(), f"{page.name} links to {link}"
+            if anchor:
+                heads = re.findall(r"^#+ (.*)", target.read_text(), re.MULTILINE)
+                slugs = [re.sub(r"[^\w -]", "", head.lower()).replace(" ", "-") for head in heads]
+                assert anchor in slugs, f"{page.name} links to {link}"

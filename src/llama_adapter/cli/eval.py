@@ -362,7 +362,7 @@ class _Plan:
                 progress=progress,
             )
         if report.problems:
-            typer.echo(f"{len(report.problems)} records have no answer:", err=True)
+            typer.echo(f"without an answer: {len(report.problems):,}", err=True)
         for problem in report.problems[:5]:
             typer.echo(f"  {problem}", err=True)
 
