@@ -170,6 +170,31 @@ def test_prompts_that_begin_alike_are_not_read_again(engine):
     assert follow_up.usage.cached_tokens >= len(again.request.prompt.input_ids)
 
 
+def test_prompts_that_come_together_are_read_before_their_answers_go_on():
+    model, processor = load_bundled("v2")
+    settings = EngineSettings(rows=6, context_length=256, prefill_tokens=96)
+    engine = RowEngine(model, processor, name="v2", settings=settings)
+    becomes_ready(engine)
+    shapes: list[tuple[int, int]] = []
+    model.language_model.register_forward_pre_hook(
+        lambda *call: shapes.append(tuple(call[2]["input_ids"].shape)), with_kwargs=True
+    )
+    prompts = [i for i in range(12) if conversations()[i][0] == "v2"]
+    with engine._changed:  # they come at once: the engine's thread waits for it
+        generations = [engine.submit(request(engine, i)) for i in prompts]
+    answers = [text_of(generation) for generation in generations]
+    assert answers == [expected(i) for i in prompts]
+    first = shapes.index(next(shape for shape in shapes if shape[1] == 1))
+    assert all(tokens > 1 for _, tokens in shapes[:first])
+    # each token of all of them in one pass, up to the longest answer
+    assert [rows for rows, _ in shapes[first:]] == sorted(
+        (rows for rows, _ in shapes[first:]), reverse=True
+    )
+    assert shapes[first] == (len(prompts), 1)
+    assert len(shapes) - first == max(len(tokens) for _, tokens, _ in answers) - 1
+    engine.drain(5)
+
+
 def test_several_answers_to_one_prompt(engine):
     generation = engine.submit(request(engine, 0, n=3, temperature=4.0, seed=5))
     parts = list(generation)

@@ -70,7 +70,8 @@ class EngineSettings:
     max_queue_tokens: int = 1 << 18
     """Tokens of the prompts that may wait."""
     prefill_tokens: int = 256
-    """Tokens of new prompts that are read in one step, between two tokens of other answers."""
+    """Tokens of new prompts that are read in one pass, between two tokens of other answers; as many
+    passes follow one another as more answers wait for their prompts than are under way."""
     adapters: int = 16
     images: int = 64
     """Images ready at once, each for one adapter."""
@@ -307,7 +308,7 @@ class RowEngine:
         self._end_overdue()
         self._admit()
         tried = self._decoding + self._prefilling
-        worked = self._prefill() + self._decode()
+        worked = self._read_prompts() + self._decode()
         self._deliver()
         if worked:
             self._crashes = 0
@@ -523,6 +524,17 @@ class RowEngine:
             answer.generation.usage = Usage(prompt_tokens=usage.prompt_tokens, cached_tokens=count)
 
     # --- passes -----------------------------------------------------------------------------
+
+    def _read_prompts(self) -> int:
+        """A pass over new prompts, or several while more answers begin by it than wait for it.
+
+        Tokens are then made for many rows at once, not for the few whose prompts were read first.
+        """
+        worked = 0
+        for _ in range(max(1, self._prefilling - self._decoding)):
+            worked += self._prefill()
+            self._deliver()
+        return worked
 
     def _prefill(self) -> int:
         """Read a piece of new prompts, of several at once while they are short."""
