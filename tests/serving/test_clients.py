@@ -242,7 +242,9 @@ def test_neutral_values_of_unsupported_fields_pass(server, red_star) -> None:
 
 
 def test_unknown_routes_and_methods_have_the_same_form(server) -> None:
-    assert server.get("/v2").json()["error"]["code"] == "not_found"
+    missing = server.get("/chat/completions").json()["error"]
+    assert missing["code"] == "not_found"
+    assert missing["message"].startswith("there is no '/chat/completions'; the paths of OpenAI's")
     wrong = server.get("/v1/chat/completions")
     assert wrong.status_code == 405
     assert wrong.json()["error"]["code"] == "method_not_allowed"

@@ -100,7 +100,13 @@ async def _refuse(request: Request, error: Exception) -> Response:
         refusal = as_validation_error(error.errors())
     elif isinstance(error, HTTPException):
         code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "bad_request")
-        refusal = ApiError(error.status_code, str(error.detail), code=code, headers=error.headers)
+        message = str(error.detail)
+        if error.status_code == 404:
+            message = (
+                f"there is no {request.url.path[:100]!r}; the paths of OpenAI's protocol begin "
+                "with /v1, and /openapi.json lists all"
+            )
+        refusal = ApiError(error.status_code, message, code=code, headers=error.headers)
     else:
         refusal = as_api_error(error)
     request.scope["log"]["error"] = refusal.code
