@@ -65,7 +65,7 @@ def export_merged(
     Raises CheckpointError naming what cannot be merged without `partial`.
     """
     content = LlamaAdapterConfig.from_pretrained(str(directory))
-    kept = unfoldable(content.adapter_config)
+    kept = unmergeable(content.adapter_config)
     refuse_unmergeable(directory, content, partial=partial)
     sources = adapter_sources(directory, content.base, content.vision)
     with output_directory(out, overwrite=overwrite, sources=sources) as stage:
@@ -104,7 +104,7 @@ def refuse_unmergeable(
             f"{directory} cannot be merged: its base has the peft adapter in "
             f"{directory / PEFT_FOLDER} on it, which cannot be merged together with ours"
         )
-    kept = unfoldable(content.adapter_config)
+    kept = unmergeable(content.adapter_config)
     if kept and not partial:
         raise CheckpointError(
             f"{directory} cannot become a stock checkpoint: {'; '.join(kept)} cannot be merged "
@@ -113,12 +113,12 @@ def refuse_unmergeable(
         )
 
 
-def unfoldable(config: AdapterConfig) -> list[str]:
+def unmergeable(config: AdapterConfig) -> list[str]:
     """What of an adapter no weight of a stock checkpoint can express."""
     kept = []
     if config.prompt_length and config.prompt_layers != 0:
-        where = "all" if config.prompt_layers is None else f"the last {config.prompt_layers}"
-        kept.append(f"the static prompts of {where} layers")
+        last = config.prompt_layers
+        kept.append("the static prompts" + (f" of the last {last} layers" if last else ""))
     if config.is_multimodal:
         kept.append("the visual prompts")
     if kept and config.lora_rank:

@@ -138,25 +138,25 @@ def _print(report: ImportReport) -> None:
 
 @contextlib.contextmanager
 def _progress() -> Iterator[Callable[[int, int], None]]:
-    """A bar on stderr while the base is converted; transformers' own bars are off."""
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TransferSpeedColumn
+    """Progress on stderr while the base is converted; transformers' own bars are off."""
     from transformers.utils import logging
+
+    from llama_adapter.cli.progress import stages
 
     had_bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
-    columns = ("converting the base", BarColumn(), DownloadColumn(), TransferSpeedColumn())
     try:
-        with Progress(*columns, console=Console(stderr=True)) as bar:
-            task = None
+        with stages() as stage:
+            shown = 0
+            advance: Callable[[int], None] | None = None
 
-            def advance(done: int, total: int) -> None:
-                nonlocal task
-                if task is None:
-                    task = bar.add_task("", total=total)
-                bar.update(task, completed=done)
+            def progress(done: int, total: int) -> None:
+                nonlocal advance, shown
+                advance = advance or stage("converting the base, MiB", total >> 20)
+                advance((done >> 20) - shown)
+                shown = done >> 20
 
-            yield advance
+            yield progress
     finally:
         if had_bars:
             logging.enable_progress_bar()

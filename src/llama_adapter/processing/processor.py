@@ -634,6 +634,11 @@ def read_processor_options(directory: Path) -> dict[str, Any]:
 
 def _read(file: Path) -> dict[str, Any]:
     """What a processor's file holds, by the names of today."""
+    if not file.exists():
+        raise CheckpointError(
+            f"{file} is missing, which says how text becomes tokens: save the processor there "
+            "(`processor.save_pretrained`), or import again with the base's tokenizer next to it"
+        )
     return from_version_1(read_json_object(file, error=CheckpointError))
 
 
