@@ -29,7 +29,6 @@ from llama_adapter.errors import LlamaAdapterError
 # Plain help: rich would double the time that `--help` takes, and rewrap the examples.
 app = typer.Typer(
     name="llama-adapter",
-    help="Turn a frozen text LLM into a visual chat assistant.",
     no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -69,7 +68,9 @@ def _options(
 ) -> None:
     """Turn a frozen text LLM into a visual chat assistant.
 
-    MODEL is an adapter directory, or a built-in model: `toy` or `photos`.
+    Every command has --help with examples. To begin: `llama-adapter demo`, or
+    `llama-adapter chat toy --image scene.png`. MODEL is an adapter directory, or a built-in
+    model: `toy` (drawn scenes) or `photos`.
     """
 
 
