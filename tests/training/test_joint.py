@@ -1,4 +1,4 @@
-"""Disjoint groups: each loss moves its own numbers and not a bit of the others'."""
+"""Disjoint groups: each loss updates its own parameters and not a bit of the others'."""
 
 from __future__ import annotations
 

@@ -237,10 +237,10 @@ class LanguageAnneal(Section):
 
 
 class OptimizerSection(Section):
-    """How the two losses move the two groups."""
+    """How the two losses update the two groups."""
 
     joint: Literal["disjoint", "naive"] = "disjoint"
-    """`disjoint`: each loss moves its own group (V2 §4.2); `naive`: both move everything."""
+    """`disjoint`: each loss updates its own group (V2 §4.2); `naive`: both update everything."""
     vision_lr: float = Field(default=1e-3, ge=0, allow_inf_nan=False)
     language_lr: float = Field(default=1e-3, ge=0, allow_inf_nan=False)
     gate_lr: float = Field(default=1e-2, ge=0, allow_inf_nan=False)
