@@ -192,6 +192,8 @@ def eval_(
     \b
     Examples:
       llama-adapter eval miniature --model toy --out runs/miniature
+      llama-adapter eval vqa --model toy --data questions.jsonl --out runs/vqa \\
+          --judge synonym-match
       llama-adapter eval mme --model toy --expert ocr --data MME/ --out runs/mme
       llama-adapter eval msvd-qa --model runs/mine/adapter --data msvd/ --out runs/msvd \\
           --judge-url http://localhost:8000/v1 --judge-model grader
