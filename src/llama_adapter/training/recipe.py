@@ -361,7 +361,9 @@ class Recipe(Section):
         """Now, not hours later when held-out samples are scored for the first time."""
         names = self.held_out_kinds
         if not names:
-            raise ValueError("evaluation needs samples to score: set held_out of a source")
+            raise ValueError(
+                "evaluation needs samples to score: set held_out of a source, or evaluation to null"
+            )
         if best is not None and best.rpartition(".")[0] not in names:
             known = ", ".join(f"{name}.perplexity" for name in names)
             raise ValueError(f"evaluation.best names {best!r}, but the scores are {known}, ...")
