@@ -9,10 +9,12 @@ from llama_adapter.generation.answer import text_before
 from llama_adapter.processing.processor import LlamaAdapterProcessor
 
 _WINDOW, _OVERLAP = 16, 4
-"""Tokens that are decoded together, and how many of them the next window begins with: how a token
-reads depends on those just before it."""
+"""Tokens that are decoded together, and at least how many of them the next window begins with: how
+a token reads depends on those just before it."""
+_MOST_BYTES = 4
+"""Of a character, each of which may be a token."""
 _INCOMPLETE = "\ufffd"
-"""What a decoder writes for the first bytes of a character."""
+"""What a decoder writes for a part of a character's bytes."""
 
 
 class TextStream:
@@ -34,16 +36,23 @@ class TextStream:
         """Take a token; returns the text that it settles, which may be none."""
         self._window.append(token)
         window = self._decode(self._window)
-        is_full = len(self._window) >= _WINDOW
-        if window.endswith(_INCOMPLETE) and not is_full:
+        if window.endswith(_INCOMPLETE):
             return ""
         start = max(len(self._text) - self._longest, 0)
         self._text = self._before + window[self._overlap :]
         self.is_ended = any(end in self._text[start:] for end in self._ends)
-        if is_full:
-            self._window = self._window[-_OVERLAP:]
-            self._before, self._overlap = self._text, len(self._decode(self._window))
+        if len(self._window) >= _WINDOW:
+            self._begin_window()
         return self._show(self._settled())
+
+    def _begin_window(self) -> None:
+        """Go on with the last tokens alone, from where a character begins."""
+        for count in range(_OVERLAP, _OVERLAP + _MOST_BYTES):
+            kept = self._decode(self._window[-count:])
+            if _INCOMPLETE not in kept:
+                self._window = self._window[-count:]
+                self._before, self._overlap = self._text, len(kept)
+                return
 
     def _decode(self, tokens: Sequence[int]) -> str:
         # of the library itself: transformers' wrapper takes five times as long
