@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import http.client
 import json
 import mimetypes
 import time
@@ -99,16 +100,19 @@ class RemoteSession:
             with urllib.request.urlopen(request, timeout=_SECONDS_OF_SILENCE) as response:  # noqa: S310
                 for line in response:
                     content = line.strip().removeprefix(b"data: ")
-                    if content == line.strip() or content == b"[DONE]":
+                    if content == b"[DONE]":
+                        return
+                    if content == line.strip():
                         continue
                     event = json.loads(content)
                     if "error" in event:
                         raise ServingError(f"{self._url}: {event['error'].get('message')}")
                     yield event
+            raise ServingError(f"{self._url}: the connection ended before the answer did")
         except urllib.error.HTTPError as error:
             kind = PromptError if error.code == 400 else ServingError
             raise kind(f"{self._url}: {_reason(error)}") from error
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, http.client.HTTPException) as error:
             reason = getattr(error, "reason", None) or error
             raise ServingError(f"{self._url}: {reason}") from error
 

@@ -1,0 +1,59 @@
+"""Talking to a server: an answer that breaks off is not taken for a whole one."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from typing import Any
+
+import pytest
+
+from llama_adapter.chat.remote import RemoteSession
+from llama_adapter.errors import ServingError
+
+PIECE = b'data: {"choices": [{"delta": {"content": "the star"}}]}\n\n'
+DONE = b"data: [DONE]\n\n"
+CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+PLAIN = b"HTTP/1.1 200 OK\r\n\r\n"
+
+
+@contextmanager
+def session_with(sent: bytes) -> Iterator[RemoteSession]:
+    """A session with a server that sends these bytes and hangs up."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.wfile.write(sent)
+
+        log_message: Callable[..., Any] = lambda *_: None
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.handle_request)
+        thread.start()
+        yield RemoteSession(f"http://127.0.0.1:{server.server_port}", "toy")
+        thread.join()
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        CHUNKED + b"%x\r\n%s\r\n" % (len(PIECE), PIECE),
+        CHUNKED + b"%x\r\n%s" % (len(PIECE) + 9, PIECE),
+        PLAIN + PIECE,
+    ],
+)
+def test_an_answer_that_breaks_off_is_an_error(sent: bytes) -> None:
+    with session_with(sent) as session:
+        answer = session.stream("What is it?")
+        assert next(answer) == "the star"
+        with pytest.raises(ServingError, match=r"127\.0\.0\.1.*"):
+            list(answer)
+        assert session.last_answer is None
+
+
+def test_an_answer_ends_where_the_server_says_so() -> None:
+    with session_with(PLAIN + PIECE + DONE) as session:
+        assert session.ask("What is it?").text == "the star"
