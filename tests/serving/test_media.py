@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from llama_adapter.errors import ImageError, LlamaAdapterError
+from llama_adapter.errors import ImageError, LlamaAdapterError, VideoError
 from llama_adapter.serving.limits import Limits
 from llama_adapter.serving.media import Media, is_public
 
@@ -246,6 +246,18 @@ def test_pixels_are_counted_before_they_are_decoded() -> None:
 def test_what_is_not_a_video_is_refused() -> None:
     with pytest.raises(LlamaAdapterError, match="the clip"):
         Media().load(data_url(png()[:40]), is_video=True, name="the clip")
+
+
+def test_a_video_is_decoded_in_time() -> None:
+    """A few bytes may be minutes of large frames, which nobody waits for."""
+    pytest.importorskip("av")
+    shades = [Image.new("L", (8, 8), shade) for shade in range(0, 200, 20)]
+    content = io.BytesIO()
+    shades[0].save(content, "GIF", save_all=True, append_images=shades[1:], duration=100)
+    url = data_url(content.getvalue())
+    assert len(Media().load(url, is_video=True, name="the clip").source) == 8
+    with pytest.raises(VideoError, match="the clip: takes too long"):
+        Media().load(url, is_video=True, name="the clip", until=time.monotonic())
 
 
 @contextmanager

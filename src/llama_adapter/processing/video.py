@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import math
 import os
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,12 +85,14 @@ def load_video(
     name: str | None = None,
     max_seconds: float = MAX_SECONDS,
     max_pixels: int = MAX_PIXELS,
+    until: float = math.inf,
 ) -> Video:
     """`frames` images from a file or encoded bytes, in any container that FFmpeg reads.
 
     Each is the frame on show in the middle of one of as many equal segments, so variable frame
     rates are sampled by time; rotation metadata is applied. A video with fewer frames repeats
-    them. Raises `VideoError` naming the file for what cannot be read or is over a limit.
+    them. Raises `VideoError` naming the file for what cannot be read, is over a limit, or is not
+    decoded by `until`, in the time of `time.monotonic`.
     """
     if not 1 <= frames <= MAX_FRAMES:
         raise VideoError(f"frames must be from 1 to {MAX_FRAMES}, got {frames}")
@@ -104,7 +107,7 @@ def load_video(
                     f"{label}: lasts {seconds:.0f} s, the limit is {max_seconds:.0f} s"
                 )
             targets = [seconds * (i + 0.5) / frames for i in range(frames)]
-            reader = _Reader(av, container, stream)
+            reader = _Reader(av, container, stream, label, until=until)
             return _sample(reader, targets, seconds=seconds, name=label, max_pixels=max_pixels)
     except av.error.FFmpegError as error:
         raise VideoError(f"{label}: cannot be read as a video ({error.strerror})") from error
@@ -208,7 +211,10 @@ def _length(av: Any, container: InputContainer, stream: VideoStream) -> float:
 class _Reader:
     """Frames at given times, decoding on where the next one is near and seeking where it is far."""
 
-    def __init__(self, av: Any, container: InputContainer, stream: VideoStream) -> None:
+    def __init__(
+        self, av: Any, container: InputContainer, stream: VideoStream, label: str, *, until: float
+    ) -> None:
+        self._label, self._until = label, until
         self._av = av
         self._container = container
         self._stream = stream
@@ -259,6 +265,9 @@ class _Reader:
         stream, base = self._stream, float(self._stream.time_base or 0)
         try:
             for packet in self._container.demux(stream):
+                # a few bytes may be minutes of large frames, each of which builds on the last
+                if time.monotonic() >= self._until:
+                    raise VideoError(f"{self._label}: takes too long to decode")
                 end = (packet.pts or 0) + (packet.duration or 0)
                 is_far = packet.pts is not None and end * base - self._start < self._wanted - _NEAR
                 stream.codec_context.skip_frame = "NONREF" if is_far else "DEFAULT"

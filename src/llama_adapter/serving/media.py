@@ -80,7 +80,7 @@ class Media:
         until: float = float("inf"),
         pixels_left: int | None = None,
     ) -> ImageRef:
-        """The image, or frames of the video, decoded; fetched until a time of the monotonic clock.
+        """The image, or frames of the video, decoded by `until`, a time of the monotonic clock.
 
         With `pixels_left` it has at most so many, in all of its frames.
         Raises ImageError or VideoError for what cannot be had, is not allowed or cannot be read.
@@ -97,6 +97,7 @@ class Media:
                 name=name,
                 max_seconds=self.limits.video_seconds,
                 max_pixels=max_pixels,
+                until=until,
             )
             return video.as_image_ref()
         image = load_image(data, name=name, max_pixels=max_pixels)

@@ -268,8 +268,7 @@ class _Reading:
 
     def load(self, url: str, *, is_video: bool, name: str) -> ImageRef:
         """The next one; ApiError for what cannot be read or is too much."""
-        if self._gone.is_set() or time.monotonic() >= self._until:
-            raise ApiError(504, "the time limit has passed", code="deadline_exceeded")
+        self._refuse_if_late()
         if self._pixels_left < 1:
             raise self._too_many(name)
         try:
@@ -281,10 +280,15 @@ class _Reading:
                 pixels_left=self._pixels_left,
             )
         except LlamaAdapterError as error:
+            self._refuse_if_late()
             raise ApiError(400, str(error), code="invalid_image", param=name) from error
         frames = image.source if isinstance(image.source, tuple) else (image.source,)
         self._pixels_left -= sum(frame.width * frame.height for frame in frames)
         return image
+
+    def _refuse_if_late(self) -> None:
+        if self._gone.is_set() or time.monotonic() >= self._until:
+            raise ApiError(504, "the time limit has passed", code="deadline_exceeded")
 
     def _too_many(self, name: str) -> ApiError:
         most = self._media.limits.max_request_pixels
