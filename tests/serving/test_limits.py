@@ -231,7 +231,7 @@ def test_adapters_come_and_go_with_an_admin_key(serving: Any, red_star: str) -> 
         asked = {"name": "again", "directory": "v2"}
         assert running.post("/v1/adapters", json=asked).status_code == 403
         headers = {"Authorization": f"Bearer {ADMIN}"}
-        for wrong in ("../bases", "/etc", "none"):
+        for wrong in ("../bases", "/etc", "none", "v2\0"):
             refused = running.post(
                 "/v1/adapters", json={"name": "x", "directory": wrong}, headers=headers
             )

@@ -5,7 +5,14 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    field_validator,
+    model_validator,
+)
 
 from llama_adapter.generation.grammar import MOST_CHARACTERS
 from llama_adapter.generation.requests import MAX_TOP_LOGPROBS
@@ -38,6 +45,14 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 """Fields that change nothing with these values, as some clients send them; null always does."""
 IGNORED = frozenset(("metadata", "prompt_cache_key", "safety_identifier", "user"))
 """Labels for the caller's own use, which no answer depends on."""
+
+
+def _unicode(text: str) -> str:
+    text.encode()  # ValueError for half of a surrogate pair, which no tokenizer takes
+    return text
+
+
+Text = Annotated[str, AfterValidator(_unicode)]
 
 
 class Body(BaseModel):
@@ -77,14 +92,16 @@ class Part(BaseModel):
     def _is_whole(self) -> Part:
         needed = self.type.removeprefix("input_").removeprefix("output_")
         needed = needed if needed == "text" else f"{needed.removesuffix('_url')}_url"
-        if getattr(self, needed) is None:
-            raise ValueError(f"a part of type {self.type!r} needs {needed!r}")
+        given = [n for n in ("text", "image_url", "video_url") if getattr(self, n) is not None]
+        if given != [needed]:
+            others = ", ".join(map(repr, given)) or "nothing"
+            raise ValueError(f"a part of type {self.type!r} needs {needed!r}, got {others}")
         return self
 
     @property
     def url(self) -> str | None:
         """Where the image or video is."""
-        found = self.image_url or self.video_url
+        found = self.video_url if self.image_url is None else self.image_url
         return found.url if isinstance(found, MediaUrl) else found
 
 
@@ -265,7 +282,7 @@ class ChatRequest(_OfOneText):
 class CompletionRequest(_OfOneText):
     """`POST /v1/completions`: a text, taken as it is, goes on."""
 
-    prompt: str | list[str] | list[int]
+    prompt: Text | list[Text] | list[int]
     logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
 
     @field_validator("prompt")
@@ -344,7 +361,7 @@ class TokenizeRequest(Body):
     """`POST /tokenize`: a text, or messages as the adapter's template renders them."""
 
     model: str
-    prompt: str | None = None
+    prompt: Text | None = None
     messages: list[ChatMessage] | None = None
 
     @model_validator(mode="after")

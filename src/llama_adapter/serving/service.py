@@ -20,6 +20,7 @@ from llama_adapter.errors import (
     PromptError,
     QueueFullError,
 )
+from llama_adapter.files import can_be_path
 from llama_adapter.generation.requests import (
     EncodedPrompt,
     Engine,
@@ -240,8 +241,8 @@ class Service:
         if name in self.models:
             raise ConfigError(f"there is a model {name!r} already")
         folder = self.adapter_folder.resolve()
-        path = (folder / directory).resolve()
-        if not path.is_relative_to(folder) or not path.is_dir():
+        path = (folder / directory).resolve() if can_be_path(directory) else None
+        if path is None or not path.is_relative_to(folder) or not path.is_dir():
             raise ConfigError(f"there is no directory {directory[:200]!r} in the adapters' folder")
         self.engine.load_adapter(name, path)
 
