@@ -101,11 +101,23 @@ def test_what_only_the_chat_form_of_a_response_refuses_is_a_400(server: Any, bod
     assert answer.json()["error"]["message"]
 
 
-def test_a_text_to_tokenize_is_bounded(serving: Any) -> None:
-    with serving(limits=Limits(max_prompt_tokens=10)) as running:
-        asked = {"model": "toy", "prompt": "a " * 1000}
-        assert running.post("/tokenize", json=asked).status_code == 400
-        assert running.post("/tokenize", json={**asked, "prompt": "a"}).status_code == 200
+def test_a_text_is_bounded_before_it_becomes_tokens(serving: Any) -> None:
+    long, model = "a " * 1000, {"model": "toy"}
+    with serving(limits=Limits(max_prompt_tokens=100)) as running:
+        for path, name in (
+            ("/tokenize", "prompt"),
+            ("/tokenize", "messages"),
+            ("/v1/completions", "prompt"),
+            ("/v1/chat/completions", "messages"),
+        ):
+            for text, status in ((long, 400), ("a", 200)):
+                parts = [{"type": "text", "text": text}]
+                said = text if name == "prompt" else [{"role": "user", "content": parts}]
+                answer = running.post(path, json={**model, name: said})
+                assert answer.status_code == status, answer.text
+                if status == 400:
+                    assert answer.json()["error"]["param"] == name
+                    assert "2000 letters" in answer.json()["error"]["message"]
 
 
 def test_bodies_are_bounded_and_have_to_arrive(serving: Any) -> None:

@@ -48,8 +48,6 @@ from llama_adapter.serving.schema import (
 from llama_adapter.serving.service import Reader, Service, Waker, ends_when_client_leaves
 
 PAGE = Path(__file__).parent / "page" / "index.html"
-_LETTERS_A_TOKEN = 16
-"""No tokenizer makes fewer tokens of ordinary text."""
 _NO_STORE = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 
 
@@ -283,15 +281,7 @@ class _Routes:
     async def tokenize(self, body: TokenizeRequest) -> Response:
         """The tokens of a text, or of the prompt that messages become."""
         adapter = self.service.adapter(body.model)
-        most = self.service.limits.max_prompt_tokens
-        if len(body.prompt or "") > _LETTERS_A_TOKEN * most:
-            raise ApiError(
-                400,
-                f"the text has {len(body.prompt or '')} letters; at most {_LETTERS_A_TOKEN * most} "
-                "may be",
-                code="context_length_exceeded",
-                param="prompt",
-            )
+        self.service.check_letters(body, most_tokens=self.service.limits.max_prompt_tokens)
         if body.messages is not None:
             tokens = await asyncio.to_thread(self.service.tokens, body.messages, adapter)
         else:

@@ -126,6 +126,13 @@ class ChatMessage(BaseModel):
     id: str | None = None
     status: str | None = None
 
+    @property
+    def texts(self) -> list[str]:
+        """What it says."""
+        if isinstance(self.content, str):
+            return [self.content]
+        return [part.text for part in self.content if part.text]
+
     @field_validator("content")
     @classmethod
     def _media_is_the_users(cls, content: Any, info: Any) -> Any:

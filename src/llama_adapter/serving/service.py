@@ -34,7 +34,15 @@ from llama_adapter.serving.errors import ApiError
 from llama_adapter.serving.experts import ServedExperts
 from llama_adapter.serving.limits import Limits
 from llama_adapter.serving.media import Media
-from llama_adapter.serving.schema import ChatMessage, ChatRequest, CompletionRequest
+from llama_adapter.serving.schema import (
+    ChatMessage,
+    ChatRequest,
+    CompletionRequest,
+    TokenizeRequest,
+)
+
+_LETTERS_A_TOKEN = 16
+"""No tokenizer makes fewer tokens of ordinary text."""
 
 
 class Waker:
@@ -90,6 +98,7 @@ class Service:
         """
         if self._unfinished >= self.limits.max_requests:
             raise QueueFullError(f"{self._unfinished} prompts are being read")
+        self.check_letters(asked, most_tokens=self.engine.context_length)
         processor, gone = self.engine.processor(adapter), threading.Event()
         if isinstance(asked, ChatRequest):
             reading = _Reading(self.media, until=until, gone=gone)
@@ -168,6 +177,24 @@ class Service:
         """The tokens of a chat's prompt, without reading its images."""
         conversation = self._conversation(messages, _unread)
         return tuple(self.engine.processor(adapter).encode(conversation).input_ids)
+
+    def check_letters(
+        self, asked: ChatRequest | CompletionRequest | TokenizeRequest, *, most_tokens: int
+    ) -> None:
+        """ApiError for a text that must have too many tokens, before it is made into them."""
+        messages = getattr(asked, "messages", None)
+        param, texts = "prompt", [getattr(asked, "prompt", "")]
+        if messages is not None:
+            param, texts = "messages", [text for message in messages for text in message.texts]
+        letters = sum(map(len, texts))
+        most = _LETTERS_A_TOKEN * min(self.limits.max_prompt_tokens, most_tokens)
+        if letters > most:
+            raise ApiError(
+                400,
+                f"the text has {letters} letters; at most {most} may be",
+                code="context_length_exceeded",
+                param=param,
+            )
 
     def _conversation(self, messages: Sequence[ChatMessage], load: _Load) -> Conversation:
         """What was said, with every image and video read."""
@@ -310,15 +337,13 @@ def _fetches(asked: ChatRequest | CompletionRequest) -> bool:
 
 def _message(message: ChatMessage, load: _Load, *, where: str) -> Message:
     role = "system" if message.role == "developer" else message.role
-    if isinstance(message.content, str):
-        return Message(role=role, text=message.content)
+    parts = message.content if isinstance(message.content, list) else []
     images = [
         load(part.url, is_video=part.video_url is not None, name=f"{where}.content.{index}")
-        for index, part in enumerate(message.content)
+        for index, part in enumerate(parts)
         if part.url is not None
     ]
-    texts = [part.text for part in message.content if part.url is None and part.text]
-    return Message(role=role, text="\n".join(texts), images=tuple(images))
+    return Message(role=role, text="\n".join(message.texts), images=tuple(images))
 
 
 class Reader:
