@@ -57,6 +57,9 @@ def test_a_full_server_says_so_before_it_reads_anything(serving: Any) -> None:
             assert refused.status_code == 429
             assert int(refused.headers["Retry-After"]) >= 1
             assert refused.json()["error"]["code"] == "queue_full"
+            # whoever asks for something else may not fill the memory either
+            assert running.post("/tokenize", **garbage).status_code == 429
+            assert running.post("/elsewhere", **garbage).status_code == 429
             assert running.get("/health").status_code == 200
         assert running.is_idle()
         assert running.post("/v1/completions", json={**SHORT, "n": 2}).status_code == 429
@@ -291,6 +294,8 @@ def test_pages_of_other_sites_are_kept_out(serving: Any, server: Any) -> None:
     assert server.get("/v1/models", headers={"Origin": server.url}).status_code == 200
     # a name of theirs that leads to this machine
     assert server.get("/v1/models", headers={"Host": "evil.example"}).status_code == 403
+    assert server.get("/v1/models", headers={"Host": "127.example"}).status_code == 403
+    assert server.get("/v1/models", headers={"Host": "127.0.0.2:80"}).status_code == 200
     preflight = {**foreign, "Access-Control-Request-Method": "POST"}
     refused = httpx2.options(server.url + "/v1/chat/completions", headers=preflight)
     assert "access-control-allow-origin" not in refused.headers

@@ -59,17 +59,12 @@ class AccessSettings:
         ),
     ] = None
 
-    @property
-    def is_loopback(self) -> bool:
-        """Whether only this machine can reach the address."""
-        return self.host in {"localhost", "::1"} or self.host.startswith("127.")
-
     def open(self) -> dict[str, Any]:
         """Options of the application; ServingError for an address that anybody could use."""
-        from llama_adapter.serving.auth import Keys
+        from llama_adapter.serving.auth import Keys, is_loopback
 
-        keys = Keys.read(self.api_keys)
-        if not (self.is_loopback or keys or self.without_keys):
+        keys, is_local = Keys.read(self.api_keys), is_loopback(self.host)
+        if not (is_local or keys or self.without_keys):
             raise ServingError(
                 f"{self.host} can be reached by other machines: give --api-keys FILE, or "
                 "--without-keys where something in front of the server checks who asks"
@@ -78,7 +73,7 @@ class AccessSettings:
             "keys": keys,
             "admin_keys": Keys.read(self.admin_keys),
             "origins": tuple(self.cors_origin or ()),
-            "is_loopback": self.is_loopback,
+            "is_loopback": is_local,
         }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import ipaddress
 from pathlib import Path
 from typing import Self
 
@@ -70,3 +71,15 @@ def check_admin_key(keys: Keys, headers: dict[bytes, bytes]) -> None:
         raise ApiError(403, "this server was started without admin keys", code="no_admin_keys")
     if not keys.holds(bearer(headers)):
         raise ApiError(403, "an admin key is needed", code="invalid_admin_key")
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address leads to this machine alone.
+
+    >>> is_loopback("127.0.0.2"), is_loopback("127.example.org")
+    (True, False)
+    """
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 from fastapi.responses import JSONResponse
 
 from llama_adapter.errors import UnavailableError
-from llama_adapter.serving.auth import Keys, check_admin_key, check_key
+from llama_adapter.serving.auth import Keys, check_admin_key, check_key, is_loopback
 from llama_adapter.serving.errors import ApiError, as_api_error
 from llama_adapter.serving.limits import Admission, read_body
 from llama_adapter.serving.metrics import Metrics, log
@@ -31,7 +31,6 @@ ROUTES = OPEN | GENERATING | {
 }  # fmt: skip
 UNDER = ("/v1/adapters", "/v1/models")
 """Roots of routes that end in a name."""
-_LOOPBACK = frozenset(("127.0.0.1", "localhost", "::1"))
 _DISCARD_SECONDS = 5.0
 _SEND_SECONDS = 30.0
 _HEADERS = [
@@ -90,16 +89,17 @@ class Gate:
         """Refuse what must not be served; else what the application receives."""
         path, headers = scope["path"], dict(scope["headers"])
         self._check_origin(headers)
-        if path == "/v1/adapters" or path.startswith("/v1/adapters/"):
+        is_operators = path == "/v1/adapters" or path.startswith("/v1/adapters/")
+        if is_operators:
             check_admin_key(self.admin_keys, headers)
         elif path not in OPEN:
             check_key(self.keys, headers)
-        if path in GENERATING and scope["method"] == "POST":
-            if self.is_draining:
-                raise UnavailableError("the server is shutting down")
-            held.enter_context(self.admission.enter())
         if scope["method"] in {"GET", "HEAD", "OPTIONS"} or path in OPEN:
             return receive  # nothing reads a body there
+        if path in GENERATING and self.is_draining:
+            raise UnavailableError("the server is shutting down")
+        if not is_operators:  # whatever a body is for, there is memory for so many
+            held.enter_context(self.admission.enter())
         return _Replay(await read_body(scope, receive, self.admission.limits), receive)
 
     def _check_origin(self, headers: dict[bytes, bytes]) -> None:
@@ -107,7 +107,7 @@ class Gate:
         host = headers.get(b"host", b"").decode("latin-1")
         origin = headers.get(b"origin", b"").decode("latin-1")
         try:
-            is_local = not host or urlsplit(f"//{host}").hostname in _LOOPBACK
+            is_local = not host or is_loopback(urlsplit(f"//{host}").hostname or "")
             is_own = not origin or origin in self.origins or urlsplit(origin).netloc == host
         except ValueError:
             is_local = is_own = False
