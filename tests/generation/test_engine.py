@@ -475,6 +475,53 @@ def test_adapters_come_and_go_while_requests_run(engine):
         engine.load_adapter("v2", bundled_adapter("v2"))
 
 
+def test_an_adapter_does_not_leave_before_a_request_that_has_just_come(engine, monkeypatch):
+    """Its place would compute as the base does, without a word."""
+    engine.load_adapter("more", bundled_adapter("caption"))
+    asked = dataclasses.replace(request(engine, 1), adapter="more")
+    waiting, taken = engine._waiting, []
+
+    def late() -> list[PendingAnswer]:
+        found = waiting()
+        if not taken:  # while the engine finds out which adapters are in use
+            taken.append(engine.submit(asked))
+            threading.Thread(target=engine.unload_adapter, args=("more",)).start()
+            while "more" in engine.adapters:
+                time.sleep(0.001)
+        return found
+
+    monkeypatch.setattr(engine, "_waiting", late)
+    assert text_of(engine.submit(request(engine, 0))) == expected(0)
+    assert text_of(taken[0]) == expected(1)
+
+
+def test_a_row_that_becomes_free_under_the_eyes_of_another_thread_is_no_answer(engine, monkeypatch):
+    becomes_idle(engine)
+
+    class Row:
+        answers = iter([object(), None])
+
+        @property
+        def answer(self) -> Any:
+            return next(self.answers)
+
+    monkeypatch.setattr(engine._cache, "rows", [Row()])
+    assert None not in engine._running()
+
+
+def test_a_vision_encoder_leaves_with_the_last_adapter_that_looks_through_it(engine, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(bundled_adapter("v2"), other)
+    config = json.loads((other / "adapter_config.json").read_text())
+    config["vision"]["fingerprint"] = None  # nothing says that it is the same
+    (other / "adapter_config.json").write_text(json.dumps(config))
+    engine.load_adapter("other", other)
+    assert len(engine._encoders) == 2
+    engine.unload_adapter("other")
+    assert len(engine._encoders) == 1
+    assert text_of(engine.submit(request(engine, 0))) == expected(0)
+
+
 def test_an_adapter_that_cannot_be_loaded_leaves_nothing_on_the_base(tmp_path):
     """The base is shared: what a failed load left there would be in every answer."""
     engine = start(rows=2)

@@ -365,17 +365,22 @@ class RowEngine:
             return list(self._queue)
 
     def _running(self) -> list[PendingAnswer]:
-        return [row.answer for row in self._cache.rows if row.answer is not None]
+        # each is looked at once: to other threads a row may become free at any time
+        answers = [row.answer for row in self._cache.rows]
+        return [answer for answer in answers if answer is not None]
 
     # --- adapters ---------------------------------------------------------------------------
 
     def _make_calls(self) -> None:
         self._calls.make()
+        with self._changed:  # whoever leaves by now takes no more requests
+            leaving = list(self._leaving)
         used = {
             a.adapter.name for a in (*self._running(), *self._waiting()) if a.adapter is not None
         }
-        for name in [name for name in self._leaving if name not in used]:
-            complete(self._leaving.pop(name), partial(self._forget, name))
+        for name in leaving:
+            if name not in used:
+                complete(self._leaving.pop(name), partial(self._forget, name))
 
     def _load(self, name: str, directory: Path, processor: LlamaAdapterProcessor) -> None:
         if name in self._processors or name in self._leaving:
