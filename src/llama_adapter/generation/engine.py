@@ -404,6 +404,8 @@ class RowEngine:
             if row.owner is adapter:
                 row.owner, row.content = None, []
         self._stack.remove(name)
+        used = {id(other.vision) for other in self._stack.adapters.values()}
+        self._encoders = {key: v for key, v in self._encoders.items() if id(v) in used}
 
     # --- admission --------------------------------------------------------------------------
 
