@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from llama_adapter.conversation import Conversation
 from llama_adapter.errors import (
@@ -27,7 +29,7 @@ from llama_adapter.errors import (
 )
 from llama_adapter.generation.answer import answer
 from llama_adapter.generation.engine import EngineSettings, RowEngine
-from llama_adapter.generation.grammar import Grammars
+from llama_adapter.generation.grammar import Grammars, Matcher
 from llama_adapter.generation.pending import PendingAnswer
 from llama_adapter.generation.requests import (
     EncodedPrompt,
@@ -270,6 +272,21 @@ def test_an_answer_follows_a_json_schema(engine):
         engine.submit(request(engine, 0, json_schema=deep))
 
 
+def test_a_grammar_that_no_token_goes_on_with_is_refused():
+    """Not answered with what it rules out."""
+    pytest.importorskip("xgrammar", reason="pip install 'llama-adapter[grammar]'")
+    backend = Tokenizer(models.BPE({"a": 0, "b": 1, "</s>": 2}, []))
+    grammars = Grammars(PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>"), 3)
+    compiled = grammars.compile(Sampling(grammar='root ::= "a" "c"'))
+    assert compiled is not None
+    matcher = Matcher(compiled.result(), [2], 3)
+    matcher.restrict(logits := torch.zeros(3))
+    assert logits.argmax() == 0
+    matcher.take(0)
+    with pytest.raises(ConfigError, match="no token of this model"):
+        matcher.restrict(torch.zeros(3))
+
+
 def test_a_grammar_is_made_ready_by_a_thread_of_its_own(monkeypatch):
     """Importing xgrammar takes seconds, in which a server's event loop would answer nobody."""
     pytest.importorskip("xgrammar", reason="pip install 'llama-adapter[grammar]'")
@@ -441,6 +458,30 @@ def test_an_answer_that_cannot_be_drawn_fails_alone(engine, monkeypatch):
         list(engine.submit(request(engine, 3, seed=13)))
     for i, generation in enumerate(generations):
         assert text_of(generation) == expected(i)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_logits_that_are_not_numbers_change_no_draw_of_others(engine, monkeypatch, value):
+    options = {"temperature": 9.0, "seed": 3}
+    before = text_of(engine.submit(request(engine, 0, **options)))
+    run = engine._model.run
+
+    def spoil(first: int, chunks: Any) -> torch.Tensor:
+        logits_NV = run(first, chunks)
+        for logits_V, chunk in zip(logits_NV, chunks, strict=True):
+            if chunk.reads.adapter == 0 and chunk.start == 8:  # while the other goes on
+                logits_V.fill_(value)
+        return logits_NV
+
+    monkeypatch.setattr(engine._model, "run", spoil)
+    good = engine.submit(request(engine, 0, **options))
+    prompt = EncodedPrompt(input_ids=(1, 5, 6, 7, 8))
+    sampling = Sampling(max_tokens=24, temperature=9.0, seed=4)
+    bad = engine.submit(GenerationRequest(prompt=prompt, sampling=sampling))
+    with pytest.raises(RuntimeError, match="not numbers"):
+        list(bad)
+    assert text_of(good) == before
+    becomes_idle(engine)
 
 
 def test_an_image_that_cannot_be_read_fails_alone(engine):

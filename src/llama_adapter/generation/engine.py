@@ -621,7 +621,13 @@ class RowEngine:
             return 0
         answers = [answer for answer, _ in found]
         logits_NV = torch.stack([logits_V for _, logits_V in found])
-        is_nan = logits_NV.amax(-1).isnan().tolist()
+        are_numbers = logits_NV.amax(-1).isfinite().tolist()
+        if not all(are_numbers):  # nothing can be drawn from them, and a GPU would stop for good
+            for (answer, _), is_good in zip(found, are_numbers, strict=True):
+                if not is_good:
+                    self._fail(answer, RuntimeError("the model gave logits that are not numbers"))
+            good = [pair for pair, is_good in zip(found, are_numbers, strict=True) if is_good]
+            return self._advance([pair for pair in good if pair[0].is_running])
         drawers = [answer.drawer for answer in answers]
         is_bound = any(drawer.binds for drawer in drawers)
         try:
@@ -633,12 +639,10 @@ class RowEngine:
             return 0
         parts = log_probabilities(logits_NV, tokens, [a.request.sampling for a in answers])
         went_on = 0
-        for answer, part, is_bad in zip(answers, parts, is_nan, strict=True):
+        for answer, part in zip(answers, parts, strict=True):
             if not answer.is_running:  # a sibling failed
                 continue
             try:
-                if is_bad:
-                    raise RuntimeError("the model gave logits that are not numbers")
                 self._take(answer, part)
             except Exception as error:
                 self._fail(answer, error)

@@ -110,10 +110,11 @@ class Matcher:
         return bool(self._matcher.is_terminated())
 
     def restrict(self, logits_V: Tensor) -> None:
-        """Rule out, in place, what may not come next."""
+        """Rule out, in place, what may not come next; ConfigError where nothing may."""
         if self.is_ended:
             return
-        self._matcher.fill_next_token_bitmask(self._mask)
+        if self._matcher.fill_next_token_bitmask(self._mask) and not self._mask.any():
+            raise ConfigError("the grammar asks for what no token of this model can write")
         self._library.apply_token_bitmask_inplace(
             logits_V.unsqueeze(0), self._mask.to(logits_V.device)
         )
