@@ -48,6 +48,21 @@ def test_a_wrong_value_is_refused_by_name(wrong: dict[str, Any]) -> None:
         Sampling(**wrong)
 
 
+def test_an_answer_that_is_done_has_its_cost() -> None:
+    """Other threads look at both without a lock."""
+    generation = Generation(GenerationRequest(prompt=PROMPT))
+    costs = []
+
+    class Open(set[int]):
+        def __isub__(self, other: Any) -> Any:
+            costs.append(generation.usage.completion_tokens)
+            return self
+
+    generation._open = Open()
+    generation.put(Increment(finish="stop"), usage=Usage(completion_tokens=1))
+    assert costs == [1]
+
+
 def test_a_reader_gets_everything_until_the_last_answer_ends() -> None:
     told = threading.Event()
     request = GenerationRequest(prompt=PROMPT, sampling=Sampling(n=2))
