@@ -12,6 +12,7 @@ from torch.testing import assert_close
 from llama_adapter import LlamaAdapterConfig, LlamaAdapterForConditionalGeneration
 from llama_adapter.errors import ConfigError
 from llama_adapter.model.stack import AdapterStack, RowReads
+from llama_adapter.model.stack.bank import PromptBank
 
 SMALL = {"prompt_length": 5, "projector_width": 32, "projector_heads": 4}
 PLACEHOLDERS = {"visual_scope": "placeholders"}
@@ -302,3 +303,35 @@ def test_images_of_an_adapter_are_made_while_others_run(base, tower, stir, ids, 
     stack.select([RowReads(adapter=stack["early"].index, image=entries[0])], num_tokens=7)
     assert_close(stack.language_model(ids[:1]).logits, before, rtol=0, atol=0)
     assert stack.encode("input scales", pictures[:1]) == [0]
+
+
+def test_entries_of_other_lengths_in_other_layers_are_read_together():
+    """A pass masks what it reads of all layers alike."""
+
+    def prompts(length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.randn(2, length, 4), torch.randn(2, length, 4)
+
+    bank = PromptBank(3, torch.device("cpu"))
+    bank.put(1, {0: prompts(2), 1: prompts(2)})
+    bank.put(2, {1: prompts(5)})
+    query = torch.randn(2, 2, 3, 4)
+    for layer in (0, 1):
+        both = bank.read(layer, query, bank.of_rows([1, 2]), scale=1.0, softcap=None)
+        for row in (0, 1):
+            one = bank.read(
+                layer, query[row : row + 1], bank.of_rows([row + 1]), scale=1.0, softcap=None
+            )
+            assert_close(both[row], torch.zeros_like(both[row]) if one is None else one[0])
+
+
+def test_images_that_find_no_memory_take_no_places(base, tower, stir, pictures, monkeypatch):
+    stack = stacked(make_models(base, tower, stir, {"early": KINDS["early"]}))
+    free = stack.free_images
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(stack._images, "put", fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        stack.encode("early", pictures[:2])
+    assert stack.free_images == free

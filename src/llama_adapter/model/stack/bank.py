@@ -70,12 +70,12 @@ class PromptBank:
                 for new in (keys_HMD, values_HMD)
             )
             self._tables[layer], self._holders[layer] = (keys_SHMD, values_SHMD), set()
-        keys_SHMD, values_SHMD = self._tables[layer]
-        if missing := self._longest - keys_SHMD.shape[2]:
-            self._tables[layer] = (
-                F.pad(keys_SHMD, (0, 0, 0, missing)),
-                F.pad(values_SHMD, (0, 0, 0, missing)),
-            )
+        for other, (keys_SHMD, values_SHMD) in self._tables.items():  # one mask fits all layers
+            if missing := self._longest - keys_SHMD.shape[2]:
+                self._tables[other] = (
+                    F.pad(keys_SHMD, (0, 0, 0, missing)),
+                    F.pad(values_SHMD, (0, 0, 0, missing)),
+                )
         return self._tables[layer]
 
     # --- what the rows of a pass read -------------------------------------------------------

@@ -268,10 +268,14 @@ class AdapterStack:
         with self._attached(), self._using(stacked.index):
             layers = dict(_image_prompts(stacked.adapter, VisualPrompts(prompts_IMd=prompts_IMd)))
         entries = [self._free_images.pop() for _ in range(len(prompts_IMd))]
-        for image, entry in enumerate(entries):
-            self._images.put(
-                entry, {layer: (k[image], v[image]) for layer, (k, v) in layers.items()}
-            )
+        try:
+            for image, entry in enumerate(entries):
+                self._images.put(
+                    entry, {layer: (k[image], v[image]) for layer, (k, v) in layers.items()}
+                )
+        except Exception:  # no memory for larger tables
+            self.release(entries)
+            raise
         return entries
 
     def release(self, entries: Sequence[int]) -> None:
