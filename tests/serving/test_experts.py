@@ -5,12 +5,18 @@ from __future__ import annotations
 import threading
 import time
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import openai
 import pytest
+from PIL import Image
 
+from llama_adapter import LlamaAdapterProcessor
 from llama_adapter.experts import ExpertContext, ExpertInfo, ExpertPool, Finding, Report, make_pool
+from llama_adapter.experts.base import Request
+from llama_adapter.experts.caption import CaptionOptions
+from llama_adapter.generation.requests import Generation, Increment
 from llama_adapter.miniature.bundled import bundled_adapter
 from llama_adapter.serving.experts import EngineCaptions, ServedExperts
 
@@ -76,3 +82,23 @@ def test_the_engine_captions_with_an_adapter_of_its_own(
             assert "caption-expert" in engine.adapters
     finally:
         engine.unload_adapter("caption-expert")
+
+
+def test_a_caption_is_of_the_adapter_that_its_prompt_was_made_for() -> None:
+    """An operator may exchange it meanwhile."""
+    directory, asked = bundled_adapter("caption"), []
+    processor = LlamaAdapterProcessor.from_pretrained(directory)
+
+    def submit(request: Any) -> Generation:
+        asked.append(request)
+        generation = Generation(request)
+        generation.put(Increment(text="a star", finish="stop"))
+        return generation
+
+    engine: Any = SimpleNamespace(
+        load_adapter=lambda *_: None, processor=lambda _: processor, submit=submit
+    )
+    expert = EngineCaptions(engine, directory, CaptionOptions(model=str(directory)))
+    report = expert.consult(Request(images=[Image.new("RGB", (32, 32))]))
+    assert [finding.text for finding in report.findings] == ["a star"]
+    assert [request.encoded_by for request in asked] == [processor]

@@ -117,6 +117,7 @@ class EngineCaptions:
                             adapter=self._adapter,
                             sampling=self._sampling,
                             deadline=request.deadline,
+                            encoded_by=processor,
                         )
                     )
                 )
