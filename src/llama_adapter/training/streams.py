@@ -104,7 +104,7 @@ def open_data(
                 encoder,
                 workers=recipe.data.workers,
                 cache=recipe.out / CACHE if recipe.data.cache else None,
-                progress=progress(source.name, len(source)),
+                progress=progress(f"lengths of {source.name}", len(source)),
             )
             pieces.refuse_beyond(recipe.data.max_invalid, name=source.name)
             component = Component(
