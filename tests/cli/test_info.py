@@ -109,3 +109,10 @@ def test_shapes_and_presets_are_known_by_name(cli: Cli) -> None:
     assert cli("info").status == 2
     assert cli("info", "toy", "--shape", "7b").status == 2
     assert "an adapter has its own setting" in cli("info", "toy", "--preset", "v1").stderr
+
+
+def test_a_run_is_told_where_its_adapter_is(cli: Cli, adapter_dir: Path, tmp_path: Path) -> None:
+    shutil.copytree(adapter_dir, tmp_path / "run" / "adapter")
+    refused = cli("info", tmp_path / "run")
+    assert refused.status == 2
+    assert f"a run? its adapter is {tmp_path / 'run' / 'adapter'}" in refused.stderr

@@ -153,8 +153,11 @@ def read_adapter_config(directory: Path) -> dict[str, Any]:
     """
     path = directory / ADAPTER_CONFIG_NAME
     if not path.is_file():
-        is_model = (directory / "config.json").is_file()
-        hint = " (a base or an encoder? adapters are put on one by training)" if is_model else ""
+        hint = ""
+        if (directory / "adapter" / ADAPTER_CONFIG_NAME).is_file():
+            hint = f" (a run? its adapter is {directory / 'adapter'})"
+        elif (directory / "config.json").is_file():
+            hint = " (a base or an encoder? adapters are put on one by training)"
         raise CheckpointError(
             f"{directory} is not an adapter directory: {ADAPTER_CONFIG_NAME} is missing{hint}"
         )
