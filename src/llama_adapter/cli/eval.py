@@ -52,7 +52,11 @@ class AnswererSettings:
 
     model: Annotated[str | None, MODEL_OPTION] = None
     endpoint: Annotated[
-        str | None, Option(help="Evaluate an OpenAI-compatible server instead.", metavar="URL")
+        str | None,
+        Option(
+            help="Evaluate an OpenAI-compatible server instead, http://127.0.0.1:8000/v1 or so.",
+            metavar="URL",
+        ),
     ] = None
     predictions: Annotated[
         Path | None,
