@@ -373,7 +373,7 @@ class RowEngine:
 
     def _make_calls(self) -> None:
         self._calls.make()
-        with self._changed:  # whoever leaves by now takes no more requests
+        with self._changed:  # an adapter that leaves by now takes no more requests
             leaving = list(self._leaving)
         used = {
             a.adapter.name for a in (*self._running(), *self._waiting()) if a.adapter is not None

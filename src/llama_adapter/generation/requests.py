@@ -180,7 +180,7 @@ class Generation:
         """For the engine: deliver increments, and what the request has cost so far."""
         with self._changed:
             self._increments.extend(increments)
-            self.usage = usage or self.usage  # whoever sees that it is done sees this too
+            self.usage = usage or self.usage  # a reader that sees it done sees this too
             self._open -= {part.choice for part in increments if part.finish is not None}
             self._changed.notify_all()
         self._tell()
