@@ -130,6 +130,10 @@ def test_what_does_not_fit_a_row_becomes_another_piece(
     long = replace(sample, branches=(Conversation.ask("a " * 80, images=["i"], answer="b"),))
     with pytest.raises(DataError, match=r"0: branch 2 has \d+ tokens; a row holds 64"):
         encoder.cut(long)
+    silent = Conversation.ask("What ?", images=["i"])
+    unanswered = replace(sample, branches=(*sample.branches[:2], silent))
+    with pytest.raises(DataError, match="0: branch 4 holds no answer token to learn"):
+        encoder.cut(unanswered)
 
 
 def test_branches_begin_with_the_same_images(

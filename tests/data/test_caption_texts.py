@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.data.files import open_source, write_pictures
@@ -175,10 +176,17 @@ def test_questions_next_to_an_image_are_about_the_text_alone(tmp_path: Path) -> 
     assert plain.fingerprint() != asking.fingerprint()
 
 
-def test_a_run_begun_before_an_option_was_there_goes_on(tmp_path: Path) -> None:
-    path = write_captions(tmp_path)
-    source = open_source("caption_tasks", "caption", path=path, images=tmp_path, split="train")
-    assert "question_share" not in source.fingerprint()
+def test_other_options_have_another_fingerprint(tmp_path: Path) -> None:
+    options = {"path": write_captions(tmp_path), "images": tmp_path, "split": "train"}
+    changes: list[dict[str, Any]] = [
+        {}, {"question_share": 0.05}, {"question_share": 0.5}, {"per_image": 50},
+        {"answers": 10}, {"per_image": 50, "answers": 10}, {"text_share": 0.2},
+    ]  # fmt: skip
+    found = [
+        open_source("caption_tasks", "caption", **options, **change).fingerprint()
+        for change in changes
+    ]
+    assert len(set(found)) == len(changes)
 
 
 def test_an_invalid_caption_is_one_refused_sample(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ SHIPPED = (
     "paper-7b",
     "photos",
     "photos-continued",
+    "photos-answers",
     "chat-7b",
     "chat-70b-fsdp",
     "v1-alpaca",

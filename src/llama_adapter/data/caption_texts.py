@@ -105,9 +105,7 @@ class CaptionTextSource(ABC):
         return np.arange(len(self)) // self.options.per_image
 
     def fingerprint(self) -> str:
-        # without the options that runs begun earlier do not know
-        options = repr(self.options).replace(", question_share=0.0", "").replace(", answers=1", "")
-        return f"{self._type}{_DRAWS}{options}{self.captions.records.file.version}"
+        return f"{self._type}{_DRAWS}{self.options!r}{self.captions.records.file.version}"
 
 
 class CaptionTaskOptions(CaptionTextOptions):

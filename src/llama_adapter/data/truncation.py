@@ -94,6 +94,12 @@ class SampleEncoder:
     def _cut_branches(self, sample: Sample) -> list[Cut]:
         """As many branches in a piece as fit; none is cut in itself."""
         encoded = [self._encode(each) for each in (sample.conversation, *sample.branches)]
+        for number, branch in enumerate(encoded, start=1):
+            if not branch.num_answer_tokens:
+                raise DataError(f"{sample.id}: branch {number} holds no answer token to learn")
+        whole = self._joined(sample, encoded)
+        if len(whole) <= self.limit:
+            return [Cut(0, len(encoded), len(whole), whole.num_answer_tokens)]
         cuts: list[Cut] = []
         first = 0
         while first < len(encoded):
@@ -109,8 +115,6 @@ class SampleEncoder:
                     f"{sample.id}: branch {stop} has {len(piece)} tokens; "
                     f"a row holds {self.limit} for one sample"
                 )
-            if not encoded[first].num_answer_tokens:
-                raise DataError(f"{sample.id}: branch {stop} holds no answer token to learn")
             cuts.append(Cut(first, stop, len(piece), piece.num_answer_tokens))
             first = stop
         return cuts
