@@ -262,7 +262,9 @@ def test_an_answer_follows_a_json_schema(engine):
     assert text_of(plain) == expected(0)
     text, _, _ = text_of(engine.submit(request(engine, 0, grammar='root ::= "red" | "blue"')))
     assert text in ("red", "blue")
-    for wrong in ({"json_schema": "{"}, {"grammar": "root ::= nowhere"}):
+    outside = '{"type": "array", "items": [{"$ref": "file:///etc/kinds.json"}]}'
+    wrongs = ({"json_schema": "{"}, {"json_schema": outside}, {"grammar": "root ::= nowhere"})
+    for wrong in wrongs:
         with pytest.raises(ConfigError, match="cannot be used"):
             list(engine.submit(request(engine, 0, **wrong)))
     with pytest.raises(ConfigError, match="must have at most 16384 characters"):

@@ -5,9 +5,10 @@ Shape: V vocabulary.
 
 from __future__ import annotations
 
+import json
 import re
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.util import find_spec
 from itertools import accumulate
@@ -73,11 +74,27 @@ class Grammars:
         try:
             if name != "json_schema":
                 return compiler.compile_grammar(text)
+            if (outside := next(_outside(text), None)) is not None:
+                # the library would warn and let anything through
+                raise ValueError(f"$ref {outside!r} leads out of the schema, expected #…")
             # a small model may write spaces between two tokens of JSON to the end of its time
             return compiler.compile_json_schema(text, max_whitespace_cnt=1)
         except Exception as error:  # of the library, whose classes change
             reason = str(error).strip().splitlines() or [type(error).__name__]
             raise ConfigError(f"{name} cannot be used: {reason[-1][:200]}") from error
+
+
+def _outside(schema: str) -> Iterator[str]:
+    """References of a schema to what it does not hold itself."""
+    waiting = [json.loads(schema)]
+    while waiting:
+        match waiting.pop():
+            case dict() as found:
+                if isinstance(ref := found.get("$ref"), str) and not ref.startswith("#"):
+                    yield ref
+                waiting += found.values()
+            case list() as found:
+                waiting += found
 
 
 def _levels(text: str) -> int:
