@@ -5,6 +5,9 @@ Captions and questions are measured by `llama-adapter eval` (see docs/photos.md)
 python -m benchmarks.photos retrieval --captions flickr8k/captions.json
 python -m benchmarks.photos perplexity --model runs/photos/adapter --texts dolly.json alpaca.json \
     --photo unrelated.jpg
+python -m benchmarks.photos captions --model runs/photos/adapter --captions flickr8k/captions.json
+python -m benchmarks.photos questions --model runs/photos/adapter --questions question.jsonl \
+    --reference answer_gpt35.jsonl --photo unrelated.jpg --answers runs/vicuna
 python -m benchmarks.photos compare vqav2 runs/own runs/blind
 """
 
@@ -14,6 +17,7 @@ import argparse
 import json
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,13 +34,15 @@ from llama_adapter.conversation import Conversation, ImageRef
 from llama_adapter.data import SOURCES
 from llama_adapter.data.feature_cache import FeatureCache
 from llama_adapter.evaluation.bootstrap import bootstrap_intervals
+from llama_adapter.evaluation.captions import caption_metrics, caption_sums
 from llama_adapter.evaluation.records import Tally
 from llama_adapter.evaluation.score import read_joined
 from llama_adapter.evaluation.tasks import find_task
 from llama_adapter.evaluation.tasks.base import Counting
 from llama_adapter.families.vision import vision_features
 from llama_adapter.files import write_atomically
-from llama_adapter.generation.answer import log_likelihoods
+from llama_adapter.generation.answer import answer, log_likelihoods
+from llama_adapter.generation.settings import GenerationSettings
 from llama_adapter.model.references import resolve_reference
 from llama_adapter.training.streams import choose_held_out
 
@@ -132,6 +138,117 @@ def perplexity(options: argparse.Namespace) -> dict[str, Any]:
     return results
 
 
+def captions(options: argparse.Namespace) -> dict[str, Any]:
+    """Perplexity of the human captions: with their photo, with another one, and without.
+
+    Tells what an image says where greedy captions are still alike. Intervals resample photos.
+    """
+    model, processor = load(options.model)
+    items = [item for item in json.loads(options.captions.read_text()) if item["split"] == "test"]
+    items = items[: options.limit]
+    folder = options.captions.parent
+    photos = [ImageRef.of(folder / item["image"]) for item in items]
+    seen: dict[str, Sequence[ImageRef | None]]
+    seen = {"own": photos, "another": [*photos[1:], *photos[:1]], "none": [None] * len(photos)}
+    asked = options.question
+    losses: dict[str, np.ndarray] = {}
+    for name, shown in seen.items():
+        sums = []
+        for item, photo in tqdm(list(zip(items, shown, strict=True)), desc=name):
+            batch = [
+                Conversation.ask(asked, images=[] if photo is None else [photo], answer=caption)
+                for caption in item["captions"]
+            ]
+            found = log_likelihoods(model, processor, batch)
+            sums.append(
+                [
+                    -sum(float(one.log_probabilities_A.sum()) for one in found),
+                    sum(len(one.tokens_A) for one in found),
+                ]
+            )
+        losses[name] = np.array(sums)
+    results: dict[str, Any] = {
+        name: {"perplexity": float(_perplexity(sums)), "interval": _interval(sums)}
+        for name, sums in losses.items()
+    }
+    results |= {f"own/{name}": _paired(losses["own"], losses[name]) for name in ("another", "none")}
+    return {"photos": len(items), **results}
+
+
+def questions(options: argparse.Namespace) -> dict[str, Any]:
+    """The Vicuna questions answered by the base, with the adapter, and next to a photo.
+
+    No judge is at hand: answers are counted, and compared with another model's by ROUGE-L and by
+    the perplexity of the other model's answers. What is answered is kept and not asked again.
+    """
+    model, processor = load(options.model)
+    photo = ImageRef.of(options.photo)
+    asked = {line["question_id"]: line["text"] for line in _lines(options.questions)}
+    reference = {line["question_id"]: line["text"] for line in _lines(options.reference)}
+    plain = [Conversation.ask(text) for text in asked.values()]
+    told = [Conversation.ask(text, answer=reference[id_]) for id_, text in asked.items()]
+    told = [one for one in told if len(processor([one])["input_ids"][0]) <= options.longest]
+    results: dict[str, Any] = {"questions": len(plain), "references_that_fit": len(told)}
+    losses: dict[str, np.ndarray] = {}
+    for name in ("base", "adapter", "adapter_with_photo"):
+        show = [photo] if name == "adapter_with_photo" else []
+        with model.adapters_disabled() if name == "base" else nullcontext():
+            rows = _answered(model, processor, [_with(one, show) for one in plain], name, options)
+            losses[name] = _losses(model, processor, [_with(one, show) for one in told])
+        texts = [row["text"] for row in rows]
+        sums = caption_sums(texts, [[reference[id_]] for id_ in asked], tokenizer="simple").sums_UC
+        draws = _draws(len(sums))
+        rouge = [float(caption_metrics(sums[draw].sum(0))["ROUGE-L"]) for draw in draws[:1000]]
+        results[name] = {
+            "words": float(np.mean([len(text.split()) for text in texts])),
+            "cut_at_the_limit": sum(row["finish"] == "length" for row in rows),
+            "empty": sum(not text.strip() for text in texts),
+            "repeats_itself": sum(map(_repeats, texts)),
+            "ROUGE-L": float(caption_metrics(sums.sum(0))["ROUGE-L"]),
+            "ROUGE-L interval": np.percentile(rouge, [2.5, 97.5]).tolist(),
+            "perplexity_of_reference": float(_perplexity(losses[name])),
+        }
+        if name != "base":
+            results[name]["perplexity_of_reference/base"] = _paired(losses[name], losses["base"])
+    return results
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+
+
+def _answered(
+    model: Any,
+    processor: Any,
+    conversations: Sequence[Conversation],
+    name: str,
+    options: argparse.Namespace,
+) -> list[dict[str, Any]]:
+    """Greedy answers as {text, finish}, kept in a file of that name."""
+    kept = options.answers / f"{name}.jsonl"
+    if kept.exists():
+        return _lines(kept)
+    settings = GenerationSettings(max_new_tokens=options.max_new_tokens)
+    rows = []
+    for first in tqdm(range(0, len(conversations), options.batch_size), desc=name):
+        batch = conversations[first : first + options.batch_size]
+        found = answer(model, processor, batch, settings)
+        rows += [{"text": one.text, "finish": one.finish} for one in found]
+    write_atomically(kept, "".join(json.dumps(row) + "\n" for row in rows))
+    return rows
+
+
+def _repeats(text: str) -> bool:
+    """Whether six words in a row come a second time."""
+    words = text.split()
+    runs = [tuple(words[at : at + 6]) for at in range(len(words) - 5)]
+    return len(set(runs)) < len(runs)
+
+
+def _with(conversation: Conversation, photos: Sequence[ImageRef]) -> Conversation:
+    return _shown(conversation, photos[0]) if photos else conversation
+
+
 def _shown(conversation: Conversation, photo: ImageRef) -> Conversation:
     first, *rest = conversation.messages
     return replace(conversation, messages=(replace(first, images=(photo,)), *rest))
@@ -222,6 +339,22 @@ def main() -> None:
     two.add_argument("--seed", type=int, default=0, help="the recipe's")
     two.add_argument("--longest", type=int, default=384, help="tokens; longer ones are left out")
     two.set_defaults(measure=perplexity)
+    five = commands.add_parser("captions", help=captions.__doc__)
+    five.add_argument("--model", required=True)
+    five.add_argument("--captions", type=Path, required=True)
+    five.add_argument("--limit", type=int, default=100, help="photos")
+    five.add_argument("--question", default="Generate caption of this image")
+    five.set_defaults(measure=captions)
+    four = commands.add_parser("questions", help=questions.__doc__)
+    four.add_argument("--model", required=True)
+    four.add_argument("--questions", type=Path, required=True, help="question.jsonl")
+    four.add_argument("--reference", type=Path, required=True, help="another model's answers")
+    four.add_argument("--photo", type=Path, required=True)
+    four.add_argument("--answers", type=Path, required=True, help="the folder they are kept in")
+    four.add_argument("--max-new-tokens", type=int, default=192)
+    four.add_argument("--longest", type=int, default=768, help="tokens of a reference")
+    four.add_argument("--batch-size", type=int, default=16)
+    four.set_defaults(measure=questions)
     three = commands.add_parser("compare", help=compare.__doc__)
     three.add_argument("task", choices=["vqav2", "coco-caption"])
     three.add_argument("first", type=Path)
