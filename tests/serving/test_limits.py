@@ -229,7 +229,7 @@ def test_keys_open_everything_but_health_and_the_page(serving: Any, tmp_path: Pa
         assert running.post("/v1/completions", content=b"x" * 100).status_code == 401
 
 
-def test_short_and_missing_keys_are_refused(tmp_path: Path) -> None:
+def test_short_missing_and_unsendable_keys_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "keys"
     path.write_text("# nothing\n")
     with pytest.raises(ConfigError, match="holds no key"):
@@ -238,6 +238,9 @@ def test_short_and_missing_keys_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="key 1 has fewer than 16") as caught:
         Keys.read(path)
     assert "secret" not in str(caught.value)
+    path.write_text("a key that no header could bring: \u00e9t\u00e9\n")
+    with pytest.raises(ConfigError, match="key 1 has characters beyond ASCII"):
+        Keys.read(path)
 
 
 def test_adapters_come_and_go_with_an_admin_key(serving: Any, red_star: str) -> None:

@@ -31,7 +31,8 @@ class ExpertSettings:
         list[str] | None,
         Option(
             help="An expert that describes the image in words: caption, ocr, detection=MODEL, "
-            "search=FOLDER, web=URL or auto; may be repeated. Options follow after commas.",
+            "search=FOLDER, web=URL, or auto (not for serve); may be repeated. Options follow "
+            "after commas.",
             metavar="NAME[=VALUE]",
             show_default=False,
         ),

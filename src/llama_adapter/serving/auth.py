@@ -33,6 +33,9 @@ class Keys:
         short = next((n for n, key in enumerate(keys, 1) if len(key) < MIN_CHARACTERS), None)
         if short is not None:
             raise ConfigError(f"{path}: key {short} has fewer than {MIN_CHARACTERS} characters")
+        odd = next((n for n, key in enumerate(keys, 1) if not key.isascii()), None)
+        if odd is not None:
+            raise ConfigError(f"{path}: key {odd} has characters beyond ASCII; no header brings it")
         return cls(keys)
 
     def __bool__(self) -> bool:
