@@ -152,12 +152,12 @@ def captions(options: argparse.Namespace) -> dict[str, Any]:
     seen = {"own": photos, "another": [*photos[1:], *photos[:1]], "none": [None] * len(photos)}
     asked = options.question
     losses: dict[str, np.ndarray] = {}
-    for name, shown in seen.items():
-        sums = []
+    for name in ("own", *options.against):
+        shown, sums = seen[name], []
         for item, photo in tqdm(list(zip(items, shown, strict=True)), desc=name):
             batch = [
                 Conversation.ask(asked, images=[] if photo is None else [photo], answer=caption)
-                for caption in item["captions"]
+                for caption in item["captions"][: options.each]
             ]
             found = log_likelihoods(model, processor, batch)
             sums.append(
@@ -171,7 +171,7 @@ def captions(options: argparse.Namespace) -> dict[str, Any]:
         name: {"perplexity": float(_perplexity(sums)), "interval": _interval(sums)}
         for name, sums in losses.items()
     }
-    results |= {f"own/{name}": _paired(losses["own"], losses[name]) for name in ("another", "none")}
+    results |= {f"own/{name}": _paired(losses["own"], losses[name]) for name in options.against}
     return {"photos": len(items), **results}
 
 
@@ -343,6 +343,8 @@ def main() -> None:
     five.add_argument("--model", required=True)
     five.add_argument("--captions", type=Path, required=True)
     five.add_argument("--limit", type=int, default=100, help="photos")
+    five.add_argument("--each", type=int, default=5, help="captions of a photo")
+    five.add_argument("--against", nargs="+", default=["another", "none"], help="another, none")
     five.add_argument("--question", default="Generate caption of this image")
     five.set_defaults(measure=captions)
     four = commands.add_parser("questions", help=questions.__doc__)
