@@ -8,6 +8,7 @@ python -m benchmarks.photos perplexity --model runs/photos/adapter --texts dolly
 python -m benchmarks.photos captions --model runs/photos/adapter --captions flickr8k/captions.json
 python -m benchmarks.photos questions --model runs/photos/adapter --questions question.jsonl \
     --reference answer_gpt35.jsonl --photo unrelated.jpg --answers runs/vicuna
+python -m benchmarks.photos speed --recipe recipes/photos-answers.yaml --photos flickr8k/images
 python -m benchmarks.photos compare vqav2 runs/own runs/blind
 """
 
@@ -16,6 +17,8 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -26,6 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
+from transformers import AutoImageProcessor, AutoModel
 
 from benchmarks.measuring import describe
 from llama_adapter.cli.models import load
@@ -44,6 +48,9 @@ from llama_adapter.files import write_atomically
 from llama_adapter.generation.answer import answer, log_likelihoods
 from llama_adapter.generation.settings import GenerationSettings
 from llama_adapter.model.references import resolve_reference
+from llama_adapter.processing.images import load_image
+from llama_adapter.training.launch import train
+from llama_adapter.training.recipe import load_recipe
 from llama_adapter.training.streams import choose_held_out
 
 RESAMPLES = 2000
@@ -82,10 +89,6 @@ def _central(captions: Sequence[str]) -> str:
 
 def _mean_features(photos: Sequence[Path], options: argparse.Namespace) -> Tensor:
     """Mean patch features of unit length [I, C], kept beside the answers."""
-    from transformers import AutoImageProcessor, AutoModel
-
-    from llama_adapter.processing.images import load_image
-
     kept = options.predictions.with_name(f"features-{len(photos)}.npy")
     if kept.exists():
         return torch.from_numpy(np.load(kept))
@@ -286,6 +289,50 @@ def _paired(sums: np.ndarray, base: np.ndarray) -> dict[str, Any]:
     return {"ratio": ratio, "interval": np.percentile(ratios, [2.5, 97.5]).tolist()}
 
 
+VARIANTS: dict[str, tuple[str, ...]] = {
+    "as it is": (),
+    "one answer behind an image": ("captions.sources.0.answers=1",),
+    "a sample a row, sorted by length": ("data.padding=padded", "data.group_by_length=true"),
+    "bfloat16": ("compute.autocast=bfloat16",),
+    "compiled": ("compute.compile=true",),
+}
+"""What might make a step of a recipe faster."""
+
+
+def speed(options: argparse.Namespace) -> dict[str, Any]:
+    """Caption steps of a recipe in its variants, after what they compile; the encoder alone."""
+    results: dict[str, Any] = {}
+    for name, changes in VARIANTS.items():
+        with tempfile.TemporaryDirectory() as folder:
+            own = (f"out={folder}/run", f"steps={options.steps}", "minutes=null", "evaluation=null")
+            recipe = load_recipe(options.recipe, [*options.set, *own, *changes])
+            began = time.perf_counter()
+            train(recipe)
+            took = time.perf_counter() - began
+            rows = _lines(Path(folder) / "run/metrics.jsonl")
+        # steps that hold instructions too are of another size
+        rows = [row for row in rows[options.skip :] if "loss/instruction" not in row]
+        seconds = sum(row["seconds"] - row["waited"] for row in rows)
+        answers = sum(row["answer_tokens/caption"] for row in rows)
+        results[name] = {
+            "steps": len(rows),
+            "seconds_a_step": seconds / len(rows),
+            "tokens_a_second": sum(row["tokens"] for row in rows) / seconds,
+            "answer_tokens_a_second": answers / seconds,
+            "seconds_in_all": took,
+        }
+    directory = resolve_reference(options.vision)
+    encoder = AutoModel.from_pretrained(directory).eval()
+    processor = AutoImageProcessor.from_pretrained(directory)
+    photos = sorted(options.photos.glob("*.jpg"))[:32]
+    began = time.perf_counter()
+    for photo in photos:
+        pixels = processor([load_image(ImageRef.of(photo))], return_tensors="pt")["pixel_values"]
+        vision_features(encoder, pixels, AdapterConfig(vision_feature=11))
+    results["encoder"] = {"photos_a_second": len(photos) / (time.perf_counter() - began)}
+    return results
+
+
 def compare(options: argparse.Namespace) -> dict[str, Any]:
     """First run minus second, over the records that both answered; intervals are paired."""
     task = find_task(options.task)
@@ -357,6 +404,14 @@ def main() -> None:
     four.add_argument("--longest", type=int, default=768, help="tokens of a reference")
     four.add_argument("--batch-size", type=int, default=16)
     four.set_defaults(measure=questions)
+    six = commands.add_parser("speed", help=speed.__doc__)
+    six.add_argument("--recipe", type=Path, required=True)
+    six.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    six.add_argument("--steps", type=int, default=12)
+    six.add_argument("--skip", type=int, default=4, help="steps that warm up")
+    six.add_argument("--photos", type=Path, required=True, help="a folder of JPEGs")
+    six.add_argument("--vision", default="home:photos/vision")
+    six.set_defaults(measure=speed)
     three = commands.add_parser("compare", help=compare.__doc__)
     three.add_argument("task", choices=["vqav2", "coco-caption"])
     three.add_argument("first", type=Path)
