@@ -24,6 +24,7 @@ from llama_adapter.miniature.bundled import bundled_adapter, load_bundled
 from llama_adapter.serving.auth import Keys
 from llama_adapter.serving.limits import Limits
 from llama_adapter.serving.metrics import JsonLines
+from llama_adapter.serving.service import Service
 
 LONG = {"model": "toy-base", "prompt": "the star is", "max_tokens": 900}
 SHORT = {"model": "toy-base", "prompt": "the star is", "max_tokens": 1}
@@ -338,3 +339,18 @@ def test_the_page_may_run_its_own_script_alone(server: Any) -> None:
     assert "unsafe" not in policy
     assert "http:" not in page.text.replace("http://www.w3.org", "")
     assert "https:" not in page.text
+
+
+def test_no_adapter_may_be_named_as_the_base_is(engine: Any) -> None:
+    with pytest.raises(ConfigError, match="an adapter is named 'toy', as the base"):
+        Service(engine=engine, base_name="toy")
+
+
+def test_a_text_far_beyond_the_context_is_refused_before_it_is_made_into_tokens(
+    server: Any, engine: Any
+) -> None:
+    long = "a " * (16 * engine.context_length)
+    for asked in ({"prompt": long}, {"messages": [{"role": "user", "content": long}]}):
+        answer = server.post("/tokenize", json={"model": "toy", **asked})
+        assert answer.status_code == 400
+        assert answer.json()["error"]["code"] == "context_length_exceeded"

@@ -281,7 +281,7 @@ class _Routes:
     async def tokenize(self, body: TokenizeRequest) -> Response:
         """The tokens of a text, or of the prompt that messages become."""
         adapter = self.service.adapter(body.model)
-        self.service.check_letters(body, most_tokens=self.service.limits.max_prompt_tokens)
+        self.service.check_letters(body)
         if body.messages is not None:
             tokens = await asyncio.to_thread(self.service.tokens, body.messages, adapter)
         else:

@@ -83,8 +83,9 @@ class Service:
     """Below which adapters may be loaded at run time."""
 
     def __post_init__(self) -> None:
+        if self.base_name in self.engine.adapters:
+            raise ConfigError(f"an adapter is named {self.base_name!r}, as the base without one is")
         self.threads = ThreadPoolExecutor(self.limits.prepare_threads, "prepare")
-
         self.fetching = ThreadPoolExecutor(self.limits.prepare_threads, "fetch")
         """Of its own, so that slow hosts hold up nobody who names none."""
         self._unfinished = 0
@@ -98,7 +99,7 @@ class Service:
         """
         if self._unfinished >= self.limits.max_requests:
             raise QueueFullError(f"{self._unfinished} prompts are being read")
-        self.check_letters(asked, most_tokens=self.engine.context_length)
+        self.check_letters(asked)
         processor, gone = self.engine.processor(adapter), threading.Event()
         if isinstance(asked, ChatRequest):
             reading = _Reading(self.media, until=until, gone=gone)
@@ -137,7 +138,7 @@ class Service:
     @property
     def models(self) -> tuple[str, ...]:
         """What `model` may be."""
-        return tuple(dict.fromkeys((*self.engine.adapters, self.base_name)))
+        return (*self.engine.adapters, self.base_name)
 
     # --- prompts ------------------------------------------------------------------------------
 
@@ -178,16 +179,14 @@ class Service:
         conversation = self._conversation(messages, _unread)
         return tuple(self.engine.processor(adapter).encode(conversation).input_ids)
 
-    def check_letters(
-        self, asked: ChatRequest | CompletionRequest | TokenizeRequest, *, most_tokens: int
-    ) -> None:
+    def check_letters(self, asked: ChatRequest | CompletionRequest | TokenizeRequest) -> None:
         """ApiError for a text that must have too many tokens, before it is made into them."""
         messages = getattr(asked, "messages", None)
         param, texts = "prompt", [getattr(asked, "prompt", "")]
         if messages is not None:
             param, texts = "messages", [text for message in messages for text in message.texts]
         letters = sum(map(len, texts))
-        most = _LETTERS_A_TOKEN * min(self.limits.max_prompt_tokens, most_tokens)
+        most = _LETTERS_A_TOKEN * min(self.limits.max_prompt_tokens, self.engine.context_length)
         if letters > most:
             raise ApiError(
                 400,
