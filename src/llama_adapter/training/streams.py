@@ -183,8 +183,11 @@ def choose_held_out(source: Source, count: int, *, seed: int) -> np.ndarray:
     order = np.random.default_rng([seed, len(names)]).permutation(len(names))
     enough = int(np.searchsorted(np.cumsum(sizes[order]), count)) + 1
     if enough >= len(names):
+        together = len(names) < len(source)
+        why = f": those of an image stay together, and there are {len(names)} images"
         raise DataError(
             f"{source.name}: held_out {count} of {len(source)} samples leaves none to learn from"
+            f"{why if together else ''}"
         )
     return np.flatnonzero(np.isin(groups, names[order[:enough]]))
 
