@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,8 +22,8 @@ PLAIN = b"HTTP/1.1 200 OK\r\n\r\n"
 
 
 @contextmanager
-def session_with(sent: bytes) -> Iterator[RemoteSession]:
-    """A session with a server that sends these bytes and hangs up."""
+def server_of(sent: bytes) -> Iterator[str]:
+    """The address of a server that sends these bytes and hangs up."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
@@ -33,8 +35,15 @@ def session_with(sent: bytes) -> Iterator[RemoteSession]:
     with HTTPServer(("127.0.0.1", 0), Handler) as server:
         thread = threading.Thread(target=server.handle_request)
         thread.start()
-        yield RemoteSession(f"http://127.0.0.1:{server.server_port}", "toy")
+        yield f"http://127.0.0.1:{server.server_port}"
         thread.join()
+
+
+@contextmanager
+def session_with(sent: bytes) -> Iterator[RemoteSession]:
+    """A session with such a server."""
+    with server_of(sent) as url:
+        yield RemoteSession(url, "toy")
 
 
 @pytest.mark.parametrize(
@@ -57,3 +66,20 @@ def test_an_answer_that_breaks_off_is_an_error(sent: bytes) -> None:
 def test_an_answer_ends_where_the_server_says_so() -> None:
     with session_with(PLAIN + PIECE + DONE) as session:
         assert session.ask("What is it?").text == "the star"
+
+
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_talking_to_a_server_needs_no_torch(options: list[str]) -> None:
+    code = (
+        "import sys\n"
+        "from llama_adapter.cli.app import app\n"
+        "app(sys.argv[1:], standalone_mode=False)\n"
+        "print([m for m in ('torch', 'transformers') if m in sys.modules])"
+    )
+    with server_of(PLAIN + PIECE + DONE) as url:
+        asked = ["chat", "toy", "--url", url, "--prompt", "What is it?", *options]
+        done = subprocess.run(
+            [sys.executable, "-c", code, *asked], capture_output=True, text=True, check=True
+        )
+    assert "the star" in done.stdout
+    assert done.stdout.splitlines()[-1] == "[]"

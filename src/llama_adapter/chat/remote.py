@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from llama_adapter.chat.session import ChatAnswer
+from llama_adapter.chat.answers import ChatAnswer
 from llama_adapter.errors import ConfigError, ImageError, PromptError, ServingError
 from llama_adapter.files import read_bytes
 from llama_adapter.generation import GenerationSettings

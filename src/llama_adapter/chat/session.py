@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
+from llama_adapter.chat.answers import ChatAnswer
 from llama_adapter.conversation import Conversation, ImageRef
 from llama_adapter.experts.base import Expert, Report
 from llama_adapter.experts.pool import ExpertPool
@@ -15,21 +16,6 @@ from llama_adapter.generation.answer import stream
 from llama_adapter.model import LlamaAdapterForConditionalGeneration
 from llama_adapter.processing.images import load_image
 from llama_adapter.processing.processor import LlamaAdapterProcessor
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ChatAnswer:
-    """What came back for one question."""
-
-    text: str
-    tokens: int
-    """New tokens, the end of turn included."""
-    seconds: float
-    """From the question to the last token, experts included."""
-    contexts: tuple[Report, ...]
-    """What each expert reported, as the model read it; those that failed say why."""
-    notes: tuple[str, ...] = ()
-    """What to know about the images it rests on, such as a video that is damaged."""
 
 
 class ChatSession:

@@ -198,13 +198,16 @@ def _open_remote(
 
 
 def _as_json(answer: ChatAnswer) -> dict[str, Any]:
-    from llama_adapter.experts import report_to_dict
+    contexts: list[dict[str, Any]] = []
+    if answer.contexts:  # experts import torch, which a session with a server does without
+        from llama_adapter.experts import report_to_dict
 
+        contexts = [report_to_dict(report) for report in answer.contexts]
     found: dict[str, Any] = {
         "answer": answer.text,
         "tokens": answer.tokens,
         "seconds": round(answer.seconds, 3),
-        "contexts": [report_to_dict(report) for report in answer.contexts],
+        "contexts": contexts,
     }
     return found | ({"notes": list(answer.notes)} if answer.notes else {})
 
@@ -222,9 +225,9 @@ def _print_answer(session: ChatSession | RemoteSession, question: str, images: l
 
 def _converse(session: ChatSession | RemoteSession, images: list[Any]) -> None:
     """Questions from stdin until it ends or the user leaves."""
-    from llama_adapter.chat import ChatSession
+    from llama_adapter.chat.remote import RemoteSession
 
-    is_local = isinstance(session, ChatSession)
+    is_local = not isinstance(session, RemoteSession)
     if sys.stdin is not None and sys.stdin.isatty():
         typer.echo(_HELP, err=True)
     waiting = list(images)

@@ -92,6 +92,8 @@ class ExpertSettings:
 
 def show_reports(reports: Sequence[Report]) -> None:
     """What experts said, and what a user should know about it, on stderr."""
+    if not reports:  # then nothing of torch is needed either
+        return
     from llama_adapter.experts import report_text
 
     for report in reports:
