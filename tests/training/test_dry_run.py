@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 from collections.abc import Callable
@@ -160,6 +161,39 @@ def test_warnings(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", [GOOD] * 500)
     report = check(recipe_of(path, steps=1))
     assert any("steps go through" in warning for warning in report.warnings)
+
+
+def test_a_base_that_brings_a_chat_template_is_better_asked_with_it(
+    tmp_path: Path, toy_tokenizer: Any
+) -> None:
+    path = write(tmp_path / "a.jsonl", [GOOD] * 30)
+    tokenizer = copy.deepcopy(toy_tokenizer)
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
+    base = small_base(tmp_path / "base", tokenizer)
+    for template, warned in {"alpaca": True, "chat": False}.items():
+        recipe = recipe_of(
+            path,
+            base={"model": str(base)},
+            vision=None,
+            adapter={"preset": "v1"},
+            prompt={"template": template},
+        )
+        report = check_recipe(recipe, load_processor(recipe))
+        assert any("has a chat template" in warning for warning in report.warnings) == warned
+
+
+def test_answers_behind_one_image_need_an_attention_that_takes_masks(tmp_path: Path) -> None:
+    captions = write(tmp_path / "c.json", [])
+    items = [{"image": f"{n}.png", "captions": ["a red dog .", "a dog runs ."]} for n in range(9)]
+    captions.write_text(json.dumps(items))
+    source = {"type": "caption_questions", "path": str(captions), "answers": 3}
+    recipe = recipe_of(
+        captions,
+        out=str(tmp_path / "run"),
+        base={"model": DECODER, "attention": "flex_attention"},
+        instructions={"rows": 1, "row_length": 256, "sources": [source]},
+    )
+    refused_alike(recipe, "instructions.sources.0.answers .* 'flex_attention' does not take")
 
 
 def test_a_start_that_is_not_there(tmp_path: Path) -> None:

@@ -170,7 +170,7 @@ def check_recipe(
             0 if sizes is None else sizes.feature_bytes * sum(s.images for s in sources)
         ),
         errors=tuple(errors),
-        warnings=tuple(_warnings(recipe, sources, kinds, sizes)),
+        warnings=tuple(_warnings(recipe, processor, sources, kinds, sizes)),
     )
 
 
@@ -335,11 +335,17 @@ def _estimate(
 
 def _warnings(
     recipe: Recipe,
+    processor: LlamaAdapterProcessor,
     sources: list[SourceReport],
     kinds: dict[Kind, KindReport],
     sizes: Sizes | None,
 ) -> list[str]:
     found = []
+    if recipe.prompt.template == "alpaca" and getattr(processor.tokenizer, "chat_template", None):
+        found.append(
+            "prompt.template is 'alpaca', but the base's tokenizer has a chat template: a base "
+            "that was tuned to follow it is better asked with 'chat'"
+        )
     context = None if sizes is None else sizes.context
     for source in sources:
         longest = source.tokens.get("most", 0)

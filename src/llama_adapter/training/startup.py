@@ -32,6 +32,7 @@ def faults_of(
         partial(wants_cpu, recipe),
         partial(require_tracker, recipe),
         partial(require_quantizer, recipe),
+        partial(check_answers, recipe),
         partial(check_best, recipe, score_captions),
     ]
     if sizes is not None:
@@ -57,6 +58,19 @@ def refuse_at_start(
     for error in faults_of(recipe, processor, sizes, score_captions=score_captions):
         raise error
     return sizes
+
+
+def check_answers(recipe: Recipe) -> None:
+    """ConfigError for several answers behind one image in an attention without such masks."""
+    if recipe.base.attention not in ("flash_attention_2", "flex_attention"):
+        return
+    for kind, section in recipe.streams.items():
+        for number, source in enumerate(section.sources):
+            if (source.model_extra or {}).get("answers", 1) > 1:
+                raise ConfigError(
+                    f"{kind}s.sources.{number}.answers keeps answers apart by a mask, which "
+                    f"base.attention {recipe.base.attention!r} does not take: use sdpa or eager"
+                )
 
 
 def check_best(recipe: Recipe, score_captions: CaptionScorer | None) -> None:
