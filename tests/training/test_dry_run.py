@@ -182,11 +182,26 @@ def test_a_base_that_brings_a_chat_template_is_better_asked_with_it(
         assert any("has a chat template" in warning for warning in report.warnings) == warned
 
 
-def test_answers_behind_one_image_need_an_attention_that_takes_masks(tmp_path: Path) -> None:
+def test_who_starts_from_an_adapter_is_not_told_of_a_template_that_is_not_used(
+    tmp_path: Path, toy_tokenizer: Any
+) -> None:
+    path = write(tmp_path / "a.jsonl", [GOOD] * 30)
+    tokenizer = copy.deepcopy(toy_tokenizer)
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
+    processor = LlamaAdapterProcessor(None, tokenizer, template="chat", visual_scope="all")
+    started = recipe_of(path, adapter={"start": str(tmp_path / "adapter")}, prompt={})
+    warnings = check_recipe(started, processor).warnings
+    assert not any("has a chat template" in warning for warning in warnings)
+
+
+@pytest.mark.parametrize("answers", [3, "3"])  # a number in quotes is one too
+def test_answers_behind_one_image_need_an_attention_that_takes_masks(
+    tmp_path: Path, answers: Any
+) -> None:
     captions = write(tmp_path / "c.json", [])
     items = [{"image": f"{n}.png", "captions": ["a red dog .", "a dog runs ."]} for n in range(9)]
     captions.write_text(json.dumps(items))
-    source = {"type": "caption_questions", "path": str(captions), "answers": 3}
+    source = {"type": "caption_questions", "path": str(captions), "answers": answers}
     recipe = recipe_of(
         captions,
         out=str(tmp_path / "run"),

@@ -341,7 +341,12 @@ def _warnings(
     sizes: Sizes | None,
 ) -> list[str]:
     found = []
-    if recipe.prompt.template == "alpaca" and getattr(processor.tokenizer, "chat_template", None):
+    is_chosen = recipe.adapter.start is None  # else the template is the one it was trained with
+    if (
+        is_chosen
+        and recipe.prompt.template == "alpaca"
+        and getattr(processor.tokenizer, "chat_template", None)
+    ):
         found.append(
             "prompt.template is 'alpaca', but the base's tokenizer has a chat template: a base "
             "that was tuned to follow it is better asked with 'chat'"

@@ -11,6 +11,8 @@ from functools import partial
 from typing import Any
 
 from llama_adapter.conversation import Conversation
+from llama_adapter.data import SOURCES
+from llama_adapter.data.caption_texts import CaptionTextOptions
 from llama_adapter.errors import ConfigError, LlamaAdapterError, TrainingError
 from llama_adapter.processing.encoding import encode, opening_ids
 from llama_adapter.processing.processor import LlamaAdapterProcessor
@@ -66,7 +68,8 @@ def check_answers(recipe: Recipe) -> None:
         return
     for kind, section in recipe.streams.items():
         for number, source in enumerate(section.sources):
-            if (source.model_extra or {}).get("answers", 1) > 1:
+            options = source.options(SOURCES) if source.type in SOURCES else None
+            if isinstance(options, CaptionTextOptions) and options.answers > 1:
                 raise ConfigError(
                     f"{kind}s.sources.{number}.answers keeps answers apart by a mask, which "
                     f"base.attention {recipe.base.attention!r} does not take: use sdpa or eager"
