@@ -14,6 +14,7 @@ from llama_adapter.data.caption_facts import facts_of, sentence_of
 from llama_adapter.data.caption_forms import FORMS, write_form
 from llama_adapter.data.caption_questions import ask_about
 from llama_adapter.errors import DataError
+from llama_adapter.training.streams import choose_held_out
 
 CAPTIONS = [
     "Two brown dogs are running through the grass .",
@@ -133,6 +134,21 @@ def test_texts_stand_as_context_and_images_are_not_looked_for(tmp_path: Path) ->
         assert sample.conversation.context
         assert not sample.conversation.images
     assert source[3] == source[3]
+
+
+def test_an_image_that_a_file_lists_several_times_is_held_out_whole(tmp_path: Path) -> None:
+    names = write_pictures(tmp_path, 6)
+    records = [
+        {"image": name, "caption": f"{text} ."} for text in ("a dog", "a cat") for name in names
+    ]
+    path = tmp_path / "captions.json"
+    path.write_text(json.dumps(records))
+    for type_, options in (("coco_captions", {"images": tmp_path}), ("caption_questions", {})):
+        source = open_source(type_, "caption", path=path, **options)
+        images = [index * 12 // len(source) % 6 for index in range(len(source))]
+        held_out = set(choose_held_out(source, 3, seed=0).tolist())
+        kept = {image for index, image in enumerate(images) if index not in held_out}
+        assert kept.isdisjoint(images[index] for index in held_out)
 
 
 def test_images_are_described_and_never_asked_about(tmp_path: Path) -> None:

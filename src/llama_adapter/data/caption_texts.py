@@ -63,9 +63,8 @@ class CaptionTextSource(ABC):
 
     @cached_property
     def _of_image(self) -> list[np.ndarray]:
-        """The numbers of the captions of each image."""
-        groups = self.captions.groups()
-        assert groups is not None
+        """The numbers of the captions of each image, or of each mention of one."""
+        groups = self.captions.listed_together()
         order = np.argsort(groups, kind="stable")
         return np.split(order, np.flatnonzero(np.diff(groups[order])) + 1)
 
@@ -102,7 +101,11 @@ class CaptionTextSource(ABC):
         return f"{self.captions.where(first)} sample {index % self.options.per_image + 1}"
 
     def groups(self) -> np.ndarray | None:
-        return np.arange(len(self)) // self.options.per_image
+        # a file may list an image several times
+        of_caption = self.captions.groups()
+        assert of_caption is not None
+        first = [numbers[0] for numbers in self._of_image]
+        return np.repeat(of_caption[first], self.options.per_image)
 
     def fingerprint(self) -> str:
         return f"{self._type}{_DRAWS}{self.options!r}{self.captions.records.file.version}"

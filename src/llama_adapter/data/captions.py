@@ -6,6 +6,7 @@ import csv
 import io
 import re
 import zlib
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -114,7 +115,7 @@ def _has_sentences(images: Records) -> bool:
     return False
 
 
-class CaptionSource:
+class CaptionSource(ABC):
     """One sample a caption; a subclass says which records there are and what they hold."""
 
     records: Records
@@ -168,8 +169,13 @@ class CaptionSource:
             f"caption {int(self._caption[index]) + 1}"
         )
 
-    def groups(self) -> np.ndarray | None:
+    def listed_together(self) -> np.ndarray:
+        """For each caption a number that those share which the file lists together."""
         return self._record
+
+    @abstractmethod
+    def groups(self) -> np.ndarray | None:
+        """For each caption a number that those of one image share."""
 
     def fingerprint(self) -> str:
         return f"{self.options!r}{self.records.file.version}"
@@ -222,6 +228,23 @@ class ListedCaptions(CaptionSource):
         if isinstance(captions, list):
             captions = captions[number]
         return (url if name is None else name), captions
+
+    def groups(self) -> np.ndarray | None:
+        return self._groups
+
+    @cached_property
+    def _groups(self) -> np.ndarray:
+        """The first record of each one's image: lists of {image, caption} name it several times."""
+        numbers, where = np.unique(self._record, return_inverse=True)
+        first: dict[str, int] = {}
+        return np.array([first.setdefault(self._image_of(n), n) for n in numbers.tolist()])[where]
+
+    def _image_of(self, number: int) -> str:
+        try:
+            name, _ = self._read(Fields(self.records[number], ignore=self.options.ignore), 0)
+        except DataError:
+            name = None
+        return repr(name) if name else f"record {number}"
 
 
 class KarpathyCaptions(ListedCaptions):
@@ -320,6 +343,9 @@ class CocoCaptions(CaptionSource):
         if image < 0:
             raise DataError(f"image_id {key} stands for several images")
         return self.images[image].get("file_name"), fields.value("caption")
+
+    def listed_together(self) -> np.ndarray:
+        return self._groups
 
     def groups(self) -> np.ndarray | None:
         return self._groups
