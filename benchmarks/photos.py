@@ -15,6 +15,7 @@ python -m benchmarks.photos compare vqav2 runs/own runs/blind
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import tempfile
@@ -32,7 +33,7 @@ from tqdm.auto import tqdm
 from transformers import AutoImageProcessor, AutoModel
 
 from benchmarks.measuring import describe
-from llama_adapter.cli.models import load
+from llama_adapter.cli.models import adapter_directory, load
 from llama_adapter.config import AdapterConfig
 from llama_adapter.conversation import Conversation, ImageRef
 from llama_adapter.data import SOURCES
@@ -47,6 +48,7 @@ from llama_adapter.families.vision import vision_features
 from llama_adapter.files import write_atomically
 from llama_adapter.generation.answer import answer, log_likelihoods
 from llama_adapter.generation.settings import GenerationSettings
+from llama_adapter.model.persistence import ADAPTER_WEIGHTS_NAME
 from llama_adapter.model.references import resolve_reference
 from llama_adapter.processing.images import load_image
 from llama_adapter.training.launch import train
@@ -89,7 +91,8 @@ def _central(captions: Sequence[str]) -> str:
 
 def _mean_features(photos: Sequence[Path], options: argparse.Namespace) -> Tensor:
     """Mean patch features of unit length [I, C], kept beside the answers."""
-    kept = options.predictions.with_name(f"features-{len(photos)}.npy")
+    key = _key(options.vision, options.layer, *photos)
+    kept = options.predictions.with_name(f"features-{key}.npy")
     if kept.exists():
         return torch.from_numpy(np.load(kept))
     directory = resolve_reference(options.vision)
@@ -110,6 +113,11 @@ def _mean_features(photos: Sequence[Path], options: argparse.Namespace) -> Tenso
     kept.parent.mkdir(parents=True, exist_ok=True)
     np.save(kept, found.numpy())
     return found
+
+
+def _key(*of: Any) -> str:
+    """Of what a kept file depends on: another model's is never taken for it."""
+    return hashlib.sha256(repr(of).encode()).hexdigest()[:12]
 
 
 def perplexity(options: argparse.Namespace) -> dict[str, Any]:
@@ -228,7 +236,12 @@ def _answered(
     options: argparse.Namespace,
 ) -> list[dict[str, Any]]:
     """Greedy answers as {text, finish}, kept in a file of that name."""
-    kept = options.answers / f"{name}.jsonl"
+    weights = adapter_directory(options.model) / ADAPTER_WEIGHTS_NAME
+    with weights.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    key = _key(digest, options.max_new_tokens, *conversations)
+    options.answers.mkdir(parents=True, exist_ok=True)  # before anything is answered
+    kept = options.answers / f"{name}-{key}.jsonl"
     if kept.exists():
         return _lines(kept)
     settings = GenerationSettings(max_new_tokens=options.max_new_tokens)

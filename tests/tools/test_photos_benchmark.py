@@ -24,20 +24,25 @@ def test_the_nearest_photo_lends_its_most_central_caption(
     colors = {"red": (220, 20, 20), "green": (20, 220, 20), "blue": (20, 20, 220)}
     items = []
     for name, color in colors.items():
-        for split, size in (("train", 40), ("test", 60)):
-            Image.new("RGB", (size, size), color).save(tmp_path / f"{name}-{split}.png")
+        for split, size in (("train", 40), ("test", 60), ("val", 60)):
+            shown = colors["blue"] if split == "val" else color
+            Image.new("RGB", (size, size), shown).save(tmp_path / f"{name}-{split}.png")
             captions = ["odd one out", f"all is {name}", f"all here is {name} now"]
             items.append({"image": f"{name}-{split}.png", "captions": captions, "split": split})
     path = tmp_path / "captions.json"
     path.write_text(json.dumps(items))
     out = tmp_path / "out" / "answers.json"
-    found = measured(
-        capsys, monkeypatch, "retrieval", "--captions", path, "--predictions", out,
-        "--vision", "package:llama_adapter/miniature/bases/vision", "--layer", "-1",
-    )  # fmt: skip
-    assert found == {"photos": 3, "candidates": 3}
-    said = {line["image_id"]: line["caption"] for line in json.loads(out.read_text())}
-    assert said == {f"{name}-test": f"all is {name}" for name in colors}
+    # as many photos of another split: their features are not those that were kept of the first
+    for split, expected in (("test", list(colors)), ("val", ["blue"] * 3)):
+        found = measured(
+            capsys, monkeypatch, "retrieval", "--captions", path, "--predictions", out,
+            "--vision", "package:llama_adapter/miniature/bases/vision", "--layer", "-1",
+            "--split", split,
+        )  # fmt: skip
+        assert found == {"photos": 3, "candidates": 3}
+        said = {line["image_id"]: line["caption"] for line in json.loads(out.read_text())}
+        pairs = zip(colors, expected, strict=True)
+        assert said == {f"{name}-{split}": f"all is {other}" for name, other in pairs}
 
 
 def test_perplexity_is_compared_with_the_base_on_the_same_answers(
@@ -56,6 +61,26 @@ def test_perplexity_is_compared_with_the_base_on_the_same_answers(
     base, adapted = found["base"]["perplexity"], found["adapter"]["perplexity"]
     assert found["adapter/base"]["ratio"] == pytest.approx(adapted / base)
     assert found["adapter_with_photo"]["perplexity"] != adapted
+
+
+def test_answers_are_kept_and_none_is_taken_for_another(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = [{"question_id": n, "text": f"say {w}"} for n, w in enumerate(("red", "a blue star"))]
+    asked = tmp_path / "question.jsonl"
+    asked.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    photo = tmp_path / "photo.png"
+    Image.new("RGB", (32, 32), "red").save(photo)
+    options = [
+        "questions", "--model", "toy", "--questions", asked, "--reference", asked,
+        "--photo", photo, "--answers", tmp_path / "kept",
+    ]  # fmt: skip
+    short = measured(capsys, monkeypatch, *options, "--max-new-tokens", 1)
+    assert short["adapter"]["cut_at_the_limit"] == 2
+    longer = measured(capsys, monkeypatch, *options, "--max-new-tokens", 9)
+    assert longer["adapter"]["cut_at_the_limit"] < 2
+    monkeypatch.setattr(photos, "answer", None)  # nothing is asked again
+    assert measured(capsys, monkeypatch, *options, "--max-new-tokens", 1) == short
 
 
 def test_runs_are_compared_over_the_records_that_both_answered(
