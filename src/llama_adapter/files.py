@@ -281,6 +281,11 @@ def is_partial(path: Path) -> bool:
     return path.name.startswith(".") and ".partial-" in path.name
 
 
+def final_name(path: Path) -> str:
+    """The name that a file or directory has, or will have once what is partial is complete."""
+    return path.name[1:].rpartition(".partial-")[0] if is_partial(path) else path.name
+
+
 class JsonLines:
     """A file of JSON objects, a line each, that grows at its end.
 

@@ -60,6 +60,7 @@ def test_a_run_leaves_an_adapter_metrics_and_checkpoints(
     assert kept == ["step-00000004", "step-00000006"]
     model = LlamaAdapterForConditionalGeneration.from_pretrained(result.adapter)
     LlamaAdapterProcessor.from_pretrained(result.adapter)
+    assert 'from_pretrained("adapter")' in (result.adapter / "README.md").read_text()
     assert result.trained == {
         "adapter": sum(p.numel() for _, p in model.adapter.named_parameters())
     }

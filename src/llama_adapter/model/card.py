@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llama_adapter.files import write_atomically
+from llama_adapter.files import final_name, write_atomically
 from llama_adapter.model.configuration import LlamaAdapterConfig
 from llama_adapter.uploads import CARD
 
@@ -53,7 +53,7 @@ def write_card(directory: Path, config: LlamaAdapterConfig) -> None:
     """Write `README.md` where there is none: a card that somebody wrote stays."""
     path = directory / CARD
     if not path.exists():
-        write_atomically(path, model_card(config, directory.resolve().name))
+        write_atomically(path, model_card(config, final_name(directory.resolve())))
 
 
 def _name(described: Mapping[str, Any] | None) -> str:
