@@ -48,6 +48,10 @@ def test_the_toy_recipe_trains_resumes_and_is_drawn(cli, small, tmp_path):
     assert refused.status == 2
     assert "another recipe: steps was 2 and is now 3" in refused.stderr
 
+    taken = cli("train", *small, "steps=2", "--check")
+    assert (taken.status, "nothing prevents training" in taken.stdout) == (2, False)
+    assert "holds a run already; go on with --resume" in taken.stderr
+
     drawn = cli("plot", tmp_path / "run", "--out", tmp_path / "drawn", "--json")
     assert [Path(f).name for f in json.loads(drawn.stdout)["files"]] == ["plot.png", "plot.html"]
 

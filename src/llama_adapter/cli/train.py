@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from llama_adapter.errors import LlamaAdapterError
 
 if TYPE_CHECKING:
     from llama_adapter.training.callbacks import Callbacks
@@ -72,6 +75,7 @@ def train(
             emit(_as_json(result))
         else:
             typer.echo(f"{result.adapter}  sha256 {result.checksum}")
+            typer.echo(f"ask it: llama-adapter chat {result.adapter}", err=True)
 
 
 def _as_json(result: TrainingResult) -> dict[str, Any]:
@@ -124,12 +128,15 @@ def _check(
     report = check_recipe(
         settings, load_processor(settings), types=types, world=world, score_captions=score_captions
     )
+    try:
+        RunDirectory(settings.out).check(settings, resume=resume)
+    except LlamaAdapterError as error:
+        report = replace(report, errors=(*report.errors, str(error)))
     if emit is not None:
         emit(report.to_dict())
     else:
         typer.echo(report.as_text())
     report.refuse()
-    RunDirectory(settings.out).check(settings, resume=resume)
 
 
 @contextmanager
