@@ -106,6 +106,8 @@ def test_another_run_in_the_folder_is_refused(
 ) -> None:
     out = tmp_path / "out"
     run(VQA, local, Inputs(data=data), out, generation=SHORT, selection=Selection(limit=2))
+    with pytest.raises(EvaluationError, match=r"another run; records was 2, now 1\. Choose"):
+        run(VQA, local, Inputs(data=data), out, generation=SHORT, selection=Selection(limit=1))
     with pytest.raises(EvaluationError, match=r"another run; generation was .*Choose"):
         run(VQA, local, Inputs(data=data), out, selection=Selection(limit=2))
 

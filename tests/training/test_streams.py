@@ -82,7 +82,7 @@ def test_nothing_may_be_left_to_learn_from(tmp_path: Path, captions: dict[str, A
     captions["sources"][0]["held_out"] = 29
     with pytest.raises(
         DataError,
-        match=r"29 of 30 .* stay together, and there are 10 images",
+        match=r"29 of 30 .* stay together, and there are 10 images; set held_out lower",
     ):
         opened(recipe_of(tmp_path, captions=captions))
 

@@ -32,7 +32,12 @@ class JudgeSettings:
     section: ClassVar[str] = "Judge"
 
     judge: Annotated[
-        str | None, Option(help="local, exact-match or synonym-match.", metavar="KIND")
+        str | None,
+        Option(
+            help="local: --judge-model on this machine; exact-match or synonym-match: words are "
+            "compared, without a model.",
+            metavar="KIND",
+        ),
     ] = None
     judge_url: Annotated[
         str | None, Option(help="OpenAI-compatible judge; key from the environment.", metavar="URL")
@@ -107,7 +112,11 @@ def judge_answers(
 
     if not settings.is_given:
         if task.judging is not None:
-            typer.echo("answers are stored but not judged: give --judge-url or --judge", err=True)
+            typer.echo(
+                "answers are stored but not judged: run the same command with --judge-url and "
+                "--judge-model, or with --judge",
+                err=True,
+            )
         return None
     prices = Prices(prompt=settings.judge_price_in, completion=settings.judge_price_out)
     rows = read_predictions(task, folder).rows

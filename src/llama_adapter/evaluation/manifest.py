@@ -20,7 +20,7 @@ from llama_adapter.evaluation.tasks.base import Generation
 from llama_adapter.files import write_atomically
 
 MANIFEST = "manifest.json"
-_SAME = ("task", "model", "data_sha256", "records", "generation", "shard")
+_SAME = ("task", "model", "records", "data_sha256", "generation", "shard")
 """What must agree where a run is taken up again."""
 _LATER_SETTINGS = {"top_p": 1.0, "images": "own", "beams": 1}
 """What older manifests do not say of how answers were drawn."""

@@ -62,7 +62,7 @@ def find_runs(folders: Iterable[Path], *, resamples: int = 1000) -> list[Run]:
                 runs.append(_read_run(path.parent, resamples))
     if not runs:
         names = ", ".join(str(folder) for folder in folders)
-        raise EvaluationError(f"{names}: holds no run, that is no {PREDICTIONS}")
+        raise EvaluationError(f"{names} holds no run of `llama-adapter eval`: no {PREDICTIONS}")
     return sorted(runs, key=lambda run: (run.report.task, run.folder.name))
 
 

@@ -45,7 +45,9 @@ def plot_run(
     metrics = rows_of_steps(run / METRICS)
     rows = list(metrics.rows())
     if not rows:
-        raise TrainingError(f"{run} has no {METRICS} with a row in it")
+        raise TrainingError(
+            f"{run} is not a run of `llama-adapter train`: no {METRICS} with a row in it"
+        )
     if metrics.invalid:
         say(f"{metrics.path}: {metrics.invalid} lines are not rows and are left out")
     out = run if out is None else out

@@ -187,7 +187,7 @@ def choose_held_out(source: Source, count: int, *, seed: int) -> np.ndarray:
         why = f": those of an image stay together, and there are {len(names)} images"
         raise DataError(
             f"{source.name}: held_out {count} of {len(source)} samples leaves none to learn from"
-            f"{why if together else ''}"
+            f"{why if together else ''}; set held_out lower, or to 0 for none"
         )
     return np.flatnonzero(np.isin(groups, names[order[:enough]]))
 
