@@ -37,6 +37,7 @@ from llama_adapter.cli.models import adapter_directory, load
 from llama_adapter.config import AdapterConfig
 from llama_adapter.conversation import Conversation, ImageRef
 from llama_adapter.data import SOURCES
+from llama_adapter.data.caption_facts import sentence_of
 from llama_adapter.data.feature_cache import FeatureCache
 from llama_adapter.evaluation.bootstrap import bootstrap_intervals
 from llama_adapter.evaluation.captions import caption_metrics, caption_sums
@@ -152,7 +153,8 @@ def perplexity(options: argparse.Namespace) -> dict[str, Any]:
 def captions(options: argparse.Namespace) -> dict[str, Any]:
     """Perplexity of the human captions: with their photo, with another one, and without.
 
-    Tells what an image says where greedy captions are still alike. Intervals resample photos.
+    They are written as training has them. Tells what an image says where greedy captions are
+    still alike. Intervals resample photos.
     """
     model, processor = load(options.model)
     items = [item for item in json.loads(options.captions.read_text()) if item["split"] == "test"]
@@ -167,7 +169,9 @@ def captions(options: argparse.Namespace) -> dict[str, Any]:
         shown, sums = seen[name], []
         for item, photo in tqdm(list(zip(items, shown, strict=True)), desc=name):
             batch = [
-                Conversation.ask(asked, images=[] if photo is None else [photo], answer=caption)
+                Conversation.ask(
+                    asked, images=[] if photo is None else [photo], answer=sentence_of(caption)
+                )
                 for caption in item["captions"][: options.each]
             ]
             found = log_likelihoods(model, processor, batch)
