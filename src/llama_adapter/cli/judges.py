@@ -52,10 +52,11 @@ class JudgeSettings:
         int, Option(help="Prompts to a judge at once.", callback=between(1, 1000))
     ] = 8
     judge_price_in: Annotated[
-        float | None, Option(help="Of a million tokens that the judge reads.", callback=_PRICE)
+        float | None,
+        Option(help="Price of a million tokens that the judge reads.", callback=_PRICE),
     ] = None
     judge_price_out: Annotated[
-        float | None, Option(help="Of a million tokens that it writes.", callback=_PRICE)
+        float | None, Option(help="Price of a million tokens that it writes.", callback=_PRICE)
     ] = None
 
     def __post_init__(self) -> None:

@@ -39,7 +39,7 @@ def score(
         str, typer.Option(help="For captions: auto, ptb (needs Java), simple or none.")
     ] = "auto",
     resamples: Annotated[int, typer.Option(help="Bootstrap resamples; 0 for no intervals.")] = 1000,
-    seed: Annotated[int, typer.Option(help="Of the bootstrap.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the bootstrap.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Score stored answers, with 95% intervals; no model and no judge is asked.

@@ -21,19 +21,28 @@ if TYPE_CHECKING:
 
 def train(
     recipe: Annotated[
-        Path, typer.Argument(help="A recipe.", metavar="RECIPE.yaml", show_default=False)
+        Path,
+        typer.Argument(
+            help="A recipe, such as those in recipes/.", metavar="RECIPE.yaml", show_default=False
+        ),
     ],
     overrides: Annotated[
         list[str] | None,
         typer.Argument(
-            help="Changes of single values.", metavar="[KEY.PATH=VALUE]...", show_default=False
+            help="Changes of the recipe, in lists by number: captions.sources.0.path=my.json.",
+            metavar="[KEY.PATH=VALUE]...",
+            show_default=False,
         ),
     ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the newest checkpoint in `out`.")
     ] = False,
     check: Annotated[
-        bool, typer.Option("--check", help="Look at data and sizes; train nothing.")
+        bool,
+        typer.Option(
+            "--check",
+            help="Read some data, estimate steps and memory, name all errors; train nothing.",
+        ),
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
