@@ -107,7 +107,7 @@ def refuse_unmergeable(
     kept = unmergeable(content.adapter_config)
     if kept and not partial:
         raise CheckpointError(
-            f"{directory} cannot become a stock checkpoint: {'; '.join(kept)} cannot be merged "
+            f"{directory} cannot become a stock checkpoint: {' and '.join(kept)} cannot be merged "
             "into weights (--format merged --partial merges the linears and norms and keeps the "
             "rest as a smaller adapter, which our own programs load)"
         )
