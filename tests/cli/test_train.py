@@ -43,6 +43,7 @@ def test_the_toy_recipe_trains_resumes_and_is_drawn(cli, small, tmp_path):
     again = cli("train", *small, "steps=2", "--resume")
     assert again.status == 0, again.stderr
     assert result["checksum"] in again.stdout
+    assert f"llama-adapter chat {result['adapter']}" in again.stderr
 
     refused = cli("train", *small, "steps=3", "--resume")
     assert refused.status == 2
