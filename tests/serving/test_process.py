@@ -77,7 +77,9 @@ def examples() -> list[str]:
 
 def test_the_guide_a_terminal_and_the_end(tmp_path: Path, cli: Any) -> None:
     star = SceneObject(shape="star", color="red", size="large", place="center")
-    render(Scene(objects=(star,)), random.Random(5), size=256).save(tmp_path / "scene.png")
+    scene = tmp_path / "docs/experts/scene.png"  # as the guide names it
+    scene.parent.mkdir(parents=True)
+    render(Scene(objects=(star,)), random.Random(5), size=256).save(scene)
     shutil.copytree(ADAPTERS / "v2", tmp_path / "birds-2026-11")
     admin = "admin-key-0123456789"
     (tmp_path / "admins").write_text(admin)
@@ -95,7 +97,7 @@ def test_the_guide_a_terminal_and_the_end(tmp_path: Path, cli: Any) -> None:
             )
             assert '"error":{' not in done.stdout, (block, done.stdout)
             assert "scene.png" not in block or "red" in done.stdout
-        question = ("--prompt", "What colour is the star?", "--image", tmp_path / "scene.png")
+        question = ("--prompt", "What colour is the star?", "--image", scene)
         told = cli("chat", "toy", "--url", running.url, *question, "--json")
         assert told.status == 0, told.stderr
         assert json.loads(told.stdout)["answer"] == "the star is red."
