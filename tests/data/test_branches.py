@@ -161,6 +161,32 @@ def test_a_recipe_asks_for_answers(reading: LlamaAdapterProcessor, tmp_path: Pat
         batch.joined()
 
 
+def test_captions_of_an_image_share_their_prompt(
+    reading: LlamaAdapterProcessor, tmp_path: Path
+) -> None:
+    path = write_captions(tmp_path)
+    options = {"path": path, "images": tmp_path, "split": "train", "answers": 5, "text_share": 0.5}
+    source, mixed = (
+        open_source("caption_tasks", "caption", **options, captions_share=share)
+        for share in (1.0, 0.5)
+    )
+    encoder = SampleEncoder(reading, row_length=256)
+    for sample in map(source.__getitem__, range(len(source))):
+        all_of_it = (sample.conversation, *sample.branches)
+        assert len({c.messages[0].text for c in all_of_it}) == 1
+        assert all(len(c.images) == 1 and c.context is None for c in all_of_it)
+        # each caption once
+        assert len({c.turns[-1].text for c in all_of_it}) == len(all_of_it)
+        [cut] = encoder.cut(sample)
+        alone = [encoder.cut(each)[0] for each in apart([sample])]
+        [prompt] = {each.tokens - each.answer_tokens for each in alone}
+        if len(alone) > 1:
+            # the prompt once, less its last token, which each answer is learned from
+            assert cut.tokens == prompt - 1 + sum(each.answer_tokens + 1 for each in alone)
+    assert len({source[n].conversation.messages[0].text for n in range(len(source))}) > 1
+    assert any(mixed[n].conversation.context for n in range(len(mixed)))
+
+
 def test_a_mask_says_what_each_token_sees_whatever_the_attention() -> None:
     tokens = torch.arange(20)[None]
     mask = torch.ones(1, 1, 20, 20, dtype=torch.bool).tril()

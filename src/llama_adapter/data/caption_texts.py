@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 from pydantic import Field
 
-from llama_adapter.conversation import Conversation
+from llama_adapter.conversation import Conversation, ImageRef
 from llama_adapter.data.caption_facts import sentence_of
-from llama_adapter.data.caption_forms import write_form
+from llama_adapter.data.caption_forms import SENTENCE, write_form
 from llama_adapter.data.caption_questions import Asked, ask_about
 from llama_adapter.data.captions import CaptionSource, CocoOptions
 from llama_adapter.data.samples import Kind, Sample, SourceOptions, placed
@@ -77,16 +77,20 @@ class CaptionTextSource(ABC):
         rng = random.Random(f"{self._type}/{self.options.seed}/{index}")
         image = index // self.options.per_image
         try:
-            first, *others = (self.draw(image, rng) for _ in range(self.options.answers))
+            first, *others = self.draw_all(image, rng)
         except (DataError, PromptError) as error:
             raise placed(error, self.where(index)) from error
         return Sample(
             id=self.where(index), kind=self.kind, conversation=first, branches=tuple(others)
         )
 
+    def draw_all(self, image: int, rng: random.Random) -> list[Conversation]:
+        """The conversations of one sample."""
+        return [self.draw(image, rng) for _ in range(self.options.answers)]
+
     @abstractmethod
     def draw(self, image: int, rng: random.Random) -> Conversation:
-        """The conversation of one sample."""
+        """One conversation."""
 
     def _captions(self, image: int) -> list[str]:
         return [self.captions.text(int(number)) for number in self._of_image[image]]
@@ -124,6 +128,9 @@ class CaptionTaskOptions(CaptionTextOptions):
     question_share: float = Field(default=0.0, ge=0, le=1)
     """Of those that ask for the text, the share that ask a question about it: an image must not
     turn a short answer into a description either."""
+    captions_share: float = Field(default=0.0, ge=0, le=1)
+    """Share of the samples whose `answers` are different captions of the image behind one prompt:
+    the prompt is computed once too, where other samples have one for each answer."""
 
     def open(self, kind: Kind) -> CaptionTasks:
         captions = CocoOptions(
@@ -142,9 +149,21 @@ class CaptionTasks(CaptionTextSource):
     options: CaptionTaskOptions
     _type = "caption_tasks"
 
+    def draw_all(self, image: int, rng: random.Random) -> list[Conversation]:
+        share = self.options.captions_share
+        if not share or rng.random() >= share:
+            return super().draw_all(image, rng)
+        captions = self._captions(image)
+        question = rng.choice(SENTENCE.wordings).format(subject="image")
+        some = rng.sample(captions, min(self.options.answers, len(captions)))
+        return [
+            Conversation.ask(question, images=list(self._shown(image)), answer=sentence_of(each))
+            for each in some
+        ]
+
     def draw(self, image: int, rng: random.Random) -> Conversation:
         captions = self._captions(image)
-        shown = self.captions[int(self._of_image[image][0])].conversation.images
+        shown = self._shown(image)
         context, described, subject, asked = None, captions, "image", None
         if rng.random() < self.options.text_share:
             other = self._other(image, rng)
@@ -159,6 +178,13 @@ class CaptionTasks(CaptionTextSource):
             described, rng, subject=subject, caption_weight=self.options.caption_weight
         )
         return Conversation.ask(question, images=list(shown), context=context, answer=answer)
+
+    def _shown(self, image: int) -> tuple[ImageRef, ...]:
+        return self.captions[int(self._of_image[image][0])].conversation.images
+
+    def fingerprint(self) -> str:
+        # without the option, as runs begun earlier know it
+        return super().fingerprint().replace(", captions_share=0.0", "")
 
 
 class CaptionQuestionOptions(CaptionTextOptions):
