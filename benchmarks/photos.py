@@ -309,7 +309,10 @@ def _paired(sums: np.ndarray, base: np.ndarray) -> dict[str, Any]:
 VARIANTS: dict[str, tuple[str, ...]] = {
     "as it is": (),
     "one answer behind an image": ("captions.sources.0.answers=1",),
-    "captions behind one prompt": ("captions.sources.0.captions_share=1", "captions.row_length=288"),
+    "captions behind one prompt": (
+        "captions.sources.0.captions_share=1",
+        "captions.row_length=288",
+    ),
     "a sample a row, sorted by length": ("data.padding=padded", "data.group_by_length=true"),
     "bfloat16": ("compute.autocast=bfloat16",),
     "compiled": ("compute.compile=true",),
