@@ -323,7 +323,8 @@ VARIANTS: dict[str, tuple[str, ...]] = {
 def speed(options: argparse.Namespace) -> dict[str, Any]:
     """Caption steps of a recipe in its variants, after what they compile; the encoder alone."""
     results: dict[str, Any] = {}
-    for name, changes in VARIANTS.items():
+    for name in options.variants:
+        changes = VARIANTS[name]
         with tempfile.TemporaryDirectory() as folder:
             own = (f"out={folder}/run", f"steps={options.steps}", "minutes=null", "evaluation=null")
             recipe = load_recipe(options.recipe, [*options.set, *own, *changes])
@@ -430,6 +431,7 @@ def main() -> None:
     six.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     six.add_argument("--steps", type=int, default=12)
     six.add_argument("--skip", type=int, default=4, help="steps that warm up")
+    six.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     six.add_argument("--photos", type=Path, required=True, help="a folder of JPEGs")
     six.add_argument("--vision", default="home:photos/vision")
     six.set_defaults(measure=speed)
