@@ -1,13 +1,18 @@
-"""Killed at any moment and resumed: the same losses and the same adapter, to the bit."""
+"""Killed or interrupted at any moment and resumed: the same losses and adapter, to the bit."""
 
 from __future__ import annotations
 
+import os
 import random
+import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 from tests.training.workers import SECONDS, finish, start
 
 from llama_adapter.training.launch import train
@@ -40,6 +45,57 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(
     assert any("resumed at step" in message for message in said)
     assert result.checksum == whole.checksum
     assert losses(run) == losses(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_loses_no_step(
+    recipe_file: Callable[..., Path], losses: Any, tmp_path: Path, number: signal.Signals
+) -> None:
+    path = recipe_file(steps=40, checkpoint_every=1000, data__workers=1, compute__threads=1)
+    whole = train(load_recipe(path, [f"out={tmp_path}/whole"]))
+    run = tmp_path / "interrupted"
+    command = [sys.executable, "-m", "llama_adapter.cli", "train", str(path), f"out={run}"]
+    with (tmp_path / "said").open("w+") as said:
+        process = subprocess.Popen(command, stderr=said, start_new_session=True)
+        _wait_for_rows(run, 5, process.poll)
+        os.killpg(process.pid, number)  # as a terminal does: workers that read data get it too
+        assert process.wait(SECONDS) == 128 + number
+        said.seek(0)
+        text = said.read()
+    steps = _rows(run)
+    assert f"{number.name}: the run ends after this step and a checkpoint; again: at once" in text
+    assert f"interrupted after step {steps}, which is kept: --resume goes on" in text
+    assert "Traceback" not in text
+    resumed = train(load_recipe(path, [f"out={run}"]), resume=True)
+    assert resumed.started_at == steps < 40
+    assert resumed.checksum == whole.checksum
+    assert losses(run) == losses(tmp_path / "whole")
+
+
+def test_processes_end_together_when_one_is_interrupted(
+    recipe_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    path = recipe_file(steps=40, checkpoint_every=1000, compute__threads=1)
+    run = tmp_path / "interrupted"
+    started, _ = start(path, f"out={run}", processes=2)
+    _wait_for_rows(run, 5, lambda: None if all(p.is_alive() for p in started) else 1)
+    assert started[1].pid is not None
+    os.kill(started[1].pid, signal.SIGTERM)
+    for process in started:
+        process.join(SECONDS)
+    # each as it was asked: the first was not, and ends as after Ctrl-C
+    assert [process.exitcode for process in started] == [1, 128 + signal.SIGTERM]
+    steps = _rows(run)
+    resumed = train(load_recipe(path, [f"out={run}"]), resume=True)
+    assert resumed.started_at == steps < 40
+    assert resumed.steps == 40
+
+
+def _wait_for_rows(run: Path, count: int, ended: Callable[[], int | None]) -> None:
+    until = time.monotonic() + SECONDS
+    while _rows(run) < count and ended() is None and time.monotonic() < until:
+        time.sleep(0.005)
+    assert ended() is None, "the run was over before it could be interrupted"
 
 
 def _rows(run: Path) -> int:

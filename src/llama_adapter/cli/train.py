@@ -48,8 +48,8 @@ def train(
 ) -> None:
     """Train an adapter as a recipe says.
 
-    A run that was killed goes on with --resume and ends with the same weights. Several processes
-    or machines: start it with torchrun or `accelerate launch`.
+    A run that was killed goes on with --resume and ends with the same weights; Ctrl-C writes a
+    checkpoint first. Several processes or machines: start it with torchrun or `accelerate launch`.
 
     \b
     Examples:

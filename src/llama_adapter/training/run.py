@@ -26,6 +26,7 @@ from llama_adapter.training.build import Built
 from llama_adapter.training.callbacks import Callbacks
 from llama_adapter.training.checkpointing import Checkpointer
 from llama_adapter.training.device import autocast_dtype
+from llama_adapter.training.interruption import Interruption, noticed
 from llama_adapter.training.joint import JointTrainer, StepReport
 from llama_adapter.training.keepers import BestAdapter, InvalidRecords
 from llama_adapter.training.metrics import Row, gate_sizes, row_of
@@ -107,11 +108,16 @@ class TrainingRun:
         self._evaluate = evaluate
         self.track: Callable[[Row, int], None] | None = None
         """Where rows go in addition to metrics.jsonl."""
+        self._interruption = Interruption()
+        self._ends_early = False
+        """Whether any process was interrupted."""
         self._bad_steps = 0
         self.best = BestAdapter(None if recipe.evaluation is None else recipe.evaluation.best)
 
     def run(self, *, resume: bool = False) -> TrainingResult:
         """Train to the last step and write the final adapter.
+
+        Ctrl-C and SIGTERM end it after the step that they interrupt, with a checkpoint.
 
         Raises TrainingError where the loss stays not finite, DataError where too many records are
         invalid, and CheckpointError where a checkpoint cannot be written or read.
@@ -119,7 +125,7 @@ class TrainingRun:
         began = self._restore() if resume else 0
         if not self._is_over():
             self.budget.begin()
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(), noticed(self._tell) as self._interruption:
             while not self._is_over():
                 row = self._step()
                 step = self.trainer.step_count
@@ -127,9 +133,12 @@ class TrainingRun:
                     with self._timed():
                         self._score(row)
                 self._write(row)
-                if self._due(step, self.recipe.checkpoint_every):
+                if self._ends_early or self._due(step, self.recipe.checkpoint_every):
                     with self._timed(saving=True):
                         self._save()
+                if self._ends_early:
+                    self._tell(f"interrupted after step {step}, which is kept: --resume goes on")
+                    self._interruption.leave()
         return self._finish(began)
 
     def _is_over(self) -> bool:
@@ -195,10 +204,10 @@ class TrainingRun:
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big")
 
     def _sums(self, batches: Sequence[TrainBatch]) -> tuple[int, int]:
-        counts = torch.tensor(
-            [sum(b.tokens for b in batches), sum(len(b.invalid) for b in batches)]
-        )
-        tokens, invalid = self.engine.all_reduce(counts).tolist()
+        interrupted = self._interruption.asked is not None
+        counts = [sum(b.tokens for b in batches), sum(len(b.invalid) for b in batches), interrupted]
+        tokens, invalid, any_interrupted = self.engine.all_reduce(torch.tensor(counts)).tolist()
+        self._ends_early = bool(any_interrupted)
         return int(tokens), int(invalid)
 
     def _watch_losses(self, row: Row, report: StepReport, batches: Sequence[TrainBatch]) -> None:

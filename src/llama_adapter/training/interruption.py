@@ -1,0 +1,58 @@
+"""Ctrl-C and SIGTERM end a run between two steps, after a checkpoint."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+"""Ctrl-C, and what schedulers and container engines send before they kill."""
+
+
+class Interruption:
+    """Whether this process was asked to end; `asked` holds the signal."""
+
+    asked: int | None = None
+
+    def leave(self) -> None:
+        """End as the signal would have, now that everything is kept."""
+        if self.asked == signal.SIGTERM:
+            raise SystemExit(128 + signal.SIGTERM)
+        raise KeyboardInterrupt
+
+
+@contextmanager
+def noticed(tell: Callable[[str], None]) -> Iterator[Interruption]:
+    """Inside the block the first signal is noted and told, a second one acts as before.
+
+    Signals reach the main thread of Python alone: in another thread nothing changes.
+    """
+    interruption = Interruption()
+    if threading.current_thread() is not threading.main_thread():
+        yield interruption
+        return
+    previous = {number: signal.getsignal(number) for number in SIGNALS}
+    process = os.getpid()
+
+    def note(number: int, _: FrameType | None) -> None:
+        if os.getpid() != process:  # a worker that reads data: its parent ends it
+            return
+        interruption.asked = number
+        restore()
+        name = signal.Signals(number).name
+        tell(f"{name}: the run ends after this step and a checkpoint; again: at once")
+
+    def restore() -> None:
+        for number, handler in previous.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+    for number in SIGNALS:
+        signal.signal(number, note)
+    try:
+        yield interruption
+    finally:
+        restore()
