@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from tests.training.workers import SECONDS, finish, start
 
+from llama_adapter.training import interruption
 from llama_adapter.training.launch import train
 from llama_adapter.training.recipe import load_recipe
 
@@ -70,6 +71,20 @@ def test_an_interrupted_run_loses_no_step(
     assert resumed.started_at == steps < 40
     assert resumed.checksum == whole.checksum
     assert losses(run) == losses(tmp_path / "whole")
+
+
+def test_a_second_signal_acts_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(interruption, "REPEATED_SECONDS", 0.0)
+    before = signal.getsignal(signal.SIGINT)
+    said: list[str] = []
+    with interruption.noticed(said.append) as found:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert found.asked == signal.SIGINT
+        time.sleep(0.01)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert len(said) == 1
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_processes_end_together_when_one_is_interrupted(

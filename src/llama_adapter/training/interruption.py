@@ -5,18 +5,23 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 """Ctrl-C, and what schedulers and container engines send before they kill."""
+REPEATED_SECONDS = 1.0
+"""A signal that comes again so soon is the same one: launchers pass on what the terminal sent."""
 
 
 class Interruption:
-    """Whether this process was asked to end; `asked` holds the signal."""
+    """Whether this process was asked to end."""
 
     asked: int | None = None
+    """The signal that asked."""
+    when = 0.0
 
     def leave(self) -> None:
         """End as the signal would have, now that everything is kept."""
@@ -41,10 +46,13 @@ def noticed(tell: Callable[[str], None]) -> Iterator[Interruption]:
     def note(number: int, _: FrameType | None) -> None:
         if os.getpid() != process:  # a worker that reads data: its parent ends it
             return
-        interruption.asked = number
-        restore()
-        name = signal.Signals(number).name
-        tell(f"{name}: the run ends after this step and a checkpoint; again: at once")
+        if interruption.asked is None:
+            interruption.asked, interruption.when = number, time.monotonic()
+            name = signal.Signals(number).name
+            tell(f"{name}: the run ends after this step and a checkpoint; again: at once")
+        elif time.monotonic() - interruption.when > REPEATED_SECONDS:
+            restore()
+            os.kill(process, number)
 
     def restore() -> None:
         for number, handler in previous.items():
