@@ -147,12 +147,7 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
             bar.set_postfix(loss=f"{sum(losses[-100:]) / len(losses[-100:]):.3f}")
     took = time.perf_counter() - began
     model.eval()
-    answers = []
-    for first in range(0, len(parts["test"]), 64):
-        found = model.describe(features["test"][first : first + 64].float())
-        for item, caption in zip(parts["test"][first : first + 64], found, strict=True):
-            text = " ".join(names[n] for n in caption)
-            answers.append({"image_id": Path(item["image"]).stem, "caption": text})
+    answers = _described(model, features["test"], [i["image"] for i in parts["test"]], names)
     write_atomically(options.predictions, json.dumps(answers, indent=1) + "\n")
     return {
         "steps": steps,
@@ -162,6 +157,17 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
         "loss": sum(losses[-200:]) / len(losses[-200:]),
         "photos": len(answers),
     }
+
+
+def _described(
+    model: Captioner, features: Tensor, images: Sequence[str], names: Sequence[str]
+) -> list[dict[str, str]]:
+    """In COCO's result format."""
+    found = [c for some in features.split(64) for c in model.describe(some.float())]
+    return [
+        {"image_id": Path(image).stem, "caption": " ".join(names[n] for n in caption)}
+        for image, caption in zip(images, found, strict=True)
+    ]
 
 
 def _batches(rows: Sequence[tuple[int, Tensor]], size: int) -> Iterator[list[tuple[int, Tensor]]]:
