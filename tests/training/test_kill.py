@@ -57,7 +57,12 @@ def test_an_interrupted_run_loses_no_step(
     run = tmp_path / "interrupted"
     command = [sys.executable, "-m", "llama_adapter.cli", "train", str(path), f"out={run}"]
     with (tmp_path / "said").open("w+") as said:
-        process = subprocess.Popen(command, stderr=said, start_new_session=True)
+        process = subprocess.Popen(
+            command,
+            stderr=said,
+            start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
         _wait_for_rows(run, 5, process.poll)
         os.killpg(process.pid, number)  # as a terminal does: workers that read data get it too
         assert process.wait(SECONDS) == 128 + number
@@ -75,7 +80,7 @@ def test_an_interrupted_run_loses_no_step(
 
 def test_a_second_signal_acts_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(interruption, "REPEATED_SECONDS", 0.0)
-    before = signal.getsignal(signal.SIGINT)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     said: list[str] = []
     with interruption.noticed(said.append) as found:
         os.kill(os.getpid(), signal.SIGINT)
@@ -84,7 +89,16 @@ def test_a_second_signal_acts_as_before(monkeypatch: pytest.MonkeyPatch) -> None
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     assert len(said) == 1
-    assert signal.getsignal(signal.SIGINT) is before
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    signal.signal(signal.SIGINT, before)
+
+
+def test_what_is_ignored_stays_ignored() -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with interruption.noticed(pytest.fail) as found:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert found.asked is None
+    signal.signal(signal.SIGINT, before)
 
 
 def test_processes_end_together_when_one_is_interrupted(

@@ -34,13 +34,15 @@ class Interruption:
 def noticed(tell: Callable[[str], None]) -> Iterator[Interruption]:
     """Inside the block the first signal is noted and told, a second one acts as before.
 
-    Signals reach the main thread of Python alone: in another thread nothing changes.
+    Signals reach the main thread of Python alone: in another thread nothing changes. What is
+    ignored stays ignored, as Ctrl-C is by what `nohup` or a script has put into the background.
     """
     interruption = Interruption()
     if threading.current_thread() is not threading.main_thread():
         yield interruption
         return
-    previous = {number: signal.getsignal(number) for number in SIGNALS}
+    known = {number: signal.getsignal(number) for number in SIGNALS}
+    previous = {number: each for number, each in known.items() if each != signal.SIG_IGN}
     process = os.getpid()
 
     def note(number: int, _: FrameType | None) -> None:
@@ -58,7 +60,7 @@ def noticed(tell: Callable[[str], None]) -> Iterator[Interruption]:
         for number, handler in previous.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
-    for number in SIGNALS:
+    for number in previous:
         signal.signal(number, note)
     try:
         yield interruption
