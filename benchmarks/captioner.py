@@ -1,8 +1,8 @@
 """What the features of a vision encoder allow: a small decoder trained end to end on them.
 
-A transformer of words learns the same captions from the same frozen features as an adapter does. It
-shares nothing with a language model, and takes minutes: how far an adapter is behind it is what
-there is to gain with this encoder, and how far it is behind published models is the encoder's part.
+A transformer of words learns the same captions from the same frozen features as an adapter does,
+without a language model, in less than an hour of a core. How far an adapter is behind it is what
+there is to gain with this encoder at least.
 
 python -m benchmarks.captioner --captions flickr8k/captions.json --predictions runs/captioner.json
 llama-adapter eval coco-caption --predictions runs/captioner.json --data flickr8k/captions.json \
@@ -152,7 +152,7 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
     return {
         "steps": steps,
         "minutes": took / 60,
-        "words": len(number),
+        "vocabulary": len(number),
         "parameters": sum(p.numel() for p in model.parameters()),
         "loss": sum(losses[-200:]) / len(losses[-200:]),
         "photos": len(answers),
