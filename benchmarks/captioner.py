@@ -23,16 +23,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
-from transformers import AutoImageProcessor, AutoModel
 
 from benchmarks.measuring import describe
-from llama_adapter.config import AdapterConfig
-from llama_adapter.conversation import ImageRef
-from llama_adapter.data.feature_cache import FeatureCache
-from llama_adapter.families.vision import vision_features
+from benchmarks.photos import patch_features
 from llama_adapter.files import write_atomically
-from llama_adapter.model.references import resolve_reference
-from llama_adapter.processing.images import load_image
 
 PAD, START, END, UNKNOWN = range(4)
 LONGEST = 24
@@ -75,25 +69,13 @@ class Captioner(nn.Module):
         return [row[1 : [*row, END].index(END)] for row in words.tolist()]
 
 
-def read_features(photos: Sequence[Path], *, vision: str, layer: int, cache: Path | None) -> Tensor:
+def pooled_features(photos: Sequence[Path], options: argparse.Namespace) -> Tensor:
     """[I, P, C] in half precision, averaged to GRID x GRID patches."""
-    directory = resolve_reference(vision)
-    encoder = AutoModel.from_pretrained(directory).eval()
-    processor = AutoImageProcessor.from_pretrained(directory)
-    config = AdapterConfig(vision_feature=layer)
-    kept = None if cache is None else FeatureCache(cache, dtype=torch.float16)
     found = []
-    for path in tqdm(photos, desc="photos"):
-        ref = ImageRef.of(path)
-        if kept is not None and kept.key(ref) in kept:
-            patches = kept.read([ref])
-        else:
-            pixels = processor([load_image(ref)], return_tensors="pt")["pixel_values"]
-            patches = vision_features(encoder, pixels, config)
-        # the first is the class token
-        _, count, channels = patches[:, 1:].shape
+    for patches in patch_features(photos, options):
+        _, count, channels = patches.shape
         side = round(count**0.5)
-        square = patches[:, 1:].transpose(1, 2).reshape(1, channels, side, side)
+        square = patches.transpose(1, 2).reshape(1, channels, side, side)
         pooled = F.adaptive_avg_pool2d(square, GRID)
         found.append(pooled.flatten(2).transpose(1, 2).half())
     return torch.cat(found)
@@ -105,12 +87,7 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
     parts = {s: [item for item in items if item["split"] == s] for s in ("train", "test")}
     folder = options.images or options.captions.parent
     features = {
-        name: read_features(
-            [folder / item["image"] for item in part],
-            vision=options.vision,
-            layer=options.layer,
-            cache=options.cache,
-        )
+        name: pooled_features([folder / item["image"] for item in part], options)
         for name, part in parts.items()
     }
     texts = [[_words(c) for c in item["captions"]] for item in parts["train"]]
@@ -173,6 +150,8 @@ def _described(
 def _batches(rows: Sequence[tuple[int, Tensor]], size: int) -> Iterator[list[tuple[int, Tensor]]]:
     """Full batches in random order, each of captions of like length."""
     order = sorted(torch.randperm(len(rows)).tolist(), key=lambda n: len(rows[n][1]))
+    # what fills no batch is left out, longest or shortest by chance
+    order = order[int(torch.randint(len(rows) % size + 1, ())) :]
     for batch in torch.randperm(len(rows) // size).tolist():
         yield [rows[n] for n in order[batch * size : (batch + 1) * size]]
 
@@ -190,7 +169,11 @@ def main() -> None:
     parser.add_argument("--predictions", type=Path, default=Path("runs/captioner.json"))
     parser.add_argument("--vision", default="home:photos/vision")
     parser.add_argument("--layer", type=int, default=11)
-    parser.add_argument("--cache", type=Path, help="features that training kept")
+    parser.add_argument(
+        "--cache",
+        type=Path,
+        help="features of this encoder and layer: a folder in a vision.cache_folder",
+    )
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--batch", type=int, default=128, help="captions a step")
     parser.add_argument("--lr", type=float, default=1e-3)

@@ -96,12 +96,21 @@ def _mean_features(photos: Sequence[Path], options: argparse.Namespace) -> Tenso
     kept = options.predictions.with_name(f"features-{key}.npy")
     if kept.exists():
         return torch.from_numpy(np.load(kept))
+    read = patch_features(photos, options)
+    means = [patches.mean(1) for patches in read]
+    found = torch.nn.functional.normalize(torch.cat(means), dim=-1)
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    np.save(kept, found.numpy())
+    return found
+
+
+def patch_features(photos: Sequence[Path], options: argparse.Namespace) -> Iterator[Tensor]:
+    """Of each photo, [1, P, C] without the class token, of `options.layer` of `options.vision`."""
     directory = resolve_reference(options.vision)
     encoder = AutoModel.from_pretrained(directory).eval()
     processor = AutoImageProcessor.from_pretrained(directory)
     config = AdapterConfig(vision_feature=options.layer)
     cache = None if options.cache is None else FeatureCache(options.cache, dtype=torch.float16)
-    means = []
     for path in tqdm(photos, desc="photos"):
         ref = ImageRef.of(path)
         if cache is not None and cache.key(ref) in cache:
@@ -109,11 +118,7 @@ def _mean_features(photos: Sequence[Path], options: argparse.Namespace) -> Tenso
         else:
             pixels = processor([load_image(ref)], return_tensors="pt")["pixel_values"]
             patches = vision_features(encoder, pixels, config)
-        means.append(patches[:, 1:].mean(1))
-    found = torch.nn.functional.normalize(torch.cat(means), dim=-1)
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    np.save(kept, found.numpy())
-    return found
+        yield patches[:, 1:]
 
 
 def _key(*of: Any) -> str:

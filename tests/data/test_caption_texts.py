@@ -197,7 +197,7 @@ def test_other_options_have_another_fingerprint(tmp_path: Path) -> None:
     changes: list[dict[str, Any]] = [
         {}, {"question_share": 0.05}, {"question_share": 0.5}, {"per_image": 50},
         {"answers": 10}, {"per_image": 50, "answers": 10}, {"text_share": 0.2},
-        {"captions_share": 0.5},
+        {"captions_share": 0.5}, {"captions_share": 0.05},
     ]  # fmt: skip
     found = [
         open_source("caption_tasks", "caption", **options, **change).fingerprint()

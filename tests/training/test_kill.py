@@ -52,7 +52,7 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(
 def test_an_interrupted_run_loses_no_step(
     recipe_file: Callable[..., Path], losses: Any, tmp_path: Path, number: signal.Signals
 ) -> None:
-    path = recipe_file(steps=40, checkpoint_every=1000, data__workers=1, compute__threads=1)
+    path = recipe_file(steps=150, checkpoint_every=1000, data__workers=1, compute__threads=1)
     whole = train(load_recipe(path, [f"out={tmp_path}/whole"]))
     run = tmp_path / "interrupted"
     command = [sys.executable, "-m", "llama_adapter.cli", "train", str(path), f"out={run}"]
@@ -63,9 +63,13 @@ def test_an_interrupted_run_loses_no_step(
             start_new_session=True,
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
-        _wait_for_rows(run, 5, process.poll)
-        os.killpg(process.pid, number)  # as a terminal does: workers that read data get it too
-        assert process.wait(SECONDS) == 128 + number
+        try:
+            _wait_for_rows(run, 5, process.poll)
+            for _ in range(2):  # a launcher passes on what the terminal sent to all
+                os.killpg(process.pid, number)
+            assert process.wait(SECONDS) == 128 + number
+        finally:
+            process.kill()
         said.seek(0)
         text = said.read()
     steps = _rows(run)
@@ -73,7 +77,7 @@ def test_an_interrupted_run_loses_no_step(
     assert f"interrupted after step {steps}, which is kept: --resume goes on" in text
     assert "Traceback" not in text
     resumed = train(load_recipe(path, [f"out={run}"]), resume=True)
-    assert resumed.started_at == steps < 40
+    assert resumed.started_at == steps < 150
     assert resumed.checksum == whole.checksum
     assert losses(run) == losses(tmp_path / "whole")
 
@@ -104,7 +108,7 @@ def test_what_is_ignored_stays_ignored() -> None:
 def test_processes_end_together_when_one_is_interrupted(
     recipe_file: Callable[..., Path], tmp_path: Path
 ) -> None:
-    path = recipe_file(steps=40, checkpoint_every=1000, compute__threads=1)
+    path = recipe_file(steps=150, checkpoint_every=1000, compute__threads=1)
     run = tmp_path / "interrupted"
     started, _ = start(path, f"out={run}", processes=2)
     _wait_for_rows(run, 5, lambda: None if all(p.is_alive() for p in started) else 1)
@@ -112,12 +116,11 @@ def test_processes_end_together_when_one_is_interrupted(
     os.kill(started[1].pid, signal.SIGTERM)
     for process in started:
         process.join(SECONDS)
-    # each as it was asked: the first was not, and ends as after Ctrl-C
-    assert [process.exitcode for process in started] == [1, 128 + signal.SIGTERM]
+    assert [process.exitcode for process in started] == [128 + signal.SIGTERM] * 2
     steps = _rows(run)
     resumed = train(load_recipe(path, [f"out={run}"]), resume=True)
-    assert resumed.started_at == steps < 40
-    assert resumed.steps == 40
+    assert resumed.started_at == steps < 150
+    assert resumed.steps == 150
 
 
 def _wait_for_rows(run: Path, count: int, ended: Callable[[], int | None]) -> None:

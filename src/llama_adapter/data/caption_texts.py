@@ -129,8 +129,8 @@ class CaptionTaskOptions(CaptionTextOptions):
     """Of those that ask for the text, the share that ask a question about it: an image must not
     turn a short answer into a description either."""
     captions_share: float = Field(default=0.0, ge=0, le=1)
-    """Share of the samples whose `answers` are different captions of the image behind one prompt:
-    the prompt is computed once too, where other samples have one for each answer."""
+    """Share of the samples whose answers, at most `answers`, are captions of the image behind one
+    prompt: it is computed once too, where other samples have one for each answer."""
 
     def open(self, kind: Kind) -> CaptionTasks:
         captions = CocoOptions(
@@ -183,8 +183,9 @@ class CaptionTasks(CaptionTextSource):
         return self.captions[int(self._of_image[image][0])].conversation.images
 
     def fingerprint(self) -> str:
+        known = super().fingerprint()
         # without the option, as runs begun earlier know it
-        return super().fingerprint().replace(", captions_share=0.0", "")
+        return known if self.options.captions_share else known.replace(", captions_share=0.0", "")
 
 
 class CaptionQuestionOptions(CaptionTextOptions):

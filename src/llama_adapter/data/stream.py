@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import signal
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -23,8 +23,6 @@ from llama_adapter.processing.batching import EncodedSample
 
 _AHEAD = 2
 """Batches that each worker process holds ready."""
-_GRACE_SECONDS = 30
-"""How long a worker outlives a SIGTERM, if its parent does not end it before."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -218,7 +216,7 @@ class BatchStream:
             num_workers=self.workers,
             prefetch_factor=_AHEAD if self.workers else None,
             collate_fn=_unchanged,
-            worker_init_fn=_outlast_interrupts,
+            worker_init_fn=_leave_group,
             pin_memory=self.pin_memory,
             # its own generator: the global one belongs to the training's random state
             generator=torch.Generator(),
@@ -276,11 +274,12 @@ class BatchStream:
         self._loading = None
 
 
-def _outlast_interrupts(_: int) -> None:
-    """Ctrl-C and a scheduler's SIGTERM reach workers too: the process that trains ends its step."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "alarm"):
-        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_GRACE_SECONDS))
+def _leave_group(_: int) -> None:
+    """What is sent to a process group, as Ctrl-C is, is for the process that trains: it ends its
+    step, and its workers with it.
+    """
+    if hasattr(os, "setsid"):
+        os.setsid()
 
 
 def _unchanged(item: Any) -> Any:

@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -23,11 +23,12 @@ class Interruption:
     """The signal that asked."""
     when = 0.0
 
-    def leave(self) -> None:
-        """End as the signal would have, now that everything is kept."""
-        if self.asked == signal.SIGTERM:
-            raise SystemExit(128 + signal.SIGTERM)
-        raise KeyboardInterrupt
+
+def leave(number: int) -> None:
+    """End as Python does at a signal, now that everything is kept."""
+    if number == signal.SIGTERM:
+        raise SystemExit(128 + signal.SIGTERM)
+    raise KeyboardInterrupt
 
 
 @contextmanager
@@ -51,7 +52,9 @@ def noticed(tell: Callable[[str], None]) -> Iterator[Interruption]:
         if interruption.asked is None:
             interruption.asked, interruption.when = number, time.monotonic()
             name = signal.Signals(number).name
-            tell(f"{name}: the run ends after this step and a checkpoint; again: at once")
+            # the terminal may be gone, or be written to at this moment
+            with suppress(OSError, RuntimeError):
+                tell(f"{name}: the run ends after this step and a checkpoint; again: at once")
         elif time.monotonic() - interruption.when > REPEATED_SECONDS:
             restore()
             os.kill(process, number)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,7 +26,7 @@ from llama_adapter.training.build import Built
 from llama_adapter.training.callbacks import Callbacks
 from llama_adapter.training.checkpointing import Checkpointer
 from llama_adapter.training.device import autocast_dtype
-from llama_adapter.training.interruption import Interruption, noticed
+from llama_adapter.training.interruption import SIGNALS, Interruption, leave, noticed
 from llama_adapter.training.joint import JointTrainer, StepReport
 from llama_adapter.training.keepers import BestAdapter, InvalidRecords
 from llama_adapter.training.metrics import Row, gate_sizes, row_of
@@ -109,15 +109,16 @@ class TrainingRun:
         self.track: Callable[[Row, int], None] | None = None
         """Where rows go in addition to metrics.jsonl."""
         self._interruption = Interruption()
-        self._ends_early = False
-        """Whether any process was interrupted."""
+        self._ended_by: int | None = None
+        """The signal that interrupted any of the processes."""
         self._bad_steps = 0
         self.best = BestAdapter(None if recipe.evaluation is None else recipe.evaluation.best)
 
     def run(self, *, resume: bool = False) -> TrainingResult:
         """Train to the last step and write the final adapter.
 
-        Ctrl-C and SIGTERM end it after the step that they interrupt, with a checkpoint.
+        Ctrl-C and SIGTERM end it after the step that they interrupt, with a checkpoint, as
+        KeyboardInterrupt and SystemExit.
 
         Raises TrainingError where the loss stays not finite, DataError where too many records are
         invalid, and CheckpointError where a checkpoint cannot be written or read.
@@ -125,7 +126,12 @@ class TrainingRun:
         began = self._restore() if resume else 0
         if not self._is_over():
             self.budget.begin()
-        with torch.random.fork_rng(), noticed(self._tell) as self._interruption:
+        with noticed(self._tell) as self._interruption:
+            self._to_the_end()
+            return self._finish(began)
+
+    def _to_the_end(self) -> None:
+        with torch.random.fork_rng():
             while not self._is_over():
                 row = self._step()
                 step = self.trainer.step_count
@@ -133,13 +139,15 @@ class TrainingRun:
                     with self._timed():
                         self._score(row)
                 self._write(row)
-                if self._ends_early or self._due(step, self.recipe.checkpoint_every):
+                if self._ended_by or self._due(step, self.recipe.checkpoint_every):
                     with self._timed(saving=True):
                         self._save()
-                if self._ends_early:
-                    self._tell(f"interrupted after step {step}, which is kept: --resume goes on")
-                    self._interruption.leave()
-        return self._finish(began)
+                if self._ended_by and not self._is_over():
+                    with suppress(OSError):  # the terminal may be gone
+                        self._tell(
+                            f"interrupted after step {step}, which is kept: --resume goes on"
+                        )
+                    leave(self._ended_by)
 
     def _is_over(self) -> bool:
         """Whether all steps are made; processes agree on how many they are."""
@@ -204,10 +212,12 @@ class TrainingRun:
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big")
 
     def _sums(self, batches: Sequence[TrainBatch]) -> tuple[int, int]:
-        interrupted = self._interruption.asked is not None
-        counts = [sum(b.tokens for b in batches), sum(len(b.invalid) for b in batches), interrupted]
-        tokens, invalid, any_interrupted = self.engine.all_reduce(torch.tensor(counts)).tolist()
-        self._ends_early = bool(any_interrupted)
+        asked = [self._interruption.asked == number for number in SIGNALS]
+        counts = [sum(b.tokens for b in batches), sum(len(b.invalid) for b in batches), *asked]
+        tokens, invalid, *any_asked = self.engine.all_reduce(torch.tensor(counts)).tolist()
+        self._ended_by = next(
+            (n for n, asked in zip(SIGNALS, any_asked, strict=True) if asked), None
+        )
         return int(tokens), int(invalid)
 
     def _watch_losses(self, row: Row, report: StepReport, batches: Sequence[TrainBatch]) -> None:
@@ -243,7 +253,8 @@ class TrainingRun:
     def _write(self, row: Row) -> None:
         if self.engine.rank == 0:
             self.metrics.append(row)
-            self.callbacks.step(row)
+            with suppress(OSError) if self._ended_by else nullcontext():  # the terminal may be gone
+                self.callbacks.step(row)
         if self.track is not None and self._due(row["step"], self.recipe.logging.every):
             self.track(row, row["step"])
 
