@@ -16,6 +16,7 @@ import pytest
 from tests.training.workers import SECONDS, finish, start
 
 from llama_adapter.training import interruption
+from llama_adapter.training.callbacks import Callbacks
 from llama_adapter.training.launch import train
 from llama_adapter.training.recipe import load_recipe
 
@@ -103,6 +104,45 @@ def test_what_is_ignored_stays_ignored() -> None:
         os.kill(os.getpid(), signal.SIGINT)
         assert found.asked is None
     signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize("checkpoint_every", [3, 1000])
+def test_an_interruption_of_the_last_step_changes_nothing(
+    recipe_file: Callable[..., Path], tmp_path: Path, checkpoint_every: int
+) -> None:
+    path = recipe_file(steps=6, checkpoint_every=checkpoint_every, compute__threads=1)
+    whole = train(load_recipe(path, [f"out={tmp_path}/whole"]))
+
+    def interrupt(row: Any) -> None:
+        if row["step"] == 5:  # noticed at the end of the sixth
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    result = train(load_recipe(path), callbacks=Callbacks(step=interrupt))
+    assert result.steps == 6
+    assert result.checksum == whole.checksum
+
+
+def test_a_terminal_that_is_gone_costs_no_step(
+    recipe_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    path = recipe_file(steps=6, checkpoint_every=1000, compute__threads=1)
+    whole = train(load_recipe(path, [f"out={tmp_path}/whole"]))
+
+    def interrupt(row: Any) -> None:
+        if row["step"] == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        if row["step"] > 2:
+            raise BrokenPipeError
+
+    def tell(message: str) -> None:
+        if "SIGTERM" in message or "interrupted" in message:
+            raise BrokenPipeError
+
+    with pytest.raises(SystemExit, match="143"):
+        train(load_recipe(path), callbacks=Callbacks(step=interrupt, message=tell))
+    resumed = train(load_recipe(path), resume=True)
+    assert resumed.started_at == 3
+    assert resumed.checksum == whole.checksum
 
 
 def test_processes_end_together_when_one_is_interrupted(

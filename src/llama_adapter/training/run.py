@@ -139,15 +139,16 @@ class TrainingRun:
                     with self._timed():
                         self._score(row)
                 self._write(row)
-                if self._ended_by or self._due(step, self.recipe.checkpoint_every):
+                interrupted = None if self._is_over() else self._ended_by
+                if interrupted or self._due(step, self.recipe.checkpoint_every):
                     with self._timed(saving=True):
                         self._save()
-                if self._ended_by and not self._is_over():
+                if interrupted:
                     with suppress(OSError):  # the terminal may be gone
                         self._tell(
                             f"interrupted after step {step}, which is kept: --resume goes on"
                         )
-                    leave(self._ended_by)
+                    leave(interrupted)
 
     def _is_over(self) -> bool:
         """Whether all steps are made; processes agree on how many they are."""
