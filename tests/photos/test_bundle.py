@@ -21,7 +21,7 @@ from llama_adapter.processing.processor import LlamaAdapterProcessor
 def run(tmp_path: Path) -> Path:
     folder = tmp_path / "run"
     folder.mkdir()
-    (folder / "recipe.yaml").write_text("seed: 3\ncompute: {device: cpu, threads: 2}\n")
+    (folder / "recipe.yaml").write_text("seed: 3\ncompute: {device: cpu, autocast: bfloat16}\n")
     rows = ('{"step": 1, "seconds": 90}', '{"step": 2, "seconds": 30}', '{"step": 2, "eval": 1}')
     (folder / "metrics.jsonl").write_text("\n".join(rows) + "\n")
     return folder
@@ -42,8 +42,18 @@ def test_an_adapter_becomes_the_package_s(run: Path, photos_model: Path, tmp_pat
     card = (out / "README.md").read_text()
     assert "| BLEU-4 | 12.35 | 11.00 – 13.50 |" in card or "| BLEU-4 | 12.34 |" in card
     assert "| accuracy | 30.50 | 28.00 – 33.00 |" in card
-    assert "| steps | 2 |" in card
-    assert "2 minutes (cpu, 2 threads; " in card
+    assert "from 2 steps in 2 minutes" in card
+    assert "| `recipes/run.yaml`, seed 3 | 2 | 2 | cpu, bfloat16, " in card
+
+
+def test_a_training_goes_on_from_a_bundled_adapter(
+    run: Path, photos_model: Path, tmp_path: Path
+) -> None:
+    tool.bundle([run], photos_model, tmp_path / "first", results={})
+    tool.bundle([run], photos_model, tmp_path / "both", results={}, after=tmp_path / "first")
+    card = (tmp_path / "both/README.md").read_text()
+    assert card.count("| `recipes/run.yaml`, seed 3 | 2 | 2 | cpu, bfloat16, ") == 2
+    assert "from 4 steps in 4 minutes" in card
 
 
 def test_half_precision_loads_on_a_float32_base(

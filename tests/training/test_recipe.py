@@ -19,6 +19,7 @@ SHIPPED = (
     "photos-continued",
     "photos-answers",
     "photos-captions",
+    "photos-coco",
     "chat-7b",
     "chat-70b-fsdp",
     "v1-alpaca",

