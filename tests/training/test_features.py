@@ -65,6 +65,21 @@ def test_training_from_features_learns_the_same(
     assert images_of(tmp_path / "cached/cache") == 24
 
 
+def test_features_in_float16_are_evaluated_under_autocast(
+    recipe_file: Write, losses: Any, tmp_path: Path
+) -> None:
+    path = recipe_file(
+        steps=1, evaluation={"every": 1, "samples": 4}, compute={"autocast": "bfloat16"}
+    )
+    scores = {}
+    for name, more in {"plain": (), "cached": (CACHED,)}.items():
+        train(loaded(path, f"out={tmp_path}/{name}", "captions.sources.0.held_out=4", *more))
+        row = losses(tmp_path / name)[-1]
+        scores[name] = {k: v for k, v in row.items() if k.endswith("perplexity")}
+    assert scores["plain"]
+    assert scores["cached"] == pytest.approx(scores["plain"], rel=0.02)
+
+
 def test_with_a_whole_cache_nothing_is_decoded_and_the_encoder_rests(
     recipe_file: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

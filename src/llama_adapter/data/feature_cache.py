@@ -136,7 +136,8 @@ class FeatureCache:
             found = [f if f.ndim == 3 else f.expand(frames, *f.shape) for f in found]
         if len({f.shape for f in found}) > 1:
             raise DataError("a sample must hold equally many frames an image")
-        return torch.stack(found).float()
+        # one by one: under autocast a CPU stacks no float16
+        return torch.stack([features.float() for features in found])
 
     def _read_one(self, ref: ImageRef) -> Tensor:
         entry = self._entries.get(self.key(ref))
