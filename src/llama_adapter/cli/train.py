@@ -55,7 +55,8 @@ def train(
     Examples:
       llama-adapter train recipes/toy.yaml
       llama-adapter train recipes/toy.yaml steps=200 out=runs/short seed=1
-      llama-adapter train recipes/captions-and-instructions.yaml base.model=Qwen/Qwen3-0.6B --check
+      llama-adapter train recipes/captions-and-instructions.yaml --check prompt.template=chat \
+        base.model=Qwen/Qwen3-0.6B vision.model=openai/clip-vit-large-patch14
       llama-adapter train recipes/paper-7b.yaml --resume
       torchrun --nproc-per-node 8 -m llama_adapter.cli train recipes/paper-7b.yaml
     """
