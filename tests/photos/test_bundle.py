@@ -50,9 +50,13 @@ def test_a_training_goes_on_from_a_bundled_adapter(
     run: Path, photos_model: Path, tmp_path: Path
 ) -> None:
     tool.bundle([run], photos_model, tmp_path / "first", results={})
+    with pytest.raises(CheckpointError, match="its card lists run already"):
+        tool.bundle([run], photos_model, tmp_path / "both", results={}, after=tmp_path / "first")
+    run = run.rename(tmp_path / "next")
     tool.bundle([run], photos_model, tmp_path / "both", results={}, after=tmp_path / "first")
     card = (tmp_path / "both/README.md").read_text()
-    assert card.count("| `recipes/run.yaml`, seed 3 | 2 | 2 | cpu, bfloat16, ") == 2
+    for name in ("run", "next"):
+        assert f"| `recipes/{name}.yaml`, seed 3 | 2 | 2 | cpu, bfloat16, " in card
     assert "from 4 steps in 4 minutes" in card
 
 

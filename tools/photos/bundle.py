@@ -75,7 +75,7 @@ and not commercially.
 
 ## What it cannot do
 
-It is a language model of 135 million parameters that has seen 6,000 photos. It knows people, dogs,
+It is a language model of 135 million parameters that has seen 6,395 photos. It knows people, dogs,
 sports, streets and the like, names other things after them, and is confident when it is wrong. It
 does not read text in images, counts badly, knows nobody by name, and speaks English alone. Do not
 rely on it for anything that matters.
@@ -95,7 +95,11 @@ def bundle(
     `after` is the bundled adapter that the first run went on from. CheckpointError where the
     adapter is too large.
     """
-    parts = [*(_earlier(after) if after else ()), *map(_part, runs)]
+    earlier = _earlier(after) if after else []
+    again = {part["recipe"] for part in earlier} & {run.name for run in runs}
+    if again:
+        raise CheckpointError(f"{after}: its card lists {', '.join(sorted(again))} already")
+    parts = [*earlier, *map(_part, runs)]
     model = LlamaAdapterForConditionalGeneration.from_pretrained(adapter, dtype=torch.float32)
     tensors = {
         name: tensor.half() for name, tensor in read_checked(adapter / ADAPTER_WEIGHTS_NAME).items()
