@@ -364,7 +364,7 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
     """First run minus second, over the records that both answered; intervals are paired."""
     task = find_task(options.task)
     found = [read_joined(task, run, None) for run in (options.first, options.second)]
-    both = set.intersection(*({row.record.id for row in one.rows} for one in found))
+    both = set.intersection(*({r.record.id for r in one.rows if r.is_answered} for one in found))
     tallies = []
     for one in found:
         rows = sorted((r for r in one.rows if r.record.id in both), key=lambda r: r.record.id)

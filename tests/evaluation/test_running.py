@@ -18,6 +18,7 @@ from PIL import Image
 
 from llama_adapter.errors import EvaluationError
 from llama_adapter.evaluation.answering import EndpointAnswerer, LocalAnswerer
+from llama_adapter.evaluation.manifest import MANIFEST, read_manifest
 from llama_adapter.evaluation.media import IMAGE_SUFFIXES, MediaFolders
 from llama_adapter.evaluation.predictions import read_ours
 from llama_adapter.evaluation.running import Selection, merge_shards, run
@@ -122,7 +123,32 @@ def test_shards_merge_into_the_whole(data: Path, tmp_path: Path, local: LocalAns
                 merge_shards(VQA, tmp_path / "out")
     merge_shards(VQA, tmp_path / "out")
     run(VQA, local, inputs, tmp_path / "whole", generation=SHORT)
-    assert list(answers_of(tmp_path / "out")) == list(answers_of(tmp_path / "whole"))
+    assert answers_of(tmp_path / "out") == answers_of(tmp_path / "whole")
+    merged, whole = (read_manifest(tmp_path / name) for name in ("out", "whole"))
+    for key in ("task", "model", "generation", "records", "shard"):
+        assert merged[key] == whole[key], key
+
+
+def test_shards_of_other_settings_are_not_merged(
+    data: Path, tmp_path: Path, local: LocalAnswerer
+) -> None:
+    for i, images in ((1, "none"), (2, "own")):
+        other = Generation(max_new_tokens=4, batch_size=4, images=images)
+        selection = Selection(shard=(i, 2))
+        run(VQA, local, Inputs(data=data), tmp_path, generation=other, selection=selection)
+    with pytest.raises(
+        EvaluationError, match="is of another run than shard-1-of-2; its generation"
+    ):
+        merge_shards(VQA, tmp_path)
+
+
+def test_stored_answers_are_not_taken_for_those_of_a_model(
+    data: Path, tmp_path: Path, local: LocalAnswerer
+) -> None:
+    run(VQA, local, Inputs(data=data), tmp_path / "out", generation=SHORT)
+    (tmp_path / "out" / MANIFEST).unlink()
+    with pytest.raises(EvaluationError, match=r"holds answers without a manifest\.json"):
+        run(VQA, local, Inputs(data=data), tmp_path / "out", generation=SHORT)
 
 
 def test_all_images_missing_is_an_error_that_says_where_it_looked(

@@ -104,3 +104,25 @@ def test_runs_are_compared_over_the_records_that_both_answered(
     assert accuracy["value"] == pytest.approx(100 * (3 - 1) / 5)
     low, high = accuracy["interval"]
     assert low <= accuracy["value"] <= high
+
+
+def test_a_photo_without_a_caption_in_one_run_is_compared_in_neither(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for run, empty in (("own", 0), ("blind", 3)):
+        lines = [
+            {
+                "task": "coco-caption", "id": str(n), "questions": [""],
+                "gold": [f"a dog in place {n}"], "images": [f"{n}.jpg"], "facts": {},
+                "answers": ["" if n == empty else f"a dog in place {n}"],
+            }
+            for n in range(4)
+        ]  # fmt: skip
+        (tmp_path / run).mkdir()
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (tmp_path / run / "predictions.jsonl").write_text(text)
+    found = measured(
+        capsys, monkeypatch, "compare", "coco-caption", tmp_path / "own", tmp_path / "blind"
+    )
+    assert found["records"] == 2
+    assert found["difference"]["BLEU-1"] == {"value": 0.0, "interval": [0.0, 0.0]}

@@ -14,7 +14,7 @@ from typing import Any
 
 from llama_adapter.errors import EvaluationError
 from llama_adapter.evaluation.jsonfiles import brief, read_json
-from llama_adapter.evaluation.predictions import record_to_json
+from llama_adapter.evaluation.predictions import PREDICTIONS, record_to_json
 from llama_adapter.evaluation.records import Record
 from llama_adapter.evaluation.tasks.base import Generation
 from llama_adapter.files import write_atomically
@@ -83,14 +83,18 @@ def make_manifest(
 
 
 def start_or_resume(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Write the manifest, or check that the run in the folder is the same one."""
+    """Write the manifest, or check that the run in the folder is the same one.
+
+    EvaluationError where the folder holds answers of which no manifest says whose they are.
+    """
     if not (folder / MANIFEST).exists():
-        text = json.dumps(manifest, indent=2, ensure_ascii=False)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            write_atomically(folder / MANIFEST, text + "\n")
-        except OSError as error:
-            raise EvaluationError(f"{folder}: cannot hold a run: {error.strerror}") from error
+        answers = folder / PREDICTIONS
+        if answers.exists() and answers.stat().st_size:
+            raise EvaluationError(
+                f"{folder}: holds answers without a {MANIFEST}, so not a run that could go on. "
+                "Choose another --out"
+            )
+        write_manifest(folder, manifest)
         return
     stored = read_manifest(folder)
     for key in _SAME:
@@ -102,6 +106,30 @@ def start_or_resume(folder: Path, manifest: Mapping[str, Any]) -> None:
                 f"{folder}: holds another run; {key} was {_brief(before)}, "
                 f"now {_brief(manifest[key])}. Choose another --out"
             )
+
+
+def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """What the answers in a folder were made with."""
+    text = json.dumps(manifest, indent=2, ensure_ascii=False)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / MANIFEST, text + "\n")
+    except OSError as error:
+        raise EvaluationError(f"{folder}: cannot hold a run: {error.strerror}") from error
+
+
+def merged_manifest(shards: Sequence[Path]) -> dict[str, Any]:
+    """The manifest of all shards of a run; EvaluationError where they are not of the same run."""
+    first, *others = map(read_manifest, shards)
+    for folder, other in zip(shards[1:], others, strict=True):
+        for key in _SAME:
+            if key in ("task", "model", "generation") and other.get(key) != first.get(key):
+                raise EvaluationError(
+                    f"{folder}: is of another run than {shards[0].name}; its {key} is "
+                    f"{_brief(other.get(key))}, not {_brief(first.get(key))}"
+                )
+    records = sum(one["records"] for one in (first, *others) if isinstance(one.get("records"), int))
+    return first | {"shard": None, "records": records, "data_sha256": None}
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

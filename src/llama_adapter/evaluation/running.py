@@ -16,7 +16,13 @@ from llama_adapter.conversation import Conversation, ImageRef
 from llama_adapter.errors import EvaluationError, ImageError, PromptError, VideoError
 from llama_adapter.evaluation.answering import Answerer, Prediction
 from llama_adapter.evaluation.jsonfiles import lines_to_append, read_text
-from llama_adapter.evaluation.manifest import make_manifest, read_manifest, start_or_resume
+from llama_adapter.evaluation.manifest import (
+    make_manifest,
+    merged_manifest,
+    read_manifest,
+    start_or_resume,
+    write_manifest,
+)
 from llama_adapter.evaluation.media import MediaFolders, media_of
 from llama_adapter.evaluation.predictions import (
     JUDGMENTS,
@@ -156,6 +162,7 @@ def merge_shards(task: Task, out: Path) -> Path:
     if lacking or len(folders) != total:
         names = ", ".join(folder.name for folder in folders)
         raise EvaluationError(f"{out}: expected {', '.join(expected)}, found {names}")
+    merged = merged_manifest([out / name for name in expected])
     for folder in folders:
         stored = read_manifest(folder)
         found = read_ours(folder / PREDICTIONS, task=task.name)
@@ -167,6 +174,7 @@ def merge_shards(task: Task, out: Path) -> Path:
         files = [out / part / name for part in expected if (out / part / name).exists()]
         if files:
             write_atomically(out / name, "".join(map(read_text, files)))
+    write_manifest(out, merged)
     return out / PREDICTIONS
 
 
