@@ -66,9 +66,37 @@ class Running:
 
 
 @pytest.fixture(scope="session")
-def engine() -> Iterator[Any]:
+def slowed() -> Callable[[Any], Any]:
+    """A context in which each pass of a model takes 30 ms or more, so that answers last."""
+
+    @contextmanager
+    def run(model: Any) -> Iterator[None]:
+        handle = model.language_model.register_forward_pre_hook(lambda *_: time.sleep(0.03))
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def bundled() -> Any:
+    """The built-in model and its processor, which the session's engine computes with."""
+    return load_bundled()
+
+
+@pytest.fixture
+def slow(slowed: Callable[[Any], Any], bundled: Any) -> Iterator[None]:
+    """The session's engine takes its time."""
+    with slowed(bundled[0]):
+        yield
+
+
+@pytest.fixture(scope="session")
+def engine(bundled: Any) -> Iterator[Any]:
     """The built-in model with two adapters: `toy` and `caption`."""
-    engine = RowEngine(*load_bundled(), name="toy", settings=EngineSettings(rows=4))
+    engine = RowEngine(*bundled, name="toy", settings=EngineSettings(rows=4))
     engine.load_adapter("caption", bundled_adapter("caption"))
     until = time.monotonic() + 120
     while engine.health.state == "starting" and time.monotonic() < until:

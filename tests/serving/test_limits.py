@@ -9,7 +9,7 @@ import logging
 import shutil
 import socket
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from llama_adapter.serving.metrics import JsonLines
 from llama_adapter.serving.service import Service
 
 LONG = {"model": "toy-base", "prompt": "the star is", "max_tokens": 900}
+"""An answer of 147 tokens, above four seconds where the model is `slow`."""
 SHORT = {"model": "toy-base", "prompt": "the star is", "max_tokens": 1}
 KEY, OTHER, ADMIN = "first-key-0123456789", "second-key-0123456789", "admin-key-0123456789"
 
@@ -50,6 +51,7 @@ def answering(running: Any, **options: Any) -> Any:
         yield lines
 
 
+@pytest.mark.usefixtures("slow")
 def test_a_full_server_says_so_before_it_reads_anything(serving: Any) -> None:
     with serving(limits=Limits(max_requests=1)) as running:
         with answering(running):
@@ -157,13 +159,19 @@ def unread(running: Any, path: str, **asked: Any) -> Any:
         yield client
 
 
+@pytest.mark.usefixtures("slow")
 def test_a_stream_that_nobody_reads_is_ended(serving: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("llama_adapter.serving.gate._SEND_SECONDS", 0.3)
-    wordy = {**LONG, "max_tokens": 300, "n": 4, "logprobs": 5, "stream": True}
-    with serving() as running, unread(running, "/v1/completions", **wordy):
-        time.sleep(0.5)
+    wordy = {**LONG, "n": 4, "logprobs": 5, "stream": True}
+    with (
+        serving(send_buffer=4096) as running,
+        unread(running, "/v1/completions", **wordy) as client,
+    ):
+        client.recv(1)  # it has begun
         assert running.gate.admission.count == 4
-        assert running.is_idle()
+        assert running.is_idle(connections=0)
+        with client.makefile("rb") as rest, suppress(ConnectionError):
+            assert b"[DONE]" not in rest.read()
 
 
 def test_an_answer_that_nobody_takes_is_dropped(serving: Any, engine: Any) -> None:
@@ -191,6 +199,7 @@ def test_sixty_megabytes_are_refused_before_they_are_read(server: Any) -> None:
         assert b" 413 " in huge.recv(4096)
 
 
+@pytest.mark.usefixtures("slow")
 def test_whoever_leaves_frees_the_row(server: Any) -> None:
     with answering(server):
         pass
@@ -207,6 +216,7 @@ def test_whoever_leaves_frees_the_row(server: Any) -> None:
     assert server.is_idle()
 
 
+@pytest.mark.usefixtures("slow")
 def test_time_is_bounded(serving: Any) -> None:
     with serving(limits=Limits(request_seconds=0.4)) as running:
         late = running.post("/v1/completions", json=LONG)
@@ -275,13 +285,14 @@ def test_adapters_come_and_go_with_an_admin_key(serving: Any, red_star: str) -> 
 
 
 def test_an_adapter_that_does_not_fit_is_refused_while_others_answer(
-    serving: Any, adapter_dir: Path, tmp_path: Path
+    serving: Any, slowed: Any, adapter_dir: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(bundled_adapter("v2"), tmp_path / "same")
     shutil.copytree(adapter_dir, tmp_path / "other-base")
-    full = RowEngine(*load_bundled(), name="toy", settings=EngineSettings(rows=2, adapters=1))
+    model, processor = load_bundled()
+    full = RowEngine(model, processor, name="toy", settings=EngineSettings(rows=2, adapters=1))
     options = {"admin_keys": Keys((ADMIN,)), "service": {"adapter_folder": tmp_path}}
-    with serving(engine=full, **options) as running, answering(running) as lines:
+    with slowed(model), serving(engine=full, **options) as running, answering(running) as lines:
         for name, words in {"same": "holds 1 adapters", "other-base": "base"}.items():
             refused = running.post(
                 "/v1/adapters",
