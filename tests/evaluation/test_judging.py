@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from llama_adapter.errors import EvaluationError
+from llama_adapter.evaluation.costs import judge_usage
 from llama_adapter.evaluation.judges import (
     EndpointJudge,
     exact_verdict,
@@ -191,6 +192,42 @@ def test_published_prompts_may_replace_ours(tmp_path: Path) -> None:
     path.write_text("{}")
     with pytest.raises(EvaluationError, match="lacks the prompt for answer"):
         read_judge_prompts(find_task("msvd-qa"), path)
+
+
+def test_what_is_asked_for_again_counts_though_other_verdicts_came_since(tmp_path: Path) -> None:
+    predictions, prompts = tmp_path / "predictions.jsonl", tmp_path / "prompts.json"
+    lines = ours("msvd-qa", [(str(i), "a dog") for i in range(2)])
+    predictions.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    prompts.write_text(json.dumps({"answer": "Q {question}"}))
+    task = find_task("msvd-qa")
+    strict = read_judge_prompts(task, prompts)
+
+    def behave(prompt: str, _: int) -> str:
+        return "no, score: 1" if prompt.startswith("Q ") else GOOD
+
+    with serving(behave) as served:
+
+        def accuracy(model: str, judging: Any = None, asked: int = 0) -> float:
+            judge = EndpointJudge(url=served.url, model=model, retries=0, timeout=5.0)
+            report = judge_rows(task, rows(2), judge, tmp_path, judging=judging)
+            judge.close()
+            assert (report.asked, report.kept) == (asked, 2 - asked)
+            usage = judge_usage(tmp_path)
+            assert usage is not None
+            replies.append(usage["replies"])
+            return quick("msvd-qa", predictions).metrics["accuracy"]
+
+        replies: list[int] = []
+        assert accuracy("grader", asked=2) == 100
+        assert accuracy("grader", strict, asked=2) == 0
+        assert accuracy("grader") == 100
+        assert accuracy("grader", strict) == 0
+        assert accuracy("other", asked=2) == 100
+        assert accuracy("grader", strict) == 0
+        size = predictions.with_name("judgements.jsonl").stat().st_size
+        assert accuracy("grader", strict) == 0  # what counts already is not written again
+        assert predictions.with_name("judgements.jsonl").stat().st_size == size
+    assert replies == [2, 4, 4, 4, 2, 4, 4]
 
 
 def test_both_orders_are_judged_and_put_back(tmp_path: Path) -> None:

@@ -43,7 +43,8 @@ def judge_usage(folder: Path, *, prices: Prices | None = None) -> dict[str, Any]
         return None
     lines = read_judgments(path)
     judge = lines[-1].get("judge") if lines else None
-    own = [line for line in lines if line.get("judge") == judge and line.get("reply") is not None]
+    replies = (line for line in lines if line.get("reply") is not None and not line.get("again"))
+    own = [line for line in replies if line.get("judge") == judge]
     if not own:
         return None
     prices = prices or Prices()

@@ -13,13 +13,16 @@ from typing import Any
 from llama_adapter.errors import EvaluationError
 from llama_adapter.evaluation.jsonfiles import brief, lines_to_append, read_json
 from llama_adapter.evaluation.judges import WORD_JUDGES, Judge, JudgeUnavailableError
-from llama_adapter.evaluation.predictions import JUDGMENTS, read_judgments
+from llama_adapter.evaluation.predictions import JUDGMENTS, asked_as, read_judgments
 from llama_adapter.evaluation.records import Row
 from llama_adapter.evaluation.tasks.base import Judging, Task, fill
 from llama_adapter.files import JsonLines, read_bytes
 
 ATTEMPTS = 3
 """A reply that cannot be read is asked for again twice."""
+_KEPT = ("id", "aspect", "prompt_hash", "attempt", "reply", "verdict")
+"""Of a verdict that is written once more: it cost nothing the second time."""
+_Key = tuple[str, str, str | None]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,6 +53,10 @@ class _Question:
         return hashlib.sha256(f"{self.system}\n{self.prompt}".encode()).hexdigest()[:16]
 
     @property
+    def key(self) -> _Key:
+        return self.id, self.aspect, self.hash
+
+    @property
     def label(self) -> str:
         return f"{self.id}/{self.aspect}"
 
@@ -63,16 +70,24 @@ def judge_rows(
     judging: Judging | None = None,
     progress: Callable[[int], object] = lambda _: None,
 ) -> JudgeReport:
-    """Judge every answered row whose verdict is not stored yet; append replies as they come."""
+    """Judge every answered row whose verdict is not stored yet; append replies as they come.
+
+    Stored verdicts that another judge's, or this one's on other prompts, came behind are written
+    once more: the last ones count.
+    """
     judging = judging or _judging_of(task)
     path = folder / JUDGMENTS
     lines = lines_to_append(path)
-    known = _stored(path, task=task.name, judge=judge.name, judging=judging)
+    stored = _Stored.read(path, task=task.name, judge=judge.name, judging=judging)
     questions = list(_questions(rows, judging))
-    pending = [q for q in questions if (q.id, q.aspect, q.hash) not in known]
+    pending = [q for q in questions if q.key not in stored.readable]
     progress(len(questions) - len(pending))
     tally = _Tally()
     writer = _Writer(lines, task=task.name, judge=judge.name, version=judging.version)
+    for question in questions:
+        line = stored.readable.get(question.key)
+        if line is not None and question.key not in stored.counting:
+            writer.write(again=True, **{name: line.get(name) for name in _KEPT})
 
     def work(question: _Question) -> None:
         _judge_one(question, judge, judging, writer, tally)
@@ -157,20 +172,31 @@ def _questions(rows: Iterable[Row], judging: Judging) -> Iterable[_Question]:
             )
 
 
-def _stored(
-    path: Path, *, task: str, judge: str, judging: Judging
-) -> set[tuple[str, str, str | None]]:
-    """Prompts that this judge has answered readably before."""
-    if not path.exists():
-        return set()
-    return {
-        (line["id"], line["aspect"], line.get("prompt_hash"))
-        for line in read_judgments(path)
-        if line.get("task") == task
-        and line.get("judge") == judge
-        and line.get("reply") is not None
-        and judging.parse(line["aspect"], line["reply"]) is not None
-    }
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Stored:
+    """What a judge has answered readably before, by record, aspect and prompt."""
+
+    readable: dict[_Key, dict[str, Any]]
+    counting: set[_Key]
+    """Those that scoring would count as the file stands."""
+
+    @classmethod
+    def read(cls, path: Path, *, task: str, judge: str, judging: Judging) -> _Stored:
+        lines = read_judgments(path) if path.exists() else []
+        lines = [line for line in lines if line.get("task") == task]
+        readable: dict[_Key, dict[str, Any]] = {}
+        counting: dict[tuple[str, str], str | None] = {}
+        is_last = bool(lines) and asked_as(lines[-1]) == (judge, judging.version)
+        for line in lines:
+            reply, told = line.get("reply"), (line["id"], line["aspect"])
+            if line.get("judge") != judge or reply is None:
+                continue
+            if judging.parse(told[1], reply) is None:
+                continue
+            readable[*told, line.get("prompt_hash")] = line
+            if is_last and line.get("version") == judging.version:
+                counting[told] = line.get("prompt_hash")
+        return cls(readable=readable, counting={(*k, v) for k, v in counting.items()})
 
 
 class _Tally:

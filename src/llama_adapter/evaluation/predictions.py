@@ -183,7 +183,8 @@ def read_verdicts(
 ) -> tuple[dict[str, dict[str, Verdict]], str | None]:
     """The last readable verdict on each aspect of each record, by id; and who judged.
 
-    Where several judges were asked, the one asked last counts and the others do not.
+    Where several judges were asked, or one on several versions of the prompts, what was asked last
+    counts and the rest does not.
     """
     verdicts: dict[str, dict[str, Verdict]] = {}
     if not path.exists():
@@ -191,7 +192,7 @@ def read_verdicts(
     lines = [line for line in read_judgments(path) if line.get("task") == task]
     judge = lines[-1].get("judge") if lines else None
     for line in lines:
-        if line.get("judge") != judge:
+        if asked_as(line) != asked_as(lines[-1]):
             continue
         verdict = line.get("verdict")
         if parse is not None and line.get("reply"):
@@ -199,6 +200,11 @@ def read_verdicts(
         if verdict is not None:
             verdicts.setdefault(line["id"], {})[line["aspect"]] = verdict
     return verdicts, judge
+
+
+def asked_as(line: Mapping[str, Any]) -> tuple[str | None, str | None]:
+    """Which judge a line of judgements is from, and on which version of the prompts."""
+    return line.get("judge"), line.get("version")
 
 
 def read_judgments(path: Path) -> list[dict[str, Any]]:
