@@ -97,6 +97,66 @@ def test_yes_and_no_are_as_frequent() -> None:
     assert 0.45 < share < 0.55
 
 
+def asked_of(*captions: str, count: int = 400) -> set[tuple[str, str]]:
+    return {
+        found
+        for n in range(count)
+        if (found := ask_about(captions, random.Random(n), hint_share=0.0)) is not None
+    }
+
+
+def test_a_thing_that_is_mentioned_twice_is_neither_counted_nor_the_one() -> None:
+    asked = asked_of("A brown dog runs after a black dog .")
+    assert not [question for question, _ in asked if question.startswith(("How many", "What is"))]
+    assert ("How many dogs are there?", "2") in asked_of("Two dogs run .")
+
+
+def test_no_is_said_of_nothing_that_other_words_say() -> None:
+    denied = {
+        question.split()[3].rstrip("?")
+        for question, answer in asked_of("A woman sits in a kayak near a puppy .", count=3000)
+        if question.startswith("Is there") and answer == "No"
+    }
+    assert {"man", "cat", "car"} <= denied
+    assert not {"person", "lady", "dog", "boat", "kayak"} & denied
+
+
+def test_no_is_said_of_nothing_that_goes_with_what_is_done() -> None:
+    asked = asked_of("A man is holding something while he rides a bike .", count=2000)
+    denied = {
+        q.split()[3].rstrip("?") for q, a in asked if q.startswith("Is the man") and a == "No"
+    }
+    assert "swimming" in denied
+    assert not {"riding", "holding", "sitting", "standing"} & denied
+
+
+@pytest.mark.parametrize(
+    ("caption", "who"),
+    [
+        ("A boy with a dog is running .", []),
+        ("A man on a horse is waving .", []),
+        ("A girl riding a horse is smiling .", ["girl"]),
+        ("A group of people is dancing .", ["person"]),
+        ("A dog is running towards a man .", ["dog"]),
+    ],
+)
+def test_who_acts_is_clear_or_not_said(caption: str, who: list[str]) -> None:
+    assert [action.who.noun for action in facts_of(caption).actions] == who
+
+
+def test_which_of_two_animals_is_not_asked() -> None:
+    asked = asked_of("A dog looks at a cat .")
+    assert not [question for question, _ in asked if question.startswith("What animal")]
+
+
+def test_articles_fit_their_nouns() -> None:
+    asked = {q for q, _ in asked_of("An elephant with glasses stands in water .", count=1500)}
+    assert {"Is there an elephant?", "Are there glasses?", "Is there water?"} <= asked
+    assert not [
+        question for question in asked if " a elephant" in question or " a water" in question
+    ]
+
+
 def test_no_question_where_the_rules_understand_nothing() -> None:
     assert ask_about(["Gorgeous !"], random.Random(0), hint_share=0.0) is None
 

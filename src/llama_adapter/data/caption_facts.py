@@ -7,10 +7,12 @@ what they yield is said in the caption.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from llama_adapter.data.caption_words import (
+    ACCOMPANIES,
     ADJECTIVES,
     ARTICLES,
     COLORS,
@@ -40,7 +42,7 @@ class Thing:
     """As the caption says it: `two brown dogs`."""
     color: str | None
     number: int | None
-    """None: not said."""
+    """None: not said, or of one of several mentions, which may be other things or the same."""
     is_plural: bool
 
 
@@ -67,6 +69,8 @@ class Facts:
     actions: tuple[Action, ...]
     place: str | None
     """`in the water`."""
+    verbs: frozenset[str]
+    """All that is done in the caption in -ing form, also where it is not clear by whom to what."""
 
 
 def sentence_of(caption: str) -> str:
@@ -82,9 +86,13 @@ def sentence_of(caption: str) -> str:
 def facts_of(caption: str) -> Facts:
     """What the caption says, in its order."""
     words = re.findall(r"[a-z]+(?:-[a-z]+)*|[.,;]", caption.lower())
-    spans = list(_noun_phrases(words))
-    things = tuple(thing for _, _, thing in spans)
-    return Facts(things=things, actions=tuple(_actions(words, spans)), place=_place(words, spans))
+    spans = _counted(list(_noun_phrases(words)))
+    return Facts(
+        things=tuple(thing for _, _, thing in spans),
+        actions=tuple(_actions(words, spans)),
+        place=_place(words, spans),
+        verbs=frozenset(verb for verb in map(_verb, words) if verb),
+    )
 
 
 _Span = tuple[int, int, Thing]
@@ -116,6 +124,15 @@ def _noun_phrases(words: Sequence[str]) -> Iterator[_Span]:
         )
 
 
+def _counted(spans: Sequence[_Span]) -> list[_Span]:
+    """Without the number of things that are mentioned twice: `a dog runs after a dog`."""
+    mentions = Counter(thing.noun for _, _, thing in spans)
+    return [
+        (start, end, replace(thing, number=None) if mentions[thing.noun] > 1 else thing)
+        for start, end, thing in spans
+    ]
+
+
 def _modifies(words: Sequence[str], at: int) -> bool:
     word = words[at]
     joins = word == "and" and at > 0 and words[at - 1] in COLORS and words[at + 1] in COLORS
@@ -139,14 +156,14 @@ def _number(opening: str, is_plural: bool, word: str) -> int | None:
 
 def _actions(words: Sequence[str], spans: Sequence[_Span]) -> Iterator[Action]:
     for at, word in enumerate(words):
-        verb = PRESENT.get(word, word)
-        if not verb.endswith("ing") or verb in NOT_VERBS or verb in NOUNS or len(verb) < 5:
+        verb = _verb(word)
+        if verb is None:
             continue
         # "a jumping dog": the verb describes a noun that follows at once
         if at > 0 and (words[at - 1] in ARTICLES or words[at - 1] in NUMBERS):
             continue
-        acting = [t for _, end, t in spans if end < at and t.kind in ("person", "animal")]
-        if not acting:
+        who = _acting(words, spans, at)
+        if who is None:
             continue
         object_, end = _object(words, spans, at)
         takes = verb in TAKES_OBJECT and end > at
@@ -154,12 +171,36 @@ def _actions(words: Sequence[str], spans: Sequence[_Span]) -> Iterator[Action]:
             continue  # its object is a word that is not known
         short = " ".join((verb, *words[at + 1 : end + 1])) if takes else verb
         yield Action(
-            who=acting[-1],
+            who=who,
             verb=verb,
             object=object_ if takes else None,
             short=short,
             phrase=" ".join((verb, *_following(words, at))),
         )
+
+
+def _verb(word: str) -> str | None:
+    verb = PRESENT.get(word, word)
+    is_one = verb.endswith("ing") and verb not in NOT_VERBS and verb not in NOUNS and len(verb) > 4
+    return verb if is_one else None
+
+
+def _acting(words: Sequence[str], spans: Sequence[_Span], at: int) -> Thing | None:
+    """Who does what the verb says: the person or animal before it.
+
+    None where that one is itself ridden, held or stood next to: `a boy with a dog running` leaves
+    open who runs.
+    """
+    before = [
+        (start, thing)
+        for start, end, thing in spans
+        if end < at and thing.kind in ("person", "animal")
+    ]
+    if not before:
+        return None
+    start, thing = before[-1]
+    is_other = start > 0 and (words[start - 1] in ACCOMPANIES or _verb(words[start - 1]))
+    return None if is_other and len(before) > 1 else thing
 
 
 def _object(words: Sequence[str], spans: Sequence[_Span], at: int) -> tuple[Thing | None, int]:

@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 
 from llama_adapter.data.caption_facts import Action, Facts, Thing, facts_of
-from llama_adapter.data.caption_words import NOUNS, PLURALS, SPORTS
+from llama_adapter.data.caption_words import (
+    MASSES,
+    NOUNS,
+    PAIRS,
+    PLURALS,
+    RELATED,
+    SPORTS,
+)
 
 HINTS = (
     "Answer with one word.",
@@ -20,6 +28,19 @@ _COMMON_VERBS = (
     "running", "playing", "standing", "sitting", "jumping", "walking", "swimming", "sleeping",
     "climbing", "eating", "smiling", "dancing",
 )  # fmt: skip
+_WITH = {
+    "riding": ("sitting", "playing"), "jumping": ("playing", "running"),
+    "chasing": ("running", "playing"), "racing": ("running",), "catching": ("playing", "jumping"),
+    "kicking": ("playing",), "throwing": ("playing",), "hitting": ("playing",),
+    "swinging": ("playing",), "holding": ("standing",), "posing": ("standing", "smiling"),
+    "looking": ("standing",), "watching": ("standing", "sitting"), "wearing": ("standing",),
+    "laughing": ("smiling",), "lying": ("sleeping",), "laying": ("sleeping",),
+    "resting": ("sleeping", "sitting"), "hiking": ("walking", "climbing"),
+    "splashing": ("playing", "swimming"), "leaping": ("jumping", "playing"),
+    "drinking": ("sitting", "standing"), "eating": ("sitting", "standing"),
+    "reading": ("sitting",), "driving": ("sitting",),
+}  # fmt: skip
+"""What somebody who does the one may well do too."""
 
 Asked = tuple[str, str]
 """A question and its answer."""
@@ -53,6 +74,13 @@ def _name(thing: Thing) -> str:
     return PLURALS.get(thing.noun, thing.noun) if thing.is_plural else thing.noun
 
 
+def _with_article(noun: str) -> str:
+    """`a dog`, `an umbrella`, `water`."""
+    if noun in MASSES:
+        return noun
+    return f"an {noun}" if noun[0] in "aeio" or noun == "umbrella" else f"a {noun}"
+
+
 def _be(thing: Thing) -> str:
     return "are" if thing.is_plural else "is"
 
@@ -76,8 +104,20 @@ def _number(facts: Sequence[Facts], _: random.Random) -> Iterator[Asked]:
             yield f"How many {PLURALS.get(thing.noun, thing.noun)} are there?", str(thing.number)
 
 
+def _is_one_thing(things: Sequence[Thing], noun: str) -> bool:
+    """Whether a caption with these things mentions it once, so that `the dog` is clear."""
+    return sum(thing.noun == noun for thing in things) == 1
+
+
+def _clear_actions(facts: Sequence[Facts]) -> Iterator[Action]:
+    for each in facts:
+        for action in each.actions:
+            if _is_one_thing(each.things, action.who.noun):
+                yield action
+
+
 def _doing(facts: Sequence[Facts], rng: random.Random) -> Iterator[Asked]:
-    for action in _actions(facts):
+    for action in _clear_actions(facts):
         if action.verb != "wearing":
             who = _name(action.who)
             wording = rng.choice(
@@ -87,7 +127,7 @@ def _doing(facts: Sequence[Facts], rng: random.Random) -> Iterator[Asked]:
 
 
 def _object(facts: Sequence[Facts], _: random.Random) -> Iterator[Asked]:
-    for action in _actions(facts):
+    for action in _clear_actions(facts):
         if action.object is not None:
             noun = _name(action.object)
             shown = f"{action.object.color} {noun}" if action.object.color else noun
@@ -105,7 +145,11 @@ def _sport(facts: Sequence[Facts], _: random.Random) -> Iterator[Asked]:
 
 
 def _which(facts: Sequence[Facts], _: random.Random) -> Iterator[Asked]:
-    for thing in _things(facts):
+    things = _things(facts)
+    kinds = Counter(kind for _, kind in {(thing.noun, thing.kind) for thing in things})
+    for thing in things:
+        if thing.kind in ("animal", "vehicle") and kinds[thing.kind] > 1:
+            continue  # either would be right
         match thing.kind:
             case "animal":
                 yield "What animal is in the image?", _name(thing)
@@ -134,28 +178,35 @@ def _either(facts: Sequence[Facts], rng: random.Random) -> Iterator[Asked]:
             other = rng.choice([c for c in _SIMPLE_COLORS if c != thing.color])
             pair = rng.sample([thing.color, other], 2)
             yield f"{_be(thing).title()} the {_name(thing)} {pair[0]} or {pair[1]}?", thing.color
-        if thing.kind in ("animal", "vehicle"):
-            other = rng.choice(_absent(facts, thing.kind))
+        absent = _absent(facts, thing.kind)
+        if thing.kind in ("animal", "vehicle") and absent:
+            other = rng.choice(absent)
             pair = rng.sample([thing.noun, other], 2)
-            yield f"Is it a {pair[0]} or a {pair[1]}?", thing.noun
+            first, second = map(_with_article, pair)
+            yield f"Is it {first} or {second}?", thing.noun
 
 
 def _absent(facts: Sequence[Facts], kind: str) -> list[str]:
-    """Nouns of a kind that no caption says."""
+    """Nouns of a kind that no caption says in these or other words."""
     said = {thing.noun for thing in _things(facts)}
+    said.update(*(RELATED.get(noun, ()) for noun in tuple(said)))
     return sorted({noun for noun, k, _ in NOUNS.values() if k == kind} - said)
 
 
 def _is_there(facts: Sequence[Facts], rng: random.Random) -> Iterator[Asked]:
     """As often yes as no, so that the question alone tells nothing."""
     for thing in _things(facts):
+        absent = _absent(facts, thing.kind)
+        if not absent:
+            continue
         noun, answer = thing.noun, "yes"
         if rng.random() < 0.5:
-            noun, answer = rng.choice(_absent(facts, thing.kind)), "no"
+            noun, answer = rng.choice(absent), "no"
+        be, shown = ("Are", noun) if noun in PAIRS else ("Is", _with_article(noun))
         wordings = [
-            f"Is there a {noun}?",
-            f"Is there a {noun} in the image?",
-            f"Do you see a {noun}?",
+            f"{be} there {shown}?",
+            f"{be} there {shown} in the image?",
+            f"Do you see {shown}?",
         ]
         if thing.kind in ("animal", "vehicle", "person"):
             wordings.append(f"Are there any {PLURALS.get(noun, noun)}?")
@@ -173,11 +224,13 @@ def _is_color(facts: Sequence[Facts], rng: random.Random) -> Iterator[Asked]:
 
 
 def _is_doing(facts: Sequence[Facts], rng: random.Random) -> Iterator[Asked]:
-    said = {action.verb for action in _actions(facts)}
-    for action in _actions(facts):
+    said = {verb for each in facts for verb in each.verbs}
+    said.update(*(_WITH.get(verb, ()) for verb in tuple(said)))
+    absent = [verb for verb in _COMMON_VERBS if verb not in said]
+    for action in _actions(facts) if absent else ():
         phrase, answer = action.short, "yes"
         if rng.random() < 0.5:
-            phrase, answer = rng.choice([v for v in _COMMON_VERBS if v not in said]), "no"
+            phrase, answer = rng.choice(absent), "no"
         yield f"{_be(action.who).title()} the {_name(action.who)} {phrase}?", answer
 
 

@@ -27,7 +27,7 @@ from llama_adapter.errors import DataError, PromptError
 
 TEXT_MARK = "Text:"
 """Precedes a text next to an image, or next to a description in the image's place."""
-_DRAWS = 2
+_DRAWS = 3
 """Counts up whenever the same seed draws other samples: lengths kept by a run are theirs."""
 
 

@@ -70,9 +70,11 @@ def _read() -> dict[str, tuple[str, str, bool]]:
 NOUNS = _read()
 """From a noun as written to its singular, its kind, and whether it is a plural."""
 PLURALS = {singular: word for word, (singular, _, is_plural) in NOUNS.items() if is_plural}
-UNCOUNTED = _words(
-    "water grass snow sand mud dirt stairs woods glasses sunglasses goggles sheep fish"
-)
+MASSES = _words("water grass snow sand mud dirt")
+"""Nouns that take no article."""
+PAIRS = _words("stairs woods glasses sunglasses goggles")
+"""Nouns that are plurals alone."""
+UNCOUNTED = MASSES | PAIRS | _words("sheep fish")
 """Nouns that do not say by their form how many there are."""
 NOT_VERBS = _words(
     "building something clothing railing ring string wedding evening morning ceiling king swing "
@@ -102,3 +104,60 @@ PREPOSITIONS = _words(
     "in on at through across over near into along by under behind down up around beside onto "
     "outside inside"
 )
+ACCOMPANIES = PREPOSITIONS | _words("with to for toward towards from against atop")
+"""What may precede somebody who is not the one that acts; `a group of people` does."""
+
+_ROLES = (
+    "player skateboarder snowboarder surfer skier biker cyclist rider climber hiker runner dancer"
+)
+_RELATED = (
+    f"person: man woman boy girl child baby toddler kid lady guy bride {_ROLES}",
+    "man: guy boy", "woman: lady girl bride", "lady: girl bride", "guy: boy",
+    "child: boy girl baby toddler kid", "kid: boy girl baby toddler",
+    "toddler: boy girl baby", "baby: boy girl",
+    *(
+        f"{role}: man woman boy girl child kid lady guy bride {_ROLES}"
+        for role in _ROLES.split()
+    ),
+    "dog: puppy greyhound poodle", "puppy: greyhound poodle", "greyhound: poodle", "cow: bull",
+    "bird: duck", "sheep: goat",
+    "bike: bicycle motorcycle scooter", "bicycle: scooter", "motorcycle: scooter",
+    "car: jeep truck", "jeep: truck", "boat: kayak canoe raft", "kayak: canoe raft", "canoe: raft",
+    "airplane: plane", "sled: snowboard", "skateboard: scooter",
+    "shirt: jersey vest uniform sweater costume", "jacket: coat vest suit uniform sweater costume",
+    "coat: suit uniform costume", "suit: uniform costume swimsuit wetsuit bikini tie",
+    "uniform: costume jersey", "sweater: vest jersey", "vest: jersey", "dress: skirt costume suit",
+    "hat: cap helmet costume", "cap: helmet", "bikini: swimsuit wetsuit", "swimsuit: wetsuit",
+    "mask: goggles costume", "skirt: costume",
+    "ball: toy balloon", "frisbee: toy", "stick: branch log bat toy", "branch: log tree",
+    "log: tree", "rope: leash", "table: bench", "bench: chair couch", "chair: couch", "bed: couch",
+    "bag: box backpack", "phone: cellphone", "laptop: computer", "plate: bowl", "bowl: cup",
+    "cup: glass", "glass: bottle", "glasses: sunglasses goggles", "sunglasses: goggles",
+    "racket: bat", "flag: kite sign", "ramp: slide hurdle", "clock: lamp", "tree: flower",
+    "water: ocean lake river stream pond pool creek fountain beach shore",
+    "ocean: lake river shore beach", "lake: river shore pond beach pool", "beach: sand shore",
+    "river: stream creek shore", "stream: creek pond", "pond: creek pool", "desert: sand",
+    "grass: field yard park garden backyard woods", "field: yard park court stadium track",
+    "yard: backyard garden park playground", "park: playground garden woods trail",
+    "street: road sidewalk city path bridge", "road: path track trail sidewalk dirt",
+    "path: trail track sidewalk woods", "trail: track woods forest dirt", "woods: forest",
+    "forest: tree", "woods: tree", "dirt: mud sand track", "hill: mountain cliff",
+    "mountain: cliff", "building: house store restaurant room wall stairs",
+    "house: room kitchen bathroom", "room: kitchen bathroom floor store restaurant",
+    "wall: fence building", "court: stadium", "city: building", "snow: hill mountain",
+)  # fmt: skip
+"""Nouns that may mean the same thing, or of which one is seldom without the other."""
+
+
+def _read_related() -> dict[str, frozenset[str]]:
+    found: dict[str, set[str]] = {}
+    for line in _RELATED:
+        noun, _, others = line.partition(":")
+        for other in others.split():
+            found.setdefault(noun, set()).add(other)
+            found.setdefault(other, set()).add(noun)
+    return {noun: frozenset(others) for noun, others in found.items()}
+
+
+RELATED = _read_related()
+"""From a singular to those that a caption with it neither says nor denies."""
