@@ -49,6 +49,16 @@ def test_ours_are_next_to_the_published(runs: Path) -> None:
     assert "1 unjudged" in text
 
 
+def test_runs_that_are_named_alike_have_a_row_each(runs: Path, write: Any) -> None:
+    for count, folder in enumerate(("first/vqa", "second/vqa"), 1):
+        lines = [ours("msvd-qa", [(str(i), "a")])[0] for i in range(count)]
+        write(f"runs/{folder}/predictions.jsonl", lines)
+        write(f"runs/{folder}/manifest.json", {"model": {"directory": f"/{folder}/adapter"}})
+    text = as_markdown(table(find_runs([runs, runs / "first"], resamples=20)))
+    for row in ("first/vqa (adapter) | 1", "second/vqa (adapter) | 2", "b (unknown model) | 2"):
+        assert text.count(f"| {row} |") == 1
+
+
 def test_files_hold_the_same_numbers_and_need_nothing_else(runs: Path, tmp_path: Path) -> None:
     found = find_runs([runs], resamples=20)
     paths = write_report(found, tmp_path / "report")

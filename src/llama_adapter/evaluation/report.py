@@ -26,13 +26,15 @@ class Run:
     folder: Path
     manifest: dict[str, Any]
     report: ScoreReport
+    shown_folder: str
+    """The folder's last parts: so many that it tells the run from others of the same report."""
 
     @property
     def name(self) -> str:
         """The folder, and what answered."""
         model = self.manifest.get("model") or {}
         who = model.get("directory") or model.get("model") or "unknown model"
-        return f"{self.folder.name} ({Path(who).name})"
+        return f"{self.shown_folder} ({Path(who).name})"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,25 +55,43 @@ class Line:
 
 def find_runs(folders: Iterable[Path], *, resamples: int = 1000) -> list[Run]:
     """Every run in or below the folders, scored from its stored answers."""
-    runs = []
+    found: dict[Path, Path] = {}  # each once, though folders may lie in one another
+    folders = list(folders)
     for folder in folders:
         if not folder.is_dir():
             raise EvaluationError(f"{folder}: no such folder of runs")
         for path in sorted(folder.glob(f"**/{PREDICTIONS}")):
             if path.is_file() and path.stat().st_size:
-                runs.append(_read_run(path.parent, resamples))
-    if not runs:
+                found.setdefault(path.parent.resolve(), path.parent)
+    if not found:
         names = ", ".join(str(folder) for folder in folders)
         raise EvaluationError(f"{names} holds no run of `llama-adapter eval`: no {PREDICTIONS}")
-    return sorted(runs, key=lambda run: (run.report.task, run.folder.name))
+    shown = _told_apart(list(found))
+    runs = [_read_run(folder, shown[full], resamples) for full, folder in found.items()]
+    return sorted(runs, key=lambda run: (run.report.task, run.shown_folder))
 
 
-def _read_run(folder: Path, resamples: int) -> Run:
+def _told_apart(folders: Sequence[Path]) -> dict[Path, str]:
+    """The last part of each path, and those before it where others end alike."""
+    found = {}
+    for folder in folders:
+        others = [other for other in folders if other != folder]
+        count = 1
+        while count < len(folder.parts) and any(
+            other.parts[-count:] == folder.parts[-count:] for other in others
+        ):
+            count += 1
+        found[folder] = str(Path(*folder.parts[-count:]))
+    return found
+
+
+def _read_run(folder: Path, shown_folder: str, resamples: int) -> Run:
     lines, _ = read_jsonl(folder / PREDICTIONS)
     where = f"{folder / PREDICTIONS}: line 1"
     task = str(field_of(lines[0] if lines else {}, ("task",), where=where))
     found = score(task, folder, resamples=resamples)
-    return Run(folder=folder, manifest=read_manifest(folder), report=found)
+    manifest = read_manifest(folder)
+    return Run(folder=folder, manifest=manifest, report=found, shown_folder=shown_folder)
 
 
 def table(runs: Sequence[Run]) -> list[Line]:
