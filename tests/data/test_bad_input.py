@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -255,6 +257,47 @@ def test_the_limit_of_invalid_pictures_goes_on_after_a_resume(
     found = refusal(lambda: [next(after) for _ in range(4)])
     assert "of 10 records are invalid, more than the 20.0%" in found
     assert f"{path}:3" in found
+
+
+def test_the_limit_of_invalid_pictures_is_of_all_processes_together(
+    processor: LlamaAdapterProcessor, tmp_path: Path
+) -> None:
+    path = write_pairs(tmp_path, 12, pictures=12)
+    source = open_source("pairs", "caption", path=path)
+    streams = [
+        stream_of(source, processor, "caption", rows=4, rank=rank, world=4, max_invalid=0.2)
+        for rank in range(4)
+    ]
+
+    def step(*damaged: int) -> list[str | None]:
+        """What each process is told after steps in which these records cannot be read."""
+        for number in damaged:
+            (tmp_path / "pictures" / f"picture{number}.png").write_bytes(b"damaged")
+        gathered: list[Any] = [None] * 4
+        together = threading.Barrier(4, timeout=20)
+
+        def told(rank: int) -> str | None:
+            def gather(own: Any) -> list[Any]:
+                gathered[rank] = own
+                together.wait()
+                return gathered
+
+            for _ in range(3):  # with all processes every record comes
+                next(streams[rank])
+            try:
+                streams[rank].share_invalid(gather)
+            except DataError as error:
+                return str(error)
+            return None
+
+        with ThreadPoolExecutor(4) as pool:
+            return list(pool.map(told, range(4)))
+
+    assert step(3) == [None] * 4  # one of the three that a process reads, and of twelve
+    assert {stream.invalid for stream in streams} == {streams[0].invalid}
+    assert [fault.where for fault in streams[0].invalid] == [f"{path}:5"]
+    told = step(0, 8)
+    assert all("3 of 12 records are invalid, more than the 20.0%" in str(one) for one in told)
 
 
 def test_several_pictures_for_a_model_that_reads_one(

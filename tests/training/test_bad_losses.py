@@ -38,6 +38,9 @@ class Spoilt:
         pixels = batch.inputs["pixel_values"] * float("nan")
         return replace(batch, inputs={**batch.inputs, "pixel_values": pixels})
 
+    def share_invalid(self, gather: Any) -> None:
+        self.stream.share_invalid(gather)
+
     def state_dict(self) -> dict[str, Any]:
         return self.stream.state_dict()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, Self
 
@@ -76,10 +76,15 @@ class Batches(Protocol):
 
     def __next__(self) -> TrainBatch: ...
 
-    def state_dict(self) -> dict[str, Any]:
-        """The position after the last batch handed out; equal on all ranks but for
-        `broken`, a list of what each found unreadable.
+    def share_invalid(self, gather: Callable[[Any], list[Any]]) -> None:
+        """Exchange what each process found unreadable; DataError, on all, where it is too much.
+
+        `gather` gives every process's value; all call this together, in steps in which any found
+        something.
         """
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position after the last batch handed out; equal on all ranks."""
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from there, whatever the number of ranks or workers was."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple, Self
@@ -139,31 +139,33 @@ class BatchStream:
         self._cursor, batch, invalid = built
         for component, fault in invalid:
             self._found[component, fault.where] = fault
-        if invalid:
+        if invalid and self.world == 1:
             self._refuse_too_many_invalid()
         result: TrainBatch = batch
         return result
 
     @property
     def invalid(self) -> tuple[InvalidRecord, ...]:
-        """Samples that turned out unreadable: before the position that was loaded in any
-        process's rows, since then in this one's.
-        """
+        """Samples that turned out unreadable in any process's rows, as far as they were shared."""
         return tuple({**self._earlier, **self._found}.values())
+
+    def share_invalid(self, gather: Callable[[Any], list[Any]]) -> None:
+        """Learn what other processes found; DataError, on all of them, where it is too much."""
+        for of_rank in gather(self._found):
+            self._earlier.update(of_rank)
+        self._refuse_too_many_invalid()
 
     def _refuse_too_many_invalid(self) -> None:
         known = {**self._earlier, **self._found}
         for number, component in enumerate(self.components):
-            found = [fault for (owner, _), fault in self._found.items() if owner == number]
-            total = component.pieces.num_samples
-            everywhere = [fault for (owner, _), fault in known.items() if owner == number]
-            faults = (*everywhere, *component.pieces.invalid)
-            name = component.source.name
+            found = [fault for (owner, _), fault in known.items() if owner == number]
             if found:
-                refuse_invalid(faults, total, max_invalid=self.max_invalid, name=name)
-                # of several processes each sees its share of the rows, and of what is invalid
-                share = max(1, total // self.world)
-                refuse_invalid(tuple(found), share, max_invalid=self.max_invalid, name=name)
+                refuse_invalid(
+                    (*found, *component.pieces.invalid),
+                    component.pieces.num_samples,
+                    max_invalid=self.max_invalid,
+                    name=component.source.name,
+                )
 
     # --- the plan ---------------------------------------------------------------------------
 
@@ -236,8 +238,8 @@ class BatchStream:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """The position after the last batch handed out; equal on all ranks but for
-        `broken`, to which each adds what it found in its own rows.
+        """The position after the last batch handed out; equal on all ranks once `share_invalid`
+        was called after it.
         """
         invalid = [
             [component, fault.where, fault.reason]

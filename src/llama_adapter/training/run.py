@@ -191,6 +191,8 @@ class TrainingRun:
             row |= gate_sizes(self.trainer)
         if invalid:
             self.invalid.add(every, step=step + 1, communicator=self.engine)
+            for kind in batches:
+                self.streams[kind].share_invalid(self.engine.gather)
         self._watch_losses(row, report, every)
         return row
 
@@ -269,7 +271,7 @@ class TrainingRun:
 
     def _save(self) -> None:
         own = {
-            "streams": {kind: self._position(stream) for kind, stream in self.streams.items()},
+            "streams": {kind: stream.state_dict() for kind, stream in self.streams.items()},
             "world_size": self.engine.world_size,
             "bad_steps": self._bad_steps,
             "listed": sorted(self.invalid.listed),
@@ -281,13 +283,6 @@ class TrainingRun:
         keep = self.recipe.keep_checkpoints
         step = self.trainer.step_count
         on_rank_0(self.engine, lambda: self.directory.save(step, write, keep=keep))
-
-    def _position(self, stream: Batches) -> dict[str, Any]:
-        """A stream's position, with the invalid samples that any process found."""
-        state = stream.state_dict()
-        of_ranks = self.engine.gather(state.get("broken", []))
-        every = {(part, where): reason for of_rank in of_ranks for part, where, reason in of_rank}
-        return {**state, "broken": [[*key, reason] for key, reason in every.items()]}
 
     def _publish(self, name: str) -> None:
         write = self.checkpointer.adapter_writer()
