@@ -1,0 +1,178 @@
+"""The files that recipes/photos*.yaml and docs/photos.md read, made of the original downloads.
+
+`benchmarks/photo_ids.json` names the test photos and questions of the published numbers, and COCO's
+photos that the adapter was trained on: a part of Flickr8k's official test split, and a division of
+COCO's and VQAv2's that is our own, by photo.
+
+python -m benchmarks.photo_files flickr8k Flickr8k.token.txt --train Flickr_8k.trainImages.txt \
+    --val Flickr_8k.devImages.txt --out flickr8k
+python -m benchmarks.photo_files coco annotations/captions_train2014.json \
+    annotations/captions_val2014.json --out coco
+python -m benchmarks.photo_files vqav2 --questions v2_OpenEnded_mscoco_*_questions.json \
+    --annotations v2_mscoco_*_annotations.json --out coco
+
+The photos themselves belong into `flickr8k/images` and `coco/images`, COCO's by their numbers of
+twelve digits: `000000000009.jpg`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from llama_adapter.errors import DataError
+from llama_adapter.files import read_bytes, write_atomically
+
+IDS = Path(__file__).with_name("photo_ids.json")
+_LARGEST = 1 << 30  # bytes; VQAv2's annotations of training are 400 MB
+
+
+def flickr8k(options: argparse.Namespace) -> Path:
+    """`captions.json` of Flickr8k, with the official training and validation photos."""
+    splits = {}
+    for split in ("train", "val"):
+        splits |= dict.fromkeys(_text(getattr(options, split)).split(), split)
+    splits |= dict.fromkeys(_ids("flickr8k")["test"], "test")
+    captions = defaultdict(list)
+    for number, line in enumerate(_text(options.tokens).splitlines(), 1):
+        name, tab, caption = line.partition("\t")
+        if not tab:
+            raise DataError(f"{options.tokens}: line {number} has no tab: {line[:80]!r}")
+        captions[name.partition("#")[0]].append(caption)
+    known = ((name, split, captions.get(name)) for name, split in sorted(splits.items()))
+    return _write(
+        options.out / "captions.json",
+        [
+            {"image": f"images/{name}", "captions": found, "split": split}
+            for name, split, found in known
+            if found
+        ],
+        wanted=_ids("flickr8k")["test"],
+        found=captions,
+    )
+
+
+def coco(options: argparse.Namespace) -> Path:
+    """`captions.json` of COCO's photos that are captioned here."""
+    splits = {number: split for split, some in _ids("coco_captions").items() for number in some}
+    captions = defaultdict(list)
+    for path in options.captions:
+        for row in _rows(path, "annotations", ("image_id", "caption")):
+            captions[row["image_id"]].append(row["caption"])
+    return _write(
+        options.out / "captions.json",
+        [
+            {"image": _image(number), "captions": captions[number], "split": split}
+            for number, split in sorted(splits.items())
+            if number in captions
+        ],
+        wanted=splits,
+        found=captions,
+    )
+
+
+def vqav2(options: argparse.Namespace) -> Path:
+    """`vqa.json`: VQAv2's questions of the test split here, and those that V2 does without."""
+    splits = {number: split for split, some in _ids("vqav2").items() for number in some}
+    asked = {
+        row["question_id"]: row["question"]
+        for path in options.questions
+        for row in _rows(path, "questions", ("question_id", "question"))
+    }
+    answered = {
+        row["question_id"]: row
+        for path in options.annotations
+        for row in _rows(path, "annotations", ("question_id", "image_id", "answers"))
+    }
+    records = []
+    for number, split in sorted(splits.items()):
+        row = answered.get(number)
+        if row is None or number not in asked:
+            continue
+        records.append(
+            {
+                "image": _image(row["image_id"]),
+                "question": asked[number],
+                "question_id": number,
+                "question_type": row.get("question_type"),
+                "answer_type": row.get("answer_type"),
+                "answer": row.get("multiple_choice_answer"),
+                "answers": [each["answer"] for each in row["answers"]],
+                "split": split,
+            }
+        )
+    found = {record["question_id"] for record in records}
+    return _write(options.out / "vqa.json", records, wanted=splits, found=found)
+
+
+def _ids(name: str) -> dict[str, list[Any]]:
+    found: dict[str, list[Any]] = json.loads(IDS.read_text())[name]
+    return found
+
+
+def _image(number: int) -> str:
+    return f"images/{number:012d}.jpg"
+
+
+def _text(path: Path) -> str:
+    return read_bytes(path, error=DataError, limit=_LARGEST).decode()
+
+
+def _rows(path: Path, key: str, fields: Sequence[str]) -> list[dict[str, Any]]:
+    content = json.loads(_text(path))
+    rows = content.get(key) if isinstance(content, dict) else None
+    if not isinstance(rows, list):
+        raise DataError(f"{path}: expected an object with a list {key!r}")
+    for number, row in enumerate(rows):
+        missing = [field for field in fields if field not in row]
+        if missing:
+            raise DataError(f"{path}: {key}[{number}] lacks {', '.join(missing)}")
+    return rows
+
+
+def _write(
+    path: Path, records: Sequence[dict[str, Any]], *, wanted: Iterable[Any], found: Any
+) -> Path:
+    missing = [each for each in wanted if each not in found]
+    if missing:
+        raise DataError(
+            f"{path} would lack {len(missing)} of those in {IDS.name}, such as {missing[0]}: "
+            f"give all files of the download"
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, json.dumps(records, indent=1) + "\n")
+    return path
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(required=True)
+    one = commands.add_parser("flickr8k", help=flickr8k.__doc__)
+    one.add_argument("tokens", type=Path, help="Flickr8k.token.txt: NAME#NUMBER, a tab, a caption")
+    one.add_argument("--train", type=Path, required=True, help="Flickr_8k.trainImages.txt")
+    one.add_argument("--val", type=Path, required=True, help="Flickr_8k.devImages.txt")
+    one.set_defaults(make=flickr8k)
+    two = commands.add_parser("coco", help=coco.__doc__)
+    two.add_argument("captions", type=Path, nargs="+", help="captions_*.json")
+    two.set_defaults(make=coco)
+    three = commands.add_parser("vqav2", help=vqav2.__doc__)
+    three.add_argument("--questions", type=Path, nargs="+", required=True)
+    three.add_argument("--annotations", type=Path, nargs="+", required=True)
+    three.set_defaults(make=vqav2)
+    for command in (one, two, three):
+        command.add_argument("--out", type=Path, required=True, help="the folder for the file")
+    options = parser.parse_args()
+    try:
+        print(options.make(options))
+    except DataError as error:
+        parser.exit(2, f"photo_files: {error}\n")
+
+
+if __name__ == "__main__":
+    main()
