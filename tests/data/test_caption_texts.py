@@ -10,11 +10,14 @@ from typing import Any
 import pytest
 from tests.data.files import open_source, write_pictures
 
+from llama_adapter.data import SOURCES
 from llama_adapter.data.caption_facts import facts_of, sentence_of
 from llama_adapter.data.caption_forms import FORMS, write_form
 from llama_adapter.data.caption_questions import ask_about
 from llama_adapter.errors import DataError
+from llama_adapter.training.recipe import SourceSection
 from llama_adapter.training.streams import choose_held_out
+from llama_adapter.training.streams import open_source as open_streams
 
 CAPTIONS = [
     "Two brown dogs are running through the grass .",
@@ -234,6 +237,37 @@ def test_a_text_next_to_an_image_is_of_another_image(tmp_path: Path) -> None:
     )
     of_first = [source[n].conversation for n in range(5)]
     assert {c.context for c in of_first} == {"Text: A white cat sleeps on a bed."}
+
+
+def test_no_text_is_of_an_image_that_is_held_out(tmp_path: Path) -> None:
+    names = write_pictures(tmp_path, 6)
+    nouns = ("dog", "cat", "horse", "cow", "sheep", "bird")
+    records = [
+        {"image": name, "captions": [f"a {noun} ."]}
+        for name, noun in zip(names, nouns, strict=True)
+    ]
+    path = tmp_path / "captions.json"
+    path.write_text(json.dumps(records))
+    section = {"held_out": 4, "path": str(path), "text_share": 1.0, "per_image": 20}
+    recipes = {
+        ("caption_tasks", "caption"): {**section, "images": str(tmp_path)},
+        ("caption_questions", "instruction"): section,
+    }
+    for (type_, kind), options in recipes.items():
+        described = SourceSection.model_validate({"type": type_, **options})
+        source, held_out = open_streams(described, kind, types=SOURCES, seed=0)
+        apart = {nouns[index // 20] for index in held_out}
+        assert len(apart) == 1
+        shown = [source[n].conversation.context or "" for n in range(len(source))]
+        lent = {
+            noun
+            for n, text in enumerate(shown)
+            for noun in nouns
+            if noun in text.lower() and noun != nouns[n // 20]
+        }
+        assert lent == set(nouns) - apart
+        plain = {name: value for name, value in options.items() if name != "held_out"}
+        assert open_source(type_, kind, **plain).fingerprint() != source.fingerprint()
 
 
 def test_questions_next_to_an_image_are_about_the_text_alone(tmp_path: Path) -> None:

@@ -2,7 +2,15 @@
 
 from llama_adapter.data.batch import Batches, TrainBatch
 from llama_adapter.data.length_index import Pieces, measure
-from llama_adapter.data.samples import KINDS, InvalidRecord, Kind, Sample, Source, SourceOptions
+from llama_adapter.data.samples import (
+    KINDS,
+    DrawsOnOthers,
+    InvalidRecord,
+    Kind,
+    Sample,
+    Source,
+    SourceOptions,
+)
 from llama_adapter.data.sources import SOURCES
 from llama_adapter.data.stream import BatchStream, Component
 from llama_adapter.data.truncation import SampleEncoder
@@ -13,6 +21,7 @@ __all__ = [
     "BatchStream",
     "Batches",
     "Component",
+    "DrawsOnOthers",
     "InvalidRecord",
     "Kind",
     "Pieces",

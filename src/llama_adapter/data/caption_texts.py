@@ -58,8 +58,19 @@ class CaptionTextSource(ABC):
         self.options = options
         self.kind = kind
         self.name = f"{self._type} {options.path.name}"
+        self._apart: frozenset[int] = frozenset()
 
     _type: str
+
+    def keep_apart(self, held_out: np.ndarray, /) -> None:
+        """Take no text of these samples' images for others."""
+        self._apart = frozenset((held_out // self.options.per_image).tolist())
+        self.__dict__.pop("_lending", None)
+
+    @cached_property
+    def _lending(self) -> np.ndarray:
+        """The images whose captions others may show."""
+        return np.setdiff1d(np.arange(len(self._of_image)), list(self._apart))
 
     @cached_property
     def _of_image(self) -> list[np.ndarray]:
@@ -96,9 +107,10 @@ class CaptionTextSource(ABC):
         return [self.captions.text(int(number)) for number in self._of_image[image]]
 
     def _other(self, image: int, rng: random.Random) -> list[str]:
-        """Captions of another image."""
-        count = len(self._of_image)
-        return self._captions((image + rng.randrange(1, count)) % count if count > 1 else image)
+        """Captions of another image; of this one where it is the only one."""
+        at = rng.randrange(len(self._lending))
+        other = int(self._lending[at])
+        return self._captions(other if other != image else int(self._lending[at - 1]))
 
     def where(self, index: int) -> str:
         first = int(self._of_image[index // self.options.per_image][0])
@@ -112,7 +124,8 @@ class CaptionTextSource(ABC):
         return np.repeat(of_caption[first], self.options.per_image)
 
     def fingerprint(self) -> str:
-        return f"{self._type}{_DRAWS}{self.options!r}{self.captions.records.file.version}"
+        apart = sorted(self._apart) or ""
+        return f"{self._type}{_DRAWS}{self.options!r}{self.captions.records.file.version}{apart}"
 
 
 class CaptionTaskOptions(CaptionTextOptions):

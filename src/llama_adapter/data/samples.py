@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
@@ -64,6 +64,14 @@ class Source(Protocol):
 
     def fingerprint(self) -> str:
         """Changes when what the source holds changes."""
+
+
+@runtime_checkable
+class DrawsOnOthers(Protocol):
+    """What a source adds whose samples hold a part of others, such as the text of another image."""
+
+    def keep_apart(self, held_out: np.ndarray, /) -> None:
+        """Draw no longer on these samples for others: nothing is learned of what is held out."""
 
 
 class SourceOptions(BaseModel):

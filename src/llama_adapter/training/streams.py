@@ -12,6 +12,7 @@ from llama_adapter.data import (
     SOURCES,
     BatchStream,
     Component,
+    DrawsOnOthers,
     InvalidRecord,
     Kind,
     Sample,
@@ -166,7 +167,10 @@ def open_source(
 ) -> tuple[Source, np.ndarray]:
     """A source, and the indices of its samples that are held out."""
     source = section.options(types).open(kind)
-    return source, choose_held_out(source, section.held_out, seed=seed)
+    held_out = choose_held_out(source, section.held_out, seed=seed)
+    if isinstance(source, DrawsOnOthers):
+        source.keep_apart(held_out)
+    return source, held_out
 
 
 def choose_held_out(source: Source, count: int, *, seed: int) -> np.ndarray:
