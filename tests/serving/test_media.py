@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 import socket
@@ -9,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -16,9 +18,11 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from llama_adapter.conversation import ImageRef
 from llama_adapter.errors import ImageError, LlamaAdapterError, VideoError
 from llama_adapter.serving.limits import Limits
 from llama_adapter.serving.media import Media, is_public
+from llama_adapter.serving.schema import ChatRequest
 
 INNER = [
     "127.0.0.1", "127.8.8.8", "0.0.0.0", "10.1.2.3", "172.16.0.1", "192.168.1.1", "100.64.0.1",
@@ -257,7 +261,36 @@ def test_a_video_is_decoded_in_time() -> None:
     url = data_url(content.getvalue())
     assert len(Media().load(url, is_video=True, name="the clip").source) == 8
     with pytest.raises(VideoError, match="the clip: takes too long"):
-        Media().load(url, is_video=True, name="the clip", until=time.monotonic())
+        Media().load(url, is_video=True, name="the clip", until=lambda: 0.0)
+
+
+def test_what_a_client_has_left_is_decoded_no_further(server: Any) -> None:
+    begun, ended = threading.Event(), threading.Event()
+
+    class Decoder(Media):
+        def load(self, *_: Any, until: Callable[[], float], **__: Any) -> ImageRef:
+            begun.set()
+            last = time.monotonic() + 20
+            while time.monotonic() < min(until(), last):
+                time.sleep(0.01)
+            if time.monotonic() < last:
+                ended.set()
+            raise VideoError("takes too long")
+
+    service = replace(server.service, media=Decoder())
+    part = {"type": "video_url", "video_url": {"url": data_url(png())}}
+    asked = ChatRequest.model_validate(
+        {"model": "toy", "messages": [{"role": "user", "content": [part]}]}
+    )
+
+    async def leave() -> None:
+        reading = asyncio.create_task(service.prepare(asked, "toy", until=float("inf")))
+        await asyncio.to_thread(begun.wait, 20)
+        reading.cancel()
+        await asyncio.to_thread(ended.wait, 20)
+
+    asyncio.run(leave())
+    assert ended.is_set()
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import io
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -85,14 +85,14 @@ def load_video(
     name: str | None = None,
     max_seconds: float = MAX_SECONDS,
     max_pixels: int = MAX_PIXELS,
-    until: float = math.inf,
+    until: Callable[[], float] = lambda: math.inf,
 ) -> Video:
     """`frames` images from a file or encoded bytes, in any container that FFmpeg reads.
 
     Each is the frame on show in the middle of one of as many equal segments, so variable frame
     rates are sampled by time; rotation metadata is applied. A video with fewer frames repeats
     them. Raises `VideoError` naming the file for what cannot be read, is over a limit, or is not
-    decoded by `until`, in the time of `time.monotonic`.
+    decoded by `until`, in the time of `time.monotonic`: asked all the while, for it may change.
     """
     if not 1 <= frames <= MAX_FRAMES:
         raise VideoError(f"frames must be from 1 to {MAX_FRAMES}, got {frames}")
@@ -212,7 +212,13 @@ class _Reader:
     """Frames at given times, decoding on where the next one is near and seeking where it is far."""
 
     def __init__(
-        self, av: Any, container: InputContainer, stream: VideoStream, label: str, *, until: float
+        self,
+        av: Any,
+        container: InputContainer,
+        stream: VideoStream,
+        label: str,
+        *,
+        until: Callable[[], float],
     ) -> None:
         self._label, self._until = label, until
         self._av = av
@@ -266,7 +272,7 @@ class _Reader:
         try:
             for packet in self._container.demux(stream):
                 # a few bytes may be minutes of large frames, each of which builds on the last
-                if time.monotonic() >= self._until:
+                if time.monotonic() >= self._until():
                     raise VideoError(f"{self._label}: takes too long to decode")
                 end = (packet.pts or 0) + (packet.duration or 0)
                 is_far = packet.pts is not None and end * base - self._start < self._wanted - _NEAR

@@ -77,10 +77,11 @@ class Media:
         *,
         is_video: bool,
         name: str,
-        until: float = float("inf"),
+        until: Callable[[], float] = lambda: float("inf"),
         pixels_left: int | None = None,
     ) -> ImageRef:
-        """The image, or frames of the video, decoded by `until`, a time of the monotonic clock.
+        """The image, or frames of the video, decoded by `until`, a time of the monotonic clock that
+        may change meanwhile.
 
         With `pixels_left` it has at most so many, in all of its frames.
         Raises ImageError or VideoError for what cannot be had, is not allowed or cannot be read.
@@ -89,7 +90,7 @@ class Media:
         max_pixels = self.limits.max_pixels
         if pixels_left is not None:
             max_pixels = max(1, min(max_pixels, pixels_left // frames))
-        data = self._fetch(url, name=name, until=until)
+        data = self._fetch(url, name=name, until=until())
         if is_video:
             video = load_video(
                 data,

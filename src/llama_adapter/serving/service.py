@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
@@ -93,7 +93,8 @@ class Service:
     async def prepare(
         self, asked: ChatRequest | CompletionRequest, adapter: str | None, *, until: float
     ) -> tuple[EncodedPrompt, Any]:
-        """Make a prompt outside the event loop; what its client has left ends at its next image.
+        """Make a prompt outside the event loop; what its client has left ends at its next image, or
+        next packet of a video.
 
         Returns the processor that made it, too.
         """
@@ -102,7 +103,7 @@ class Service:
         self.check_letters(asked)
         processor, gone = self.engine.processor(adapter), threading.Event()
         if isinstance(asked, ChatRequest):
-            reading = _Reading(self.media, until=until, gone=gone)
+            reading = _Reading(self.media, until=lambda: 0.0 if gone.is_set() else until)
             make = partial(self.chat_prompt, asked, adapter, processor, reading)
         else:
             make = partial(self.text_prompt, asked, processor)
@@ -287,10 +288,9 @@ def _unread(_url: str, *, name: str, **_: bool) -> ImageRef:
 class _Reading:
     """The images of one request, within what they may take together."""
 
-    def __init__(self, media: Media, *, until: float, gone: threading.Event) -> None:
+    def __init__(self, media: Media, *, until: Callable[[], float]) -> None:
         self._media = media
         self._until = until
-        self._gone = gone
         self._pixels_left = media.limits.max_request_pixels
 
     def load(self, url: str, *, is_video: bool, name: str) -> ImageRef:
@@ -314,7 +314,7 @@ class _Reading:
         return image
 
     def _refuse_if_late(self) -> None:
-        if self._gone.is_set() or time.monotonic() >= self._until:
+        if time.monotonic() >= self._until():
             raise ApiError(504, "the time limit has passed", code="deadline_exceeded")
 
     def _too_many(self, name: str) -> ApiError:
