@@ -13,13 +13,20 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import Gemma2Config, Gemma2ForCausalLM
+from tests.checkpoints.chat_adapters import SMALL, chat_adapter
+from transformers import AutoTokenizer, Gemma2Config, Gemma2ForCausalLM, LlamaConfig
 
-from llama_adapter import LlamaAdapterConfig, LlamaAdapterForConditionalGeneration
+from llama_adapter import (
+    LlamaAdapterConfig,
+    LlamaAdapterForConditionalGeneration,
+    LlamaAdapterProcessor,
+)
 from llama_adapter.checkpoints import import_released
 from llama_adapter.checkpoints.merging import export_merged
 from llama_adapter.checkpoints.settings import Overrides
+from llama_adapter.conversation import Conversation
 from llama_adapter.errors import CheckpointError
+from llama_adapter.processing.processor import PROCESSOR_FILE
 
 PLAIN = """
 import sys
@@ -85,6 +92,30 @@ def test_chat_becomes_a_stock_checkpoint(
     assert torch.equal(found["tokens"], generated)
     with torch.no_grad(), model.adapters_disabled():
         assert (model(input_ids=tokens).logits - expected).abs().max() > 0.1
+
+
+def test_a_stock_checkpoint_writes_the_adapters_prompts(
+    cli: Callable[..., Any], tmp_path: Path
+) -> None:
+    chat_adapter(tmp_path, LlamaConfig(**SMALL))
+    done = cli("export", tmp_path / "adapter", "--out", tmp_path / "merged", "--json")
+    assert done.status == 0, done.stderr
+    processor = LlamaAdapterProcessor.from_pretrained(tmp_path / "adapter")
+    result = json.loads(done.stdout)
+    assert (result["stop"], result["problem"]) == (list(processor.stop_strings), None)
+    talk = [
+        {"role": "user", "content": "What is it?"},
+        {"role": "assistant", "content": "A tree."},
+        {"role": "user", "content": "Where?"},
+    ]
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    written = tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=True)
+    conversation = Conversation.from_messages(talk)
+    assert written == str(processor.render(conversation))
+    (tmp_path / "adapter" / PROCESSOR_FILE).unlink()
+    said = cli("export", tmp_path / "adapter", "--out", tmp_path / "again")
+    assert said.status == 0, said.stderr
+    assert "the chat template is the base's" in said.stdout
 
 
 KINDS = ("v1-text", "v2-multimodal-bias", "v2-multimodal-lora-bias", "v2-chat-adapter")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from llama_adapter.checkpoints.bases import REFERENCE, describe_stored
 from llama_adapter.checkpoints.directories import adapter_sources, mark_export, output_directory
 from llama_adapter.checkpoints.extras import EXTRAS_NAME
+from llama_adapter.checkpoints.stock_template import stock_template
 from llama_adapter.config import AdapterConfig
 from llama_adapter.errors import CheckpointError, UnsupportedModelError
 from llama_adapter.model import LlamaAdapterForConditionalGeneration
@@ -27,6 +28,7 @@ from llama_adapter.model.peft_base import PEFT_FOLDER
 from llama_adapter.model.persistence import ADAPTER_WEIGHTS_NAME, write_tensors
 from llama_adapter.model.references import resolve_reference
 from llama_adapter.model.scaled_linear import LearnedNorm, ScaledLinear
+from llama_adapter.processing.processor import PROCESSOR_FILE, LlamaAdapterProcessor
 from llama_adapter.uploads import CARD
 
 MERGED = (Role.BIAS, Role.SCALE, Role.NORM)
@@ -53,6 +55,10 @@ class MergeReport:
     """Linears and norms merged into the base."""
     kept: tuple[str, ...]
     """What could not be merged and stays as a smaller adapter."""
+    stop: tuple[str, ...] = ()
+    """Stop strings that every request must name, since no single token ends an answer."""
+    problem: str | None = None
+    """Why the checkpoint has its base's chat template, not the adapter's prompts."""
 
 
 def export_merged(
@@ -60,6 +66,7 @@ def export_merged(
 ) -> MergeReport:
     """Write a stock checkpoint at `out` that equals the adapted model; whole or not at all.
 
+    Its chat template writes the adapter's prompts, where one can.
     With `partial` linears and norms are merged into `out`/base and what remains (prompts, the
     visual projection, LoRA that prompts bypass) becomes an adapter on it.
     Raises CheckpointError naming what cannot be merged without `partial`.
@@ -90,9 +97,12 @@ def export_merged(
         source = Path(resolve_reference(content.base["name_or_path"], directory=directory))
         _copy_tokenizer(source, target)
         mark_export(stage, kind="merged")
+        report = MergeReport(out=out, merged=merged, kept=tuple(kept))
         if kept:
             _write_rest(stage, directory, content, model.adapter_config, {**rest, **biases})
-    return MergeReport(out=out, merged=merged, kept=tuple(kept))
+        else:
+            report = replace(report, **_write_template(stage, directory))
+    return report
 
 
 def refuse_unmergeable(
@@ -278,6 +288,20 @@ def _copy_rest(source: Path, target: Path) -> None:
     for path in source.iterdir():
         if path.is_file() and path.name not in ours and not path.name.startswith("."):
             shutil.copyfile(path, target / path.name)
+
+
+def _write_template(stage: Path, directory: Path) -> dict[str, Any]:
+    """The adapter's prompts as the checkpoint's chat template; what the report says of them."""
+    if not (directory / PROCESSOR_FILE).is_file():
+        return {"problem": f"{directory} has no {PROCESSOR_FILE}"}
+    processor = LlamaAdapterProcessor.from_pretrained(directory)
+    try:
+        template = stock_template(processor)
+    except CheckpointError as error:
+        return {"problem": str(error)}
+    processor.tokenizer.save_pretrained(stage)
+    (stage / "chat_template.jinja").write_text(template)
+    return {"stop": tuple(processor.stop_strings)}
 
 
 def _copy_tokenizer(source: Path, target: Path) -> None:

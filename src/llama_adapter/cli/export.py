@@ -61,7 +61,11 @@ def _merged(directory: Path, out: Path, **options: bool) -> Written:
     shown = f"{out}: {report.merged} linears and norms merged"
     if report.kept:
         shown += f"; kept as an adapter: {', '.join(report.kept)}"
-    return {"merged": report.merged, "kept": list(report.kept)}, shown
+    if report.problem is not None:
+        shown += f"; the chat template is the base's: {report.problem}"
+    shown += _stops(report.stop)
+    result = {"merged": report.merged, "kept": list(report.kept), "stop": list(report.stop)}
+    return result | {"problem": report.problem}, shown
 
 
 FORMATS: dict[str, Callable[..., Written]] = {
