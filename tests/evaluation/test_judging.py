@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import time
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -118,12 +118,16 @@ def test_a_server_that_stays_busy_leaves_answers_unjudged(tmp_path: Path) -> Non
 
 
 def test_timeouts_leave_answers_unjudged(tmp_path: Path) -> None:
+    over = threading.Event()
+
     def behave(prompt: str, _: int) -> Any:
         if "question 1" in prompt:
-            time.sleep(0.8)
+            over.wait(60)
         return GOOD
 
-    report, _ = judged(behave, tmp_path, retries=0, timeout=0.3, count=2)
+    with serving(behave) as served, a_judge(served.url, retries=0, timeout=1.5) as judge:
+        report = judge_rows(find_task("msvd-qa"), rows(2), judge, tmp_path)
+        over.set()
     assert report.unavailable == ("1/answer",)
 
 

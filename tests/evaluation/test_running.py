@@ -20,7 +20,7 @@ from llama_adapter.errors import EvaluationError
 from llama_adapter.evaluation.answering import EndpointAnswerer, LocalAnswerer
 from llama_adapter.evaluation.manifest import MANIFEST, read_manifest
 from llama_adapter.evaluation.media import IMAGE_SUFFIXES, MediaFolders
-from llama_adapter.evaluation.predictions import read_ours
+from llama_adapter.evaluation.predictions import JUDGMENTS, read_judgments, read_ours
 from llama_adapter.evaluation.running import Selection, merge_shards, run
 from llama_adapter.evaluation.tasks import find_task
 from llama_adapter.evaluation.tasks.base import Generation, Inputs
@@ -127,6 +127,25 @@ def test_shards_merge_into_the_whole(data: Path, tmp_path: Path, local: LocalAns
     merged, whole = (read_manifest(tmp_path / name) for name in ("out", "whole"))
     for key in ("task", "model", "generation", "records", "shard"):
         assert merged[key] == whole[key], key
+
+
+def test_a_shard_whose_judge_was_killed_is_merged_and_later_verdicts_stay(
+    data: Path, tmp_path: Path, local: LocalAnswerer
+) -> None:
+    for i in (1, 2):
+        selection = Selection(shard=(i, 2))
+        run(VQA, local, Inputs(data=data), tmp_path, generation=SHORT, selection=selection)
+    judged = {"task": "vqa", "judge": "first", "aspect": "answer", "reply": "\u2028", "verdict": {}}
+    line = json.dumps({"id": "1", **judged}, ensure_ascii=False) + "\n"
+    (tmp_path / "shard-1-of-2" / JUDGMENTS).write_text(line + line[:20])
+    (tmp_path / "shard-2-of-2" / JUDGMENTS).write_text(line.replace('"1"', '"2"'))
+    merge_shards(VQA, tmp_path)
+    assert [one["id"] for one in read_judgments(tmp_path / JUDGMENTS)] == ["1", "2"]
+    with (tmp_path / JUDGMENTS).open("a") as file:
+        file.write(line.replace("first", "later") + line)
+    merge_shards(VQA, tmp_path)
+    found = read_judgments(tmp_path / JUDGMENTS)
+    assert [one["judge"] for one in found] == ["first", "first", "later", "first"]
 
 
 def test_shards_of_other_settings_are_not_merged(

@@ -209,8 +209,12 @@ def test_whoever_leaves_frees_the_row(server: Any) -> None:
     assert server.is_idle()
     with server.connect() as half_closed:
         half_closed.sendall(as_http(json.dumps(LONG).encode()))
+        until = time.monotonic() + 20
+        while server.gate.admission.count == 0 and time.monotonic() < until:
+            time.sleep(0.01)  # it is being answered
         half_closed.shutdown(1)
         assert server.is_idle()
+        assert half_closed.recv(100) == b""  # not because it was answered
     with server.connect() as incomplete:
         incomplete.sendall(as_http(b'{"model": ', length=5_000))
     assert server.is_idle()

@@ -190,6 +190,20 @@ def test_damaged_features_are_computed_again(tmp_path: Path) -> None:
         assert "one" not in FeatureCache(tmp_path, dtype=torch.float32)
 
 
+@pytest.mark.parametrize("damaged", ["[]", '{"a"'])
+def test_what_was_remembered_of_files_is_no_reason_to_end(damaged: str, tmp_path: Path) -> None:
+    """It saves reading images again."""
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    ref = ImageRef(source=tmp_path / "a.png", name="it")
+    folder = tmp_path / "cache"
+    cache = FeatureCache(folder, dtype=torch.float32)
+    key = cache.key(ref)
+    cache.remember_files()
+    (folder / "files.json").write_text(damaged)
+    with pytest.warns(UserWarning, match="images are read again for their keys"):
+        assert FeatureCache(folder, dtype=torch.float32).key(ref) == key
+
+
 def test_another_encoder_or_dtype_has_another_folder(recipe_file: Write, tmp_path: Path) -> None:
     def folder(*overrides: str) -> Path:
         recipe = loaded(recipe_file(), *overrides)

@@ -21,12 +21,13 @@ from torch import Tensor
 
 from llama_adapter.conversation import ImageRef
 from llama_adapter.errors import CheckpointError, DataError, TrainingError
-from llama_adapter.files import read_json, write_atomically
+from llama_adapter.files import read_json_object, write_atomically
 from llama_adapter.model.tensor_files import read_header
 from llama_adapter.processing.prompts import frames_of
 
 FEATURES = "features"
 _FILES = "files.json"
+_FILES_BYTES = 1 << 30  # some 120 for each image
 
 
 class Entry(NamedTuple):
@@ -72,7 +73,12 @@ class FeatureCache:
                 except (CheckpointError, ValueError, KeyError, TypeError) as error:
                     warnings.warn(f"features of images are computed again: {error}", stacklevel=2)
         if (self.folder / _FILES).exists():
-            self._files |= read_json(self.folder / _FILES, error=CheckpointError)
+            try:
+                self._files |= read_json_object(
+                    self.folder / _FILES, error=CheckpointError, limit=_FILES_BYTES
+                )
+            except CheckpointError as error:
+                warnings.warn(f"images are read again for their keys: {error}", stacklevel=2)
 
     def _list(self, path: Path) -> None:
         header = read_header(path)

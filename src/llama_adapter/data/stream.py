@@ -153,6 +153,7 @@ class BatchStream:
         """Learn what other processes found; DataError, on all of them, where it is too much."""
         for of_rank in gather(self._found):
             self._earlier.update(of_rank)
+        self._found = {}  # only what is new travels
         self._refuse_too_many_invalid()
 
     def _refuse_too_many_invalid(self) -> None:

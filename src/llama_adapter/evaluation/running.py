@@ -171,11 +171,23 @@ def merge_shards(task: Task, out: Path) -> Path:
                 f"{folder}: is not done, {len(found.rows)} of {stored.get('records')} records"
             )
     for name in (PREDICTIONS, JUDGMENTS):
-        files = [out / part / name for part in expected if (out / part / name).exists()]
-        if files:
-            write_atomically(out / name, "".join(map(read_text, files)))
+        lines = [line for part in expected for line in _whole_lines(out / part / name)]
+        if name == JUDGMENTS:  # verdicts on the whole, given since it was put together, are kept
+            of_shards = Counter(lines)
+            for line in _whole_lines(out / name):
+                if of_shards[line]:
+                    of_shards[line] -= 1
+                else:
+                    lines.append(line)
+        if lines:
+            write_atomically(out / name, "".join(f"{line}\n" for line in lines))
     write_manifest(out, merged)
     return out / PREDICTIONS
+
+
+def _whole_lines(path: Path) -> list[str]:
+    """The lines of a file, if it is there, without one that its writer was stopped in."""
+    return read_text(path).split("\n")[:-1] if path.exists() else []
 
 
 def run_folder(out: Path, selection: Selection) -> Path:
