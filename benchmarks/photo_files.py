@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from llama_adapter.errors import DataError
-from llama_adapter.files import read_bytes, write_atomically
+from llama_adapter.files import read_json, read_text, write_atomically
 
 IDS = Path(__file__).with_name("photo_ids.json")
 _LARGEST = 1 << 30  # bytes; VQAv2's annotations of training are 400 MB
@@ -41,7 +41,10 @@ def flickr8k(options: argparse.Namespace) -> Path:
     for number, line in enumerate(_text(options.tokens).splitlines(), 1):
         name, tab, caption = line.partition("\t")
         if not tab:
-            raise DataError(f"{options.tokens}: line {number} has no tab: {line[:80]!r}")
+            raise DataError(
+                f"{options.tokens}: line {number} is {line[:80]!r}; expected name, number, tab and "
+                "caption, as in Flickr8k.token.txt"
+            )
         captions[name.partition("#")[0]].append(caption)
     known = ((name, split, captions.get(name)) for name, split in sorted(splits.items()))
     return _write(
@@ -82,11 +85,13 @@ def vqav2(options: argparse.Namespace) -> Path:
         row["question_id"]: row["question"]
         for path in options.questions
         for row in _rows(path, "questions", ("question_id", "question"))
+        if row["question_id"] in splits
     }
     answered = {
         row["question_id"]: row
         for path in options.annotations
         for row in _rows(path, "annotations", ("question_id", "image_id", "answers"))
+        if row["question_id"] in splits
     }
     records = []
     for number, split in sorted(splits.items()):
@@ -119,15 +124,17 @@ def _image(number: int) -> str:
 
 
 def _text(path: Path) -> str:
-    return read_bytes(path, error=DataError, limit=_LARGEST).decode()
+    return read_text(path, error=DataError, limit=_LARGEST)
 
 
 def _rows(path: Path, key: str, fields: Sequence[str]) -> list[dict[str, Any]]:
-    content = json.loads(_text(path))
+    content = read_json(path, error=DataError, limit=_LARGEST)
     rows = content.get(key) if isinstance(content, dict) else None
     if not isinstance(rows, list):
         raise DataError(f"{path}: expected an object with a list {key!r}")
     for number, row in enumerate(rows):
+        if not isinstance(row, dict):
+            raise DataError(f"{path}: {key}[{number}] is {row!r:.40}, expected an object")
         missing = [field for field in fields if field not in row]
         if missing:
             raise DataError(f"{path}: {key}[{number}] lacks {', '.join(missing)}")

@@ -91,6 +91,8 @@ def test_coco_and_vqav2(make: Make, tmp_path: Path) -> None:
     [
         ("{}", "expected an object with a list 'annotations'"),
         ('{"annotations": [{"image_id": 9}]}', "annotations[0] lacks caption"),
+        ('{"annotations": [3]}', "annotations[0] is 3, expected an object"),
+        ('{"annotations": [{"image', "is not valid JSON"),
         ('{"annotations": [{"image_id": 9, "caption": "x"}]}', "would lack 1 of those in ids.json"),
     ],
 )
@@ -104,6 +106,20 @@ def test_what_is_not_as_the_download_is_one_line(
     assert words in told
     assert told.count("\n") == 1
     assert not (tmp_path / "captions.json").exists()
+
+
+@pytest.mark.parametrize("content", [b"image,caption\na.jpg,A dog.\n", b"a.jpg#0\tCaf\xe9"])
+def test_tokens_of_another_copy_are_one_line(
+    make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes
+) -> None:
+    (tmp_path / "tokens").write_bytes(content)
+    lists = [write(tmp_path / name, "") for name in ("train", "val")]
+    with pytest.raises(SystemExit):
+        make("flickr8k", tmp_path / "tokens", "--train", lists[0], "--val", lists[1],
+             "--out", tmp_path)  # fmt: skip
+    told = capsys.readouterr().err
+    assert "Flickr8k.token.txt" in told or "not UTF-8" in told
+    assert told.count("\n") == 1
 
 
 def test_the_ids_are_told_apart_by_photo() -> None:

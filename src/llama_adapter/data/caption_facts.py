@@ -16,11 +16,13 @@ from llama_adapter.data.caption_words import (
     ADJECTIVES,
     ARTICLES,
     COLORS,
+    GROUPS,
+    ING_FORMS,
     NOT_VERBS,
     NOUNS,
     NUMBERS,
     PREPOSITIONS,
-    PRESENT,
+    RELATED,
     SINGULAR,
     SPORTS,
     TAKES_OBJECT,
@@ -29,6 +31,8 @@ from llama_adapter.data.caption_words import (
 
 _MOST_MODIFIERS = 5
 _MOST_PHRASE = 6
+_OTHERS = frozenset({"another", "other", "others"})
+_NONE: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,8 +73,13 @@ class Facts:
     actions: tuple[Action, ...]
     place: str | None
     """`in the water`."""
-    verbs: frozenset[str]
-    """All that is done in the caption in -ing form, also where it is not clear by whom to what."""
+    words: frozenset[str]
+    """All of the caption's."""
+
+    @property
+    def verbs(self) -> frozenset[str]:
+        """All that is done, in -ing form, also where it is not clear by whom to what."""
+        return frozenset(verb for word in self.words if (verb := _verb(word)))
 
 
 def sentence_of(caption: str) -> str:
@@ -86,12 +95,12 @@ def sentence_of(caption: str) -> str:
 def facts_of(caption: str) -> Facts:
     """What the caption says, in its order."""
     words = re.findall(r"[a-z]+(?:-[a-z]+)*|[.,;]", caption.lower())
-    spans = _counted(list(_noun_phrases(words)))
+    spans = _counted(words, list(_noun_phrases(words)))
     return Facts(
         things=tuple(thing for _, _, thing in spans),
         actions=tuple(_actions(words, spans)),
         place=_place(words, spans),
-        verbs=frozenset(verb for verb in map(_verb, words) if verb),
+        words=frozenset(words),
     )
 
 
@@ -124,11 +133,16 @@ def _noun_phrases(words: Sequence[str]) -> Iterator[_Span]:
         )
 
 
-def _counted(spans: Sequence[_Span]) -> list[_Span]:
-    """Without the number of things that are mentioned twice: `a dog runs after a dog`."""
-    mentions = Counter(thing.noun for _, _, thing in spans)
+def _counted(words: Sequence[str], spans: Sequence[_Span]) -> list[_Span]:
+    """Without the number of things of which others are mentioned: `a dog runs after a puppy`."""
+    nouns = Counter(thing.noun for _, _, thing in spans)
+    has_others = not _OTHERS.isdisjoint(words)
+
+    def is_open(noun: str) -> bool:
+        return has_others or nouns[noun] > 1 or not RELATED.get(noun, _NONE).isdisjoint(nouns)
+
     return [
-        (start, end, replace(thing, number=None) if mentions[thing.noun] > 1 else thing)
+        (start, end, replace(thing, number=None) if is_open(thing.noun) else thing)
         for start, end, thing in spans
     ]
 
@@ -180,7 +194,7 @@ def _actions(words: Sequence[str], spans: Sequence[_Span]) -> Iterator[Action]:
 
 
 def _verb(word: str) -> str | None:
-    verb = PRESENT.get(word, word)
+    verb = ING_FORMS.get(word, word)
     is_one = verb.endswith("ing") and verb not in NOT_VERBS and verb not in NOUNS and len(verb) > 4
     return verb if is_one else None
 
@@ -188,8 +202,8 @@ def _verb(word: str) -> str | None:
 def _acting(words: Sequence[str], spans: Sequence[_Span], at: int) -> Thing | None:
     """Who does what the verb says: the person or animal before it.
 
-    None where that one is itself ridden, held or stood next to: `a boy with a dog running` leaves
-    open who runs.
+    None where that one is ridden, held or stood next to: `a jockey on a horse is waving` leaves
+    open who waves.
     """
     before = [
         (start, thing)
@@ -199,8 +213,9 @@ def _acting(words: Sequence[str], spans: Sequence[_Span], at: int) -> Thing | No
     if not before:
         return None
     start, thing = before[-1]
-    is_other = start > 0 and (words[start - 1] in ACCOMPANIES or _verb(words[start - 1]))
-    return None if is_other and len(before) > 1 else thing
+    word, earlier = (words[start - 1] if start > 0 else ""), (words[start - 2] if start > 1 else "")
+    is_part = word == "of" and earlier not in GROUPS
+    return None if is_part or word in ACCOMPANIES or _verb(word) else thing
 
 
 def _object(words: Sequence[str], spans: Sequence[_Span], at: int) -> tuple[Thing | None, int]:
@@ -217,7 +232,7 @@ def _following(words: Sequence[str], at: int) -> list[str]:
     found: list[str] = []
     for word in words[at + 1 : at + 1 + _MOST_PHRASE]:
         ends = word in {".", ",", ";", "while", "as", "and", "that", "with", "wearing"}
-        if ends or word.endswith("ing") or word in PRESENT:
+        if ends or word.endswith("ing") or word in ING_FORMS:
             break
         found.append(word)
     while found and found[-1] not in NOUNS and found[-1] not in SPORTS:

@@ -70,7 +70,7 @@ def _numbers(captions: Sequence[str], rng: random.Random) -> str | None:
     found = []
     for facts in _all(captions):
         counted = [
-            f"{words[t.number]} {t.noun if t.number == 1 else PLURALS.get(t.noun, t.noun)}"
+            f"{words[t.number]} {t.noun if t.number == 1 else PLURALS[t.noun]}"
             for t in facts.things
             if t.number and t.kind in ("person", "animal", "vehicle")
         ]

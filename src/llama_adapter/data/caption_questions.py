@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import random
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 
 from llama_adapter.data.caption_facts import Action, Facts, Thing, facts_of
 from llama_adapter.data.caption_words import (
+    IMPLIED,
     MASSES,
     NOUNS,
     PAIRS,
@@ -24,10 +24,11 @@ HINTS = (
 )
 """What may follow a question to ask for a short answer."""
 _SIMPLE_COLORS = ("black", "white", "red", "blue", "green", "yellow", "brown", "orange", "pink")
-_COMMON_VERBS = (
-    "running", "playing", "standing", "sitting", "jumping", "walking", "swimming", "sleeping",
-    "climbing", "eating", "smiling", "dancing",
+MOVEMENTS = (
+    "running", "standing", "sitting", "jumping", "walking", "swimming", "sleeping", "climbing",
+    "dancing",
 )  # fmt: skip
+"""Of which who does one does no other, as far as a caption goes."""
 _WITH = {
     "riding": ("sitting", "playing"), "jumping": ("playing", "running"),
     "chasing": ("running", "playing"), "racing": ("running",), "catching": ("playing", "jumping"),
@@ -41,7 +42,9 @@ _WITH = {
     "reading": ("sitting",), "driving": ("sitting",),
 }  # fmt: skip
 """What somebody who does the one may well do too."""
+_EXCLUDING = frozenset({*MOVEMENTS, "riding", "lying", "laying", "skiing", "surfing", "driving"})
 
+_CHOICES = ("animal", "vehicle", "person")
 Asked = tuple[str, str]
 """A question and its answer."""
 
@@ -71,7 +74,7 @@ def _actions(facts: Sequence[Facts]) -> list[Action]:
 
 
 def _name(thing: Thing) -> str:
-    return PLURALS.get(thing.noun, thing.noun) if thing.is_plural else thing.noun
+    return PLURALS[thing.noun] if thing.is_plural else thing.noun
 
 
 def _with_article(noun: str) -> str:
@@ -101,12 +104,17 @@ def _number(facts: Sequence[Facts], _: random.Random) -> Iterator[Asked]:
     for thing in things:
         said = {t.number for t in things if t.noun == thing.noun}
         if thing.number and said == {thing.number} and thing.kind != "place":
-            yield f"How many {PLURALS.get(thing.noun, thing.noun)} are there?", str(thing.number)
+            yield f"How many {PLURALS[thing.noun]} are there?", str(thing.number)
 
 
 def _is_one_thing(things: Sequence[Thing], noun: str) -> bool:
     """Whether a caption with these things mentions it once, so that `the dog` is clear."""
     return sum(thing.noun == noun for thing in things) == 1
+
+
+def _is_one_of_several(facts: Sequence[Facts], kind: str) -> bool:
+    """Whether a caption names several things of a kind."""
+    return any(len({t.noun for t in each.things if t.kind == kind}) > 1 for each in facts)
 
 
 def _clear_actions(facts: Sequence[Facts]) -> Iterator[Action]:
@@ -145,11 +153,9 @@ def _sport(facts: Sequence[Facts], _: random.Random) -> Iterator[Asked]:
 
 
 def _which(facts: Sequence[Facts], _: random.Random) -> Iterator[Asked]:
-    things = _things(facts)
-    kinds = Counter(kind for _, kind in {(thing.noun, thing.kind) for thing in things})
-    for thing in things:
-        if thing.kind in ("animal", "vehicle") and kinds[thing.kind] > 1:
-            continue  # either would be right
+    for thing in _things(facts):
+        if thing.kind in _CHOICES and _is_one_of_several(facts, thing.kind):
+            continue  # the others would be right as well
         match thing.kind:
             case "animal":
                 yield "What animal is in the image?", _name(thing)
@@ -188,7 +194,9 @@ def _either(facts: Sequence[Facts], rng: random.Random) -> Iterator[Asked]:
 
 def _absent(facts: Sequence[Facts], kind: str) -> list[str]:
     """Nouns of a kind that no caption says in these or other words."""
-    said = {thing.noun for thing in _things(facts)}
+    words = {word for each in facts for word in each.words}
+    said = {NOUNS[word][0] for word in words & NOUNS.keys()}
+    said.update(*(IMPLIED[word] for word in words & IMPLIED.keys()))
     said.update(*(RELATED.get(noun, ()) for noun in tuple(said)))
     return sorted({noun for noun, k, _ in NOUNS.values() if k == kind} - said)
 
@@ -208,8 +216,8 @@ def _is_there(facts: Sequence[Facts], rng: random.Random) -> Iterator[Asked]:
             f"{be} there {shown} in the image?",
             f"Do you see {shown}?",
         ]
-        if thing.kind in ("animal", "vehicle", "person"):
-            wordings.append(f"Are there any {PLURALS.get(noun, noun)}?")
+        if thing.kind in _CHOICES:
+            wordings.append(f"Are there any {PLURALS[noun]}?")
         yield rng.choice(wordings), answer
 
 
@@ -225,8 +233,10 @@ def _is_color(facts: Sequence[Facts], rng: random.Random) -> Iterator[Asked]:
 
 def _is_doing(facts: Sequence[Facts], rng: random.Random) -> Iterator[Asked]:
     said = {verb for each in facts for verb in each.verbs}
+    if said.isdisjoint(_EXCLUDING):
+        return  # a hat is worn while running, too
     said.update(*(_WITH.get(verb, ()) for verb in tuple(said)))
-    absent = [verb for verb in _COMMON_VERBS if verb not in said]
+    absent = [verb for verb in MOVEMENTS if verb not in said]
     for action in _actions(facts) if absent else ():
         phrase, answer = action.short, "yes"
         if rng.random() < 0.5:

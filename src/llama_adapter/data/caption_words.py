@@ -50,47 +50,63 @@ _NOUNS = {
 }
 
 
-def _read() -> dict[str, tuple[str, str, bool]]:
-    found: dict[str, tuple[str, str, bool]] = {}
-    irregular = set()
-    for kind, words in _NOUNS.items():
-        for word in words.split():
-            plural, _, singular = word.partition("=")
-            if singular:
-                found[plural] = (singular, kind, plural != singular)
-                irregular.add(singular)
-            elif word not in found:
-                found[word] = (word, kind, False)
-    for word, (_, kind, is_plural) in list(found.items()):
-        if not is_plural and word not in irregular:
-            found[f"{word}s"] = (word, kind, True)
-    return found
-
-
-NOUNS = _read()
-"""From a noun as written to its singular, its kind, and whether it is a plural."""
-PLURALS = {singular: word for word, (singular, _, is_plural) in NOUNS.items() if is_plural}
 MASSES = _words("water grass snow sand mud dirt")
 """Nouns that take no article."""
 PAIRS = _words("stairs woods glasses sunglasses goggles")
 """Nouns that are plurals alone."""
 UNCOUNTED = MASSES | PAIRS | _words("sheep fish")
 """Nouns that do not say by their form how many there are."""
+
+
+def _plural(noun: str) -> str:
+    if noun.endswith("y") and noun[-2] not in "aeiou":
+        return f"{noun[:-1]}ies"
+    return f"{noun}es" if noun.endswith(("s", "sh", "ch", "x")) else f"{noun}s"
+
+
+def _read() -> tuple[dict[str, tuple[str, str, bool]], dict[str, str]]:
+    nouns: dict[str, tuple[str, str, bool]] = {}
+    plurals = {}
+    for kind, words in _NOUNS.items():
+        for word in words.split():
+            plural, _, singular = word.partition("=")
+            if singular:
+                is_plural = plural != singular or singular in PAIRS
+                nouns[plural] = (singular, kind, is_plural)
+                plurals[singular] = plural
+            elif word not in nouns:
+                nouns[word] = (word, kind, False)
+    for word, (singular, kind, is_plural) in list(nouns.items()):
+        if not is_plural and word not in plurals:
+            plurals[word] = _plural(word)
+            nouns.setdefault(plurals[word], (singular, kind, True))
+    return nouns, plurals
+
+
+NOUNS, PLURALS = _read()
+"""From a noun as written to its singular, its kind, and whether it is a plural; and from a
+singular to its plural."""
 NOT_VERBS = _words(
     "building something clothing railing ring string wedding evening morning ceiling king swing "
     "sling thing nothing anything everything during being going getting trying living bathing "
     "parking racing opposing interesting matching amusing outstanding wing rigging"
 )
 """Words that end as a verb does and are none, or say nothing by themselves."""
-PRESENT = {
-    "runs": "running", "run": "running", "jumps": "jumping", "jump": "jumping",
-    "stands": "standing", "stand": "standing", "sits": "sitting", "sit": "sitting",
-    "plays": "playing", "play": "playing", "walks": "walking", "walk": "walking",
-    "rides": "riding", "ride": "riding", "holds": "holding", "looks": "looking",
-    "climbs": "climbing", "smiles": "smiling", "carries": "carrying", "catches": "catching",
-    "swims": "swimming", "chases": "chasing", "throws": "throwing", "eats": "eating",
-    "leaps": "jumping", "wears": "wearing", "pulls": "pulling", "kicks": "kicking",
+ING_FORMS = {
+    form: verb
+    for verb, forms in {
+        "running": "run runs ran", "jumping": "jump jumps jumped leap leaps",
+        "standing": "stand stands stood", "sitting": "sit sits sat", "playing": "play plays played",
+        "walking": "walk walks walked", "riding": "ride rides rode", "holding": "hold holds",
+        "looking": "looks", "climbing": "climb climbs climbed", "smiling": "smile smiles",
+        "carrying": "carry carries", "catching": "catch catches", "swimming": "swim swims swam",
+        "chasing": "chase chases", "throwing": "throw throws", "eating": "eat eats ate",
+        "wearing": "wear wears", "pulling": "pull pulls", "kicking": "kick kicks",
+        "sleeping": "sleep sleeps slept", "dancing": "dance dances danced", "lying": "lies lay",
+    }.items()
+    for form in forms.split()
 }  # fmt: skip
+"""From other forms of a verb to the one that ends in -ing."""
 TAKES_OBJECT = _words(
     "playing riding holding catching throwing eating carrying wearing chasing pulling pushing "
     "kicking hitting drinking reading climbing petting hugging kissing feeding biting chewing "
@@ -105,7 +121,9 @@ PREPOSITIONS = _words(
     "outside inside"
 )
 ACCOMPANIES = PREPOSITIONS | _words("with to for toward towards from against atop")
-"""What may precede somebody who is not the one that acts; `a group of people` does."""
+"""What may precede somebody who is not the one that acts."""
+GROUPS = _words("group pair couple team herd pack crowd flock line bunch row number trio lot")
+"""Before `of` they say how many act, others whose it is: `the back of a horse`."""
 
 _ROLES = (
     "player skateboarder snowboarder surfer skier biker cyclist rider climber hiker runner dancer"
@@ -121,6 +139,9 @@ _RELATED = (
     ),
     "dog: puppy greyhound poodle", "puppy: greyhound poodle", "greyhound: poodle", "cow: bull",
     "bird: duck", "sheep: goat",
+    "bike: biker cyclist rider", "bicycle: biker cyclist rider", "motorcycle: biker rider",
+    "horse: rider", "skateboard: skateboarder", "snowboard: snowboarder", "surfboard: surfer",
+    "rope: climber", "ball: player bat racket", "backpack: hiker", "dress: bride",
     "bike: bicycle motorcycle scooter", "bicycle: scooter", "motorcycle: scooter",
     "car: jeep truck", "jeep: truck", "boat: kayak canoe raft", "kayak: canoe raft", "canoe: raft",
     "airplane: plane", "sled: snowboard", "skateboard: scooter",
@@ -147,6 +168,33 @@ _RELATED = (
     "wall: fence building", "court: stadium", "city: building", "snow: hill mountain",
 )  # fmt: skip
 """Nouns that may mean the same thing, or of which one is seldom without the other."""
+
+
+_IMPLIED = (
+    "baseball softball cricket: bat ball", "tennis: racket ball court",
+    "soccer football basketball volleyball rugby: ball", "hockey: stick",
+    "skateboarding skateboards skateboard: skateboard skateboarder ramp",
+    "surfing surfs surf: surfboard surfer ocean water beach",
+    "snowboarding snowboards: snowboard snowboarder snow", "skiing skis ski: skier snow",
+    "biking bikes cycling cycles pedaling pedals: bike bicycle cyclist biker rider",
+    "kayaking: kayak water", "rafting: raft water", "sledding: sled snow", "boating: boat water",
+    "sailing sails sailboat rowboat speedboat: boat water", "swimming swims swim: water pool",
+    "driving drives: car truck", "reading reads: book", "photographing photo photograph: camera",
+    "climbing climbs: rope rock cliff mountain wall", "hiking hikes: hiker trail path mountain",
+    "kid kids family couple crowd group team band people: man woman boy girl child person",
+)  # fmt: skip
+
+
+def _read_implied() -> dict[str, frozenset[str]]:
+    found: dict[str, frozenset[str]] = {}
+    for line in _IMPLIED:
+        words, _, nouns = line.partition(":")
+        found |= dict.fromkeys(words.split(), _words(nouns))
+    return found
+
+
+IMPLIED = _read_implied()
+"""From words, verbs and sports above all, to things that need not be named as well."""
 
 
 def _read_related() -> dict[str, frozenset[str]]:
