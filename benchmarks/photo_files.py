@@ -5,20 +5,21 @@ photos that the adapter was trained on: a part of Flickr8k's official test split
 COCO's and VQAv2's that is our own, by photo.
 
 python -m benchmarks.photo_files flickr8k Flickr8k.token.txt --train Flickr_8k.trainImages.txt \
-    --val Flickr_8k.devImages.txt --out flickr8k
-python -m benchmarks.photo_files coco annotations/captions_train2014.json \
-    annotations/captions_val2014.json --out coco
+    --val Flickr_8k.devImages.txt --photos Flicker8k_Dataset --out flickr8k
+python -m benchmarks.photo_files coco captions_train2014.json captions_val2014.json \
+    --photos train2014 val2014 --out coco
 python -m benchmarks.photo_files vqav2 --questions v2_OpenEnded_mscoco_*_questions.json \
-    --annotations v2_mscoco_*_annotations.json --out coco
+    --annotations v2_mscoco_*_annotations.json --photos train2014 val2014 --out coco
 
-The photos themselves belong into `flickr8k/images` and `coco/images`, COCO's by their numbers of
-twelve digits: `000000000009.jpg`.
+With `--photos` the photos that are needed become links (copies on another disk) in `images` next to
+the file. COCO's are called by their numbers there, `000000000009.jpg`, as in its release of 2017.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -56,6 +57,7 @@ def flickr8k(options: argparse.Namespace) -> Path:
         ],
         wanted=_ids("flickr8k")["test"],
         found=captions,
+        photos=options.photos,
     )
 
 
@@ -75,6 +77,7 @@ def coco(options: argparse.Namespace) -> Path:
         ],
         wanted=splits,
         found=captions,
+        photos=options.photos,
     )
 
 
@@ -111,7 +114,8 @@ def vqav2(options: argparse.Namespace) -> Path:
             }
         )
     found = {record["question_id"] for record in records}
-    return _write(options.out / "vqa.json", records, wanted=splits, found=found)
+    path, photos = options.out / "vqa.json", options.photos
+    return _write(path, records, wanted=splits, found=found, photos=photos)
 
 
 def _ids(name: str) -> dict[str, list[Any]]:
@@ -142,7 +146,12 @@ def _rows(path: Path, key: str, fields: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def _write(
-    path: Path, records: Sequence[dict[str, Any]], *, wanted: Iterable[Any], found: Any
+    path: Path,
+    records: Sequence[dict[str, Any]],
+    *,
+    wanted: Iterable[Any],
+    found: Any,
+    photos: Sequence[Path] | None,
 ) -> Path:
     missing = [each for each in wanted if each not in found]
     if missing:
@@ -151,8 +160,32 @@ def _write(
             f"give all files of the download"
         )
     path.parent.mkdir(parents=True, exist_ok=True)
+    if photos is not None:
+        _place(photos, path.parent, sorted({record["image"] for record in records}))
     write_atomically(path, json.dumps(records, indent=1) + "\n")
     return path
+
+
+def _place(folders: Sequence[Path], out: Path, names: Sequence[str]) -> None:
+    """Link, or copy from another disk, the photos of these names into `out`."""
+    found = {
+        path.name.rpartition("_")[2] if path.name.startswith("COCO_") else path.name: path
+        for folder in folders
+        for path in folder.glob("*.jpg")
+    }
+    missing = [name for name in names if Path(name).name not in found]
+    if missing:
+        shown = ", ".join(map(str, folders))
+        raise DataError(f"{shown}: {len(missing)} of {len(names)} photos lack, first {missing[0]}")
+    for name in names:
+        target = out / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if target.exists():
+            continue
+        try:
+            os.link(found[target.name].resolve(), target)
+        except OSError:
+            write_atomically(target, found[target.name].read_bytes())
 
 
 def main() -> None:
@@ -174,6 +207,7 @@ def main() -> None:
     three.set_defaults(make=vqav2)
     for command in (one, two, three):
         command.add_argument("--out", type=Path, required=True, help="the folder for the file")
+        command.add_argument("--photos", type=Path, nargs="+", metavar="DIR", help="of the photos")
     options = parser.parse_args()
     try:
         print(options.make(options))

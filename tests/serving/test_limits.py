@@ -325,6 +325,13 @@ def test_pages_of_other_sites_are_kept_out(serving: Any, server: Any) -> None:
         allowed = running.get("/v1/models", headers={"Origin": "https://good.example"})
         assert allowed.headers["access-control-allow-origin"] == "https://good.example"
         assert running.get("/v1/models", headers=foreign).status_code == 403
+        # a proxy on this machine that keeps the name, and one that does not
+        for host in ("good.example", "127.0.0.1"):
+            headers = {"Host": host, "Origin": "https://good.example"}
+            assert running.get("/v1/models", headers=headers).status_code == 200
+        refused = running.get("/v1/models", headers={"Host": "evil.example"})
+        assert refused.status_code == 403
+        assert "--cors-origin" in refused.json()["error"]["message"]
 
 
 def test_metrics_and_logs_count_and_quote_nothing(

@@ -146,6 +146,8 @@ def test_what_is_killed_leaves_nothing_in_the_way() -> None:
         (("--adapter", "x"), "--adapter must be NAME=DIR"),
         (("--expert", "none"), "unknown expert 'none'"),
         (("--media-folder", "/none"), "'/none' is not a folder"),
+        (("--cors-origin", "*"), "'*' must be a scheme and a host"),
+        (("--cors-origin", "https://example.org/"), "must be a scheme and a host"),
         (("--api-keys", "/none"), "cannot read /none"),
         (("--log-level", "loud"), "--log-level must be"),
         (("--max-tokens", "0"), "max_tokens must be at least 1"),

@@ -56,11 +56,20 @@ def test_flickr8k(make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert len(open_source("caption_questions", "instruction", path=path, split="train")) == 5
 
 
-def test_coco_and_vqav2(make: Make, tmp_path: Path) -> None:
+def test_coco_and_vqav2(make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [{"image_id": n, "caption": f"{n} things."} for n in (9, 9, 12, 30)]
     first = write(tmp_path / "1.json", {"annotations": rows[:2]})
     second = write(tmp_path / "2.json", {"annotations": rows[2:]})
-    make("coco", first, second, "--out", tmp_path)
+    photos = [tmp_path / "train2014", tmp_path / "val2014"]
+    for folder, number in zip(photos, (9, 12), strict=True):
+        folder.mkdir()
+        write(folder / f"COCO_{folder.name}_{number:012d}.jpg", str(number))
+    with pytest.raises(SystemExit):
+        make("coco", first, second, "--out", tmp_path, "--photos", photos[0])
+    told = "1 of 2 photos lack, first images/000000000012.jpg"
+    assert told in capsys.readouterr().err
+    make("coco", first, second, "--out", tmp_path, "--photos", *photos)
+    assert [path.read_text() for path in sorted((tmp_path / "images").iterdir())] == ["9", "12"]
     assert json.loads((tmp_path / "captions.json").read_text()) == [
         {"image": "images/000000000009.jpg", "captions": ["9 things."] * 2, "split": "train"},
         {"image": "images/000000000012.jpg", "captions": ["12 things."], "split": "test"},

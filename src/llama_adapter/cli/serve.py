@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -52,12 +53,20 @@ class AccessSettings:
     cors_origin: Annotated[
         list[str] | None,
         Option(
-            help="Site whose pages may use the server, such as https://example.org; may be "
-            "repeated.",
+            help="Site whose pages may use the server and by whose name a proxy may reach it, such "
+            "as https://example.org; may be repeated.",
             metavar="ORIGIN",
             show_default=False,
         ),
     ] = None
+
+    def __post_init__(self) -> None:
+        for origin in self.cors_origin or ():
+            if not re.fullmatch(r"https?://[^\s/?#@*]+", origin):
+                raise ConfigError(
+                    f"--cors-origin: {origin!r} must be a scheme and a host, and a port where it "
+                    "has one, such as https://example.org"
+                )
 
     def open(self) -> dict[str, Any]:
         """Options of the application; ServingError for an address that anybody could use."""

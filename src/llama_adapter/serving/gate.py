@@ -50,7 +50,7 @@ class Gate:
     keys: Keys
     admin_keys: Keys
     origins: Sequence[str] = ()
-    """Other sites whose pages may talk to the server."""
+    """Other sites whose pages may talk to the server, and by whose names it may be reached."""
     is_loopback: bool = True
     """Whether only this machine is served: requests by another host's name are refused then."""
     is_draining: bool = False
@@ -109,14 +109,23 @@ class Gate:
         try:
             is_local = not host or is_loopback(urlsplit(f"//{host}").hostname or "")
             is_own = not origin or origin in self.origins or urlsplit(origin).netloc == host
+            is_listed = any(urlsplit(listed).netloc == host for listed in self.origins)
         except ValueError:
-            is_local = is_own = False
-        if self.is_loopback and not is_local:
+            is_local = is_own = is_listed = False
+        if self.is_loopback and not (is_local or is_listed):
             raise ApiError(
-                403, "this server answers to localhost alone, not to other names", code="bad_host"
+                403,
+                "this server answers to localhost alone, not to other names; behind a proxy start "
+                "it with --cors-origin and the site's address",
+                code="bad_host",
             )
         if not is_own:
-            raise ApiError(403, "this server takes no requests from other sites", code="bad_origin")
+            raise ApiError(
+                403,
+                "this server takes no requests from other sites; its operator may let some in with "
+                "--cors-origin",
+                code="bad_origin",
+            )
 
     def _report(self, exchange: _Exchange) -> None:
         path, seconds = exchange.path, time.monotonic() - exchange.started
