@@ -65,6 +65,21 @@ def test_a_check_trains_nothing(cli, small, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_built_in_model_is_trained_further(cli, small, tmp_path):
+    recipe = yaml.safe_load(TOY.read_text())
+    recipe["adapter"] = {"start": "toy"}
+    path = tmp_path / "further.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    done = cli("train", path, *small[1:], "steps=1", "--json")
+    assert done.status == 0, done.stderr
+    again = cli("train", path, *small[1:], "steps=1", "--resume", "--json")
+    assert json.loads(again.stdout)["checksum"] == json.loads(done.stdout)["checksum"]
+    refused = cli("train", TOY, *small[1:], "adapter.start=toy")
+    assert refused.status == 2
+    assert "start brings its own settings; remove " in refused.stderr
+    assert "preset" in refused.stderr
+
+
 @pytest.mark.parametrize("mode", [(), ("--resume",), ("--check",)])
 def test_a_directory_in_use_is_refused(cli, small, tmp_path, mode):
     (tmp_path / "run").mkdir()

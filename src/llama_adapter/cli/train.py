@@ -64,7 +64,7 @@ def train(
     from llama_adapter.training.recipe import load_recipe
 
     types = source_types()
-    settings = load_recipe(recipe, overrides or [], types=types)
+    settings = _with_built_in(load_recipe(recipe, overrides or [], types=types))
     with json_only(as_json) as emit:
         if check:
             _check(settings, types, resume=resume, emit=emit if as_json else None)
@@ -86,6 +86,17 @@ def train(
         else:
             typer.echo(f"{result.adapter}  sha256 {result.checksum}")
             typer.echo(f"ask it: llama-adapter chat {result.adapter}", err=True)
+
+
+def _with_built_in(settings: Recipe) -> Recipe:
+    """With the directory of a built-in model where `adapter.start` names one."""
+    from llama_adapter.cli.models import BUILT_IN
+
+    start = settings.adapter.start
+    if start is None or str(start) not in BUILT_IN or start.exists():
+        return settings
+    changed = {"start": BUILT_IN[str(start)].directory()}
+    return settings.model_copy(update={"adapter": settings.adapter.model_copy(update=changed)})
 
 
 def _as_json(result: TrainingResult) -> dict[str, Any]:

@@ -107,13 +107,15 @@ class AdapterSection(_RenamedSection):
 
     preset: str = "v2"
     start: Path | None = None
-    """An adapter directory whose weights and config training starts from, LoRA included."""
+    """An adapter directory whose weights and config training starts from, LoRA included. For
+    `llama-adapter train` it may be a built-in model too: `photos` or `toy`."""
 
     @model_validator(mode="after")
     def _known(self) -> Self:
         if self.start is not None:
             if self.changes or "preset" in self.model_fields_set:
-                raise ValueError("start brings its own settings; preset and others cannot be set")
+                found = ", ".join(sorted({*self.changes, *({"preset"} & self.model_fields_set)}))
+                raise ValueError(f"start brings its own settings; remove {found}")
         else:
             self.adapter_config()
         return self
