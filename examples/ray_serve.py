@@ -42,7 +42,8 @@ def build() -> Any:
     return make_app(service, keys=keys, is_loopback=False)[0]
 
 
-@serve.deployment(num_replicas=2, max_ongoing_requests=64)
+# above the service's own bound (64), whose refusal says when to come back
+@serve.deployment(num_replicas=2, max_ongoing_requests=128)
 @serve.ingress(build)
 class Replica:
     """What Ray watches."""
