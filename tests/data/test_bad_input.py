@@ -211,7 +211,7 @@ def test_too_many_invalid_records_stop_with_the_list(
     assert [fault.where for fault in pieces.invalid] == [f"{path}:{n}" for n in (98, 99, 100)]
     pieces.refuse_beyond(0.03, name="alpaca")
     found = refusal(lambda: pieces.refuse_beyond(0.02, name="alpaca"))
-    assert "3 of 100 records are invalid, more than the 2.0% of data.max_invalid" in found
+    assert "3 of 100 records are invalid, more than the 2.0% of max_invalid" in found
     assert f"{path}:99: lacks 'output'" in found
 
 

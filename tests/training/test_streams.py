@@ -12,6 +12,8 @@ from PIL import Image
 
 from llama_adapter.errors import DataError
 from llama_adapter.miniature.bundled import DECODER, PLACEHOLDER_TEXT, VISION, toy_processor
+from llama_adapter.training.build import load_processor
+from llama_adapter.training.dry_run import check_recipe
 from llama_adapter.training.launch import train
 from llama_adapter.training.recipe import Recipe, parse_recipe
 from llama_adapter.training.streams import RecipeData, open_data
@@ -106,6 +108,11 @@ def test_too_many_invalid_records_stop_before_the_first_step(
     recipe = recipe_of(tmp_path, instructions=instructions, data={"max_invalid": 0.01})
     with pytest.raises(DataError, match=r"1 of 30 records are invalid, more than the 1.0%"):
         opened(recipe)
+    instructions["sources"][0]["max_invalid"] = 0.1
+    recipe = recipe_of(tmp_path, instructions=instructions, data={"max_invalid": 0.01})
+    assert check_recipe(recipe, load_processor(recipe)).errors == ()
+    [component] = opened(recipe).streams["instruction"].components
+    assert (component.max_invalid, len(component.pieces.invalid)) == (0.1, 1)
 
 
 def test_flash_attention_gets_one_long_row(tmp_path: Path, instructions: dict[str, Any]) -> None:

@@ -66,7 +66,7 @@ def refuse_invalid(
     more = f"; and {len(invalid) - shown} more" if len(invalid) > shown else ""
     raise DataError(
         f"{name}: {len(invalid)} of {total} records are invalid, "
-        f"more than the {max_invalid:.1%} of data.max_invalid: {listed}{more}"
+        f"more than the {max_invalid:.1%} of max_invalid: {listed}{more}"
     )
 
 

@@ -35,6 +35,8 @@ class Component:
     """How many times an epoch goes through it."""
     held_out: np.ndarray | None = None
     """Samples that training never sees."""
+    max_invalid: float | None = None
+    """Share of invalid samples that is too much; None: the stream's."""
 
     def trained(self) -> np.ndarray:
         """Indices of the pieces to learn from."""
@@ -161,10 +163,11 @@ class BatchStream:
         for number, component in enumerate(self.components):
             found = [fault for (owner, _), fault in known.items() if owner == number]
             if found:
+                most = component.max_invalid
                 refuse_invalid(
                     (*found, *component.pieces.invalid),
                     component.pieces.num_samples,
-                    max_invalid=self.max_invalid,
+                    max_invalid=self.max_invalid if most is None else most,
                     name=component.source.name,
                 )
 

@@ -205,7 +205,7 @@ def _check_source(
     pieces, images, example = _read(source, encoder, indices)
     refusal = None
     try:
-        pieces.refuse_beyond(recipe.data.max_invalid, name=source.name)
+        pieces.refuse_beyond(recipe.most_invalid(described), name=source.name)
     except DataError as error:
         refusal = str(error)
     groups = source.groups()

@@ -160,6 +160,8 @@ class SourceSection(Section):
     """How many times an epoch goes through the source; 0.5 takes another half each epoch."""
     held_out: int = Field(default=0, ge=0, lt=_LARGEST)
     """Samples kept out of training, for evaluation; all captions of an image or none."""
+    max_invalid: float | None = Field(default=None, ge=0.0, le=1.0)
+    """Share of invalid records above which training stops; None: `data.max_invalid`."""
 
     def options(self, types: SourceTypes) -> SourceOptions:
         """What the type makes of the other keys."""
@@ -202,7 +204,7 @@ class DataSection(Section):
     too_long: Literal["skip", "truncate"] = "skip"
     """What becomes of a single exchange longer than a row: an invalid record, or cut off."""
     max_invalid: float = Field(default=0.01, ge=0.0, le=1.0)
-    """Share of invalid records of a source above which training stops."""
+    """Share of invalid records above which training stops, of a source that says nothing else."""
     split_by_length: bool = False
     """Pass the short and the long rows of a padded micro-batch one after the other, where this
     saves time; in one process."""
@@ -386,6 +388,10 @@ class Recipe(Section):
         both: dict[Kind, StreamSection | None]
         both = {"caption": self.captions, "instruction": self.instructions}
         return {kind: section for kind, section in both.items() if section is not None}
+
+    def most_invalid(self, source: SourceSection) -> float:
+        """Share of a source's records that may be invalid."""
+        return self.data.max_invalid if source.max_invalid is None else source.max_invalid
 
     def to_yaml(self) -> str:
         """The resolved recipe, every default written out; reads back as the same recipe."""

@@ -90,7 +90,7 @@ def open_data(
     """Open and measure every source of a recipe.
 
     Raises DataError for files that are missing or empty, and where more records of a source are
-    invalid than `data.max_invalid` allows, with a list.
+    invalid than `max_invalid` allows, with a list.
     """
     streams: dict[Kind, BatchStream] = {}
     encoders: dict[Kind, SampleEncoder] = {}
@@ -107,9 +107,14 @@ def open_data(
                 cache=recipe.out / CACHE if recipe.data.cache else None,
                 progress=progress(f"lengths of {source.name}", len(source)),
             )
-            pieces.refuse_beyond(recipe.data.max_invalid, name=source.name)
+            most = recipe.most_invalid(described)
+            pieces.refuse_beyond(most, name=source.name)
             component = Component(
-                source=source, pieces=pieces, weight=described.weight, held_out=indices
+                source=source,
+                pieces=pieces,
+                weight=described.weight,
+                held_out=indices,
+                max_invalid=most,
             )
             components.append(component)
             if described.held_out:
