@@ -53,10 +53,11 @@ def test_a_training_goes_on_from_a_bundled_adapter(
     with pytest.raises(CheckpointError, match="its card lists run already"):
         tool.bundle([run], photos_model, tmp_path / "both", results={}, after=tmp_path / "first")
     run = run.rename(tmp_path / "next")
-    tool.bundle([run], photos_model, tmp_path / "both", results={}, after=tmp_path / "first")
+    further = {"after": tmp_path / "first", "hardware": "two GPUs"}
+    tool.bundle([run], photos_model, tmp_path / "both", results={}, **further)
     card = (tmp_path / "both/README.md").read_text()
-    for name in ("run", "next"):
-        assert f"| `recipes/{name}.yaml`, seed 3 | 2 | 2 | cpu, bfloat16, " in card
+    for name, hardware in {"run": "cpu, bfloat16, ", "next": "two GPUs |"}.items():
+        assert f"| `recipes/{name}.yaml`, seed 3 | 2 | 2 | {hardware}" in card
     assert "from 4 steps in 4 minutes" in card
 
 

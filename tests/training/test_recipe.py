@@ -20,6 +20,7 @@ SHIPPED = (
     "photos-answers",
     "photos-captions",
     "photos-coco",
+    "photos-more",
     "photos-own",
     "chat-7b",
     "chat-70b-fsdp",

@@ -1,6 +1,6 @@
 """A trained adapter → the model `photos` of the package, with its model card.
 
-python -m tools.photos.bundle runs/photos-coco --after src/llama_adapter/photos/adapter \
+python -m tools.photos.bundle runs/photos-more --after src/llama_adapter/photos/adapter \
     --results r.json
 
 The tensors are written in float16. A run is called after its recipe. `r.json` holds what was
@@ -89,17 +89,19 @@ def bundle(
     *,
     results: dict[str, Any],
     after: Path | None = None,
+    hardware: str | None = None,
 ) -> None:
     """Write the adapter of runs, each of which goes on from the one before, as the package's.
 
-    `after` is the bundled adapter that the first run went on from. CheckpointError where the
-    adapter is too large.
+    `after` is the bundled adapter that the first run went on from; `hardware` what the runs ran on,
+    by default what their recipes and this machine say. CheckpointError where the adapter is too
+    large.
     """
     earlier = _earlier(after) if after else []
     again = {part["recipe"] for part in earlier} & {run.name for run in runs}
     if again:
         raise CheckpointError(f"{after}: its card lists {', '.join(sorted(again))} already")
-    parts = [*earlier, *map(_part, runs)]
+    parts = [*earlier, *(_part(run, hardware) for run in runs)]
     model = LlamaAdapterForConditionalGeneration.from_pretrained(adapter, dtype=torch.float32)
     tensors = {
         name: tensor.half() for name, tensor in read_checked(adapter / ADAPTER_WEIGHTS_NAME).items()
@@ -134,7 +136,7 @@ def _earlier(adapter: Path) -> list[dict[str, Any]]:
     return parts
 
 
-def _part(run: Path) -> dict[str, Any]:
+def _part(run: Path, hardware: str | None) -> dict[str, Any]:
     recipe = yaml.safe_load((run / "recipe.yaml").read_text())
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     seconds = {row["step"]: row["seconds"] for row in rows if "seconds" in row}
@@ -145,7 +147,7 @@ def _part(run: Path) -> dict[str, Any]:
         "seed": recipe["seed"],
         "steps": len(seconds),
         "minutes": round(sum(seconds.values()) / 60),
-        "hardware": ", ".join(word for word in used if word != "none"),
+        "hardware": hardware or ", ".join(word for word in used if word != "none"),
     }
 
 
@@ -195,11 +197,13 @@ def main() -> None:
     parser.add_argument("--after", type=Path, help="the bundled adapter they went on from")
     parser.add_argument("--adapter", type=Path, help="instead of the run's last one")
     parser.add_argument("--results", type=Path, required=True, help="JSON of what was measured")
+    parser.add_argument("--hardware", help="what they ran on: cpu, two cores, bfloat16, AMD EPYC")
     parser.add_argument("--out", type=Path, default=ADAPTER)
     options = parser.parse_args()
     results = read_json_object(options.results, error=CheckpointError)
     adapter = options.adapter or options.runs[-1] / "adapter"
-    bundle(options.runs, adapter, options.out, results=results, after=options.after)
+    chosen = {"after": options.after, "hardware": options.hardware}
+    bundle(options.runs, adapter, options.out, results=results, **chosen)
 
 
 if __name__ == "__main__":
