@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +15,30 @@ import llama_adapter
 def test_version(cli: Callable[..., Any]) -> None:
     done = cli("--version")
     assert (done.status, done.stdout) == (0, f"llama-adapter {llama_adapter.__version__}\n")
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [({}, "2000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, None)],
+)
+def test_threads_of_a_busy_machine_sleep_before_torch_is_loaded(
+    given: dict[str, str], expected: str | None
+) -> None:
+    program = """
+import os, sys
+from llama_adapter.cli import main
+try:
+    main()
+except SystemExit:
+    assert "torch" not in sys.modules
+    print(os.environ.get("GOMP_SPINCOUNT"))
+"""
+    kept = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    command = [sys.executable, "-c", program, "--version"]
+    done = subprocess.run(
+        command, env={**kept, **given}, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines()[-1] == str(expected)
 
 
 def test_every_command_has_help_with_an_example(cli: Callable[..., Any]) -> None:

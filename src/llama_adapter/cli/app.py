@@ -82,12 +82,23 @@ def _quiet_libraries() -> None:
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
+def _yield_when_busy() -> None:
+    """Let threads that wait for each other sleep soon, before torch starts them.
+
+    By default they turn in circles for a millisecond. Where other work has the cores, that is what
+    most of a step goes into: it takes seven times as long (`docs/speed.md`).
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+
+
 def main() -> None:
     """Run the command line and exit with its status."""
     if sys.stdout is None:
         _refuse("standard output is closed")
     set_up_streams()
     _quiet_libraries()
+    _yield_when_busy()
     try:
         app(prog_name=str(app.info.name))
     except LlamaAdapterError as error:
