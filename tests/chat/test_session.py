@@ -9,10 +9,12 @@ from PIL import Image
 
 from llama_adapter import LlamaAdapterForConditionalGeneration, LlamaAdapterProcessor
 from llama_adapter.chat import ChatSession
+from llama_adapter.conversation import Conversation
 from llama_adapter.errors import ConfigError, ImageError, PromptError
 from llama_adapter.experts import CaptionExpert, ExpertInfo, Finding, Report, Request
 from llama_adapter.experts.wording import report_text
 from llama_adapter.generation import GenerationSettings
+from llama_adapter.generation.answer import answer
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +96,20 @@ def test_the_caption_expert_gives_the_active_adapter_back(loaded, adapter_dir, p
     assert model.active_adapter == "default"
     assert session(loaded).ask("what do you see?", images=[picture]).text == before
     assert expert.consult(Request()).findings == ()
+
+
+def test_captions_by_beams_are_those_of_an_answer_by_beams(loaded, picture):
+    model, processor = loaded
+    expert = CaptionExpert(
+        model, processor, adapter_name="default", instruction="say", max_new_tokens=8, beams=3
+    )
+    [finding] = expert.consult(Request(images=[picture])).findings
+    prompts = [Conversation.ask("say", images=[picture])]
+    found = [
+        answer(model, processor, prompts, GenerationSettings(max_new_tokens=8, beams=beams))[0].text
+        for beams in (3, 1)
+    ]
+    assert finding.text == found[0] != found[1]
 
 
 @pytest.mark.parametrize(

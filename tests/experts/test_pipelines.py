@@ -97,6 +97,24 @@ def test_any_captioner_of_transformers_captions(captioner):
     assert late.notes == ("time for 0 of 1 images only",)
 
 
+def test_any_captioner_takes_beams(captioner, monkeypatch):
+    from transformers import BlipForConditionalGeneration
+
+    asked, generate = [], BlipForConditionalGeneration.generate
+
+    def seen(*args, **options):
+        asked.append(options.get("num_beams", 1))
+        return generate(*args, **options)
+
+    monkeypatch.setattr(BlipForConditionalGeneration, "generate", seen)
+    [one] = make_experts([f"caption={captioner}"])
+    [three] = make_experts([f"caption={captioner},beams=3"])
+    for expert in (one, three):
+        assert expert.consult(Request(images=[IMAGE])).findings
+    assert asked == [1, 3]
+    assert one.info.version != three.info.version  # captions are remembered by it
+
+
 def test_a_zero_shot_detector_looks_for_what_the_question_names(finder):
     expert = DetectionExpert(DetectionOptions(model=finder, confidence=0.0))
     report = expert.consult(Request(images=[IMAGE], question="Where is the dog?"))

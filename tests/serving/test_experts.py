@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from llama_adapter import LlamaAdapterProcessor
+from llama_adapter.errors import ExpertError
 from llama_adapter.experts import ExpertContext, ExpertInfo, ExpertPool, Finding, Report, make_pool
 from llama_adapter.experts.base import Request
 from llama_adapter.experts.caption import CaptionOptions
@@ -82,6 +83,13 @@ def test_the_engine_captions_with_an_adapter_of_its_own(
             assert "caption-expert" in engine.adapters
     finally:
         engine.unload_adapter("caption-expert")
+
+
+def test_a_server_refuses_captions_by_beams() -> None:
+    directory = bundled_adapter("caption")
+    options = CaptionOptions(model=str(directory), beams=3)
+    with pytest.raises(ExpertError, match=r"expert 'caption'.*take beams=1, got 3"):
+        EngineCaptions(SimpleNamespace(), directory, options)  # type: ignore[arg-type]
 
 
 def test_a_caption_is_of_the_adapter_that_its_prompt_was_made_for() -> None:

@@ -45,6 +45,8 @@ class CaptionOptions(ExpertOptions):
     )
     instruction: str | None = None
     max_new_tokens: Count = 96
+    beams: Count = 1
+    """Beam search with so many; 1: none."""
 
     def open(self, context: ExpertContext) -> Expert:
         directory = Path(self.model).expanduser()
@@ -70,6 +72,7 @@ class CaptionExpert:
         adapter_name: str = "caption",
         instruction: str | None = None,
         max_new_tokens: int = 96,
+        beams: int = 1,
         version: str | None = None,
     ) -> None:
         """Set up; without a `version` captions are never cached."""
@@ -77,7 +80,7 @@ class CaptionExpert:
         self.processor = processor
         self.adapter_name = adapter_name
         self.instruction = instruction
-        self.max_new_tokens = max_new_tokens
+        self.settings = GenerationSettings(max_new_tokens=max_new_tokens, beams=beams)
         self.info = ExpertInfo(version=version, uses_question=False, uses_model=True)
 
     def consult(self, request: Request) -> Report:
@@ -92,9 +95,8 @@ class CaptionExpert:
             learned = self.model.adapter_config.caption_instruction
             instruction = self.instruction or learned or ADAPTER_INSTRUCTION
             prompts = [Conversation.ask(instruction, images=[image]) for image in request.images]
-            settings = GenerationSettings(max_new_tokens=self.max_new_tokens)
             answers = answer(
-                self.model, self.processor, prompts, settings, deadline=request.deadline
+                self.model, self.processor, prompts, self.settings, deadline=request.deadline
             )
         finally:
             self.model.set_adapter(active)
@@ -118,7 +120,7 @@ def load_caption_expert(
             raise ExpertError(f"caption adapter {directory} lacks {name}")
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
-    settings = [options.instruction, options.max_new_tokens]
+    settings = [options.instruction, options.max_new_tokens, options.beams]
     depends = [model.config.base, model.config.vision, str(model.dtype), *settings]
     digest.update(json.dumps(depends, sort_keys=True, default=str).encode())
     # the same directory may be asked for again; another one must not be taken for it
@@ -131,6 +133,7 @@ def load_caption_expert(
         adapter_name=adapter_name,
         instruction=options.instruction,
         max_new_tokens=options.max_new_tokens,
+        beams=options.beams,
         version=digest.hexdigest()[:16],
     )
 
@@ -149,7 +152,7 @@ class PipelineCaptionExpert:
         task = "image-text-to-text"
         self._pipeline = load_pipeline(task, options.model, expert=self.name, device=device)
         self._options = options
-        settings = (options.instruction, options.max_new_tokens)
+        settings = (options.instruction, options.max_new_tokens, options.beams)
         version = pipeline_version(self._pipeline, *settings)
         self.info = ExpertInfo(version=version, uses_question=False)
 
@@ -159,12 +162,13 @@ class PipelineCaptionExpert:
 
     def _caption(self, image: Image.Image) -> Report:
         check_size(self._pipeline, image)
-        tokens = self._options.max_new_tokens
+        options = self._options
+        settings = GenerationSettings(max_new_tokens=options.max_new_tokens, beams=options.beams)
         keywords: dict[str, Any] = {
-            "generate_kwargs": {"max_new_tokens": tokens, "do_sample": False},
+            "generate_kwargs": settings.as_keywords(),
             "return_full_text": False,
         }
-        instruction = self._options.instruction
+        instruction = options.instruction
         if getattr(self._pipeline.processor, "chat_template", None):
             content = [
                 {"type": "image", "image": image},

@@ -93,7 +93,12 @@ class EngineCaptions:
     info = ExpertInfo(uses_question=False)
 
     def __init__(self, engine: Engine, directory: Path, options: CaptionOptions) -> None:
-        """Load the adapter as `caption-expert`."""
+        """Load the adapter as `caption-expert`; ExpertError for beams, which rows do not have."""
+        if options.beams > 1:
+            raise ExpertError(
+                f"expert {self.name!r}: a server captions in the rows of its batch, which take "
+                f"beams=1, got {options.beams}"
+            )
         self._engine = engine
         self._adapter = "caption-expert"
         engine.load_adapter(self._adapter, directory)
