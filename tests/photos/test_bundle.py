@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -50,15 +51,17 @@ def test_a_training_goes_on_from_a_bundled_adapter(
     run: Path, photos_model: Path, tmp_path: Path
 ) -> None:
     tool.bundle([run], photos_model, tmp_path / "first", results={})
-    with pytest.raises(CheckpointError, match="its card lists run already"):
+    with pytest.raises(CheckpointError, match=r"its card lists recipes/run\.yaml, seed 3 already"):
         tool.bundle([run], photos_model, tmp_path / "both", results={}, after=tmp_path / "first")
-    run = run.rename(tmp_path / "next")
+    (run / "recipe.yaml").write_text("seed: 4\n")  # the same recipe again, with other samples
+    again = shutil.copytree(run, tmp_path / "next")
     further = {"after": tmp_path / "first", "hardware": "two GPUs"}
-    tool.bundle([run], photos_model, tmp_path / "both", results={}, **further)
+    tool.bundle([run, again], photos_model, tmp_path / "both", results={}, **further)
     card = (tmp_path / "both/README.md").read_text()
-    for name, hardware in {"run": "cpu, bfloat16, ", "next": "two GPUs |"}.items():
-        assert f"| `recipes/{name}.yaml`, seed 3 | 2 | 2 | {hardware}" in card
-    assert "from 4 steps in 4 minutes" in card
+    assert "| `recipes/run.yaml`, seed 3 | 2 | 2 | cpu, bfloat16, " in card
+    for name in ("run", "next"):
+        assert f"| `recipes/{name}.yaml`, seed 4 | 2 | 2 | two GPUs |" in card
+    assert "from 6 steps in 6 minutes" in card
 
 
 def test_half_precision_loads_on_a_float32_base(

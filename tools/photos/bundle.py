@@ -95,13 +95,14 @@ def bundle(
 
     `after` is the bundled adapter that the first run went on from; `hardware` what the runs ran on,
     by default what their recipes and this machine say. CheckpointError where the adapter is too
-    large.
+    large, and where the card of `after` lists a run's recipe and seed.
     """
-    earlier = _earlier(after) if after else []
-    again = {part["recipe"] for part in earlier} & {run.name for run in runs}
-    if again:
-        raise CheckpointError(f"{after}: its card lists {', '.join(sorted(again))} already")
-    parts = [*earlier, *(_part(run, hardware) for run in runs)]
+    parts = _earlier(after) if after else []
+    listed = {_called(part) for part in parts}
+    for part in (_part(run, hardware) for run in runs):
+        if _called(part) in listed:
+            raise CheckpointError(f"{after}: its card lists {_called(part)} already")
+        parts.append(part)
     model = LlamaAdapterForConditionalGeneration.from_pretrained(adapter, dtype=torch.float32)
     tensors = {
         name: tensor.half() for name, tensor in read_checked(adapter / ADAPTER_WEIGHTS_NAME).items()
@@ -149,6 +150,11 @@ def _part(run: Path, hardware: str | None) -> dict[str, Any]:
         "minutes": round(sum(seconds.values()) / 60),
         "hardware": hardware or ", ".join(word for word in used if word != "none"),
     }
+
+
+def _called(part: dict[str, Any]) -> str:
+    """A part that goes on from one of the same recipe has another seed."""
+    return f"recipes/{part['recipe']}.yaml, seed {part['seed']}"
 
 
 def _card(parts: Sequence[dict[str, Any]], parameters: int, results: dict[str, Any]) -> str:
