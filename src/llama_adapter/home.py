@@ -1,4 +1,6 @@
-"""Where this package keeps what it has fetched: base and encoder of the photos model."""
+"""Where this package keeps what it has fetched, base and encoder of the photos model, and what
+experts have found.
+"""
 
 from __future__ import annotations
 

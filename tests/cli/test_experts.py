@@ -15,8 +15,8 @@ Cli = Callable[..., Any]
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "llama-adapter" / "experts.sqlite"
+    monkeypatch.setenv("LLAMA_ADAPTER_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "experts.sqlite"
 
 
 @pytest.fixture

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import sqlite3
 import threading
 import time
@@ -20,6 +19,7 @@ from typing import TypeVar
 from pydantic import TypeAdapter
 
 from llama_adapter.experts.base import Expert, Report, Request
+from llama_adapter.home import home
 
 T = TypeVar("T")
 
@@ -40,10 +40,8 @@ DELETE FROM reports WHERE key IN (SELECT key FROM (
 
 
 def default_cache_file() -> Path:
-    """`experts.sqlite` in the user's cache directory."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    root = Path(base) if base else Path.home() / ".cache"
-    return root / "llama-adapter" / "experts.sqlite"
+    """`experts.sqlite` in `home()`."""
+    return home() / "experts.sqlite"
 
 
 class ReportCache:
