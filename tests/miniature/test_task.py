@@ -57,6 +57,13 @@ def test_an_exact_mark_is_what_generation_says(small):
         assert mark.key or not mark.exact
 
 
+@pytest.mark.parametrize("total", range(1, 200))
+def test_an_interval_holds_its_value_at_both_ends(total):
+    for right in (0, total):
+        low, high = Score(right=right, total=total).interval()
+        assert 0 <= low <= right / total <= high <= 1
+
+
 def test_captions_that_say_everything_score_one_and_shuffled_ones_less(small):
     rng = random.Random(0)
     right = [CAPTION_TASK.write(scene, rng) for scene in small.scenes]

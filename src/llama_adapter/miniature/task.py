@@ -77,7 +77,8 @@ class Score:
         z, n, p = 1.959964, self.total, self.value
         middle = (p + z * z / (2 * n)) / (1 + z * z / n)
         half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-        return max(0.0, middle - half), min(1.0, middle + half)
+        # at 0 and at 1 the ends are the value, which rounding may miss
+        return min(max(0.0, middle - half), p), max(min(1.0, middle + half), p)
 
     def to_dict(self) -> dict[str, float | int]:
         """Value, count and interval, as shares from 0 to 1."""
