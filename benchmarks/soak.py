@@ -262,7 +262,7 @@ class _Soak:
                     self.wrong.append([case.body["model"], given, wanted])
             start = time.monotonic()
             self.left = iter(range(self.requests))
-            await asyncio.gather(*(self.client(i) for i in range(clients)))
+            await asyncio.gather(*(self.client() for _ in range(clients)))
             seconds = time.monotonic() - start
             stuck = await self.stuck()
         quarter = self.memory[len(self.memory) // 4 :]
@@ -281,8 +281,7 @@ class _Soak:
             "rss_growth": round(last / first - 1, 4),
         }
 
-    async def client(self, number: int) -> None:
-        rng = random.Random(f"{self.seed} {number}")
+    async def client(self) -> None:
         every = max(1, self.requests // 100)
         for index in self.left:
             if index % every == 0:
@@ -290,6 +289,8 @@ class _Soak:
                 if index % (every * 10) == 0:
                     found = f"{len(self.wrong)} wrong, {len(self.unexpected)} unexpected"
                     print(f"{index}: {self.memory[-1] >> 20} MiB, {found}", file=sys.stderr)
+            # what is asked does not hang on which client comes to it first
+            rng = random.Random(f"{self.seed} {index}")
             [kind] = rng.choices(list(SHARES), list(SHARES.values()))
             self.kinds[kind] += 1
             try:
