@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import io
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 CORPUS = (
@@ -33,6 +34,21 @@ INST = (
     "{% else %} {{ message.content }}{{ eos_token }}{% endif %}{% endfor %}"
 )
 """In the manner of Llama 2: turns marked by ordinary text."""
+
+
+# the same examples every time, however slow the machine is for a moment
+settings.register_profile("same", deadline=None, derandomize=True, database=None)
+settings.load_profile("same")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_surroundings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Nothing is found in or left in the user's cache folder, nor asked of a proxy."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LLAMA_ADAPTER_HOME", str(tmp_path_factory.mktemp("home")))
+        patch.setenv("NO_PROXY", "127.0.0.1,localhost")
+        patch.setenv("no_proxy", "127.0.0.1,localhost")
+        yield
 
 
 @dataclass(frozen=True)

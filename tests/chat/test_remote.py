@@ -33,6 +33,7 @@ def server_of(sent: bytes) -> Iterator[str]:
         log_message: Callable[..., Any] = lambda *_: None
 
     with HTTPServer(("127.0.0.1", 0), Handler) as server:
+        server.timeout = 60
         thread = threading.Thread(target=server.handle_request)
         thread.start()
         yield f"http://127.0.0.1:{server.server_port}"

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import resource
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tests.disk import disk_of
 
 from llama_adapter.checkpoints import import_released
 from llama_adapter.checkpoints.extras import EXTRAS_NAME
@@ -28,17 +27,6 @@ def one_line(done: Any) -> str:
     assert len(lines) == 1, done.stderr
     assert "Traceback" not in done.stderr
     return lines[0]
-
-
-@contextmanager
-def disk_of(size: int) -> Iterator[None]:
-    """No file can grow beyond `size` bytes: what a full disk is to whoever writes."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.parametrize("size", [0, 300, 20_000, 100_000])

@@ -7,6 +7,7 @@ import os
 import random
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,6 +30,12 @@ def source(tmp_path: Path) -> Source:
 @pytest.fixture
 def encoder(processor: LlamaAdapterProcessor) -> SampleEncoder:
     return SampleEncoder(processor, row_length=256)
+
+
+def says(cache: bytes) -> tuple[Any, bytes]:
+    """A cache's head, whatever its blanks, and its table."""
+    head, _, table = cache.partition(b"\n")
+    return json.loads(head), table
 
 
 def same(left: Pieces, right: Pieces) -> bool:
@@ -70,7 +77,9 @@ def test_a_damaged_or_foreign_cache_is_made_anew(
     for damaged in [*foreign, *(mutated_bytes(content, rng) for _ in range(100))]:
         kept.write_bytes(damaged)
         assert same(measure(source, encoder, cache=tmp_path / "cache"), expected)
-        assert kept.read_bytes() == content
+        # or it still says the same, where a blank was cut or doubled
+        found = kept.read_bytes()
+        assert found == content or (found == damaged and says(found) == says(content))
     shutil.rmtree(tmp_path / "cache")
     (tmp_path / "cache").mkdir()
     os.mkfifo(kept)

@@ -279,12 +279,7 @@ documents = st.recursive(
 
 
 @pytest.mark.parametrize("task", TASKS)
-@settings(
-    max_examples=60,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(predictions=documents, data=documents, names=st.tuples(*[st.booleans()] * 3))
 def test_nothing_but_refusals(
     tmp_path: Path, task: str, predictions: Any, data: Any, names: tuple[bool, bool, bool]

@@ -268,7 +268,8 @@ CASES: dict[str, Callable[[Path], list[object]]] = {
         "--frames", 2, "--max-new-tokens", 3, "--batch-size", 2,
     ],
     "infimm-eval": lambda real: [
-        "--data", real / "infimm_eval", "--max-new-tokens", 12, "--batch-size", 1,
+        # long answers: its few records must last until it is killed
+        "--data", real / "infimm_eval", "--max-new-tokens", 100, "--batch-size", 1,
     ],
 }  # fmt: skip
 

@@ -164,13 +164,12 @@ def cache(tmp_path):
 
 
 def test_an_image_is_looked_at_once(cache):
-    sayer = Sayer(version="1", seconds=0.05)
+    sayer = Sayer(version="1")
     pool = ExpertPool([sayer], cache=cache)
     first = pool.consult([IMAGE], "?")[0]
     again = pool.consult([IMAGE.copy()], "another question")[0]
     assert (sayer.asked, first.cached, again.cached) == (1, False, True)
     assert again.findings == first.findings
-    assert again.seconds < first.seconds
     pool.consult([Image.new("RGB", (12, 12))], "?")
     assert sayer.asked == 2
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from functools import cache, partial
 
 import pytest
-from PIL import Image
+from PIL import AvifImagePlugin, Image
 from tests.fuzzing import Campaign, mutated_bytes
 
 from llama_adapter.errors import ImageError
@@ -105,7 +105,9 @@ def test_every_format_has_a_valid_seed() -> None:
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's remarks about odd but readable files
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-def test_damaged_images() -> None:
+def test_damaged_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    # of its threads, one for each CPU of the machine, each has address space of its own
+    monkeypatch.setattr(AvifImagePlugin, "DEFAULT_MAX_THREADS", 2)
     valid = seeds()
     names = sorted(valid)
     campaign = Campaign("images", inputs=400)

@@ -50,7 +50,8 @@ def damage(rng: random.Random) -> bool:
         write_checksums(CHECKPOINT)
         path = rng.choice(sorted(p for p in CHECKPOINT.rglob("*") if p.is_file()))
     else:
-        path = rng.choice([p for p in RUN.iterdir() if p.is_file()] + list(RUN.glob("best/*")))
+        files = [p for p in RUN.iterdir() if p.is_file()] + list(RUN.glob("best/*"))
+        path = rng.choice(sorted(files))
     content = path.read_bytes()
     if path.suffix == ".jsonl" and rng.random() < 0.5:
         row = mutated_json_text({"step": 1, "loss/caption": 2.0, "gate/layers.0": 0.1}, rng)

@@ -39,9 +39,14 @@ def nothing(count: int) -> None:
     assert count >= 0
 
 
+def disk(free: int):
+    return shutil._ntuple_diskusage(1 << 42, (1 << 42) - free, free)
+
+
 @pytest.fixture(autouse=True)
 def own_home(tmp_path, monkeypatch):
     monkeypatch.setenv("LLAMA_ADAPTER_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr("llama_adapter.photos.get.shutil.disk_usage", lambda path: disk(1 << 40))
     return tmp_path / "home"
 
 
@@ -213,8 +218,7 @@ def test_a_home_that_cannot_be_written_is_named(tmp_path, monkeypatch):
 
 
 def test_a_home_without_space_is_named(tmp_path, monkeypatch, own_home):
-    full = shutil._ntuple_diskusage(1 << 40, 1 << 40, 5 << 20)
-    monkeypatch.setattr("llama_adapter.photos.get.shutil.disk_usage", lambda path: full)
+    monkeypatch.setattr("llama_adapter.photos.get.shutil.disk_usage", lambda path: disk(5 << 20))
     with pytest.raises(CheckpointError, match="has 5 MiB free, 1024 are needed; LLAMA_ADAPTER_H"):
         get(source=tmp_path, stage=stage, models=models(tmp_path / "wheels"))
     assert list((own_home / "photos").iterdir()) == []

@@ -99,7 +99,7 @@ def assert_reads_back(name: str, talk: Conversation, *, plain: bool) -> None:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_rendered_talk_reads_back_as_what_went_in(name: str, plain: bool) -> None:
     @given(said=st.lists(fragments(FAMILIES[name]), min_size=5, max_size=5))
-    @settings(max_examples=60, deadline=None, derandomize=True, database=None)
+    @settings(max_examples=60)
     def check(said: list[str]) -> None:
         question, context, answer, later, system = said
         talk = Conversation.ask(f"x{question}", context=context, answer=f"{answer}x")
@@ -147,17 +147,17 @@ def test_breaking_up_takes_time_in_proportion_to_the_text(name: str, text: str) 
 
     def seconds(length: int) -> float:
         talk = Conversation.ask("x" + text * (length // len(text)))
-        started = time.process_time()
+        started = time.thread_time()
         renderer.render(talk)
-        return time.process_time() - started
+        return time.thread_time() - started
 
     short = min(seconds(10_000) for _ in range(3))
-    # ten times the text; were it quadratic, a hundred times the time
-    assert seconds(100_000) < 30 * short + 0.2
+    # ten times the text; were it quadratic, a hundred times the time. A collection of garbage may
+    # fall into one measurement, not into both
+    assert min(seconds(100_000) for _ in range(2)) < 30 * short + 0.2
 
 
 @given(texts=st.sets(st.text("ab<|", min_size=1, max_size=5), min_size=1), text=st.text("ab<|"))
-@settings(max_examples=100, deadline=None, derandomize=True, database=None)
 def test_any_of_many_texts_is_found_the_longest_first(texts: set[str], text: str) -> None:
     longest_first = "|".join(re.escape(t) for t in sorted(texts, key=len, reverse=True))
     expected = [match.span() for match in re.finditer(longest_first, text)]

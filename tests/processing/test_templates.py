@@ -150,9 +150,7 @@ PIECES = st.lists(st.sampled_from(FRAGMENTS), max_size=12).map("".join)
 
 
 @given(question=PIECES, context=PIECES, answer=PIECES)
-@settings(
-    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_no_combination_of_pieces_forges_a_turn(
     template: str, question: str, context: str, answer: str, spaces_tokenizer: Any

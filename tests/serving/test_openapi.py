@@ -34,7 +34,7 @@ def test_no_request_breaks_the_server(server: Any) -> None:
         for mode in GenerationMode:
 
             @given(case=operation.as_strategy(generation_mode=mode))
-            @settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
+            @settings(max_examples=8, suppress_health_check=list(HealthCheck))
             def check(case: Any) -> None:
                 answer = case.call(timeout=60)
                 assert answer.status_code < 500 or case.path == "/ready"

@@ -20,6 +20,7 @@ from typing import Any
 
 import httpx2
 import pytest
+from tests.training.workers import free_port
 
 from llama_adapter.miniature.rendering import render
 from llama_adapter.miniature.scenes import Scene, SceneObject
@@ -41,7 +42,9 @@ class Process:
         self.lines = iter(self.process.stderr)
         self.url = next(e["url"] for e in self._events() if e["event"] == "serving")
         self.port = int(self.url.rpartition(":")[2])
+        until = time.monotonic() + 120
         while httpx2.get(f"{self.url}/ready", timeout=60).status_code != 200:
+            assert time.monotonic() < until, "never ready"
             time.sleep(0.05)
 
     def _events(self) -> Iterator[dict[str, Any]]:
@@ -130,7 +133,7 @@ def _ends_with_everything_answered(running: Process) -> None:
 
 
 def test_what_is_killed_leaves_nothing_in_the_way() -> None:
-    with process() as first:
+    with process(port=free_port()) as first:  # one that nobody is given before the second has it
         assert first.ask(1).status_code == 200
         status, _ = first.end(signal.SIGKILL)
         assert status == -signal.SIGKILL

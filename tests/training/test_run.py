@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import os
 import re
-import resource
 import shutil
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from tests.disk import disk_of
 from transformers import AutoModelForCausalLM
 
 from llama_adapter import LlamaAdapterForConditionalGeneration, LlamaAdapterProcessor
@@ -126,19 +127,15 @@ def test_a_full_disk_leaves_the_checkpoint_before_it_whole(
 ) -> None:
     path = recipe_file()
     whole = run(path, f"out={tmp_path}/whole")
-    limit, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    message = r"cannot write .*step-00000004.*00000002 is whole"
+    with ExitStack() as disk:
 
-    def fill_up(row: dict[str, Any]) -> None:
-        if row["step"] == 3:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (8192, most))
+        def fill_up(row: dict[str, Any]) -> None:
+            if row["step"] == 3:
+                disk.enter_context(disk_of(8192))
 
-    try:
-        with pytest.raises(
-            CheckpointError, match=r"cannot write .*step-00000004.*00000002 is whole"
-        ):
+        with pytest.raises(CheckpointError, match=message):
             run(path, f"out={tmp_path}/run", callbacks=Callbacks(step=fill_up))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, most))
     assert [p.name for p in (tmp_path / "run/checkpoints").iterdir()] == ["step-00000002"]
     assert run(path, f"out={tmp_path}/run", resume=True).checksum == whole.checksum
 
