@@ -26,21 +26,25 @@ def fresh(tokenizer: Any, folder: Path) -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
-def learn(tokenizer: Any, folder: Path, *, after: str, say: str, steps: int = 150) -> Path:
+def learn(tokenizer: Any, folder: Path, *, after: str, say: str, steps: int = 300) -> Path:
     """Save a model that goes on after one text with another, and then ends."""
     model = fresh(tokenizer, folder)
     pieces = [tokenizer(text, return_tensors="pt").input_ids for text in (after, say)]
     text = torch.cat([*pieces, torch.tensor([[tokenizer.eos_token_id]])], dim=1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    rates = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
     generator = torch.Generator().manual_seed(0)
     for _ in range(steps):
-        # at many places, so that what it says does not hang on the length of the prompt
+        # behind other tokens and at many places, so that what it says does not hang on the prompt
+        before = torch.randint(0, len(tokenizer), (8, 100), generator=generator)
+        batch = torch.cat([before, text.expand(8, -1)], dim=1)
+        labels = batch.index_fill(1, torch.arange(100), -100)
         places = torch.randint(0, 1500, (8, 1), generator=generator)
-        batch = text.expand(8, -1)
-        position_ids = places + torch.arange(text.shape[1])
-        loss = model(input_ids=batch, position_ids=position_ids, labels=batch).loss
+        position_ids = places + torch.arange(batch.shape[1])
+        loss = model(input_ids=batch, position_ids=position_ids, labels=labels).loss
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        rates.step()
     model.save_pretrained(folder)
     return folder
