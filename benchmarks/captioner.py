@@ -25,7 +25,8 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from benchmarks.measuring import describe
-from benchmarks.photos import patch_features
+from benchmarks.photos import captioned, patch_features
+from llama_adapter.cli.output import refusals
 from llama_adapter.files import write_atomically
 
 PAD, START, END, UNKNOWN = range(4)
@@ -83,7 +84,8 @@ def pooled_features(photos: Sequence[Path], options: argparse.Namespace) -> Tens
 
 def train(options: argparse.Namespace) -> dict[str, Any]:
     torch.manual_seed(options.seed)
-    items = json.loads(options.captions.read_text())
+    options.predictions.parent.mkdir(parents=True, exist_ok=True)
+    items = captioned(options.captions)
     parts = {s: [item for item in items if item["split"] == s] for s in ("train", "test")}
     folder = options.images or options.captions.parent
     features = {
@@ -185,6 +187,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="also write the JSON there")
     parser.add_argument("--device", default="cpu", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    with refusals():
+        _measure(options)
+
+
+def _measure(options: argparse.Namespace) -> None:
+    if options.out is not None:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(describe("captioner", train(options), options=options), indent=2, default=str)
     print(text)
     if options.out is not None:

@@ -21,10 +21,11 @@ import argparse
 import json
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from llama_adapter.cli.output import refusals
 from llama_adapter.errors import DataError
 from llama_adapter.files import read_json, read_text, write_atomically
 
@@ -47,6 +48,14 @@ def flickr8k(options: argparse.Namespace) -> Path:
                 "caption, as in Flickr8k.token.txt"
             )
         captions[name.partition("#")[0]].append(caption)
+    for split in ("train", "val"):
+        named = [name for name, of in splits.items() if of == split]
+        without = [name for name in named if name not in captions]
+        if len(without) > len(named) // 100:  # the official lists name a photo that has none
+            raise DataError(
+                f"{getattr(options, split)}: {len(without)} of {len(named)} photos have no caption "
+                f"in {options.tokens}, such as {without[0][:80]!r}"
+            )
     known = ((name, split, captions.get(name)) for name, split in sorted(splits.items()))
     return _write(
         options.out / "captions.json",
@@ -66,7 +75,7 @@ def coco(options: argparse.Namespace) -> Path:
     splits = {number: split for split, some in _ids("coco_captions").items() for number in some}
     captions = defaultdict(list)
     for path in options.captions:
-        for row in _rows(path, "annotations", ("image_id", "caption")):
+        for row in _rows(path, "annotations", {"image_id": int, "caption": str}):
             captions[row["image_id"]].append(row["caption"])
     return _write(
         options.out / "captions.json",
@@ -82,18 +91,22 @@ def coco(options: argparse.Namespace) -> Path:
 
 
 def vqav2(options: argparse.Namespace) -> Path:
-    """`vqa.json`: VQAv2's questions of the test split here, and those that V2 does without."""
+    """`vqa.json`: VQAv2's questions of the test split here, and those that V2 does without; of
+    the latter, `unseen.json` has 892 as test questions, on photos whose captions are not learned.
+    """
     splits = {number: split for split, some in _ids("vqav2").items() for number in some}
     asked = {
         row["question_id"]: row["question"]
         for path in options.questions
-        for row in _rows(path, "questions", ("question_id", "question"))
+        for row in _rows(path, "questions", {"question_id": int, "question": str})
         if row["question_id"] in splits
     }
     answered = {
         row["question_id"]: row
         for path in options.annotations
-        for row in _rows(path, "annotations", ("question_id", "image_id", "answers"))
+        for row in _rows(
+            path, "annotations", {"question_id": int, "image_id": int, "answers": list}
+        )
         if row["question_id"] in splits
     }
     records = []
@@ -109,13 +122,17 @@ def vqav2(options: argparse.Namespace) -> Path:
                 "question_type": row.get("question_type"),
                 "answer_type": row.get("answer_type"),
                 "answer": row.get("multiple_choice_answer"),
-                "answers": [each["answer"] for each in row["answers"]],
+                "answers": [_answer(each, question=number) for each in row["answers"]],
                 "split": split,
             }
         )
-    found = {record["question_id"] for record in records}
+    found = {record["question_id"]: record for record in records}
     path, photos = options.out / "vqa.json", options.photos
-    return _write(path, records, wanted=splits, found=found, photos=photos)
+    _write(path, records, wanted=splits, found=found, photos=photos)
+    unseen = _ids("vqav2_unseen")["test"]
+    records = [found[number] | {"split": "test"} for number in unseen if number in found]
+    _write(options.out / "unseen.json", records, wanted=unseen, found=found, photos=None)
+    return path
 
 
 def _ids(name: str) -> dict[str, list[Any]]:
@@ -131,7 +148,17 @@ def _text(path: Path) -> str:
     return read_text(path, error=DataError, limit=_LARGEST)
 
 
-def _rows(path: Path, key: str, fields: Sequence[str]) -> list[dict[str, Any]]:
+def _answer(given: Any, *, question: int) -> str:
+    answer = given.get("answer") if isinstance(given, dict) else None
+    if not isinstance(answer, str):
+        raise DataError(
+            f"question {question}: an answer is {given!r:.60}, expected an object with a text "
+            "'answer'"
+        )
+    return answer
+
+
+def _rows(path: Path, key: str, fields: Mapping[str, type]) -> list[dict[str, Any]]:
     content = read_json(path, error=DataError, limit=_LARGEST)
     rows = content.get(key) if isinstance(content, dict) else None
     if not isinstance(rows, list):
@@ -142,6 +169,12 @@ def _rows(path: Path, key: str, fields: Sequence[str]) -> list[dict[str, Any]]:
         missing = [field for field in fields if field not in row]
         if missing:
             raise DataError(f"{path}: {key}[{number}] lacks {', '.join(missing)}")
+        for field, kind in fields.items():
+            if not isinstance(row[field], kind):
+                raise DataError(
+                    f"{path}: {key}[{number}]: {field} is {row[field]!r:.40}, expected "
+                    f"{kind.__name__}"
+                )
     return rows
 
 
@@ -209,10 +242,8 @@ def main() -> None:
         command.add_argument("--out", type=Path, required=True, help="the folder for the file")
         command.add_argument("--photos", type=Path, nargs="+", metavar="DIR", help="of the photos")
     options = parser.parse_args()
-    try:
+    with refusals():
         print(options.make(options))
-    except DataError as error:
-        parser.exit(2, f"photo_files: {error}\n")
 
 
 if __name__ == "__main__":

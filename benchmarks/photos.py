@@ -34,11 +34,13 @@ from transformers import AutoImageProcessor, AutoModel
 
 from benchmarks.measuring import describe
 from llama_adapter.cli.models import adapter_directory, load
+from llama_adapter.cli.output import refusals
 from llama_adapter.config import AdapterConfig
 from llama_adapter.conversation import Conversation, ImageRef
 from llama_adapter.data import SOURCES
 from llama_adapter.data.caption_facts import sentence_of
 from llama_adapter.data.feature_cache import FeatureCache
+from llama_adapter.errors import ConfigError, DataError
 from llama_adapter.evaluation.bootstrap import bootstrap_intervals
 from llama_adapter.evaluation.captions import caption_metrics, caption_sums
 from llama_adapter.evaluation.records import Tally
@@ -46,7 +48,7 @@ from llama_adapter.evaluation.score import read_joined
 from llama_adapter.evaluation.tasks import find_task
 from llama_adapter.evaluation.tasks.base import Counting
 from llama_adapter.families.vision import vision_features
-from llama_adapter.files import write_atomically
+from llama_adapter.files import atomic_file, read_json, write_atomically
 from llama_adapter.generation.answer import answer, log_likelihoods
 from llama_adapter.generation.settings import GenerationSettings
 from llama_adapter.model.persistence import ADAPTER_WEIGHTS_NAME
@@ -65,7 +67,8 @@ def retrieval(options: argparse.Namespace) -> dict[str, Any]:
     Nearest by the cosine of mean patch features of the layer that the adapter reads. Of that
     photo's captions the one is taken that has most words in common with the others.
     """
-    items = json.loads(options.captions.read_text())
+    _make_room(options.predictions)
+    items = captioned(options.captions)
     folder = options.images or options.captions.parent
     parts = {s: [item for item in items if item["split"] == s] for s in ("train", options.split)}
     features = {
@@ -84,6 +87,28 @@ def retrieval(options: argparse.Namespace) -> dict[str, Any]:
     return {"photos": len(answers), "candidates": len(parts["train"])}
 
 
+def captioned(path: Path) -> list[dict[str, Any]]:
+    """Records of `image`, `captions` and `split`. DataError for anything else."""
+    items = read_json(path, error=DataError, limit=1 << 30)
+    for number, item in enumerate(items if isinstance(items, list) else [items]):
+        known = item if isinstance(item, dict) else {}
+        texts = known.get("captions")
+        named = [known.get("image"), known.get("split")]
+        named += texts if isinstance(texts, list) else []
+        if len(named) < 3 or not all(isinstance(each, str) for each in named):
+            raise DataError(
+                f"{path}: record {number} is {item!r:.80}, expected an object with a text `image`, "
+                "a list of `captions` and a text `split`"
+            )
+    return items
+
+
+def _make_room(path: Path | None) -> None:
+    """The folder of what will be written, before anything is computed."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+
+
 def _central(captions: Sequence[str]) -> str:
     words = [set(caption.lower().split()) for caption in captions]
     common = [sum(len(mine & other) for other in words) / max(1, len(mine)) for mine in words]
@@ -92,16 +117,23 @@ def _central(captions: Sequence[str]) -> str:
 
 def _mean_features(photos: Sequence[Path], options: argparse.Namespace) -> Tensor:
     """Mean patch features of unit length [I, C], kept beside the answers."""
-    key = _key(options.vision, options.layer, *photos)
+    # what the files hold is not read for it: their sizes and times tell of others in their place
+    encoder = sorted(Path(resolve_reference(options.vision)).glob("*"))
+    key = _key(options.layer, options.cache, *map(_version, [*encoder, *photos]))
     kept = options.predictions.with_name(f"features-{key}.npy")
     if kept.exists():
         return torch.from_numpy(np.load(kept))
     read = patch_features(photos, options)
     means = [patches.mean(1) for patches in read]
     found = torch.nn.functional.normalize(torch.cat(means), dim=-1)
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    np.save(kept, found.numpy())
+    with atomic_file(kept) as file:
+        np.save(file, found.numpy())
     return found
+
+
+def _version(path: Path) -> tuple[str, int, int]:
+    status = path.stat()
+    return str(path.resolve()), status.st_size, status.st_mtime_ns
 
 
 def patch_features(photos: Sequence[Path], options: argparse.Namespace) -> Iterator[Tensor]:
@@ -161,9 +193,13 @@ def captions(options: argparse.Namespace) -> dict[str, Any]:
     They are written as training has them. Tells what an image says where greedy captions are
     still alike. Intervals resample photos.
     """
-    model, processor = load(options.model)
-    items = [item for item in json.loads(options.captions.read_text()) if item["split"] == "test"]
+    items = [item for item in captioned(options.captions) if item["split"] == "test"]
     items = items[: options.limit]
+    if len(items) < 2 and "another" in options.against:
+        raise ConfigError(
+            f"--against another needs two photos, {options.captions} has {len(items)}"
+        )
+    model, processor = load(options.model)
     folder = options.captions.parent
     photos = [ImageRef.of(folder / item["image"]) for item in items]
     seen: dict[str, Sequence[ImageRef | None]]
@@ -327,6 +363,8 @@ VARIANTS: dict[str, tuple[str, ...]] = {
 
 def speed(options: argparse.Namespace) -> dict[str, Any]:
     """Caption steps of a recipe in its variants, after what they compile; the encoder alone."""
+    if options.steps <= options.skip:
+        raise ConfigError(f"--steps {options.steps} are over with --skip {options.skip}")
     results: dict[str, Any] = {}
     for name in options.variants:
         changes = VARIANTS[name]
@@ -418,7 +456,9 @@ def main() -> None:
     five.add_argument("--captions", type=Path, required=True)
     five.add_argument("--limit", type=int, default=100, help="photos")
     five.add_argument("--each", type=int, default=5, help="captions of a photo")
-    five.add_argument("--against", nargs="+", default=["another", "none"], help="another, none")
+    five.add_argument(
+        "--against", nargs="+", default=["another", "none"], choices=["another", "none"]
+    )
     five.add_argument("--question", default="Generate caption of this image")
     five.set_defaults(measure=captions)
     four = commands.add_parser("questions", help=questions.__doc__)
@@ -446,6 +486,12 @@ def main() -> None:
     three.add_argument("second", type=Path)
     three.set_defaults(measure=compare)
     options = parser.parse_args()
+    with refusals():
+        _make_room(options.out)
+        _measure(options)
+
+
+def _measure(options: argparse.Namespace) -> None:
     results = options.measure(options)
     settings = {k: v for k, v in vars(options).items() if k != "measure"}
     about = describe(options.measure.__name__, results, options=argparse.Namespace(**settings))

@@ -218,6 +218,12 @@ def _written_out(
     return size
 
 
+def expanded(path: Path | str) -> Path:
+    """With the home folder that a leading `~` means; as it is where there is no such user."""
+    # where Path.expanduser raises a RuntimeError
+    return Path(os.path.expanduser(path))  # noqa: PTH111
+
+
 def can_be_path(text: str) -> bool:
     """Whether a text can name a file at all: no control characters, nothing too long."""
     odd = any(unicodedata.category(letter) in ("Cc", "Cs") for letter in text)

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import platformdirs
 
+from llama_adapter.files import expanded
+
 HOME_VARIABLE = "LLAMA_ADAPTER_HOME"
 HOME_SCHEME = "home:"
 """`home:NAME/PATH` means a folder inside `home()`."""
@@ -20,4 +22,4 @@ def home() -> Path:
     It need not exist.
     """
     named = os.environ.get(HOME_VARIABLE)
-    return Path(named).expanduser() if named else platformdirs.user_cache_path("llama-adapter")
+    return expanded(named) if named else platformdirs.user_cache_path("llama-adapter")

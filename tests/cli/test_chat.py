@@ -77,6 +77,12 @@ def test_a_conversation_goes_on_after_a_mistake(cli: Cli, adapter_dir: Path, pic
         (["--prompt", "x", "--temperature", "-1"], "temperature must be at least 0"),
         (["--prompt", "x", "--device", "cuda:99"], "device 'cuda:99' cannot be used"),
         (["--prompt", "star " * 2000], "the context holds 1024"),
+        (["--prompt", "x", "--frames", "3"], "--frames has no effect: it needs --video"),
+        (["--prompt", "x", "--expert-tokens", "9"], "--expert-tokens has no effect: it needs"),
+        (["--prompt", "x", "--url", "http://x", "--device", "cpu"], "--device has no effect: a"),
+        (["--prompt", "x", "--url", "http://x", "--frames", "3"], "--frames has no effect: a"),
+        (["--prompt", "x", "--image", "~nobody-here/a.png"], "cannot read image ~nobody-here"),
+        (["--prompt", "x", "--seed", str(2**63)], "seed must be"),
     ],
 )
 def test_bad_input_is_refused_in_one_line(

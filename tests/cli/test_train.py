@@ -10,7 +10,7 @@ import yaml
 
 from llama_adapter.training.directory_lock import locked
 
-TOY = Path("recipes/toy.yaml")
+TOY = Path("recipes/toy.yaml").resolve()
 SMALL = ("captions.rows=1", "instructions.rows=1", "captions.start=0", "captions.row_length=128")
 FEW = ("captions.sources.0.count=12", "instructions.sources.0.count=12")
 NONE_HELD_OUT = ("captions.sources.0.held_out=0", "instructions.sources.0.held_out=0")
@@ -65,7 +65,9 @@ def test_a_check_trains_nothing(cli, small, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_built_in_model_is_trained_further(cli, small, tmp_path):
+def test_a_built_in_model_is_trained_further(cli, small, tmp_path, monkeypatch):
+    (tmp_path / "toy").mkdir()  # such as one with images, which is no adapter
+    monkeypatch.chdir(tmp_path)
     recipe = yaml.safe_load(TOY.read_text())
     recipe["adapter"] = {"start": "toy"}
     path = tmp_path / "further.yaml"

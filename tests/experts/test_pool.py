@@ -1,6 +1,7 @@
 """Experts side by side: in bounded time, whatever one of them does, and remembered."""
 
 import hashlib
+import json
 import sqlite3
 import threading
 import time
@@ -13,6 +14,8 @@ from llama_adapter.chat import ChatSession
 from llama_adapter.conversation import Conversation, ImageRef
 from llama_adapter.errors import ConfigError
 from llama_adapter.evaluation.answering import Prediction
+from llama_adapter.evaluation.predictions import read_ours
+from llama_adapter.evaluation.score import score
 from llama_adapter.evaluation.tasks.base import Generation
 from llama_adapter.evaluation.with_experts import ExpertAnswerer
 from llama_adapter.experts import (
@@ -382,3 +385,21 @@ def test_experts_and_answerer_share_what_is_decoded():
     assert prediction.text == "3"
     assert [finding["text"] for finding in prediction.contexts[0]["findings"]] == ["12 wide"] * 2
     assert len(decoded) == 3
+
+
+def test_answers_without_an_expert_that_failed_are_counted(tmp_path):
+    answerer = ExpertAnswerer(Looker(), ExpertPool([Faller(), Sayer()]), named=["faller"])
+    lines = []
+    for number in range(3):
+        shown = [ImageRef(source=IMAGE, name="one")] if number else []
+        asked = Conversation.ask("what?", images=shown)
+        [found] = answerer.answer([asked], Generation(), seed=0)
+        record = {"task": "vqa", "id": str(number), "questions": ["what?"], "gold": ["a"]}
+        answered = {"answers": [found.text], "contexts": [list(found.contexts)]}
+        lines.append(json.dumps(record | answered) + "\n")
+    path = tmp_path / "predictions.jsonl"
+    path.write_text("".join(lines))
+    notes = read_ours(path, task="vqa").notes
+    words = "2 answers were given without the expert 'faller', such as: RuntimeError: out of luck"
+    assert notes == (words,)
+    assert notes[0] in score("vqa", path, resamples=0).notes

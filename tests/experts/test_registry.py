@@ -21,6 +21,7 @@ from llama_adapter.experts import (
     registry,
 )
 from llama_adapter.experts.auto import AutoRouter, text_likelihood
+from llama_adapter.experts.registry import read_options
 from llama_adapter.experts.wording import report_text
 from llama_adapter.miniature.rendering import SceneImage
 from llama_adapter.miniature.scenes import Scene, SceneObject
@@ -203,3 +204,13 @@ def test_named_experts_are_candidates_of_auto(tmp_path, other_package):
     assert report_text(found[0]) == "good day"
     assert "not web: it needs the address" not in decision.notes
     assert any(note.startswith("not web: it needs the address") for note in decision.notes)
+
+
+def test_defaults_are_of_the_default_captioner_alone():
+    defaults = {"caption": {"model": "bundled", "instruction": "Describe the image."}}
+    [ours] = read_options(["caption,max_new_tokens=9"], defaults)
+    assert (ours.model, ours.instruction) == ("bundled", "Describe the image.")
+    assert ours.max_new_tokens == 9
+    for named in ("caption=blip", "caption,model=blip"):
+        [other] = read_options([named], defaults)
+        assert (other.model, other.instruction) == ("blip", None)

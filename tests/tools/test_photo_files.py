@@ -25,6 +25,7 @@ def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
         "flickr8k": {"test": ["c.jpg"]},
         "coco_captions": {"train": [9], "test": [12]},
         "vqav2": {"test": [9000], "train": [12001]},
+        "vqav2_unseen": {"test": [12001]},
     }
     (tmp_path / "ids.json").write_text(json.dumps(ids))
 
@@ -93,6 +94,8 @@ def test_coco_and_vqav2(make: Make, tmp_path: Path, capsys: pytest.CaptureFixtur
     [record] = find_task("vqav2").read(Inputs(data=tmp_path / "vqa.json"))
     assert record.questions[0].startswith("What is 9000?")
     assert record.images == ("images/000000000009.jpg",)
+    [record] = find_task("vqav2").read(Inputs(data=tmp_path / "unseen.json"))
+    assert record.questions[0].startswith("What is 12001?")
 
 
 @pytest.mark.parametrize(
@@ -101,6 +104,10 @@ def test_coco_and_vqav2(make: Make, tmp_path: Path, capsys: pytest.CaptureFixtur
         ("{}", "expected an object with a list 'annotations'"),
         ('{"annotations": [{"image_id": 9}]}', "annotations[0] lacks caption"),
         ('{"annotations": [3]}', "annotations[0] is 3, expected an object"),
+        (
+            '{"annotations": [{"image_id": "9", "caption": "x"}]}',
+            "annotations[0]: image_id is '9', expected int",
+        ),
         ('{"annotations": [{"image', "is not valid JSON"),
         ('{"annotations": [{"image_id": 9, "caption": "x"}]}', "would lack 1 of those in ids.json"),
     ],
@@ -115,6 +122,39 @@ def test_what_is_not_as_the_download_is_one_line(
     assert words in told
     assert told.count("\n") == 1
     assert not (tmp_path / "captions.json").exists()
+
+
+@pytest.mark.parametrize("answers", [["yes"], [{"answer": 3}], [{}]])
+def test_an_answer_without_a_text_is_one_line(
+    make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str], answers: list[Any]
+) -> None:
+    rows = [{"question_id": n, "image_id": n, "question": "?"} for n in (9000, 12001)]
+    asked = write(tmp_path / "q.json", {"questions": rows})
+    answered = [row | {"answers": answers} for row in rows]
+    path = write(tmp_path / "a.json", {"annotations": answered})
+    with pytest.raises(SystemExit) as ended:
+        make("vqav2", "--questions", asked, "--annotations", path, "--out", tmp_path)
+    told = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert told.startswith("error: question 9000: an answer is ")
+    assert told.count("\n") == 1
+
+
+def test_a_list_of_photos_without_captions_is_refused(
+    make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokens = write(tmp_path / "tokens", "c.jpg#0\tA cat .")
+    lists = (
+        "--train",
+        write(tmp_path / "train", "000009.jpg\n"),
+        "--val",
+        write(tmp_path / "val", ""),
+    )
+    with pytest.raises(SystemExit):
+        make("flickr8k", tokens, *lists, "--out", tmp_path / "out")
+    told = capsys.readouterr().err
+    assert "train: 1 of 1 photos have no caption" in told
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("content", [b"image,caption\na.jpg,A dog.\n", b"a.jpg#0\tCaf\xe9"])
@@ -137,3 +177,7 @@ def test_the_ids_are_told_apart_by_photo() -> None:
     asked = {number // 1000 for number in ids["vqav2"]["test"]}
     trained = {number // 1000 for number in ids["vqav2"]["train"]}
     assert asked.isdisjoint(trained | set(ids["coco_captions"]["train"]))
+    unseen = ids["vqav2_unseen"]["test"]
+    assert len(unseen) == 892
+    assert set(unseen) <= set(ids["vqav2"]["train"])
+    assert {n // 1000 for n in unseen}.isdisjoint(ids["coco_captions"]["train"])

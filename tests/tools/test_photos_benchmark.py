@@ -126,3 +126,30 @@ def test_a_photo_without_a_caption_in_one_run_is_compared_in_neither(
     )
     assert found["records"] == 2
     assert found["difference"]["BLEU-1"] == {"value": 0.0, "interval": [0.0, 0.0]}
+
+
+@pytest.mark.parametrize(
+    ("records", "words"),
+    [
+        ([{"image": "a.png", "captions": ["A dog."]}], "a text `split`"),
+        ([{"image": "a.png", "captions": [], "split": "test"}], "a list of `captions`"),
+        ({"images": []}, "record 0 is {'images': []}"),
+        ([{"image": "a.png", "captions": ["A dog."], "split": "test"}], "needs two photos"),
+    ],
+)
+def test_captions_that_cannot_be_used_are_one_line(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    records: Any,
+    words: str,
+) -> None:
+    path = tmp_path / "captions.json"
+    path.write_text(json.dumps(records))
+    with pytest.raises(SystemExit) as ended:
+        measured(capsys, monkeypatch, "captions", "--model", "toy", "--captions", path)
+    said = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert words in said
+    assert said.startswith("error: ")
+    assert said.count("\n") == 1

@@ -21,6 +21,7 @@ import torch
 import yaml
 
 from llama_adapter.checkpoints.directories import output_directory
+from llama_adapter.cli.output import refusals
 from llama_adapter.errors import CheckpointError
 from llama_adapter.files import read_json_object, write_atomically
 from llama_adapter.model import LlamaAdapterForConditionalGeneration
@@ -206,10 +207,11 @@ def main() -> None:
     parser.add_argument("--hardware", help="what they ran on: cpu, two cores, bfloat16, AMD EPYC")
     parser.add_argument("--out", type=Path, default=ADAPTER)
     options = parser.parse_args()
-    results = read_json_object(options.results, error=CheckpointError)
-    adapter = options.adapter or options.runs[-1] / "adapter"
-    chosen = {"after": options.after, "hardware": options.hardware}
-    bundle(options.runs, adapter, options.out, results=results, **chosen)
+    with refusals():
+        results = read_json_object(options.results, error=CheckpointError)
+        adapter = options.adapter or options.runs[-1] / "adapter"
+        chosen = {"after": options.after, "hardware": options.hardware}
+        bundle(options.runs, adapter, options.out, results=results, **chosen)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from typing import Any
 
 from llama_adapter import files
 from llama_adapter.errors import CheckpointError
+from llama_adapter.files import expanded
 from llama_adapter.model.references import resolve_reference
 
 EXPORT_MARKER = "llama_adapter_export.json"
@@ -47,7 +48,7 @@ def output_directory(
     where the disk is full or cannot be written.
     """
     try:
-        with _staged(out.expanduser().absolute(), overwrite, sources) as stage:
+        with _staged(expanded(out).absolute(), overwrite, sources) as stage:
             yield stage
     except Exception as error:
         if (reason := _reason_of_system(error)) is None:

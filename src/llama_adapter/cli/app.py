@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import sys
@@ -17,14 +16,13 @@ from llama_adapter.cli.export import export
 from llama_adapter.cli.get import get
 from llama_adapter.cli.import_ import import_
 from llama_adapter.cli.info import info
-from llama_adapter.cli.output import drop_unwritten, one_line, set_up_streams
+from llama_adapter.cli.output import refusals, refuse, set_up_streams
 from llama_adapter.cli.plot import plot
 from llama_adapter.cli.report import report
 from llama_adapter.cli.score import score
 from llama_adapter.cli.serve import serve
 from llama_adapter.cli.settings import CommandInSections, with_settings
 from llama_adapter.cli.train import train
-from llama_adapter.errors import LlamaAdapterError
 
 # Plain help: rich would double the time that `--help` takes, and rewrap the examples.
 app = typer.Typer(
@@ -95,28 +93,14 @@ def _yield_when_busy() -> None:
 def main() -> None:
     """Run the command line and exit with its status."""
     if sys.stdout is None:
-        _refuse("standard output is closed")
+        refuse("standard output is closed")
     set_up_streams()
     _quiet_libraries()
     _yield_when_busy()
     try:
-        app(prog_name=str(app.info.name))
-    except LlamaAdapterError as error:
-        _refuse(str(error))
-    except OSError as error:
-        if error.errno is None:  # not the system's: an error of a library, and of ours
-            raise
-        _refuse(f"{error.strerror}: {error.filename}" if error.filename else str(error.strerror))
+        with refusals():
+            app(prog_name=str(app.info.name))
     except MemoryError:
-        _refuse("out of memory")
+        refuse("out of memory")
     except KeyboardInterrupt:
         sys.exit(130)
-
-
-def _refuse(message: str) -> None:
-    """Say what is wrong in one line and exit as bad input does."""
-    with contextlib.suppress(OSError):  # stderr may be what cannot be written
-        typer.echo(f"error: {one_line(message)}", err=True)
-    if sys.stdout is not None:
-        drop_unwritten()
-    sys.exit(2)

@@ -14,8 +14,10 @@ from llama_adapter.cli.experts import ExpertSettings
 from llama_adapter.cli.models import MODEL
 from llama_adapter.cli.numbers import MAX_FRAMES, MAX_NEW_TOKENS, MAX_TEMPERATURE, between
 from llama_adapter.cli.output import one_line
+from llama_adapter.cli.settings import Unread, given_options, refuse_unread
 from llama_adapter.conversation import ImageRef
-from llama_adapter.errors import ConfigError, ImageError, PromptError, ServingError
+from llama_adapter.errors import ImageError, PromptError, ServingError
+from llama_adapter.files import expanded
 
 if TYPE_CHECKING:
     from llama_adapter.chat import ChatAnswer, ChatSession
@@ -58,7 +60,7 @@ _Temperature = Annotated[
 ]
 _Seed = Annotated[
     int,
-    typer.Option(help="Makes sampled answers repeatable.", callback=between(-(2**63), 2**64 - 1)),
+    typer.Option(help="Makes sampled answers repeatable.", callback=between(-(2**63), 2**63 - 1)),
 ]
 _Device = Annotated[
     str | None,
@@ -76,6 +78,7 @@ _AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object; ne
 
 
 def chat(
+    command: typer.Context,
     model: Annotated[str, MODEL],
     image: _Images = None,
     video: _Video = None,
@@ -108,12 +111,11 @@ def chat(
         raise typer.BadParameter("--json answers once and needs --prompt")
     if prompt is not None and not prompt.strip():
         raise PromptError("--prompt is empty")
+    refuse_unread(given_options(command), _unread(experts, video=video, url=url))
     settings = {"max_new_tokens": max_new_tokens, "temperature": temperature}
     if url is None:
         experts.check(model)
         images = _shown(image or (), video, frames=frames)
-    elif context is not None or device is not None:
-        raise ConfigError("--context and --device are of a model here, not of a server's")
     else:
         images = [*(image or ()), *([video] if video else ())]
     session: ChatSession | RemoteSession
@@ -130,6 +132,15 @@ def chat(
             emit(_as_json(session.ask(prompt, images=images)))
         else:
             _print_answer(session, prompt, images)
+
+
+def _unread(experts: ExpertSettings, *, video: Path | None, url: str | None) -> Unread:
+    if url is not None:
+        local = ("context", "device", "frames", "expert_timeout", "expert_tokens", "expert_cache")
+        yield frozenset(local), "a server has its own; it is of a model here"
+    yield from experts.unread()
+    if video is None:
+        yield frozenset(("frames",)), "it needs --video"
 
 
 def _shown(images: Sequence[Path], video: Path | None, *, frames: int) -> list[Any]:
@@ -243,7 +254,7 @@ def _converse(session: ChatSession | RemoteSession, images: list[Any]) -> None:
                     session.reset()
                     waiting = list(images)
                 case "/image":
-                    path = Path(argument.strip()).expanduser()
+                    path = expanded(argument.strip())
                     decoded = _decoded(path)  # a bad file is refused at once
                     waiting.append(decoded if is_local else path)
                 case _ if command.startswith("/"):

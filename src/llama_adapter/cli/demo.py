@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from llama_adapter.cli.numbers import MAX_SEED, between
+from llama_adapter.cli.settings import Unread, given_options, refuse_unread
 from llama_adapter.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -15,9 +16,16 @@ if TYPE_CHECKING:
 
 
 def demo(
-    out: Annotated[Path, typer.Option(help="Where the report and the adapter go.")] = Path(
-        "runs/demo"
-    ),
+    context: typer.Context,
+    *,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Where the report and the adapter go; by default runs/demo, or runs/photographs "
+            "with --photos-only.",
+            show_default=False,
+        ),
+    ] = None,
     seed: Annotated[
         int, typer.Option(help="Seed of the live training.", callback=between(0, MAX_SEED))
     ] = 0,
@@ -48,13 +56,16 @@ def demo(
       llama-adapter demo
       llama-adapter demo --quick --out /tmp/demo
       llama-adapter demo --minutes 20 --seed 1
-      llama-adapter demo --photos-only --out runs/photographs
+      llama-adapter demo --photos-only
     """
     from llama_adapter.cli.output import json_only
     from llama_adapter.cli.progress import stages
-    from llama_adapter.miniature.demo import demo_recipe, run_demo, show_photographs
+    from llama_adapter.miniature.demo import claim, demo_recipe, run_demo, show_photographs
     from llama_adapter.miniature.task import HeldOutScenes
 
+    refuse_unread(given_options(context), _unread(photos_only=photos_only, quick=quick))
+    out = out or Path("runs/photographs" if photos_only else "runs/demo")
+    claim(out)
     recipe = demo_recipe(out, minutes=1.0 if quick else minutes, seed=seed)
     with json_only(as_json) as emit:
         missing = _missing(needed=photos_only)
@@ -79,6 +90,13 @@ def demo(
     typer.echo(
         f'ask it:  llama-adapter chat {model} --image FILE --prompt "What do you see?"', err=True
     )
+
+
+def _unread(*, photos_only: bool, quick: bool) -> Unread:
+    if photos_only:
+        yield frozenset(("seed", "minutes", "quick")), "nothing is trained with --photos-only"
+    if quick:
+        yield frozenset(("minutes",)), "--quick trains for one"
 
 
 def _missing(*, needed: bool) -> str | None:

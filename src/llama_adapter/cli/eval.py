@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
@@ -23,9 +22,9 @@ from llama_adapter.cli.numbers import (
     MAX_TEMPERATURE,
     between,
 )
-from llama_adapter.cli.output import json_only
+from llama_adapter.cli.output import json_only, one_line
 from llama_adapter.cli.score import TASK_HELP
-from llama_adapter.cli.settings import given_options
+from llama_adapter.cli.settings import Unread, given_options, refuse_unread
 from llama_adapter.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -141,7 +140,7 @@ class EvalSettings:
     experts: ExpertSettings
     judge: JudgeSettings
 
-    def unread(self, task: str, options: frozenset[str]) -> Iterator[tuple[frozenset[str], str]]:
+    def unread(self, task: str, options: frozenset[str]) -> Unread:
         """Options that would have no effect here, and why; `options` are those of the task."""
         every = {
             field.name for group in fields(self) for field in fields(getattr(self, group.name))
@@ -161,11 +160,7 @@ class EvalSettings:
             yield frozenset(("media", "frames")), "no image is shown"
         if data.merge:
             yield asking | {"data", "baseline", "split"}, "--merge only puts answers together"
-        if not self.experts.expert:
-            yield (
-                frozenset(("expert_timeout", "expert_tokens", "expert_cache")),
-                "it needs --expert",
-            )
+        yield from self.experts.unread()
         if not judge.is_model:
             prices = ("judge_price_in", "judge_price_out")
             yield frozenset(("judge_prompts", *prices)), "it needs --judge-url or --judge local"
@@ -232,13 +227,6 @@ def eval_(
         plan.judge_and_score(
             judge, merge=data.merge, device=answerer.device, emit=emit if as_json else None
         )
-
-
-def refuse_unread(given: dict[str, str], unread: Iterator[tuple[frozenset[str], str]]) -> None:
-    """`ConfigError` for an option on the command line that would have no effect."""
-    for names, why in unread:
-        if found := [written for name, written in given.items() if name in names]:
-            raise ConfigError(f"{found[0]} has no effect: {why}")
 
 
 def _eval_miniature(settings: EvalSettings, out: Path, *, as_json: bool) -> None:
@@ -367,6 +355,8 @@ class _Plan:
                 media=media,
                 progress=progress,
             )
+        for note in report.notes:
+            typer.echo(f"note: {one_line(note)}", err=True)
         if report.problems:
             typer.echo(f"without an answer: {len(report.problems):,}", err=True)
         for problem in report.problems[:5]:

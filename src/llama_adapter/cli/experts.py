@@ -13,6 +13,7 @@ from typer import Option
 
 from llama_adapter.cli.models import expert_defaults
 from llama_adapter.cli.output import one_line
+from llama_adapter.cli.settings import Unread
 from llama_adapter.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -53,6 +54,12 @@ class ExpertSettings:
             )
         if self.expert_tokens < 1:
             raise ConfigError(f"--expert-tokens must be at least 1, got {self.expert_tokens}")
+
+    def unread(self) -> Unread:
+        """Options that have no effect, and why."""
+        if not self.expert:
+            limits = ("expert_timeout", "expert_tokens", "expert_cache")
+            yield frozenset(limits), "it needs --expert"
 
     def check(self, model: str | None) -> None:
         """Refuse what is wrong in an expert's options, before MODEL is loaded."""

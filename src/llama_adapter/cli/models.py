@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from llama_adapter.errors import CheckpointError, ConfigError
+from llama_adapter.files import expanded
 
 if TYPE_CHECKING:
     from llama_adapter.model import LlamaAdapterForConditionalGeneration
@@ -81,7 +82,7 @@ def adapter_directory(model: str) -> Path:
     """The directory that MODEL means; `CheckpointError` where there is none."""
     if model in BUILT_IN:
         return BUILT_IN[model].directory()
-    path = Path(model).expanduser()
+    path = expanded(model)
     if not path.exists():
         raise CheckpointError(
             f"no adapter directory {model!r} (and no built-in model but {BUILT_IN_NAMES})"

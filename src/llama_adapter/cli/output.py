@@ -8,7 +8,9 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, NoReturn
+
+from llama_adapter.errors import LlamaAdapterError
 
 
 def one_line(message: str) -> str:
@@ -40,6 +42,29 @@ def drop_unwritten() -> None:
         sys.stdout.flush()
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+@contextlib.contextmanager
+def refusals() -> Iterator[None]:
+    """Within the block, bad input ends the program: one line on stderr, exit status 2."""
+    try:
+        yield
+    except LlamaAdapterError as error:
+        refuse(str(error))
+    except OSError as error:
+        if error.errno is None:  # not the system's: an error of a library, and of ours
+            raise
+        refuse(f"{error.strerror}: {error.filename}" if error.filename else str(error.strerror))
+
+
+def refuse(message: str) -> NoReturn:
+    """Say what is wrong in one line and exit as bad input does."""
+    with contextlib.suppress(OSError, AttributeError):  # stderr may be what cannot be written
+        sys.stderr.write(f"error: {one_line(message)}\n")
+        sys.stderr.flush()
+    if sys.stdout is not None:
+        drop_unwritten()
+    sys.exit(2)
 
 
 @contextlib.contextmanager

@@ -9,11 +9,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
+import typer
 from typer import Option
 
 from llama_adapter.cli.experts import ExpertSettings
 from llama_adapter.cli.models import BUILT_IN, MODEL
 from llama_adapter.cli.numbers import MAX_FRAMES, MAX_NEW_TOKENS, between
+from llama_adapter.cli.settings import given_options, refuse_unread
 from llama_adapter.errors import (
     ConfigError,
     MissingDependencyError,
@@ -179,6 +181,7 @@ class BoundSettings:
 
 
 def serve(
+    command: typer.Context,
     model: Annotated[str, MODEL],
     name: Annotated[
         str | None,
@@ -224,6 +227,7 @@ def serve(
     further = [_name_and_directory(text) for text in adapter or ()]
     if "auto" in (experts.expert or ()):
         raise ConfigError("--expert auto chooses for `chat`; a server takes experts by name")
+    refuse_unread(given_options(command), experts.unread())
     experts.check(model)
 
     from llama_adapter.serving.metrics import set_up_logging

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from typing import Annotated, Any, get_args, get_type_hints
 
 import typer
 from typer.core import TyperCommand
+
+from llama_adapter.errors import ConfigError
 
 
 def with_settings(command: Callable[..., None]) -> Callable[..., None]:
@@ -88,3 +90,14 @@ def given_options(context: typer.Context) -> dict[str, str]:
         if source is not None and source.name == "COMMANDLINE":
             given[str(parameter.name)] = parameter.opts[0]
     return given
+
+
+Unread = Iterator[tuple[frozenset[str], str]]
+"""Options, by their parameters' names, that have no effect where they are given, and why."""
+
+
+def refuse_unread(given: Mapping[str, str], unread: Unread) -> None:
+    """`ConfigError` for an option on the command line that would have no effect."""
+    for names, why in unread:
+        if found := [written for name, written in given.items() if name in names]:
+            raise ConfigError(f"{found[0]} has no effect: {why}")

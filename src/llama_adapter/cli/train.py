@@ -91,9 +91,10 @@ def train(
 def _with_built_in(settings: Recipe) -> Recipe:
     """With the directory of a built-in model where `adapter.start` names one."""
     from llama_adapter.cli.models import BUILT_IN
+    from llama_adapter.model.configuration import ADAPTER_CONFIG_NAME
 
     start = settings.adapter.start
-    if start is None or str(start) not in BUILT_IN or start.exists():
+    if start is None or str(start) not in BUILT_IN or (start / ADAPTER_CONFIG_NAME).exists():
         return settings
     changed = {"start": BUILT_IN[str(start)].directory()}
     return settings.model_copy(update={"adapter": settings.adapter.model_copy(update=changed)})

@@ -152,7 +152,26 @@ def read_ours(path: Path, *, task: str, parse: Parse | None = None) -> Predictio
     damaged = sum(bool(line.get("notes")) for line in lines)
     if damaged:
         notes.append(f"{damaged} answers rest on videos of which a part cannot be decoded")
+    notes += _without_experts(lines)
     return Predictions.of_file(rows, path, is_cut=is_cut, notes=notes, judge=judge, is_ours=True)
+
+
+def _without_experts(lines: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A note of each expert that failed, with how often and why."""
+    reasons: dict[str, list[str]] = {}
+    for line in lines:
+        failed = {
+            str(report.get("expert")): str(report["problem"])
+            for reports in line.get("contexts") or ()
+            for report in reports
+            if report.get("problem")
+        }
+        for expert, problem in failed.items():
+            reasons.setdefault(expert, []).append(problem)
+    return [
+        f"{len(problems)} answers were given without the expert {expert!r}, such as: {problems[0]}"
+        for expert, problems in sorted(reasons.items())
+    ]
 
 
 NOT_KEPT = "(not kept)"

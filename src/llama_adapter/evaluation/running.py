@@ -48,6 +48,8 @@ class RunReport:
     """Records that an earlier run had done."""
     problems: tuple[str, ...]
     """`id: why` for records without an answer."""
+    notes: tuple[str, ...] = ()
+    """What else was odd, such as experts that failed."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -143,10 +145,14 @@ def run(
             *({"task": task.name, **record_to_json(r), **lines[r.id]} for r in pending)
         )
         report(len(pending), len(records))
-    rows = read_ours(folder / PREDICTIONS, task=task.name).rows
-    problems = tuple(f"{row.record.id}: {row.problem}" for row in rows if row.problem)
+    found = read_ours(folder / PREDICTIONS, task=task.name)
+    problems = tuple(f"{row.record.id}: {row.problem}" for row in found.rows if row.problem)
     return RunReport(
-        folder=folder, records=len(records), answered_before=len(done), problems=problems
+        folder=folder,
+        records=len(records),
+        answered_before=len(done),
+        problems=problems,
+        notes=found.notes,
     )
 
 

@@ -19,6 +19,7 @@ from llama_adapter.errors import ExpertError
 from llama_adapter.experts.base import Expert, ExpertInfo, Finding, Report, Request, on_each_image
 from llama_adapter.experts.options import Count, ExpertContext, ExpertOptions
 from llama_adapter.experts.pipelines import check_size, load_pipeline, pipeline_version
+from llama_adapter.files import expanded
 from llama_adapter.generation import GenerationSettings
 from llama_adapter.generation.answer import answer
 from llama_adapter.model import LlamaAdapterForConditionalGeneration
@@ -49,7 +50,7 @@ class CaptionOptions(ExpertOptions):
     """Beam search with so many; 1: none."""
 
     def open(self, context: ExpertContext) -> Expert:
-        directory = Path(self.model).expanduser()
+        directory = expanded(self.model)
         if not (directory / ADAPTER_CONFIG_NAME).is_file():
             return PipelineCaptionExpert(self, device=context.device)
         if context.caption_expert is not None:

@@ -22,6 +22,7 @@ from PIL import Image
 
 from llama_adapter.errors import ExpertError, import_extra
 from llama_adapter.experts.reading_order import Line
+from llama_adapter.files import expanded
 
 TILE = 1600
 """Longest side of a tile in pixels; RapidOCR itself reduces whatever is larger than 2,000."""
@@ -248,7 +249,7 @@ def import_rapidocr() -> Any:
 def _model_files(models: str | None) -> dict[str, Path]:
     if models is None:
         return {}
-    folder = Path(models).expanduser()
+    folder = expanded(models)
     names = {
         "Rec.model_path": "rec.onnx",
         "Rec.rec_keys_path": "keys.txt",

@@ -11,6 +11,7 @@ from typing import Any
 from PIL import Image
 
 from llama_adapter.errors import ExpertError
+from llama_adapter.files import expanded
 from llama_adapter.pretrained import explain, load_pretrained
 from llama_adapter.processing.image_processors import check_resize
 
@@ -33,7 +34,7 @@ def load_pipeline(
 
     from llama_adapter.model.hub import why_missing
 
-    path = Path(model).expanduser()
+    path = expanded(model)
     if path.exists() and not (path / "config.json").is_file():
         raise ExpertError(f"expert {expert!r}: {model!r} holds no model (no config.json)")
     where = str(path) if path.exists() else model

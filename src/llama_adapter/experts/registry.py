@@ -90,7 +90,9 @@ def read_options(texts: Sequence[str], defaults: Defaults | None = None) -> list
             if kind.main is None:
                 raise ExpertError(f"expert {name!r}: unknown value {value[:80]!r}")
             rest[kind.main] = value
-        read.append(kind(**{**(defaults or {}).get(name, {}), **rest}))
+        # they go together: the bundled captioner's instruction is none of another one's
+        given = {} if kind.main in rest else (defaults or {}).get(name, {})
+        read.append(kind(**{**given, **rest}))
     return read
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from pathlib import Path
 
 from pydantic import Field
 
@@ -12,6 +11,7 @@ from llama_adapter.errors import ExpertError
 from llama_adapter.experts.base import ExpertInfo, Finding, Report, Request
 from llama_adapter.experts.options import Count, ExpertContext, ExpertOptions
 from llama_adapter.experts.search_index import FolderIndex
+from llama_adapter.files import expanded
 
 QUERY_WORDS = 64
 """Words of other experts' findings that join the question: a page of text is not a query."""
@@ -41,7 +41,7 @@ class SearchExpert:
 
     def __init__(self, options: SearchOptions) -> None:
         """Set up; the folder is indexed with the first question."""
-        folder = Path(options.folder).expanduser()
+        folder = expanded(options.folder)
         if not folder.is_dir():
             what = "is a file" if folder.exists() else "does not exist"
             raise ExpertError(f"expert 'search': folder {options.folder!r} {what}")

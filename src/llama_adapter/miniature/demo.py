@@ -12,6 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from llama_adapter.errors import CheckpointError
 from llama_adapter.files import move_directory, write_atomically
 from llama_adapter.miniature.bundled import RECIPES, load_bundled
 from llama_adapter.miniature.report import gallery, write_report
@@ -34,6 +35,30 @@ from llama_adapter.training.recipe import Recipe, load_recipe
 TRAINING = "training"
 """The run directory of the training, within the demonstration's own."""
 ADAPTER = "adapter"
+REPORT = "report.html"
+RESULTS = "results.json"
+MARK = ".demo"
+"""A file by which the next demonstration knows that it may replace what is there."""
+
+
+def claim(out: Path) -> None:
+    """Make the directory a demonstration's own.
+
+    CheckpointError where it cannot be written, or holds an adapter or a training that no
+    demonstration made.
+    """
+    found = [name for name in (TRAINING, ADAPTER) if (out / name).exists()]
+    is_ours = (out / MARK).exists() or ((out / REPORT).exists() and (out / RESULTS).exists())
+    if found and not is_ours:
+        raise CheckpointError(
+            f"{out} holds {' and '.join(found)} that no demonstration made, and one would replace "
+            "them; choose another --out"
+        )
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / MARK).touch()
+    except OSError as fault:
+        raise CheckpointError(f"cannot write into {out}: {fault.strerror or fault}") from fault
 
 
 def demo_recipe(out: Path, *, minutes: float, seed: int) -> Recipe:
@@ -63,11 +88,12 @@ def run_demo(
     """Measure the bundled adapters, train a fresh one, measure it too, and write it all to `out`.
 
     `report.html`, `results.json`, the adapter, and the run's directory; what an earlier
-    demonstration left there is replaced. Returns the content of `results.json`.
+    demonstration left there is replaced, its adapter by the new one. Returns the content of
+    `results.json`. CheckpointError as of `claim`.
     """
     started = time.perf_counter()
-    for earlier in (TRAINING, ADAPTER):
-        shutil.rmtree(out / earlier, ignore_errors=True)
+    claim(out)
+    shutil.rmtree(out / TRAINING, ignore_errors=True)
     expert = bundled_expert_captions(test, progress=stage("the caption expert", len(test.images)))
 
     def measured(
@@ -102,9 +128,9 @@ def run_demo(
         "seed": recipe.seed,
         "versions": {name: version(name) for name in ("llama-adapter", "torch", "transformers")},
     }
-    write_atomically(out / "results.json", json.dumps(results, indent=2) + "\n")
+    write_atomically(out / RESULTS, json.dumps(results, indent=2) + "\n")
     write_report(
-        out / "report.html",
+        out / REPORT,
         photographs=photographs,
         results=results,
         curve=plot_run(out / TRAINING)[0],
@@ -116,9 +142,9 @@ def run_demo(
 def show_photographs(out: Path, photographs: Gallery) -> dict[str, Any]:
     """Write `report.html` and `results.json` of the photographs alone."""
     results = {"photographs": photographs.to_dict()}
-    out.mkdir(parents=True, exist_ok=True)
-    write_atomically(out / "results.json", json.dumps(results, indent=2) + "\n")
-    write_report(out / "report.html", photographs=photographs)
+    claim(out)
+    write_atomically(out / RESULTS, json.dumps(results, indent=2) + "\n")
+    write_report(out / REPORT, photographs=photographs)
     return results
 
 

@@ -16,7 +16,7 @@ from huggingface_hub import errors as hub_errors
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from llama_adapter.errors import CheckpointError, ConfigError
-from llama_adapter.files import read_json_object
+from llama_adapter.files import expanded, read_json_object
 from llama_adapter.model.peft_base import PEFT_FOLDER, is_peft_folder
 from llama_adapter.pretrained import explain
 
@@ -35,7 +35,7 @@ _SETTINGS = ("config.json", "adapter_config.json")
 
 def peft_folder(name_or_path: str) -> Path | None:
     """Folder of the peft adapter with this name or path; None where it is something else."""
-    if Path(name_or_path).expanduser().exists():
+    if expanded(name_or_path).exists():
         folder = Path(name_or_path)
         return folder if is_peft_folder(folder) else None
     described = fetched(name_or_path, ["adapter_config.json"])
@@ -57,7 +57,7 @@ def adapter_folder(
         raise ConfigError(f"subfolder {subfolder!r} leads out of the adapter's repository")
     try:
         validate_repo_id(name_or_path)
-        is_local = Path(name_or_path).expanduser().exists()
+        is_local = expanded(name_or_path).exists()
     except hub_errors.HFValidationError:
         is_local = True
     if is_local:
@@ -126,7 +126,7 @@ def fetched(name: str, files: list[str], **options: Any) -> Path | None:
 
 def why_missing(name_or_path: str) -> str | None:
     """Why transformers can find no model of this name or path; None where it can, or may."""
-    if Path(name_or_path).expanduser().exists():
+    if expanded(name_or_path).exists():
         return None
     try:
         validate_repo_id(name_or_path)

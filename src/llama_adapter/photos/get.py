@@ -102,8 +102,14 @@ def _make(model: Model, source: Path | None, stage: Stage) -> None:
 def _remove(directory: Path) -> None:
     """Make room for a model, where what is there is not whole."""
     try:
-        if directory.exists():
-            shutil.rmtree(directory)
+        if not directory.exists():
+            return
+        if directory.is_dir() and not (directory / RECORD).exists() and any(directory.iterdir()):
+            raise CheckpointError(
+                f"{directory} holds files, and no {RECORD} that says they were fetched; remove it "
+                "yourself, or name another folder with LLAMA_ADAPTER_HOME"
+            )
+        shutil.rmtree(directory)
     except OSError as fault:  # a link too: what it leads to may be more than a model
         raise CheckpointError(
             f"{directory} is not whole and cannot be removed: {fault.strerror or fault}"

@@ -19,7 +19,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from llama_adapter.errors import CheckpointError
-from llama_adapter.files import open_regular
+from llama_adapter.files import expanded, open_regular
 
 Advance = Callable[[int], None]
 """Called with the number of bytes, or of tensors, just done."""
@@ -107,13 +107,13 @@ def check(wheel: Wheel, path: Path, *, advance: Advance) -> None:
 
 
 def _in_folder(wheel: Wheel, folder: Path) -> Path:
-    path = folder.expanduser() / wheel.file_name
+    path = expanded(folder) / wheel.file_name
     if path.exists():
         return path
-    if not folder.expanduser().is_dir():
+    if not expanded(folder).is_dir():
         raise CheckpointError(f"{folder} is not a folder; expected one that holds wheels")
     stem = wheel.file_name.partition("-")[0]
-    others = sorted(p.name for p in folder.expanduser().glob(f"{stem}-*"))
+    others = sorted(p.name for p in expanded(folder).glob(f"{stem}-*"))
     found = f"; it holds {', '.join(others)}, another version" if others else ""
     raise CheckpointError(f"{folder} does not hold {wheel.file_name}{found}")
 
