@@ -36,7 +36,7 @@ demo: install
 
 photos: install
 	$(BIN)/llama-adapter get photos
-	$(BIN)/llama-adapter demo --photos-only --out runs/photographs
+	$(BIN)/llama-adapter demo --photos-only
 
 # One thread each: tiny models gain nothing from more. A file's tests share their fixtures.
 WORKERS ?= 2
