@@ -78,6 +78,10 @@ def test_pictures_held_out_are_never_trained_on(tmp_path: Path, captions: dict[s
         seen.update(next(stream).sample_ids)
     assert len(seen) == 24
     assert not seen & {held_out[i].id for i in range(6)}
+    # nor by a run that goes on from this one with another seed
+    again = opened(recipe_of(tmp_path, captions=captions, seed=1))
+    assert np.array_equal(again.held_out["coco_captions"].indices, held_out.indices)
+    assert next(again.streams["caption"]).sample_ids != next(data.streams["caption"]).sample_ids
 
 
 def test_nothing_may_be_left_to_learn_from(tmp_path: Path, captions: dict[str, Any]) -> None:

@@ -197,7 +197,7 @@ def _check_source(
     described = recipe.streams[kind].sources[number]
     place = f"{kind}s.sources.{number}"
     try:
-        source, held_out = open_source(described, kind, types=types, seed=recipe.seed)
+        source, held_out = open_source(described, kind, types=types)
     except LlamaAdapterError as error:
         return SourceReport(name=described.type, kind=kind, place=place, error=str(error)), None
     count = min(samples, len(source))

@@ -99,7 +99,7 @@ def open_data(
         encoder = encoders[kind] = encoder_of(section, recipe.data, processor)
         components = []
         for described in section.sources:
-            source, indices = open_source(described, kind, types=types, seed=recipe.seed)
+            source, indices = open_source(described, kind, types=types)
             pieces = measure(
                 source,
                 encoder,
@@ -168,18 +168,21 @@ def encoder_of(
 
 
 def open_source(
-    section: SourceSection, kind: Kind, *, types: SourceTypes, seed: int
+    section: SourceSection, kind: Kind, *, types: SourceTypes
 ) -> tuple[Source, np.ndarray]:
     """A source, and the indices of its samples that are held out."""
     source = section.options(types).open(kind)
-    held_out = choose_held_out(source, section.held_out, seed=seed)
+    held_out = choose_held_out(source, section.held_out)
     if isinstance(source, DrawsOnOthers):
         source.keep_apart(held_out)
     return source, held_out
 
 
-def choose_held_out(source: Source, count: int, *, seed: int) -> np.ndarray:
+def choose_held_out(source: Source, count: int) -> np.ndarray:
     """Indices of samples to hold out: at least `count`, all captions of an image or none.
+
+    They are the same for every seed of a run: a training that goes on from another one with other
+    samples must not learn what that held out, and runs with several seeds are compared on the same.
 
     Raises DataError where that leaves nothing to learn from.
     """
@@ -189,7 +192,7 @@ def choose_held_out(source: Source, count: int, *, seed: int) -> np.ndarray:
     if groups is None:
         groups = np.arange(len(source))
     names, sizes = np.unique(groups, return_counts=True)
-    order = np.random.default_rng([seed, len(names)]).permutation(len(names))
+    order = np.random.default_rng([0, len(names)]).permutation(len(names))
     enough = int(np.searchsorted(np.cumsum(sizes[order]), count)) + 1
     if enough >= len(names):
         together = len(names) < len(source)
