@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import os
 import struct
+import sys
 import zlib
 from pathlib import Path
 
@@ -118,6 +119,23 @@ def test_what_cannot_be_read_is_refused_by_name(
     path.write_bytes(data)
     with pytest.raises(ImageError, match=complaint):
         load_image(path)
+
+
+def test_photographs_of_telephones_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pillow_heif = pytest.importorskip("pillow_heif")
+    pillow_heif.from_pillow(Image.new("RGB", (64, 48), RED)).save(tmp_path / "a.heic")
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    monkeypatch.delitem(Image.OPEN, "HEIF", raising=False)
+    words = r"a\.heic: it is HEIC, .* pip install 'llama-adapter\[heif\]', or convert it to JPEG"
+    with pytest.raises(ImageError, match=words):
+        load_image(tmp_path / "a.heic")
+    monkeypatch.setitem(sys.modules, "pillow_heif", pillow_heif)
+    found = load_image(tmp_path / "a.heic")
+    assert found.size == (64, 48)
+    assert all(abs(a - b) < 8 for a, b in zip(found.getpixel((9, 9)), RED, strict=True))
+    monkeypatch.delitem(Image.OPEN, "HEIF", raising=False)
 
 
 def test_a_missing_file_a_directory_and_another_type_are_refused(tmp_path: Path) -> None:

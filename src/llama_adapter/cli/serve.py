@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -269,12 +270,47 @@ def _open(
 ) -> Service:
     """The engine with every adapter, and everything around it."""
     from llama_adapter.cli.models import adapter_directory
+
+    name = name or (model if model in BUILT_IN else adapter_directory(model).resolve().name)
+    engine = _start(model, name, bounds=bounds, device=device)
+    with _ending(engine):
+        return _around(
+            engine,
+            model,
+            name,
+            further,
+            experts=experts,
+            sources=sources,
+            bounds=bounds,
+            device=device,
+        )
+
+
+@contextmanager
+def _ending(engine: Engine) -> Iterator[None]:
+    """The engine ends where the block fails: Python must not leave while its thread computes."""
+    try:
+        yield
+    except BaseException:
+        engine.drain(0)
+        raise
+
+
+def _around(
+    engine: Engine,
+    model: str,
+    name: str,
+    further: Sequence[tuple[str, Path]],
+    *,
+    experts: ExpertSettings,
+    sources: SourceSettings,
+    bounds: BoundSettings,
+    device: str | None,
+) -> Service:
     from llama_adapter.serving.experts import EngineCaptions, ServedExperts
     from llama_adapter.serving.media import Media
     from llama_adapter.serving.service import Service
 
-    name = name or (model if model in BUILT_IN else adapter_directory(model).resolve().name)
-    engine = _start(model, name, bounds=bounds, device=device)
     limits = bounds.limits
     for other, directory in further:
         engine.load_adapter(other, directory)
@@ -328,7 +364,8 @@ def _run(bound: Any, service: Service, options: dict[str, Any], *, drain_seconds
     from llama_adapter.serving.metrics import log
     from llama_adapter.serving.server import Server
 
-    app, gate = make_app(service, **options)
+    with _ending(service.engine):
+        app, gate = make_app(service, **options)
     host, port = bound.getsockname()[:2]
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     log("serving", url=url, models=service.models)

@@ -8,6 +8,7 @@ any pixel is decoded.
 from __future__ import annotations
 
 import io
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,8 @@ FORMATS = (
 )  # fmt: skip
 """Formats that are read, by Pillow's names; each is decoded within this process."""
 _PLUGIN_FORMATS = ("HEIF", "JXL")
-"""Read as well where the user has registered a Pillow plugin for them."""
+"""Read as well where a Pillow plugin is registered for them, as that of the extra `heif` is."""
+_HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 
 MAX_FILE_BYTES = 1 << 30
 """Larger files are refused: as many pixels as are read have 700 MB at 64 bits each."""
@@ -85,6 +87,8 @@ def _given(image: Image.Image, *, name: str, max_pixels: int) -> Image.Image:
 
 def _decode(data: bytes, *, name: str, max_pixels: int) -> Image.Image:
     Image.init()
+    if data[4:8] == b"ftyp" and data[8:12] in _HEIF_BRANDS:
+        _register_heif(name)
     formats = [kind for kind in (*FORMATS, *_PLUGIN_FORMATS) if kind in Image.OPEN]
     try:
         image = Image.open(io.BytesIO(data), formats=formats)
@@ -98,6 +102,19 @@ def _decode(data: bytes, *, name: str, max_pixels: int) -> Image.Image:
     except Exception as error:
         raise _damaged(name, error) from error
     return _to_rgb(image, name=name, max_pixels=max_pixels)
+
+
+def _register_heif(name: str) -> None:
+    """Let Pillow read HEIC, as telephones save photographs."""
+    if "HEIF" in Image.OPEN:
+        return
+    try:
+        import_module("pillow_heif").register_heif_opener()
+    except ImportError as error:
+        raise ImageError(
+            f"cannot decode image {name}: it is HEIC, as telephones save photographs; run: "
+            "pip install 'llama-adapter[heif]', or convert it to JPEG"
+        ) from error
 
 
 def _to_rgb(image: Image.Image, *, name: str, max_pixels: int) -> Image.Image:

@@ -153,7 +153,7 @@ def check_recipe(
     errors = [*(f"{s.place}: {s.error}" for s in sources if s.error is not None), *errors]
     sizes = None
     try:
-        sizes = sizes_of(recipe, world=world)
+        sizes = sizes_of(recipe, world=world, processor=processor)
     except LlamaAdapterError as error:
         errors.append(str(error))
     faults = list(faults_of(recipe, processor, sizes, score_captions=score_captions))
@@ -423,7 +423,7 @@ def _plan_text(report: CheckReport) -> str:
     if report.feature_cache_bytes:
         images = sum(source.images for source in report.sources)
         lines.append(
-            f"  disk for the features of about {images:,} images: "
+            f"  disk for the features of at most about {images:,} images: "
             f"{_gib(report.feature_cache_bytes)}"
         )
     return "\n".join(lines)

@@ -9,10 +9,12 @@ from itertools import chain
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from llama_adapter.families.vision import vision_features
 from llama_adapter.model import LlamaAdapterForConditionalGeneration
+from llama_adapter.processing.processor import LlamaAdapterProcessor
 from llama_adapter.training.build import META, build
 from llama_adapter.training.parallel import dummy_image
 from llama_adapter.training.recipe import Recipe, VisionSection
@@ -59,9 +61,13 @@ class Sizes:
         return {**asdict(self), "total_bytes": self.total_bytes}
 
 
-def sizes_of(recipe: Recipe, *, world: int = 1) -> Sizes:
+def sizes_of(
+    recipe: Recipe, *, world: int = 1, processor: LlamaAdapterProcessor | None = None
+) -> Sizes:
     """Build the recipe's model without weights, and count.
 
+    With the `processor` features are counted of images as large as it makes them; without, of the
+    largest that the encoder is made for.
     Raises what `build` does, for all that needs no weights.
     """
     built = build(recipe, device=META)
@@ -102,19 +108,25 @@ def sizes_of(recipe: Recipe, *, world: int = 1) -> Sizes:
         * (8 if recipe.data.padding == "padded" else length)
         * text.hidden_size
         * 2,
-        feature_bytes=_feature_bytes(model, recipe.vision),
+        feature_bytes=_feature_bytes(model, recipe.vision, processor),
         # the logits, their float32 form, its softmax and the gradient
         logit_bytes=rows * length * text.vocab_size * (2 + 12 if half else 16),
     )
 
 
 def _feature_bytes(
-    model: LlamaAdapterForConditionalGeneration, section: VisionSection | None
+    model: LlamaAdapterForConditionalGeneration,
+    section: VisionSection | None,
+    processor: LlamaAdapterProcessor | None,
 ) -> int:
     if section is None or not section.cache_features or model.vision is None:
         return 0
     ids = torch.zeros(1, 1, dtype=torch.int64, device=META)
     pixels = dummy_image(model, ids)["pixel_values"]
+    if processor is not None and processor.image_processor is not None:
+        made = processor.image_processor([Image.new("RGB", (640, 480))], return_tensors="pt")
+        if set(made) == {"pixel_values"}:
+            pixels = torch.empty(made["pixel_values"].shape, device=META)
     features = vision_features(model.vision, pixels, model.adapter_config)
     return features.numel() * int(getattr(torch, section.cache_dtype).itemsize)
 
