@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -162,6 +163,15 @@ def test_a_wrong_option_is_one_line_before_anything_is_loaded(cli, options, word
     assert refused.status == 2
     assert words in refused.stderr
     assert refused.stderr.count("\n") == 1
+
+
+def test_an_engine_whose_expert_cannot_be_opened_is_ended(cli, tmp_path) -> None:
+    """Python aborts where it leaves while the engine's thread computes."""
+    running = {thread for thread in threading.enumerate() if thread.name == "engine"}
+    refused = cli("serve", "toy", "--port", 0, "--expert", f"search={tmp_path / 'none'}")
+    assert refused.status == 2
+    assert "does not exist" in refused.stderr
+    assert {thread for thread in threading.enumerate() if thread.name == "engine"} <= running
 
 
 def test_a_port_in_use_is_named(cli) -> None:
