@@ -48,7 +48,7 @@ from llama_adapter.evaluation.score import read_joined
 from llama_adapter.evaluation.tasks import find_task
 from llama_adapter.evaluation.tasks.base import Counting
 from llama_adapter.families.vision import vision_features
-from llama_adapter.files import atomic_file, read_json, read_json_object, write_atomically
+from llama_adapter.files import atomic_file, read_json, write_atomically
 from llama_adapter.generation.answer import answer, log_likelihoods
 from llama_adapter.generation.settings import GenerationSettings
 from llama_adapter.model.persistence import ADAPTER_WEIGHTS_NAME
@@ -160,17 +160,13 @@ def _key(*of: Any) -> str:
 
 def perplexity(options: argparse.Namespace) -> dict[str, Any]:
     """Of answers that training held out: by the base, with the adapter, and next to a photo."""
-    left_out = {}
-    if options.leave_out is not None:
-        left_out = read_json_object(options.leave_out, error=DataError)
     model, processor = load(options.model)
     photo = ImageRef.of(options.photo)
     results: dict[str, Any] = {}
     for path in options.texts:
         source = SOURCES["alpaca"].model_validate({"path": path}).open("instruction")
-        chosen = set(choose_held_out(source, options.held_out).tolist())
-        chosen -= set(left_out.get(path.stem, ()))
-        plain = [source[index].conversation for index in sorted(chosen)]
+        chosen = choose_held_out(source, options.held_out)
+        plain = [source[int(index)].conversation for index in chosen]
         plain = [one for one in plain if len(processor([one])["input_ids"][0]) <= options.longest]
         with_photo = [_shown(one, photo) for one in plain]
         losses = {
@@ -452,9 +448,6 @@ def main() -> None:
     two.add_argument("--texts", type=Path, nargs="+", required=True)
     two.add_argument("--photo", type=Path, required=True)
     two.add_argument("--held-out", type=int, default=50, help="as in the recipe")
-    two.add_argument(
-        "--leave-out", type=Path, help="JSON: numbers of records by the name of their file"
-    )
     two.add_argument("--longest", type=int, default=384, help="tokens; longer ones are left out")
     two.set_defaults(measure=perplexity)
     five = commands.add_parser("captions", help=captions.__doc__)
