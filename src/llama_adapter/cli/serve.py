@@ -270,19 +270,35 @@ def _open(
 ) -> Service:
     """The engine with every adapter, and everything around it."""
     from llama_adapter.cli.models import adapter_directory
+    from llama_adapter.serving.experts import EngineCaptions, ServedExperts
+    from llama_adapter.serving.media import Media
+    from llama_adapter.serving.service import Service
 
     name = name or (model if model in BUILT_IN else adapter_directory(model).resolve().name)
     engine = _start(model, name, bounds=bounds, device=device)
     with _ending(engine):
-        return _around(
-            engine,
-            model,
-            name,
-            further,
-            experts=experts,
-            sources=sources,
-            bounds=bounds,
-            device=device,
+        limits = bounds.limits
+        for other, directory in further:
+            engine.load_adapter(other, directory)
+        served = None
+        if experts.expert:
+            pool = experts.open(
+                model,
+                loaded=None,
+                processor=engine.processor(name),
+                device=device,
+                caption_expert=partial(EngineCaptions, engine),
+            )
+            served = ServedExperts(pool)
+        return Service(
+            engine=engine,
+            base_name=f"{name}-base",
+            limits=limits,
+            media=Media(
+                limits=limits, hosts=tuple(sources.image_host or ()), folder=sources.media_folder
+            ),
+            experts=served,
+            adapter_folder=sources.adapter_folder,
         )
 
 
@@ -294,46 +310,6 @@ def _ending(engine: Engine) -> Iterator[None]:
     except BaseException:
         engine.drain(0)
         raise
-
-
-def _around(
-    engine: Engine,
-    model: str,
-    name: str,
-    further: Sequence[tuple[str, Path]],
-    *,
-    experts: ExpertSettings,
-    sources: SourceSettings,
-    bounds: BoundSettings,
-    device: str | None,
-) -> Service:
-    from llama_adapter.serving.experts import EngineCaptions, ServedExperts
-    from llama_adapter.serving.media import Media
-    from llama_adapter.serving.service import Service
-
-    limits = bounds.limits
-    for other, directory in further:
-        engine.load_adapter(other, directory)
-    served = None
-    if experts.expert:
-        pool = experts.open(
-            model,
-            loaded=None,
-            processor=engine.processor(name),
-            device=device,
-            caption_expert=partial(EngineCaptions, engine),
-        )
-        served = ServedExperts(pool)
-    return Service(
-        engine=engine,
-        base_name=f"{name}-base",
-        limits=limits,
-        media=Media(
-            limits=limits, hosts=tuple(sources.image_host or ()), folder=sources.media_folder
-        ),
-        experts=served,
-        adapter_folder=sources.adapter_folder,
-    )
 
 
 def _start(model: str, name: str, *, bounds: BoundSettings, device: str | None) -> Engine:
