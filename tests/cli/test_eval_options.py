@@ -85,6 +85,10 @@ STORED = ("--predictions", "stored.jsonl")
         ((*STORED, "--merge"), "--merge has no effect: --predictions are answers"),
         ((*STORED, "--device", "cpu"), "--device has no effect: no model runs here"),
         (("--images", "none", "--media", "x"), "--media has no effect: no image is shown"),
+        (
+            ("--images", "none", "--expert", "caption=x"),
+            "--expert has no effect: no image is shown",
+        ),
         (("--merge", "--data", "x"), "--data has no effect: --merge only puts answers together"),
         (("--merge", "--limit", 3), "--limit has no effect: --merge only puts answers together"),
         (("--expert-tokens", 9), "--expert-tokens has no effect: it needs --expert"),

@@ -158,6 +158,8 @@ class EvalSettings:
                 yield frozenset(("baseline", "split")), "it needs --data"
         if self.asking.images == "none":
             yield frozenset(("media", "frames")), "no image is shown"
+            if self.experts.names <= {"caption", "ocr", "detection"}:
+                yield frozenset(("expert",)), "no image is shown"
         if data.merge:
             yield asking | {"data", "baseline", "split"}, "--merge only puts answers together"
         yield from self.experts.unread()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,6 +55,11 @@ class ExpertSettings:
             )
         if self.expert_tokens < 1:
             raise ConfigError(f"--expert-tokens must be at least 1, got {self.expert_tokens}")
+
+    @property
+    def names(self) -> frozenset[str]:
+        """The experts, without their options."""
+        return frozenset(re.split("[=,]", text)[0].strip() for text in self.expert or ())
 
     def unread(self) -> Unread:
         """Options that have no effect, and why."""
