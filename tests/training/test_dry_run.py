@@ -161,6 +161,13 @@ def test_warnings(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", [GOOD] * 500)
     report = check(recipe_of(path, steps=1))
     assert any("steps go through" in warning for warning in report.warnings)
+    path = write(tmp_path / "few.jsonl", [GOOD] * 30)
+    source = {"type": "alpaca", "path": str(path), "held_out": 25}
+    few = {"rows": 4, "row_length": 256, "sources": [source]}
+    recipe = recipe_of(path, instructions=few, steps=1000)
+    warnings = check_recipe(recipe, load_processor(recipe)).warnings
+    assert any("times through the data" in warning for warning in warnings)
+    assert any("25 of 30 samples are held out" in warning for warning in warnings)
 
 
 def test_a_base_that_brings_a_chat_template_is_better_asked_with_it(

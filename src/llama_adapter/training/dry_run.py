@@ -333,6 +333,10 @@ def _estimate(
     )
 
 
+_MANY_EPOCHS = 30
+"""More often captions and instructions are gone through for no good; ours to choose."""
+
+
 def _warnings(
     recipe: Recipe,
     processor: LlamaAdapterProcessor,
@@ -363,6 +367,17 @@ def _warnings(
         if report.epochs is not None and report.epochs < 1:
             found.append(
                 f"{kind}s: {recipe.steps} steps go through {report.epochs:.1%} of the data only"
+            )
+        if report.epochs is not None and report.epochs > _MANY_EPOCHS:
+            found.append(
+                f"{kind}s: {recipe.steps} steps go {report.epochs:.0f} times through the data "
+                "and learn it by heart; lower steps, or give more data"
+            )
+    for source in sources:
+        if source.held_out > source.samples / 2:
+            found.append(
+                f"{source.place}: {source.held_out} of {source.samples} samples are held out; set "
+                "held_out lower to learn from more of them"
             )
     return found
 
