@@ -65,10 +65,10 @@ def demo(
 
     refuse_unread(given_options(context), _unread(photos_only=photos_only, quick=quick))
     out = out or Path("runs/photographs" if photos_only else "runs/demo")
-    claim(out)
     recipe = demo_recipe(out, minutes=1.0 if quick else minutes, seed=seed)
     with json_only(as_json) as emit:
         missing = _missing(needed=photos_only)
+        claim(out)
         with stages() as stage:
             photographs = _photographs(stage, missing)
             if photos_only:
