@@ -13,7 +13,10 @@ from tools.photos import bundle as tool
 
 from llama_adapter import CheckpointError, LlamaAdapterForConditionalGeneration
 from llama_adapter.conversation import Conversation, ImageRef
+from llama_adapter.model.configuration import read_adapter_config
 from llama_adapter.model.equivalence import EQUIVALENCE_NAME
+from llama_adapter.model.persistence import ADAPTER_WEIGHTS_NAME, check_header, read_checked
+from llama_adapter.photos.bundled import bundled_adapter
 from llama_adapter.photos.gallery import EXAMPLES
 from llama_adapter.processing.processor import LlamaAdapterProcessor
 from llama_adapter.training.recipe import load_recipe
@@ -103,3 +106,11 @@ def test_what_a_run_did_otherwise_than_its_recipe_is_on_the_card(
     (ran / "recipe.yaml").write_text(recipe.to_yaml().replace("seed: 6", "seed: 7"))
     tool.bundle([ran], photos_model, tmp_path / "next", results={}, after=out)
     assert "captions.sources.0.seed=7 | 2 |" in (tmp_path / "next/README.md").read_text()
+
+
+def test_the_package_s_own_files_belong_together() -> None:
+    """Without its base nothing else reads them."""
+    folder = bundled_adapter()
+    assert check_header(folder / ADAPTER_WEIGHTS_NAME, read_adapter_config(folder)).metadata
+    state = read_checked(folder / ADAPTER_WEIGHTS_NAME)
+    assert sum(tensor.numel() for tensor in state.values()) == 4_362_447
