@@ -119,7 +119,7 @@ def _mean_features(photos: Sequence[Path], options: argparse.Namespace) -> Tenso
     """Mean patch features of unit length [I, C], kept beside the answers."""
     # what the files hold is not read for it: their sizes and times tell of others in their place
     encoder = sorted(Path(resolve_reference(options.vision)).glob("*"))
-    key = _key(options.layer, options.cache, *map(_version, [*encoder, *photos]))
+    key = _key(options.vision, options.layer, options.cache, *map(_version, [*encoder, *photos]))
     kept = options.predictions.with_name(f"features-{key}.npy")
     if kept.exists():
         return torch.from_numpy(np.load(kept))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import platformdirs
 
+from llama_adapter.errors import ConfigError
 from llama_adapter.files import expanded
 
 HOME_VARIABLE = "LLAMA_ADAPTER_HOME"
@@ -19,7 +20,9 @@ HOME_SCHEME = "home:"
 def home() -> Path:
     """The folder named by `LLAMA_ADAPTER_HOME`, or else the platform's cache folder for us.
 
-    It need not exist.
+    It need not exist. ConfigError where it would be the home of a user that there is not.
     """
     named = os.environ.get(HOME_VARIABLE)
+    if named and str(expanded(named)).startswith("~"):
+        raise ConfigError(f"{HOME_VARIABLE} is {named!r}, but there is no such user")
     return expanded(named) if named else platformdirs.user_cache_path("llama-adapter")

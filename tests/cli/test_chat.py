@@ -79,6 +79,7 @@ def test_a_conversation_goes_on_after_a_mistake(cli: Cli, adapter_dir: Path, pic
         (["--prompt", "star " * 2000], "the context holds 1024"),
         (["--prompt", "x", "--frames", "3"], "--frames has no effect: it needs --video"),
         (["--prompt", "x", "--expert-tokens", "9"], "--expert-tokens has no effect: it needs"),
+        (["--prompt", "x", "--no-expert-cache"], "--no-expert-cache has no effect: it needs"),
         (["--prompt", "x", "--url", "http://x", "--device", "cpu"], "--device has no effect: a"),
         (["--prompt", "x", "--url", "http://x", "--frames", "3"], "--frames has no effect: a"),
         (["--prompt", "x", "--image", "~nobody-here/a.png"], "cannot read image ~nobody-here"),

@@ -92,7 +92,7 @@ STORED = ("--predictions", "stored.jsonl")
         (("--merge", "--data", "x"), "--data has no effect: --merge only puts answers together"),
         (("--merge", "--limit", 3), "--limit has no effect: --merge only puts answers together"),
         (("--expert-tokens", 9), "--expert-tokens has no effect: it needs --expert"),
-        (("--no-expert-cache",), "--expert-cache has no effect: it needs --expert"),
+        (("--no-expert-cache",), "--no-expert-cache has no effect: it needs --expert"),
         (("--judge-prompts", "x"), "--judge-prompts has no effect: it needs --judge-url or"),
         (("--judge-concurrency", 2), "--judge-concurrency has no effect: it needs --judge-url"),
         (

@@ -116,6 +116,32 @@ def test_a_position_in_other_data_is_refused(
         other.load_state_dict(state)
 
 
+def test_a_position_with_others_held_out_is_refused(
+    texts: Source, processor: LlamaAdapterProcessor
+) -> None:
+    encoder = SampleEncoder(processor, row_length=256)
+    pieces = measure(texts, encoder)
+
+    def stream(held_out: list[int], seed: int) -> BatchStream:
+        component = Component(source=texts, pieces=pieces, held_out=np.array(held_out, dtype=int))
+        return BatchStream("instruction", [component], encoder, rows=2, row_length=256, seed=seed)
+
+    for seed in (0, 1):
+        state = stream([1, 2], seed).state_dict()
+        stream([1, 2], seed).load_state_dict(state)
+        with pytest.raises(TrainingError, match="held_out was"):
+            stream([1, 3], seed).load_state_dict(state)
+        del state["held_out"]  # as earlier versions wrote it, which held out others for other seeds
+        if seed == 0:
+            stream([1, 2], seed).load_state_dict(state)
+        else:
+            with pytest.raises(TrainingError, match=r"earlier version .* for seed 1: going on"):
+                stream([1, 2], seed).load_state_dict(state)
+    none = stream([], 1).state_dict()
+    del none["held_out"]
+    stream([], 1).load_state_dict(none)
+
+
 def test_every_process_needs_a_row(texts: Source, processor: LlamaAdapterProcessor) -> None:
     with pytest.raises(ConfigError, match=r"instructions.rows is 2, but 3 processes train"):
         stream_of(texts, processor, "instruction", rows=2, world=3)

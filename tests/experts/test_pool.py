@@ -12,7 +12,7 @@ from PIL import Image
 from llama_adapter import LlamaAdapterForConditionalGeneration, LlamaAdapterProcessor
 from llama_adapter.chat import ChatSession
 from llama_adapter.conversation import Conversation, ImageRef
-from llama_adapter.errors import ConfigError
+from llama_adapter.errors import ConfigError, EvaluationError
 from llama_adapter.evaluation.answering import Prediction
 from llama_adapter.evaluation.predictions import read_ours
 from llama_adapter.evaluation.score import score
@@ -403,3 +403,12 @@ def test_answers_without_an_expert_that_failed_are_counted(tmp_path):
     words = "2 answers were given without the expert 'faller', such as: RuntimeError: out of luck"
     assert notes == (words,)
     assert notes[0] in score("vqa", path, resamples=0).notes
+
+
+@pytest.mark.parametrize("contexts", [3, [3], ["abc"], [["x"]], {"a": 1}])
+def test_reports_that_no_run_writes_are_refused(tmp_path, contexts):
+    record = {"task": "vqa", "id": "0", "questions": ["what?"], "answers": ["a"], "gold": ["a"]}
+    path = tmp_path / "predictions.jsonl"
+    path.write_text(json.dumps(record | {"contexts": contexts}) + "\n")
+    with pytest.raises(EvaluationError, match="contexts is not as a run writes it"):
+        read_ours(path, task="vqa")

@@ -97,15 +97,19 @@ def test_what_a_run_did_otherwise_than_its_recipe_is_on_the_card(
 ) -> None:
     ran = run.rename(tmp_path / "photos-more")
     changes = ["seed=1", "steps=3", "captions.sources.0.seed=6", "captions.sources.0.path=x.json"]
+    changes += ["captions.start=0.2"]
     recipe = load_recipe(tool.RECIPES / "photos-more.yaml", changes)
     (ran / "recipe.yaml").write_text(recipe.to_yaml())
     out = tmp_path / "out"
     tool.bundle([ran], photos_model, out, results={})
-    told = "| `recipes/photos-more.yaml`, seed 1 captions.sources.0.seed=6 | 2 | 2 | cpu, "
+    told = "photos-more.yaml`, seed 1 captions.sources.0.seed=6 captions.start=0.2 | 2 | 2 | cpu, "
     assert told in (out / "README.md").read_text()
     (ran / "recipe.yaml").write_text(recipe.to_yaml().replace("seed: 6", "seed: 7"))
     tool.bundle([ran], photos_model, tmp_path / "next", results={}, after=out)
-    assert "captions.sources.0.seed=7 | 2 |" in (tmp_path / "next/README.md").read_text()
+    assert (
+        "captions.sources.0.seed=7 captions.start=0.2 | 2 |"
+        in (tmp_path / "next/README.md").read_text()
+    )
 
 
 def test_the_package_s_own_files_belong_together() -> None:

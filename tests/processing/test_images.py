@@ -138,6 +138,14 @@ def test_photographs_of_telephones_are_read(
     monkeypatch.delitem(Image.OPEN, "HEIF", raising=False)
 
 
+def test_avif_of_a_brand_that_heic_has_too_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    monkeypatch.delitem(Image.OPEN, "HEIF", raising=False)
+    content = encoded(Image.new("RGB", (32, 32), RED), "AVIF")
+    assert content[4:12] == b"ftypavif"
+    assert load_image(b"%s%s%s" % (content[:8], b"mif1", content[12:])).size == (32, 32)
+
+
 def test_a_missing_file_a_directory_and_another_type_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ImageError, match=r"cannot read image .*nothing\.png: No such file"):
         load_image(tmp_path / "nothing.png")

@@ -158,12 +158,14 @@ def _part(run: Path, hardware: str | None) -> dict[str, Any]:
     }
 
 
-def _is_told(key: str) -> bool:
-    """Whether a setting is a path, or on the card anyway."""
-    last = key.rpartition(".")[2]
-    return last in ("out", "path", "images", "start", "model", "cache_folder") or (
-        key in ("seed", "steps", "minutes")
+def _is_told(key: str, value: Any) -> bool:
+    """Whether a setting says where things are, or is on the card anyway."""
+    is_place = key.endswith((".path", ".images")) or (
+        key.endswith(".model") and Path(str(value)).is_absolute()
     )
+    return is_place or key in (
+        "out", "adapter.start", "vision.cache_folder", "seed", "steps", "minutes",
+    )  # fmt: skip
 
 
 def _changed(name: str, ran: dict[str, Any]) -> dict[str, Any]:
@@ -174,7 +176,7 @@ def _changed(name: str, ran: dict[str, Any]) -> dict[str, Any]:
     written = yaml.safe_load(load_recipe(path, types=SOURCES_WITH_MINIATURES).to_yaml())
     before, now = dict(_flat(written)), dict(_flat(ran))
     differ = (key for key in {**before, **now} if before.get(key) != now.get(key))
-    return {key: now.get(key) for key in differ if not _is_told(key)}
+    return {key: now.get(key) for key in differ if not _is_told(key, now.get(key))}
 
 
 def _flat(values: Any, key: str = "") -> Iterator[tuple[str, Any]]:

@@ -47,6 +47,8 @@ def output_directory(
     Raises CheckpointError if `out` exists, unless `overwrite` and we wrote what is there, and
     where the disk is full or cannot be written.
     """
+    if str(expanded(out)).startswith("~"):
+        raise CheckpointError(f"cannot write {out}: there is no such user")
     try:
         with _staged(expanded(out).absolute(), overwrite, sources) as stage:
             yield stage

@@ -22,7 +22,7 @@ from llama_adapter.cli.numbers import (
     MAX_TEMPERATURE,
     between,
 )
-from llama_adapter.cli.output import json_only, one_line
+from llama_adapter.cli.output import json_only
 from llama_adapter.cli.score import TASK_HELP
 from llama_adapter.cli.settings import Unread, given_options, refuse_unread
 from llama_adapter.errors import ConfigError
@@ -357,8 +357,6 @@ class _Plan:
                 media=media,
                 progress=progress,
             )
-        for note in report.notes:
-            typer.echo(f"note: {one_line(note)}", err=True)
         if report.problems:
             typer.echo(f"without an answer: {len(report.problems):,}", err=True)
         for problem in report.problems[:5]:

@@ -88,7 +88,10 @@ def given_options(context: typer.Context) -> dict[str, str]:
     for parameter in context.command.params:
         source = context.get_parameter_source(str(parameter.name))
         if source is not None and source.name == "COMMANDLINE":
-            given[str(parameter.name)] = parameter.opts[0]
+            written = parameter.opts
+            if parameter.secondary_opts and context.params.get(str(parameter.name)) is False:
+                written = parameter.secondary_opts
+            given[str(parameter.name)] = written[0]
     return given
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -239,7 +241,16 @@ class BatchStream:
             "padding": self.padding,
             "pieces": [len(trained) for trained in self._trained],
             "tokens": int(self._tokens.sum()),
+            "held_out": self._held_out_key(),
         }
+
+    def _held_out_key(self) -> str:
+        """Which samples are held out; nothing where none is."""
+        held_out = [component.held_out for component in self.components]
+        if not any(some is not None and len(some) for some in held_out):
+            return ""
+        numbers = [[] if some is None else sorted(some.tolist()) for some in held_out]
+        return hashlib.sha256(json.dumps(numbers).encode()).hexdigest()[:16]
 
     def state_dict(self) -> dict[str, Any]:
         """The position after the last batch handed out; equal on all ranks once `share_invalid`
@@ -261,8 +272,13 @@ class BatchStream:
 
         Raises TrainingError if the position is one in other data or rows.
         """
+        if "held_out" not in state and self.seed and self._held_out_key():
+            raise TrainingError(
+                f"an earlier version wrote the checkpoint, and held out other {self.kind}s for "
+                f"seed {self.seed}: going on would learn them; begin from the start"
+            )
         for key, value in self._plan_key().items():
-            if state.get(key) != value:
+            if state.get(key, value if key == "held_out" else None) != value:
                 raise TrainingError(
                     f"the checkpoint's position is in other {self.kind} data: "
                     f"{key} was {state.get(key)}, is now {value}"

@@ -91,6 +91,7 @@ _TYPES = {
     "facts": dict,
     "verdicts": dict,
     "problem": str,
+    "contexts": list,
 }
 _JUDGED = {
     "aspect": str,
@@ -116,8 +117,17 @@ def _check(line: Mapping[str, Any], *, task: str, where: str) -> None:
             (value is not None and not isinstance(value, kind))
             or not all(isinstance(text, str) for text in texts)
             or not all(isinstance(verdict, dict) for verdict in verdicts)
+            or not (name != "contexts" or _are_reports(value or ()))
         ):
             raise EvaluationError(f"{where}: {name} is not as a run writes it: {brief(value)}")
+
+
+def _are_reports(contexts: Sequence[Any]) -> bool:
+    """Whether experts' reports are lists of objects, a list for each question."""
+    return all(
+        isinstance(reports, list) and all(isinstance(report, dict) for report in reports)
+        for reports in contexts
+    )
 
 
 def is_ours(path: Path) -> bool:

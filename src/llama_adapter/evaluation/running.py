@@ -48,8 +48,6 @@ class RunReport:
     """Records that an earlier run had done."""
     problems: tuple[str, ...]
     """`id: why` for records without an answer."""
-    notes: tuple[str, ...] = ()
-    """What else was odd, such as experts that failed."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -152,7 +150,6 @@ def run(
         records=len(records),
         answered_before=len(done),
         problems=problems,
-        notes=found.notes,
     )
 
 

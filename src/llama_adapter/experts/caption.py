@@ -51,12 +51,13 @@ class CaptionOptions(ExpertOptions):
 
     def open(self, context: ExpertContext) -> Expert:
         directory = expanded(self.model)
-        if (directory / "adapter" / ADAPTER_CONFIG_NAME).is_file():
+        is_adapter = (directory / ADAPTER_CONFIG_NAME).is_file()
+        if not is_adapter and (directory / "adapter" / ADAPTER_CONFIG_NAME).is_file():
             raise ExpertError(
                 f"expert {self.name!r}: {self.model!r} holds no adapter (a run? its adapter is "
                 f"{directory / 'adapter'})"
             )
-        if not (directory / ADAPTER_CONFIG_NAME).is_file():
+        if not is_adapter:
             return PipelineCaptionExpert(self, device=context.device)
         if context.caption_expert is not None:
             return context.caption_expert(directory, self)

@@ -8,6 +8,7 @@ any pixel is decoded.
 from __future__ import annotations
 
 import io
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ FORMATS = (
 _PLUGIN_FORMATS = ("HEIF", "JXL")
 """Read as well where a Pillow plugin is registered for them, as that of the extra `heif` is."""
 _HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
+"""Of HEIC files; the last two are of some AVIF files as well, which Pillow reads."""
 
 MAX_FILE_BYTES = 1 << 30
 """Larger files are refused: as many pixels as are read have 700 MB at 64 bits each."""
@@ -87,12 +89,19 @@ def _given(image: Image.Image, *, name: str, max_pixels: int) -> Image.Image:
 
 def _decode(data: bytes, *, name: str, max_pixels: int) -> Image.Image:
     Image.init()
-    if data[4:8] == b"ftyp" and data[8:12] in _HEIF_BRANDS:
-        _register_heif(name)
+    is_heif = data[4:8] == b"ftyp" and data[8:12] in _HEIF_BRANDS
+    if is_heif and "HEIF" not in Image.OPEN:
+        with suppress(ImportError):
+            import_module("pillow_heif").register_heif_opener()
     formats = [kind for kind in (*FORMATS, *_PLUGIN_FORMATS) if kind in Image.OPEN]
     try:
         image = Image.open(io.BytesIO(data), formats=formats)
     except UnidentifiedImageError as error:
+        if is_heif and "HEIF" not in Image.OPEN:
+            raise ImageError(
+                f"cannot decode image {name}: it is HEIC, as telephones save photographs; run: "
+                "pip install 'llama-adapter[heif]', or convert it to JPEG"
+            ) from error
         raise ImageError(
             f"cannot decode image {name}: {len(data)} bytes in no known image format "
             f"(known are {', '.join(FORMATS)})"
@@ -102,19 +111,6 @@ def _decode(data: bytes, *, name: str, max_pixels: int) -> Image.Image:
     except Exception as error:
         raise _damaged(name, error) from error
     return _to_rgb(image, name=name, max_pixels=max_pixels)
-
-
-def _register_heif(name: str) -> None:
-    """Let Pillow read HEIC, as telephones save photographs."""
-    if "HEIF" in Image.OPEN:
-        return
-    try:
-        import_module("pillow_heif").register_heif_opener()
-    except ImportError as error:
-        raise ImageError(
-            f"cannot decode image {name}: it is HEIC, as telephones save photographs; run: "
-            "pip install 'llama-adapter[heif]', or convert it to JPEG"
-        ) from error
 
 
 def _to_rgb(image: Image.Image, *, name: str, max_pixels: int) -> Image.Image:
