@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from benchmarks.measuring import describe
-from benchmarks.photos import captioned, patch_features
+from benchmarks.photos import captioned, make_room, patch_features
 from llama_adapter.cli.output import refusals
 from llama_adapter.files import write_atomically
 
@@ -84,7 +84,7 @@ def pooled_features(photos: Sequence[Path], options: argparse.Namespace) -> Tens
 
 def train(options: argparse.Namespace) -> dict[str, Any]:
     torch.manual_seed(options.seed)
-    options.predictions.parent.mkdir(parents=True, exist_ok=True)
+    make_room(options.predictions)
     items = captioned(options.captions)
     parts = {s: [item for item in items if item["split"] == s] for s in ("train", "test")}
     folder = options.images or options.captions.parent
@@ -192,8 +192,7 @@ def main() -> None:
 
 
 def _measure(options: argparse.Namespace) -> None:
-    if options.out is not None:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
+    make_room(options.out)
     text = json.dumps(describe("captioner", train(options), options=options), indent=2, default=str)
     print(text)
     if options.out is not None:

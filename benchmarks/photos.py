@@ -67,7 +67,7 @@ def retrieval(options: argparse.Namespace) -> dict[str, Any]:
     Nearest by the cosine of mean patch features of the layer that the adapter reads. Of that
     photo's captions the one is taken that has most words in common with the others.
     """
-    _make_room(options.predictions)
+    make_room(options.predictions)
     items = captioned(options.captions)
     folder = options.images or options.captions.parent
     parts = {s: [item for item in items if item["split"] == s] for s in ("train", options.split)}
@@ -103,7 +103,7 @@ def captioned(path: Path) -> list[dict[str, Any]]:
     return items
 
 
-def _make_room(path: Path | None) -> None:
+def make_room(path: Path | None) -> None:
     """The folder of what will be written, before anything is computed."""
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -486,7 +486,7 @@ def main() -> None:
     three.set_defaults(measure=compare)
     options = parser.parse_args()
     with refusals():
-        _make_room(options.out)
+        make_room(options.out)
         _measure(options)
 
 

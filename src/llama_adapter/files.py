@@ -219,7 +219,7 @@ def _written_out(
 
 
 def expanded(path: Path | str) -> Path:
-    """With the home folder that a leading `~` means; as it is where there is no such user."""
+    """With the home folder that a leading `~` means; as it is where no user has that name."""
     # where Path.expanduser raises a RuntimeError
     return Path(os.path.expanduser(path))  # noqa: PTH111
 

@@ -24,5 +24,5 @@ def home() -> Path:
     """
     named = os.environ.get(HOME_VARIABLE)
     if named and str(expanded(named)).startswith("~"):
-        raise ConfigError(f"{HOME_VARIABLE} is {named!r}, but there is no such user")
+        raise ConfigError(f"{HOME_VARIABLE} is {named!r}, but no user has that name")
     return expanded(named) if named else platformdirs.user_cache_path("llama-adapter")

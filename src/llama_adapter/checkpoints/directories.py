@@ -48,7 +48,7 @@ def output_directory(
     where the disk is full or cannot be written.
     """
     if str(expanded(out)).startswith("~"):
-        raise CheckpointError(f"cannot write {out}: there is no such user")
+        raise CheckpointError(f"cannot write {out}: no user has that name")
     try:
         with _staged(expanded(out).absolute(), overwrite, sources) as stage:
             yield stage

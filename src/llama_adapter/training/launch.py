@@ -204,7 +204,7 @@ def _tracking(recipe: Recipe, accelerator: Accelerator) -> Any:
     """What hands a row to the recipe's tracker; None without one."""
     if recipe.logging.tracker == "none":
         return None
-    settings = dict(_flat(recipe.model_dump(mode="json")))
+    settings = dict(flat(recipe.model_dump(mode="json")))
     try:
         accelerator.init_trackers(TRACKED, config=settings)
     except Exception as error:  # without an account, a network, a disk: each has errors of its own
@@ -216,11 +216,12 @@ def _tracking(recipe: Recipe, accelerator: Accelerator) -> Any:
     return track
 
 
-def _flat(values: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+def flat(values: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """Settings one by one, called as overrides call them; those that are None are left out."""
     if isinstance(values, dict | list):
         inner = values.items() if isinstance(values, dict) else enumerate(values)
         for name, value in inner:
-            yield from _flat(value, f"{key}.{name}" if key else str(name))
+            yield from flat(value, f"{key}.{name}" if key else str(name))
     elif values is not None:
         yield key, values
 
