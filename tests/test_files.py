@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from llama_adapter.errors import ConfigError, DataError
+from llama_adapter.checkpoints.directories import output_directory
+from llama_adapter.errors import CheckpointError, ConfigError, DataError
 from llama_adapter.files import (
     atomic_file,
+    expanded,
     parse_json,
     parse_yaml,
     read_bytes,
@@ -19,6 +21,7 @@ from llama_adapter.files import (
     read_yaml,
     write_atomically,
 )
+from llama_adapter.home import home
 
 
 def test_only_regular_files_of_bounded_size_are_read(tmp_path: Path) -> None:
@@ -131,3 +134,20 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     write_atomically(path, b"new")
     assert path.read_text() == "new"
     assert [p.name for p in tmp_path.iterdir()] == ["x"]
+
+
+def test_nothing_is_written_for_a_user_whom_nobody_knows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would go into a folder called `~nobody-here`, wherever the program was started."""
+    monkeypatch.chdir(tmp_path)
+    with (
+        pytest.raises(CheckpointError, match="no user has that name"),
+        output_directory(Path("~nobody-here/out")),
+    ):
+        pytest.fail("it was begun")
+    monkeypatch.setenv("LLAMA_ADAPTER_HOME", "~nobody-here/home")
+    with pytest.raises(ConfigError, match="LLAMA_ADAPTER_HOME is '~nobody-here/home', but no user"):
+        home()
+    assert list(tmp_path.iterdir()) == []
+    assert expanded("~nobody-here/a.png") == Path("~nobody-here/a.png")
