@@ -72,7 +72,7 @@ class Gate:
             exchange.fields["error"] = "cancelled"
             raise
         except Exception as error:
-            refusal = as_api_error(error)
+            refusal = exchange.stalled or as_api_error(error)
             exchange.fields["error"] = refusal.code
             if refusal.status == 500:
                 log("failed", level=logging.ERROR, failed=True, request_id=exchange.id)
@@ -156,6 +156,8 @@ class _Exchange:
         self.started = time.monotonic()
         self.status = 0
         """0 until an answer begins."""
+        self.stalled: ApiError | None = None
+        """Set where the client does not take its answer."""
         self.fields: dict[str, Any] = {}
         """What the application adds to the log: counts and names, never contents."""
         scope["log"], scope["started"] = self.fields, self.started
@@ -174,7 +176,9 @@ class _Exchange:
                 await self._send(message)
         except TimeoutError as error:
             self._scope.get("abort", lambda: None)()
-            raise ApiError(499, "the client does not read", code="client_stalled") from error
+            self.stalled = ApiError(499, "the client does not read", code="client_stalled")
+            # not of a class that the application answers to: its answer has begun
+            raise ConnectionAbortedError from error
 
 
 class _Replay:
