@@ -16,6 +16,7 @@ from tests.data.files import (
     write_pairs,
     write_pictures,
 )
+from tests.threads import SECONDS
 
 from llama_adapter import LlamaAdapterProcessor
 from llama_adapter.data import SampleEncoder, measure
@@ -274,7 +275,7 @@ def test_the_limit_of_invalid_pictures_is_of_all_processes_together(
         for number in damaged:
             (tmp_path / "pictures" / f"picture{number}.png").write_bytes(b"damaged")
         gathered: list[Any] = [None] * 4
-        together = threading.Barrier(4, timeout=20)
+        together = threading.Barrier(4, timeout=SECONDS)
 
         def told(rank: int) -> str | None:
             def gather(own: Any) -> list[Any]:

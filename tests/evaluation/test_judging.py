@@ -46,7 +46,7 @@ def rows(count: int) -> list[Row]:
 
 @contextmanager
 def a_judge(url: str, **options: Any) -> Iterator[EndpointJudge]:
-    options = {"retries": 2, "timeout": 5.0, "concurrency": 4, **options}
+    options = {"retries": 2, "timeout": 60.0, "concurrency": 4, **options}
     judge = EndpointJudge(url=url, model="grader", **options)
     try:
         yield judge
@@ -125,7 +125,7 @@ def test_timeouts_leave_answers_unjudged(tmp_path: Path) -> None:
             over.wait(60)
         return GOOD
 
-    with serving(behave) as served, a_judge(served.url, retries=0, timeout=1.5) as judge:
+    with serving(behave) as served, a_judge(served.url, retries=0, timeout=4) as judge:
         report = judge_rows(find_task("msvd-qa"), rows(2), judge, tmp_path)
         over.set()
     assert report.unavailable == ("1/answer",)
@@ -212,7 +212,7 @@ def test_what_is_asked_for_again_counts_though_other_verdicts_came_since(tmp_pat
     with serving(behave) as served:
 
         def accuracy(model: str, judging: Any = None, asked: int = 0) -> float:
-            judge = EndpointJudge(url=served.url, model=model, retries=0, timeout=5.0)
+            judge = EndpointJudge(url=served.url, model=model, retries=0, timeout=60.0)
             report = judge_rows(task, rows(2), judge, tmp_path, judging=judging)
             judge.close()
             assert (report.asked, report.kept) == (asked, 2 - asked)

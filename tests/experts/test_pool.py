@@ -8,6 +8,7 @@ import time
 
 import pytest
 from PIL import Image
+from tests.threads import SECONDS
 
 from llama_adapter import LlamaAdapterForConditionalGeneration, LlamaAdapterProcessor
 from llama_adapter.chat import ChatSession
@@ -87,7 +88,7 @@ class Librarian:
 
 
 def test_they_work_at_the_same_time_and_answer_in_order():
-    together = threading.Barrier(4, timeout=20)
+    together = threading.Barrier(4, timeout=SECONDS)
 
     class Meeter(Sayer):
         def consult(self, request):
@@ -95,15 +96,15 @@ def test_they_work_at_the_same_time_and_answer_in_order():
             return super().consult(request)
 
     sayers = [Meeter(f"sayer {i}", seconds=0.05) for i in range(4)]
-    found = ExpertPool(sayers, timeout=30).consult([IMAGE], "?")
+    found = ExpertPool(sayers, timeout=SECONDS).consult([IMAGE], "?")
     assert [(r.expert, r.problem) for r in found] == [(s.name, None) for s in sayers]
     assert all(r.seconds >= 0.05 for r in found)
 
 
 def test_one_that_fails_or_is_late_is_reported_and_the_rest_is_heard(held):
-    pool = ExpertPool([held, Faller(), Sayer()], timeout=1.5)
+    pool = ExpertPool([held, Faller(), Sayer()], timeout=3)
     late, fallen, heard = pool.consult([IMAGE], "?")
-    assert late.problem == "took longer than 1.5 seconds"
+    assert late.problem == "took longer than 3 seconds"
     assert fallen.problem == "RuntimeError: out of luck"
     assert report_text(heard) == "12 wide"
     again = pool.consult([IMAGE], "?")[0]
@@ -295,7 +296,7 @@ def loaded(adapter_dir):
 
 
 def test_a_chat_answers_whatever_experts_do(loaded, held):
-    pool = ExpertPool([Faller(), held, Sayer()], timeout=1.5)
+    pool = ExpertPool([Faller(), held, Sayer()], timeout=3)
     settings = GenerationSettings(max_new_tokens=3)
     answer = ChatSession(*loaded, experts=pool, settings=settings).ask("what?", images=[IMAGE])
     assert answer.tokens >= 1

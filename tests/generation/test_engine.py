@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from tests.threads import SECONDS, becomes, held
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
@@ -124,17 +125,11 @@ def expected(index: int) -> tuple[str, list[int], str]:
 
 def becomes_idle(engine: RowEngine) -> None:
     """No row stays busy: one whose client left is freed at the step after."""
-    until = time.monotonic() + 30
-    while engine.stats.busy_rows or engine.stats.queued:
-        assert time.monotonic() < until, engine.stats
-        time.sleep(0.01)
+    assert becomes(lambda: not (engine.stats.busy_rows or engine.stats.queued)), engine.stats
 
 
 def becomes_ready(engine: RowEngine) -> None:
-    until = time.monotonic() + 60
-    while engine.health.state == "starting":
-        assert time.monotonic() < until
-        time.sleep(0.01)
+    assert becomes(lambda: engine.health.state != "starting")
 
 
 def test_requests_of_all_kinds_in_one_batch_are_answered_as_alone(engine):
@@ -294,7 +289,7 @@ def test_a_grammar_is_made_ready_by_a_thread_of_its_own(monkeypatch):
     pytest.importorskip("xgrammar", reason="pip install 'llama-adapter[grammar]'")
     gate = threading.Event()
     begin = Grammars._start
-    monkeypatch.setattr(Grammars, "_start", lambda self: gate.wait(20) and begin(self))
+    monkeypatch.setattr(Grammars, "_start", lambda self: gate.wait(SECONDS) and begin(self))
     engine = start(rows=2)
     becomes_ready(engine)
     waiting = engine.submit(request(engine, 0, grammar='root ::= "red" | "blue"'))
@@ -336,13 +331,9 @@ def test_a_row_that_cannot_be_claimed_costs_what_runs_and_not_what_waits(engine,
             raise RuntimeError("no row")
         return claim(*place, **options)
 
-    held, gate = threading.Event(), threading.Event()
-    call = engine._calls.put(lambda: (held.set(), gate.wait(20))[0])
-    held.wait(20)
-    generations = [engine.submit(request(engine, i)) for i in range(4)]
-    monkeypatch.setattr(engine._cache, "claim", refuse)
-    gate.set()
-    call.result()
+    with held(engine):
+        generations = [engine.submit(request(engine, i)) for i in range(4)]
+        monkeypatch.setattr(engine._cache, "claim", refuse)
     for generation in generations[:2]:
         with pytest.raises(RuntimeError, match="no row"):
             list(generation)
@@ -601,20 +592,11 @@ def test_an_adapter_that_cannot_be_removed_costs_its_caller_alone(monkeypatch):
 def test_a_full_queue_says_so_at_once_and_a_drained_engine_answers_what_it_took():
     engine = start(rows=1, max_queue=2)
     becomes_ready(engine)
-    gate, held = threading.Event(), threading.Event()
-
-    def hold() -> None:
-        held.set()
-        gate.wait(20)
-
-    call = engine._calls.put(hold)
-    held.wait(20)
-    accepted = [engine.submit(request(engine, i)) for i in range(2)]
-    with pytest.raises(QueueFullError, match="2 answers wait, and at most 2 may"):
-        engine.submit(request(engine, 0))
-    gate.set()
-    call.result()
-    engine.drain(20)
+    with held(engine):
+        accepted = [engine.submit(request(engine, i)) for i in range(2)]
+        with pytest.raises(QueueFullError, match="2 answers wait, and at most 2 may"):
+            engine.submit(request(engine, 0))
+    engine.drain(SECONDS)
     for i, generation in enumerate(accepted):
         assert text_of(generation) == expected(i)
     with pytest.raises(UnavailableError, match="the engine is draining"):
@@ -625,9 +607,13 @@ def test_a_full_queue_says_so_at_once_and_a_drained_engine_answers_what_it_took(
 def test_draining_ends_what_takes_too_long():
     engine = start(rows=2)
     becomes_ready(engine)
-    generation = engine.submit(request(engine, 0, max_tokens=150, temperature=5.0))
-    engine.drain(0)
-    assert text_of(generation)[2] in ("deadline", "stop")
+    with held(engine):
+        generation = engine.submit(request(engine, 0))
+        draining = threading.Thread(target=engine.drain, args=(0,))
+        draining.start()
+        assert becomes(lambda: engine.health.state == "draining")
+    draining.join(SECONDS)
+    assert text_of(generation) == ("", [], "deadline")
 
 
 def test_a_step_that_crashes_costs_its_requests_and_not_the_engine(monkeypatch):
@@ -642,21 +628,15 @@ def test_a_step_that_crashes_costs_its_requests_and_not_the_engine(monkeypatch):
     for i in range(3):
         with pytest.raises((ZeroDivisionError, UnavailableError)):
             list(engine.submit(request(engine, i)))
-    until = time.monotonic() + 30  # the engine tries itself once more behind the last answer
-    while engine.health.state != "dead" and time.monotonic() < until:
-        time.sleep(0.01)
-    assert engine.health.state == "dead"
+    # the engine tries itself once more behind the last answer
+    assert becomes(lambda: engine.health.state == "dead")
     assert "ZeroDivisionError" in engine.health.reason
 
 
 def test_a_step_that_crashes_still_ends_what_had_ended_in_it(engine, monkeypatch):
-    held, gate = threading.Event(), threading.Event()
-    call = engine._calls.put(lambda: (held.set(), gate.wait(20))[0])
-    held.wait(20)
-    late = engine.submit(dataclasses.replace(request(engine, 0), deadline=time.monotonic()))
-    monkeypatch.setattr(engine, "_admit", lambda: 1 / 0)
-    gate.set()
-    call.result()
+    with held(engine):
+        late = engine.submit(dataclasses.replace(request(engine, 0), deadline=time.monotonic()))
+        monkeypatch.setattr(engine, "_admit", lambda: 1 / 0)
     assert text_of(late)[2] == "deadline"
     monkeypatch.undo()
     assert text_of(engine.submit(request(engine, 0))) == expected(0)
@@ -693,15 +673,11 @@ def test_a_long_prompt_is_read_although_short_ones_keep_coming(engine):
         asked = GenerationRequest(prompt=prompt, sampling=Sampling(max_tokens=most))
         generations.append(engine.submit(asked, notify=notify))
 
-    held, gate = threading.Event(), threading.Event()
-    call = engine._calls.put(lambda: (held.set(), gate.wait(20))[0])
-    held.wait(20)
-    submit("short", [300, 301, 302], 2)
-    submit("long", list(range(300, 500)), 1)
-    for i in range(50):
-        submit("short", [310 + i, 5, 6], 2)
-    gate.set()
-    call.result()
+    with held(engine):
+        submit("short", [300, 301, 302], 2)
+        submit("long", list(range(300, 500)), 1)
+        for i in range(50):
+            submit("short", [310 + i, 5, 6], 2)
     for generation in generations:
         list(generation)
     assert ended.index("long") < 40

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from PIL import Image
+from tests.threads import SECONDS, becomes, held
 
 from llama_adapter import (
     Conversation,
@@ -42,9 +43,7 @@ def loaded(adapter_dir: Path) -> tuple[Any, Any]:
 
 def started(loaded: tuple[Any, Any], **options: Any) -> SequentialEngine:
     engine = SequentialEngine(*loaded, name="first", **options)
-    until = time.monotonic() + 60
-    while engine.health.state == "starting" and time.monotonic() < until:
-        time.sleep(0.01)
+    assert becomes(lambda: engine.health.state != "starting")
     assert engine.health.state == "ready", engine.health
     return engine
 
@@ -71,6 +70,20 @@ def texts(generation: Any) -> list[str]:
     for part in generation:
         found[part.choice] += part.text
     return found
+
+
+@contextmanager
+def before_each_pass(engine: Any, wait: Callable[[], object]) -> Iterator[None]:
+    """Passes of the decoder begin when a function has returned."""
+
+    def before(*_: Any) -> None:
+        wait()
+
+    hook = engine._model.language_model.register_forward_pre_hook(before)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def test_greedy_answers_are_those_of_generate(loaded, engine, conversation) -> None:
@@ -103,11 +116,20 @@ def test_a_stop_text_is_not_part_of_the_answer(engine, conversation) -> None:
 
 
 def test_a_cancelled_request_and_a_late_one_end_early(engine, conversation) -> None:
-    generation = ask(engine, conversation, sampling=LONG)
-    generation.cancel()
-    assert list(generation)[-1].finish == "cancelled"
+    with held(engine):
+        waiting = ask(engine, conversation, sampling=LONG)
+        waiting.cancel()
+    assert list(waiting)[-1].finish == "cancelled"
     late = ask(engine, conversation, sampling=LONG, deadline=time.monotonic())
     assert list(late)[-1].finish == "deadline"
+    running = ask(engine, conversation, sampling=LONG)
+    read = []
+    with before_each_pass(engine, lambda: not read or becomes(lambda: running.is_cancelled)):
+        for part in running:
+            read.append(part)
+            running.cancel()
+    assert read[-1].finish == "cancelled"
+    assert len([token for part in read for token in part.tokens]) < LONG.max_tokens
 
 
 def test_what_cannot_be_done_is_refused_at_once(engine, conversation) -> None:
@@ -117,21 +139,11 @@ def test_what_cannot_be_done_is_refused_at_once(engine, conversation) -> None:
         engine.processor("other")
     with pytest.raises(ConfigError, match="the only adapter"):
         engine.unload_adapter("first")
-    waiting = []
-    with pytest.raises(QueueFullError):
-        waiting.extend(ask(engine, conversation, sampling=LONG) for _ in range(9))
-    for _ in range(2):  # what was accepted is answered all the same
-        list(ask_when_free(engine, conversation))
-
-
-def ask_when_free(engine: Any, talk: Conversation) -> Any:
-    until = time.monotonic() + 60
-    while True:
-        try:
-            return ask(engine, talk, sampling=Sampling(max_tokens=1))
-        except QueueFullError:
-            assert time.monotonic() < until, "the queue stays full"
-            time.sleep(0.01)
+    with held(engine):
+        accepted = [ask(engine, conversation, sampling=Sampling(max_tokens=2)) for _ in range(2)]
+        with pytest.raises(QueueFullError, match="2 requests wait"):
+            ask(engine, conversation, sampling=LONG)
+    assert all(texts(generation) for generation in accepted)
 
 
 def test_adapters_come_and_go(engine, conversation, adapter_dir) -> None:
@@ -149,14 +161,21 @@ def test_adapters_come_and_go(engine, conversation, adapter_dir) -> None:
 
 
 def test_an_adapter_is_loaded_between_two_requests_however_many_wait(
-    loaded, conversation, adapter_dir
+    loaded, conversation, adapter_dir, monkeypatch
 ) -> None:
     engine = started(loaded)
-    waiting = [ask(engine, conversation, sampling=LONG) for _ in range(12)]
+    generate, known = type(loaded[0]).generate, []
+
+    def last_until_a_call_waits(*arguments: Any, **options: Any) -> Any:
+        known.append("second" in engine.adapters)
+        assert len(known) > 1 or becomes(lambda: len(engine._calls))
+        return generate(*arguments, **options)
+
+    monkeypatch.setattr(type(loaded[0]), "generate", last_until_a_call_waits)
+    waiting = [ask(engine, conversation, sampling=Sampling(max_tokens=2)) for _ in range(6)]
     engine.load_adapter("second", adapter_dir)
-    assert sum(generation.is_done for generation in waiting) < 6
-    for generation in waiting:
-        generation.cancel()
+    assert all(texts(generation) for generation in waiting)
+    assert known == [False] + [True] * 5
     engine.unload_adapter("second")
     engine.drain(0)
 
@@ -174,12 +193,9 @@ def test_a_request_whose_adapter_is_gone_or_exchanged_fails_alone(
         encoded_by=old,
     )
     assert texts(engine.submit(asked))
-    held, gate = threading.Event(), threading.Event()
-    engine._calls.put(lambda: (held.set(), gate.wait(20))[0])
-    held.wait(20)
-    late = engine.submit(asked)
-    engine._calls.put(lambda: engine._forget("second"))
-    gate.set()
+    with held(engine):
+        late = engine.submit(asked)
+        engine._calls.put(lambda: engine._forget("second"))
     with pytest.raises(ConfigError, match="no adapter 'second'"):
         list(late)
     engine.load_adapter("second", adapter_dir)
@@ -206,7 +222,7 @@ def test_an_engine_that_cannot_warm_up_is_dead_and_says_so(
 ) -> None:
     monkeypatch.setattr(type(loaded[0]), "generate", lambda *_, **__: 1 / 0)
     engine = SequentialEngine(*loaded, name="first")
-    engine._thread.join(60)
+    engine._thread.join(SECONDS)
     assert engine.health.state == "dead"
     assert "ZeroDivisionError" in engine.health.reason
     with pytest.raises(UnavailableError, match="dead"):
@@ -219,7 +235,8 @@ def test_an_engine_that_cannot_warm_up_is_dead_and_says_so(
 def test_draining_ends_what_runs_and_takes_nothing_new(loaded, conversation) -> None:
     engine = started(loaded)
     running = [ask(engine, conversation, sampling=LONG) for _ in range(3)]
-    engine.drain(0.0)
-    assert [list(generation)[-1].finish for generation in running][-1] == "deadline"
+    with before_each_pass(engine, lambda: becomes(lambda: engine.health.state == "draining")):
+        engine.drain(0.0)
+    assert [list(generation)[-1].finish for generation in running] == ["deadline"] * 3
     with pytest.raises(UnavailableError, match="draining"):
         ask(engine, conversation)

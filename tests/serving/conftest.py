@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import itertools
 import random
 import socket
 import threading
@@ -16,6 +17,7 @@ from typing import Any
 import httpx2
 import openai
 import pytest
+from tests.threads import becomes
 
 from llama_adapter.generation.engine import EngineSettings, RowEngine
 from llama_adapter.miniature.bundled import bundled_adapter, load_bundled
@@ -51,27 +53,34 @@ class Running:
         return httpx2.get(self.url + path, timeout=60, **options)
 
     def connect(self) -> socket.socket:
-        return socket.create_connection(("127.0.0.1", self.port), timeout=30)
+        return socket.create_connection(("127.0.0.1", self.port), timeout=60)
 
-    def is_idle(self, seconds: float = 20, connections: int = 1000) -> bool:
-        """Whether every place and row becomes free, and at most so many connections stay."""
-        until = time.monotonic() + seconds
-        while time.monotonic() < until:
+    def is_idle(self, connections: int = 1000) -> bool:
+        """Whether every place and row becomes free soon, and at most so many connections stay."""
+
+        def is_idle_now() -> bool:
             stats = self.service.engine.stats
             too_many = len(self.server.server_state.connections) > connections
-            if not (self.gate.admission.count or stats.busy_rows or stats.queued or too_many):
-                return True
-            time.sleep(0.02)
-        return False
+            return not (self.gate.admission.count or stats.busy_rows or stats.queued or too_many)
+
+        return becomes(is_idle_now, seconds=30)
 
 
 @pytest.fixture(scope="session")
 def slowed() -> Callable[[Any], Any]:
-    """A context in which each pass of a model takes 30 ms or more, so that answers last."""
+    """A context in which answers last: 30 ms a pass at first, half a second after forty.
+
+    However busy the machine is, a long answer is not over before a test is.
+    """
 
     @contextmanager
     def run(model: Any) -> Iterator[None]:
-        handle = model.language_model.register_forward_pre_hook(lambda *_: time.sleep(0.03))
+        passes = itertools.count()
+
+        def wait(*_: Any) -> None:
+            time.sleep(0.03 if next(passes) < 40 else 0.5)
+
+        handle = model.language_model.register_forward_pre_hook(wait)
         try:
             yield
         finally:
@@ -98,9 +107,7 @@ def engine(bundled: Any) -> Iterator[Any]:
     """The built-in model with two adapters: `toy` and `caption`."""
     engine = RowEngine(*bundled, name="toy", settings=EngineSettings(rows=4))
     engine.load_adapter("caption", bundled_adapter("caption"))
-    until = time.monotonic() + 120
-    while engine.health.state == "starting" and time.monotonic() < until:
-        time.sleep(0.02)
+    assert becomes(lambda: engine.health.state != "starting")
     yield engine
     engine.drain(0)
 
@@ -137,8 +144,9 @@ def serving(engine: Any) -> Callable[..., Any]:
         thread.start()
         running = Running(port=port, service=whole, gate=gate, server=server)
         try:
-            while thread.is_alive() and not server.started:
-                time.sleep(0.01)
+            assert becomes(lambda: server.started or not thread.is_alive())
+            # until then it refuses what it is asked
+            assert becomes(lambda: engine.health.state != "starting")
             yield running
         finally:
             server.should_exit = True

@@ -197,7 +197,7 @@ def test_what_is_fetched_is_bounded(site: str) -> None:
     begun = time.monotonic()
     with pytest.raises(ImageError, match=r"longer than 0\.5 s|cannot be fetched"):
         load(hurried, f"http://{site}/slow")
-    assert time.monotonic() - begun < 10
+    assert time.monotonic() - begun < 60
 
 
 def test_hosts_are_matched_whole_and_with_their_ports() -> None:
@@ -330,4 +330,4 @@ def test_a_handshake_that_drips_ends_when_its_time_is_up() -> None:
         with pytest.raises(ImageError, match="cannot be fetched"):
             load(media, f"https://{site}/a.png")
         over.set()
-    assert time.monotonic() - begun < 20
+    assert time.monotonic() - begun < 60

@@ -25,7 +25,7 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(
     recipe_file: Callable[..., Path], losses: Any, tmp_path: Path
 ) -> None:
     path = recipe_file(
-        steps=40, checkpoint_every=3, data__workers=1, compute__threads=1, captions__start=0.2
+        steps=120, checkpoint_every=3, data__workers=1, compute__threads=1, captions__start=0.2
     )
     whole = train(load_recipe(path, [f"out={tmp_path}/whole"]))
     run = tmp_path / "killed"
@@ -67,8 +67,7 @@ def test_an_interrupted_run_loses_no_step(
         )
         try:
             _wait_for_rows(run, 5, process.poll)
-            for _ in range(2):  # a launcher passes on what the terminal sent to all
-                os.killpg(process.pid, number)
+            os.killpg(process.pid, number)
             assert process.wait(SECONDS) == 128 + number
         finally:
             process.kill()
@@ -82,6 +81,21 @@ def test_an_interrupted_run_loses_no_step(
     assert resumed.started_at == steps < 150
     assert resumed.checksum == whole.checksum
     assert losses(run) == losses(tmp_path / "whole")
+
+
+def test_a_signal_that_comes_twice_at_once_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A launcher passes on what the terminal sent to all."""
+    monkeypatch.setattr(interruption, "REPEATED_SECONDS", 600.0)
+    said: list[str] = []
+    for number in interruption.SIGNALS:
+        before = signal.signal(number, signal.SIG_DFL)  # a job in the background ignores Ctrl-C
+        with interruption.noticed(said.append) as found:
+            for _ in range(3):
+                os.kill(os.getpid(), number)
+                time.sleep(0.01)
+            assert found.asked == number
+        signal.signal(number, before)
+    assert len(said) == 2
 
 
 def test_a_second_signal_acts_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
