@@ -173,6 +173,7 @@ def test_an_adapter_is_loaded_between_two_requests_however_many_wait(
 
     monkeypatch.setattr(type(loaded[0]), "generate", last_until_a_call_waits)
     waiting = [ask(engine, conversation, sampling=Sampling(max_tokens=2)) for _ in range(6)]
+    assert becomes(lambda: known)
     engine.load_adapter("second", adapter_dir)
     assert all(texts(generation) for generation in waiting)
     assert known == [False] + [True] * 5

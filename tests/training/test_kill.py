@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import signal
@@ -13,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.training.workers import SECONDS, finish, start
+import yaml
+from tests.training.workers import SECONDS, finish, start, words
 
+from llama_adapter.model.persistence import ADAPTER_WEIGHTS_NAME
 from llama_adapter.training import interruption
 from llama_adapter.training.callbacks import Callbacks
 from llama_adapter.training.launch import train
@@ -137,6 +140,46 @@ def test_an_interruption_of_the_last_step_changes_nothing(
     assert result.checksum == whole.checksum
 
 
+def holding_out(recipe_file: Callable[..., Path], count: int) -> dict[str, Any]:
+    """Changes of a recipe by which each of its sources holds samples out."""
+    plain = yaml.safe_load(recipe_file().read_text())
+    return {
+        f"{kind}__sources": [{**plain[kind]["sources"][0], "held_out": count}]
+        for kind in ("captions", "instructions")
+    }
+
+
+@pytest.mark.parametrize("number", [1, 3], ids=["first", "last"])
+def test_an_interrupted_evaluation_is_made_on_resume(
+    recipe_file: Callable[..., Path], losses: Any, tmp_path: Path, number: int
+) -> None:
+    path = recipe_file(
+        **holding_out(recipe_file, 9),
+        steps=6,
+        checkpoint_every=1000,
+        compute__threads=1,
+        evaluation={"every": 2, "samples": 9, "max_new_tokens": 3, "best": "pairs.words"},
+    )
+    whole = train(load_recipe(path, [f"out={tmp_path}/whole"]), score_captions=words)
+    run = tmp_path / "run"
+    calls = itertools.count(1)
+
+    def interrupt(captions: Any, references: Any) -> dict[str, float]:
+        if next(calls) == number:  # texts are scored after captions
+            os.kill(os.getpid(), signal.SIGTERM)
+        return words(captions, references)
+
+    with pytest.raises(SystemExit, match="143"):
+        train(load_recipe(path), score_captions=interrupt)
+    assert [row["step"] for row in losses(run)] == list(range(1, 2 * number))
+    resumed = train(load_recipe(path), resume=True, score_captions=words)
+    assert resumed.started_at == 2 * number
+    assert resumed.checksum == whole.checksum
+    assert losses(run) == losses(tmp_path / "whole")
+    best, of_whole = (each / "best" / ADAPTER_WEIGHTS_NAME for each in (run, tmp_path / "whole"))
+    assert best.read_bytes() == of_whole.read_bytes()
+
+
 def test_a_terminal_that_is_gone_costs_no_step(
     recipe_file: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -160,10 +203,17 @@ def test_a_terminal_that_is_gone_costs_no_step(
     assert resumed.checksum == whole.checksum
 
 
+@pytest.mark.parametrize("evaluation", [None, {"every": 1, "samples": 9, "max_new_tokens": 9}])
 def test_processes_end_together_when_one_is_interrupted(
-    recipe_file: Callable[..., Path], tmp_path: Path
+    recipe_file: Callable[..., Path], tmp_path: Path, evaluation: Any
 ) -> None:
-    path = recipe_file(steps=150, checkpoint_every=1000, compute__threads=1)
+    path = recipe_file(
+        steps=150,
+        checkpoint_every=1000,
+        compute__threads=1,
+        evaluation=evaluation,
+        **holding_out(recipe_file, 9),
+    )
     run = tmp_path / "interrupted"
     started, _ = start(path, f"out={run}", processes=2)
     _wait_for_rows(run, 5, lambda: None if all(p.is_alive() for p in started) else 1)
@@ -173,9 +223,11 @@ def test_processes_end_together_when_one_is_interrupted(
         process.join(SECONDS)
     assert [process.exitcode for process in started] == [128 + signal.SIGTERM] * 2
     steps = _rows(run)
-    resumed = train(load_recipe(path, [f"out={run}"]), resume=True)
-    assert resumed.started_at == steps < 150
-    assert resumed.steps == 150
+    resumed = train(load_recipe(path, [f"out={run}", "evaluation=null"]), resume=True)
+    # the last step's row is written when it has its scores
+    assert resumed.started_at in ((steps, steps + 1) if evaluation else (steps,))
+    assert resumed.started_at < 150
+    assert _rows(run) == resumed.steps == 150
 
 
 def _wait_for_rows(run: Path, count: int, ended: Callable[[], int | None]) -> None:

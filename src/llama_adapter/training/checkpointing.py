@@ -60,6 +60,7 @@ class _Extra(BaseModel):
     best: float | None
     best_of: str | None = None
     budget: _Budget | None = None
+    unscored: dict[str, int | float | str | list[str] | None] | None = None
 
 
 class _State(BaseModel):

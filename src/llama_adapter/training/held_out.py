@@ -27,6 +27,10 @@ CaptionScorer = Callable[[Sequence[str], Sequence[Sequence[str]]], Mapping[str, 
 _ROWS = 8
 
 
+class _EndedError(Exception):
+    """The run is to end before everything is scored."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class HeldOutScorer:
     """Scores every source's held-out samples; called by all processes together.
@@ -44,29 +48,38 @@ class HeldOutScorer:
     score_captions: CaptionScorer | None = None
 
     @torch.no_grad()
-    def __call__(self) -> dict[str, float]:
-        """Scores by `SOURCE.METRIC`."""
+    def __call__(self, is_ended: Callable[[], bool] = lambda: False) -> dict[str, float] | None:
+        """Scores by `SOURCE.METRIC`; None where `is_ended`, asked before each batch, says so."""
         self.model.eval()
         device, dtype = self.model.device.type, self.autocast_dtype
-        scores = {}
-        with torch.autocast(device, dtype, enabled=dtype is not None):
-            for name, held_out in self.held_out.items():
-                wanted = range(min(self.section.samples, len(held_out)))
-                samples = self._sound(held_out, wanted)
-                if not samples:
-                    continue
-                scores[f"{name}.perplexity"] = self._perplexity(held_out, samples)
-                if held_out.kind == "caption" and self.score_captions is not None:
-                    found = self._captions(held_out)
+        scores: dict[str, float] = {}
+        try:
+            with torch.autocast(device, dtype, enabled=dtype is not None):
+                for name, held_out in self.held_out.items():
+                    found = self._scores(held_out, is_ended)
                     scores |= {f"{name}.{metric}": value for metric, value in found.items()}
-        self.model.train()
+        except _EndedError:
+            return None
+        finally:
+            self.model.train()
         return scores
 
-    def _perplexity(self, held_out: HeldOut, samples: Sequence[Sample]) -> float:
+    def _scores(self, held_out: HeldOut, is_ended: Callable[[], bool]) -> dict[str, float]:
+        samples = self._sound(held_out, range(min(self.section.samples, len(held_out))))
+        if not samples:
+            return {}
+        found = {"perplexity": self._perplexity(held_out, samples, is_ended)}
+        if held_out.kind == "caption" and self.score_captions is not None:
+            found |= self._captions(held_out, self.score_captions, is_ended)
+        return found
+
+    def _perplexity(
+        self, held_out: HeldOut, samples: Sequence[Sample], is_ended: Callable[[], bool]
+    ) -> float:
         """Of the answers' tokens, e to the mean of their negative log-likelihoods."""
         encoder = self.encoders[held_out.kind]
         sums = torch.zeros(2, dtype=torch.float64, device=self.model.device)
-        for some, counts in self._shares(samples):
+        for some, counts in self._shares(samples, is_ended):
             rows = []
             for sample in some:
                 cut = encoder.cut(sample)[0]
@@ -81,19 +94,20 @@ class HeldOutScorer:
         # before anything is learned it can be larger than is worth writing
         return math.exp(min(total / max(tokens, 1), 50.0))
 
-    def _captions(self, held_out: HeldOut) -> Mapping[str, float]:
-        assert self.score_captions is not None
+    def _captions(
+        self, held_out: HeldOut, score: CaptionScorer, is_ended: Callable[[], bool]
+    ) -> Mapping[str, float]:
         images = self._images(held_out, self.section.samples)
         own: list[tuple[int, str]] = []
         numbered = list(enumerate(samples[0] for samples in images))
-        for some, counts in self._shares(numbered):
+        for some, counts in self._shares(numbered, is_ended):
             texts = self._generate([_question(sample) for _, sample in some])
             if counts:
                 own += [(number, text) for (number, _), text in zip(some, texts, strict=True)]
         found = dict(pair for of_rank in self.engine.gather(own) for pair in of_rank)
         captions = [found[number] for number in range(len(images))]
         references = [[sample.conversation.turns[-1].text for sample in some] for some in images]
-        return self.score_captions(captions, references)
+        return score(captions, references)
 
     def _generate(self, questions: Sequence[Conversation]) -> list[str]:
         inputs = self._inputs(questions).to(self.model.device)
@@ -153,15 +167,20 @@ class HeldOutScorer:
             visual_features=features.read(ref for of_one in images for ref in of_one),
         )
 
-    def _shares(self, items: Sequence[Any]) -> Iterator[tuple[Sequence[Any], bool]]:
+    def _shares(
+        self, items: Sequence[Any], is_ended: Callable[[], bool]
+    ) -> Iterator[tuple[Sequence[Any], bool]]:
         """This process's batches, and whether each counts.
 
         All processes get equally many, since a sharded model computes only where all of them do.
+        Raises _EndedError, in all of them, where there is no time for the next.
         """
         batches = [items[at : at + _ROWS] for at in range(0, len(items), _ROWS)]
         rank, world = self.engine.rank, self.engine.world_size
         for first in range(0, len(batches), world):
             mine = first + rank
+            if is_ended():
+                raise _EndedError
             counts = mine < len(batches)
             yield batches[mine if counts else 0], counts
 

@@ -48,8 +48,11 @@ MOST_BAD_STEPS = 3
 """So many steps in a row whose loss is not finite end the run."""
 _SHOWN_IDS = 12
 
-Evaluate = Callable[[], Mapping[str, float]]
-"""Scores held-out samples, by names such as `alpaca.perplexity`."""
+Evaluate = Callable[[Callable[[], bool]], Mapping[str, float] | None]
+"""Scores held-out samples, by names such as `alpaca.perplexity`.
+
+Asks all processes together, now and then, whether to end early, and is None where it did.
+"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -112,13 +115,15 @@ class TrainingRun:
         self._ended_by: int | None = None
         """The signal that interrupted any of the processes."""
         self._bad_steps = 0
+        self._unscored: Row | None = None
+        """The row of the last step, where its evaluation was interrupted."""
         self.best = BestAdapter(None if recipe.evaluation is None else recipe.evaluation.best)
 
     def run(self, *, resume: bool = False) -> TrainingResult:
         """Train to the last step and write the final adapter.
 
         Ctrl-C and SIGTERM end it after the step that they interrupt, with a checkpoint, as
-        KeyboardInterrupt and SystemExit.
+        KeyboardInterrupt and SystemExit. An evaluation they interrupt is made when the run resumes.
 
         Raises TrainingError where the loss stays not finite, DataError where too many records are
         invalid, and CheckpointError where a checkpoint cannot be written or read.
@@ -132,14 +137,16 @@ class TrainingRun:
 
     def _to_the_end(self) -> None:
         with torch.random.fork_rng():
-            while not self._is_over():
-                row = self._step()
+            while self._unscored or not self._is_over():
+                row = self._unscored or self._step()
                 step = self.trainer.step_count
+                self._unscored = None
                 if self._due(step, self._every_evaluation):
                     with self._timed():
                         self._score(row)
-                self._write(row)
-                interrupted = None if self._is_over() else self._ended_by
+                if not self._unscored:
+                    self._write(row)
+                interrupted = self._ended_by if self._unscored or not self._is_over() else None
                 if interrupted or self._due(step, self.recipe.checkpoint_every):
                     with self._timed(saving=True):
                         self._save()
@@ -214,14 +221,19 @@ class TrainingRun:
         text = f"{self.recipe.seed} {step} {self.engine.rank}"
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big")
 
-    def _sums(self, batches: Sequence[TrainBatch]) -> tuple[int, int]:
+    def _sums(self, batches: Sequence[TrainBatch]) -> list[int]:
+        return self._agree(sum(b.tokens for b in batches), sum(len(b.invalid) for b in batches))
+
+    def _agree(self, *counts: int) -> list[int]:
+        """Sums over all processes, which learn on the way whether one of them is to end."""
         asked = [self._interruption.asked == number for number in SIGNALS]
-        counts = [sum(b.tokens for b in batches), sum(len(b.invalid) for b in batches), *asked]
-        tokens, invalid, *any_asked = self.engine.all_reduce(torch.tensor(counts)).tolist()
-        self._ended_by = next(
-            (n for n, asked in zip(SIGNALS, any_asked, strict=True) if asked), None
-        )
-        return int(tokens), int(invalid)
+        sums = self.engine.all_reduce(torch.tensor([*asked, *counts])).tolist()
+        self._ended_by = next((n for n, any_ in zip(SIGNALS, sums, strict=False) if any_), None)
+        return [int(count) for count in sums[len(SIGNALS) :]]
+
+    def _is_ended(self) -> bool:
+        self._agree()
+        return self._ended_by is not None
 
     def _watch_losses(self, row: Row, report: StepReport, batches: Sequence[TrainBatch]) -> None:
         """Count steps that moved nothing; the third in a row ends the run."""
@@ -264,7 +276,10 @@ class TrainingRun:
     def _score(self, row: Row) -> None:
         """Score held-out samples, and keep the adapter if it is the best one so far."""
         assert self._evaluate is not None
-        scores = self._evaluate()
+        scores = self._evaluate(self._is_ended)
+        if scores is None:
+            self._unscored = row
+            return
         row |= {f"held_out/{name}": value for name, value in scores.items()}
         if self.best.improves(scores):
             self._publish(BEST)
@@ -278,6 +293,7 @@ class TrainingRun:
             "best": self.best.value,
             "best_of": self.best.metric,
             "budget": None if self.recipe.minutes is None else self.budget.state_dict(),
+            "unscored": self._unscored,
         }
         write = self.checkpointer.checkpoint_writer(own)
         keep = self.recipe.keep_checkpoints
@@ -347,6 +363,7 @@ class TrainingRun:
                 raise CheckpointError(f"the checkpoint has no position in {kind} data")
             stream.load_state_dict(own["streams"][kind])
         self._bad_steps = own["bad_steps"]
+        self._unscored = own.get("unscored")
         self.invalid.listed = set(own.get("listed", ()))
         self.best.restore(own["best"], metric=own.get("best_of", self.best.metric))
         if (budget := own.get("budget")) is not None:
