@@ -22,6 +22,7 @@ from llama_adapter.training import interruption
 from llama_adapter.training.callbacks import Callbacks
 from llama_adapter.training.launch import train
 from llama_adapter.training.recipe import load_recipe
+from llama_adapter.training.run_directory import RunDirectory
 
 
 def test_a_killed_run_goes_on_as_if_it_had_not_been(
@@ -178,6 +179,26 @@ def test_an_interrupted_evaluation_is_made_on_resume(
     assert losses(run) == losses(tmp_path / "whole")
     best, of_whole = (each / "best" / ADAPTER_WEIGHTS_NAME for each in (run, tmp_path / "whole"))
     assert best.read_bytes() == of_whole.read_bytes()
+
+
+def test_a_run_that_is_interrupted_while_it_saves_makes_no_further_step(
+    recipe_file: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = recipe_file(steps=6, checkpoint_every=2, compute__threads=1)
+    whole = train(load_recipe(path, [f"out={tmp_path}/whole"]))
+    save = RunDirectory.save
+
+    def interrupt(*arguments: Any, **options: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        save(*arguments, **options)
+
+    monkeypatch.setattr(RunDirectory, "save", interrupt)
+    with pytest.raises(SystemExit, match="143"):
+        train(load_recipe(path))
+    monkeypatch.undo()
+    assert _rows(tmp_path / "run") == 2
+    resumed = train(load_recipe(path), resume=True)
+    assert (resumed.started_at, resumed.checksum) == (2, whole.checksum)
 
 
 def test_a_terminal_that_is_gone_costs_no_step(

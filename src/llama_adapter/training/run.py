@@ -146,11 +146,12 @@ class TrainingRun:
                         self._score(row)
                 if not self._unscored:
                     self._write(row)
-                interrupted = self._ended_by if self._unscored or not self._is_over() else None
-                if interrupted or self._due(step, self.recipe.checkpoint_every):
+                is_left = self._unscored or not self._is_over()
+                if (is_left and self._ended_by) or self._due(step, self.recipe.checkpoint_every):
                     with self._timed(saving=True):
                         self._save()
-                if interrupted:
+                    self._agree()  # a signal in the middle of it need not wait for another step
+                if is_left and (interrupted := self._ended_by):
                     with suppress(OSError):  # the terminal may be gone
                         self._tell(
                             f"interrupted after step {step}, which is kept: --resume goes on"
