@@ -182,23 +182,29 @@ def test_a_stream_that_nobody_reads_is_ended(serving: Any, monkeypatch: pytest.M
         assert errors == ['errors_total{code="client_stalled"} 1.0']
 
 
-def test_an_answer_that_nobody_takes_is_dropped(serving: Any, engine: Any) -> None:
+def test_an_answer_that_nobody_takes_is_dropped(
+    serving: Any, engine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One that is taken slowly arrives, although it takes longer than headers may."""
+    monkeypatch.setattr("llama_adapter.serving.server._SLOWEST_READER", 16)
     words = 8 * engine.context_length  # as many of one letter and a space as are taken
     asked = {"model": "toy", "prompt": "a " * words}
-    with serving(limits=Limits(header_seconds=2), send_buffer=4096) as running:
-        with unread(running, "/tokenize", **asked) as client:
-            client.recv(1)
-            assert running.is_idle(connections=0)
-            assert len(client.makefile("rb").read()) < 20_000
+    with (
+        serving(limits=Limits(header_seconds=2), send_buffer=4096) as running,
+        unread(running, "/tokenize", **asked) as client,
+    ):
+        client.recv(1)
+        assert running.is_idle(connections=0)
+        assert len(client.makefile("rb").read()) < 20_000
+    with serving(limits=Limits(header_seconds=4), send_buffer=4096) as running:
         with unread(running, "/tokenize", **asked) as client:
             found, begun = b"", time.monotonic()
             while not found.endswith(b"]}"):
                 taken = client.recv(1 << 10)
                 assert taken, found[:1000]
                 found += taken
-                time.sleep(0.1 if time.monotonic() < begun + 3 else 0)
-            assert time.monotonic() > begun + 2
+                time.sleep(0.15 if time.monotonic() < begun + 5 else 0)
+            assert time.monotonic() > begun + 4
         assert json.loads(found.partition(b"\r\n\r\n")[2])["count"] >= words
 
 
