@@ -33,3 +33,17 @@ def held(engine: Any) -> Iterator[None]:
     finally:
         end.set()
     call.result(SECONDS)
+
+
+@contextmanager
+def before_each_pass(model: Any, wait: Callable[[], object]) -> Iterator[None]:
+    """Passes of a model's decoder begin when a function has returned."""
+
+    def before(*_: Any) -> None:
+        wait()
+
+    hook = model.language_model.register_forward_pre_hook(before)
+    try:
+        yield
+    finally:
+        hook.remove()

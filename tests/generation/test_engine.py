@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import itertools
 import json
 import random
 import shutil
@@ -15,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from tests.threads import SECONDS, becomes, held
+from tests.threads import SECONDS, becomes, before_each_pass, held
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
@@ -607,13 +608,20 @@ def test_a_full_queue_says_so_at_once_and_a_drained_engine_answers_what_it_took(
 def test_draining_ends_what_takes_too_long():
     engine = start(rows=2)
     becomes_ready(engine)
-    with held(engine):
-        generation = engine.submit(request(engine, 0))
-        draining = threading.Thread(target=engine.drain, args=(0,))
-        draining.start()
-        assert becomes(lambda: engine.health.state == "draining")
-    draining.join(SECONDS)
-    assert text_of(generation) == ("", [], "deadline")
+    passes = itertools.count()
+
+    def wait() -> None:
+        assert next(passes) < 3 or becomes(lambda: engine.health.state == "draining")
+
+    with before_each_pass(engine._stack, wait):
+        running = engine.submit(request(engine, 0))
+        parts = iter(running)
+        assert next(parts).finish is None  # it has begun
+        waiting = [engine.submit(request(engine, i)) for i in range(3)]
+        engine.drain(0)
+    assert [*parts][-1].finish == "deadline"
+    for generation in waiting:
+        assert text_of(generation)[2] == "deadline"
 
 
 def test_a_step_that_crashes_costs_its_requests_and_not_the_engine(monkeypatch):

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from PIL import Image
-from tests.threads import SECONDS, becomes, held
+from tests.threads import SECONDS, becomes, before_each_pass, held
 
 from llama_adapter import (
     Conversation,
@@ -73,20 +72,6 @@ def texts(generation: Any) -> list[str]:
     return found
 
 
-@contextmanager
-def before_each_pass(engine: Any, wait: Callable[[], object]) -> Iterator[None]:
-    """Passes of the decoder begin when a function has returned."""
-
-    def before(*_: Any) -> None:
-        wait()
-
-    hook = engine._model.language_model.register_forward_pre_hook(before)
-    try:
-        yield
-    finally:
-        hook.remove()
-
-
 def test_greedy_answers_are_those_of_generate(loaded, engine, conversation) -> None:
     settings = GenerationSettings(max_new_tokens=12)
     [expected] = answer(*loaded, [conversation], settings, log_probabilities=True)
@@ -128,7 +113,7 @@ def test_a_cancelled_request_and_a_late_one_end_early(engine, conversation) -> N
     def wait() -> None:
         assert next(passes) < 3 or becomes(lambda: running and running[0].is_cancelled)
 
-    with before_each_pass(engine, wait):
+    with before_each_pass(engine._model, wait):
         running.append(ask(engine, conversation, sampling=LONG))
         parts = iter(running[0])
         read = [next(parts)]
@@ -241,7 +226,9 @@ def test_an_engine_that_cannot_warm_up_is_dead_and_says_so(
 
 def test_draining_ends_what_runs_and_takes_nothing_new(loaded, conversation) -> None:
     engine = started(loaded)
-    with before_each_pass(engine, lambda: becomes(lambda: engine.health.state == "draining")):
+    with before_each_pass(
+        engine._model, lambda: becomes(lambda: engine.health.state == "draining")
+    ):
         running = [ask(engine, conversation, sampling=LONG) for _ in range(3)]
         engine.drain(0.0)
     assert [list(generation)[-1].finish for generation in running] == ["deadline"] * 3

@@ -17,7 +17,7 @@ from typing import Any
 import httpx2
 import openai
 import pytest
-from tests.threads import becomes
+from tests.threads import becomes, before_each_pass
 
 from llama_adapter.generation.engine import EngineSettings, RowEngine
 from llama_adapter.miniature.bundled import bundled_adapter, load_bundled
@@ -63,7 +63,7 @@ class Running:
             too_many = len(self.server.server_state.connections) > connections
             return not (self.gate.admission.count or stats.busy_rows or stats.queued or too_many)
 
-        return becomes(is_idle_now, seconds=30)
+        return becomes(is_idle_now)
 
 
 @pytest.fixture(scope="session")
@@ -77,14 +77,11 @@ def slowed() -> Callable[[Any], Any]:
     def run(model: Any) -> Iterator[None]:
         passes = itertools.count()
 
-        def wait(*_: Any) -> None:
+        def wait() -> None:
             time.sleep(0.03 if next(passes) < 40 else 0.5)
 
-        handle = model.language_model.register_forward_pre_hook(wait)
-        try:
+        with before_each_pass(model, wait):
             yield
-        finally:
-            handle.remove()
 
     return run
 

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import random
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
-from tests.training.workers import SECONDS, finish, start, words
+from tests.training.workers import SECONDS, finish, start
 
-from llama_adapter.model.persistence import ADAPTER_WEIGHTS_NAME
 from llama_adapter.training import interruption
 from llama_adapter.training.callbacks import Callbacks
 from llama_adapter.training.launch import train
@@ -87,42 +85,49 @@ def test_an_interrupted_run_loses_no_step(
     assert losses(run) == losses(tmp_path / "whole")
 
 
+@contextmanager
+def handled(number: signal.Signals, handler: Any) -> Iterator[None]:
+    """A signal's handler within a block."""
+    before = signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        signal.signal(number, before)
+
+
 def test_a_signal_that_comes_twice_at_once_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """A launcher passes on what the terminal sent to all."""
     monkeypatch.setattr(interruption, "REPEATED_SECONDS", 600.0)
     said: list[str] = []
     for number in interruption.SIGNALS:
-        before = signal.signal(number, signal.SIG_DFL)  # a job in the background ignores Ctrl-C
-        with interruption.noticed(said.append) as found:
+        # a job in the background ignores Ctrl-C
+        with handled(number, signal.SIG_DFL), interruption.noticed(said.append) as found:
             for _ in range(3):
                 os.kill(os.getpid(), number)
                 time.sleep(0.01)
             assert found.asked == number
-        signal.signal(number, before)
     assert len(said) == 2
 
 
 def test_a_second_signal_acts_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(interruption, "REPEATED_SECONDS", 0.0)
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     said: list[str] = []
-    with interruption.noticed(said.append) as found:
-        os.kill(os.getpid(), signal.SIGINT)
-        assert found.asked == signal.SIGINT
-        time.sleep(0.01)
-        with pytest.raises(KeyboardInterrupt):
+    with handled(signal.SIGINT, signal.default_int_handler):
+        with interruption.noticed(said.append) as found:
             os.kill(os.getpid(), signal.SIGINT)
+            assert found.asked == signal.SIGINT
+            time.sleep(0.01)
+            with pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert len(said) == 1
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    signal.signal(signal.SIGINT, before)
 
 
 def test_what_is_ignored_stays_ignored() -> None:
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    with interruption.noticed(pytest.fail) as found:
+    ignored = handled(signal.SIGINT, signal.SIG_IGN)
+    with ignored, interruption.noticed(pytest.fail) as found:
         os.kill(os.getpid(), signal.SIGINT)
         assert found.asked is None
-    signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize("checkpoint_every", [3, 1000])
@@ -139,46 +144,6 @@ def test_an_interruption_of_the_last_step_changes_nothing(
     result = train(load_recipe(path), callbacks=Callbacks(step=interrupt))
     assert result.steps == 6
     assert result.checksum == whole.checksum
-
-
-def holding_out(recipe_file: Callable[..., Path], count: int) -> dict[str, Any]:
-    """Changes of a recipe by which each of its sources holds samples out."""
-    plain = yaml.safe_load(recipe_file().read_text())
-    return {
-        f"{kind}__sources": [{**plain[kind]["sources"][0], "held_out": count}]
-        for kind in ("captions", "instructions")
-    }
-
-
-@pytest.mark.parametrize("number", [1, 3], ids=["first", "last"])
-def test_an_interrupted_evaluation_is_made_on_resume(
-    recipe_file: Callable[..., Path], losses: Any, tmp_path: Path, number: int
-) -> None:
-    path = recipe_file(
-        **holding_out(recipe_file, 9),
-        steps=6,
-        checkpoint_every=1000,
-        compute__threads=1,
-        evaluation={"every": 2, "samples": 9, "max_new_tokens": 3, "best": "pairs.words"},
-    )
-    whole = train(load_recipe(path, [f"out={tmp_path}/whole"]), score_captions=words)
-    run = tmp_path / "run"
-    calls = itertools.count(1)
-
-    def interrupt(captions: Any, references: Any) -> dict[str, float]:
-        if next(calls) == number:  # texts are scored after captions
-            os.kill(os.getpid(), signal.SIGTERM)
-        return words(captions, references)
-
-    with pytest.raises(SystemExit, match="143"):
-        train(load_recipe(path), score_captions=interrupt)
-    assert [row["step"] for row in losses(run)] == list(range(1, 2 * number))
-    resumed = train(load_recipe(path), resume=True, score_captions=words)
-    assert resumed.started_at == 2 * number
-    assert resumed.checksum == whole.checksum
-    assert losses(run) == losses(tmp_path / "whole")
-    best, of_whole = (each / "best" / ADAPTER_WEIGHTS_NAME for each in (run, tmp_path / "whole"))
-    assert best.read_bytes() == of_whole.read_bytes()
 
 
 def test_a_run_that_is_interrupted_while_it_saves_makes_no_further_step(
@@ -224,17 +189,10 @@ def test_a_terminal_that_is_gone_costs_no_step(
     assert resumed.checksum == whole.checksum
 
 
-@pytest.mark.parametrize("evaluation", [None, {"every": 1, "samples": 9, "max_new_tokens": 9}])
 def test_processes_end_together_when_one_is_interrupted(
-    recipe_file: Callable[..., Path], tmp_path: Path, evaluation: Any
+    recipe_file: Callable[..., Path], tmp_path: Path
 ) -> None:
-    path = recipe_file(
-        steps=150,
-        checkpoint_every=1000,
-        compute__threads=1,
-        evaluation=evaluation,
-        **holding_out(recipe_file, 9),
-    )
+    path = recipe_file(steps=150, checkpoint_every=1000, compute__threads=1)
     run = tmp_path / "interrupted"
     started, _ = start(path, f"out={run}", processes=2)
     _wait_for_rows(run, 5, lambda: None if all(p.is_alive() for p in started) else 1)
@@ -244,10 +202,8 @@ def test_processes_end_together_when_one_is_interrupted(
         process.join(SECONDS)
     assert [process.exitcode for process in started] == [128 + signal.SIGTERM] * 2
     steps = _rows(run)
-    resumed = train(load_recipe(path, [f"out={run}", "evaluation=null"]), resume=True)
-    # the last step's row is written when it has its scores
-    assert resumed.started_at in ((steps, steps + 1) if evaluation else (steps,))
-    assert resumed.started_at < 150
+    resumed = train(load_recipe(path, [f"out={run}"]), resume=True)
+    assert resumed.started_at == steps < 150
     assert _rows(run) == resumed.steps == 150
 
 

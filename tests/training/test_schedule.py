@@ -83,6 +83,23 @@ def test_evaluations_and_the_last_checkpoint_count() -> None:
     assert 54 < clock.now - 100 <= 58.2
 
 
+def test_an_evaluation_of_an_earlier_process_is_no_cost_of_each_step() -> None:
+    """One that was interrupted is made before the first step of the process that resumes."""
+    planned = []
+    for evaluation in (0, 60):
+        clock = Clock()
+        budget = StepBudget(sections(), steps=None, minutes=10, clock=clock)
+        paces: dict[str, list[float]] = {"some": [], "all": [1.0] * 20}
+        budget.load_state_dict({"steps": 530, "spent": 330.0, "saving": 1.0, "paces": paces})
+        budget.begin()
+        clock.now += evaluation
+        budget.took_between(evaluation, saving=False)
+        clock.now += 1
+        budget.took(1.0, step=399)
+        planned.append(budget.steps)
+    assert planned[0] - planned[1] == 60
+
+
 def test_steps_bound_minutes_and_slow_steps_end_in_time() -> None:
     clock = Clock()
     assert (

@@ -6,11 +6,12 @@ import gc
 import multiprocessing
 import os
 import random
+import signal
 import socket
 import subprocess
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -42,8 +43,22 @@ def words(captions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[
     return {"words": float(sum(len(caption.split()) for caption in captions))}
 
 
+def words_then_interrupted(
+    captions: Sequence[str], references: Sequence[Sequence[str]]
+) -> dict[str, float]:
+    """The same of a process that is asked to end meanwhile: the second one."""
+    if os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGTERM)
+    return words(captions, references)
+
+
 def work(
-    environment: dict[str, str], recipe: str, overrides: list[str], resume: bool, answers: Any
+    environment: dict[str, str],
+    recipe: str,
+    overrides: list[str],
+    resume: bool,
+    score: Callable[..., dict[str, float]],
+    answers: Any,
 ) -> None:
     """What one process does: its result and what it said, or its error."""
     import torch
@@ -73,7 +88,7 @@ def work(
     try:
         settings = load_recipe(Path(recipe), overrides)
         callbacks = Callbacks(message=said.append)
-        result = train(settings, resume=resume, callbacks=callbacks, score_captions=words)
+        result = train(settings, resume=resume, callbacks=callbacks, score_captions=score)
     except Exception:
         answers.put(traceback.format_exc())
         raise
@@ -81,7 +96,11 @@ def work(
 
 
 def start(
-    recipe: Path, *overrides: str, resume: bool = False, processes: int = 1
+    recipe: Path,
+    *overrides: str,
+    resume: bool = False,
+    processes: int = 1,
+    score: Callable[..., dict[str, float]] = words,
 ) -> tuple[list[BaseProcess], Any]:
     """One process for each rank, as torchrun sets them up."""
     server, port = context(), str(free_port())
@@ -93,7 +112,7 @@ def start(
             environment = {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_PORT": port}
             environment |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
             environment |= {"MASTER_ADDR": "127.0.0.1"}
-        arguments = (environment, str(recipe), list(overrides), resume, answers)
+        arguments = (environment, str(recipe), list(overrides), resume, score, answers)
         started.append(server.Process(target=work, args=arguments))
         started[-1].start()
     return started, answers

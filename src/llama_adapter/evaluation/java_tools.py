@@ -50,7 +50,13 @@ def _run_java(arguments: Sequence[str], *, text: str) -> list[str]:
             "the PTB tokenizer and METEOR need a Java runtime, and no 'java' is on the path"
         )
     command = ["java", "-Dfile.encoding=UTF-8", *arguments]
-    done = subprocess.run(command, input=text.encode(), capture_output=True, check=False)  # noqa: S603
+    done = subprocess.run(  # noqa: S603
+        command,
+        input=text.encode(),
+        capture_output=True,
+        check=False,
+        process_group=0,  # a Ctrl-C in the terminal is ours to act on
+    )
     if done.returncode != 0:
         last = done.stderr.decode(errors="replace").strip().splitlines()[-1:]
         raise EvaluationError(f"java ended with {done.returncode}: {''.join(last)}")

@@ -16,6 +16,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from fastapi.responses import JSONResponse
+from starlette.requests import ClientDisconnect
 
 from llama_adapter.errors import UnavailableError
 from llama_adapter.serving.auth import Keys, check_admin_key, check_key, is_loopback
@@ -72,7 +73,8 @@ class Gate:
             exchange.fields["error"] = "cancelled"
             raise
         except Exception as error:
-            refusal = exchange.stalled or as_api_error(error)
+            has_left = isinstance(error, OSError | ClientDisconnect)
+            refusal = (exchange.stalled if has_left else None) or as_api_error(error)
             exchange.fields["error"] = refusal.code
             if refusal.status == 500:
                 log("failed", level=logging.ERROR, failed=True, request_id=exchange.id)

@@ -65,7 +65,8 @@ class HeldOutScorer:
         return scores
 
     def _scores(self, held_out: HeldOut, is_ended: Callable[[], bool]) -> dict[str, float]:
-        samples = self._sound(held_out, range(min(self.section.samples, len(held_out))))
+        wanted = range(min(self.section.samples, len(held_out)))
+        samples = [*self._sound(held_out, wanted).values()]
         if not samples:
             return {}
         found = {"perplexity": self._perplexity(held_out, samples, is_ended)}
@@ -131,16 +132,22 @@ class HeldOutScorer:
         numbers: dict[int, list[int]] = {}
         for number, group in enumerate(groups):
             numbers.setdefault(group, []).append(number)
-        found = []
-        for some in list(numbers.values())[:most]:
-            if asked := self._sound(held_out, some[:1]):
-                found.append(asked + [held_out[n] for n in some[1:]])
-        return found
+        chosen = list(numbers.values())[:most]
+        sound = self._sound(held_out, [some[0] for some in chosen])
+        return [
+            [sound[first], *(held_out[n] for n in others)]
+            for first, *others in chosen
+            if first in sound
+        ]
 
-    def _sound(self, held_out: HeldOut, numbers: Iterable[int]) -> list[Sample]:
-        """Those of the samples whose images can be read: others are left out, as in training."""
+    def _sound(self, held_out: HeldOut, numbers: Iterable[int]) -> dict[int, Sample]:
+        """Those of the samples whose images every process can read, by their numbers.
+
+        Others are left out, as in training.
+        """
         features = self.encoders[held_out.kind].features
-        found = []
+        found: dict[int, Sample] = {}
+        invalid: list[int] = []
         for number in numbers:
             try:
                 sample = held_out[number]
@@ -150,9 +157,11 @@ class HeldOutScorer:
                     else:
                         features.read([ref])
             except LlamaAdapterError:
+                invalid.append(number)
                 continue
-            found.append(sample)
-        return found
+            found[number] = sample
+        of_any = {number for of_rank in self.engine.gather(invalid) for number in of_rank}
+        return {number: sample for number, sample in found.items() if number not in of_any}
 
     def _inputs(self, questions: Sequence[Conversation]) -> Any:
         features = self.encoders["caption"].features

@@ -129,13 +129,13 @@ class TrainingRun:
         invalid, and CheckpointError where a checkpoint cannot be written or read.
         """
         began = self._restore() if resume else 0
-        if not self._is_over():
+        if not self._unscored and not self._is_over():
             self.budget.begin()
         with noticed(self._tell) as self._interruption:
-            self._to_the_end()
+            self._to_the_end(began)
             return self._finish(began)
 
-    def _to_the_end(self) -> None:
+    def _to_the_end(self, began: int) -> None:
         with torch.random.fork_rng():
             while self._unscored or not self._is_over():
                 row = self._unscored or self._step()
@@ -144,13 +144,16 @@ class TrainingRun:
                 if self._due(step, self._every_evaluation):
                     with self._timed():
                         self._score(row)
+                    self._agree()  # a signal after its last batch need not wait for another step
                 if not self._unscored:
                     self._write(row)
                 is_left = self._unscored or not self._is_over()
-                if (is_left and self._ended_by) or self._due(step, self.recipe.checkpoint_every):
+                is_due = self._due(step, self.recipe.checkpoint_every)
+                # the one that this process began with stays as it is: it leads to the same
+                if step > began and (is_due or (is_left and self._ended_by)):
                     with self._timed(saving=True):
                         self._save()
-                    self._agree()  # a signal in the middle of it need not wait for another step
+                    self._agree()
                 if is_left and (interrupted := self._ended_by):
                     with suppress(OSError):  # the terminal may be gone
                         self._tell(
@@ -228,9 +231,10 @@ class TrainingRun:
     def _agree(self, *counts: int) -> list[int]:
         """Sums over all processes, which learn on the way whether one of them is to end."""
         asked = [self._interruption.asked == number for number in SIGNALS]
-        sums = self.engine.all_reduce(torch.tensor([*asked, *counts])).tolist()
+        values = torch.tensor([*asked, *counts], dtype=torch.int64)
+        sums = self.engine.all_reduce(values).tolist()
         self._ended_by = next((n for n, any_ in zip(SIGNALS, sums, strict=False) if any_), None)
-        return [int(count) for count in sums[len(SIGNALS) :]]
+        return list(sums[len(SIGNALS) :])
 
     def _is_ended(self) -> bool:
         self._agree()
@@ -353,8 +357,10 @@ class TrainingRun:
             raise failures[0]
 
     def _truncate_after(self, step: int) -> None:
-        for file in (self.metrics, self.invalid.file):
-            file.keep(lambda row: row["step"] <= step)
+        # a row that lacks its scores is written when it has them
+        last_row = step - 1 if self._unscored else step
+        for file, last in ((self.metrics, last_row), (self.invalid.file, step)):
+            file.keep(partial(_is_up_to, last))
             if file.invalid:
                 self._tell(f"{file.path}: {file.invalid} lines are not rows and are left out")
 
@@ -406,3 +412,7 @@ class TrainingRun:
     def _tell(self, message: str) -> None:
         if self.engine.rank == 0:
             self.callbacks.message(message)
+
+
+def _is_up_to(step: int, row: Row) -> bool:
+    return bool(row["step"] <= step)

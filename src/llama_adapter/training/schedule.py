@@ -120,7 +120,8 @@ class StepBudget:
 
     def took_between(self, seconds: float, *, saving: bool) -> None:
         """An evaluation, or what saving a checkpoint took."""
-        self._between += seconds
+        if self._done_here:  # else it is of a step that an earlier process made
+            self._between += seconds
         if saving:
             self._saving = seconds
 
