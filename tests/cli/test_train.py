@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from llama_adapter.cli.train import score_captions
 from llama_adapter.training.directory_lock import locked
 
 TOY = Path("recipes/toy.yaml").resolve()
@@ -29,6 +30,13 @@ def small(tmp_path):
         "evaluation=null",
         out,
     )
+
+
+def test_captions_are_scored_without_what_is_not_shown(monkeypatch):
+    """METEOR takes longer than everything else together."""
+    pytest.importorskip("pycocoevalcap")
+    monkeypatch.setattr("llama_adapter.evaluation.captions.meteor_statistics", pytest.fail)
+    assert sorted(score_captions(["a star"], [["a star"]])) == ["bleu4", "cider"]
 
 
 def test_the_toy_recipe_trains_resumes_and_is_drawn(cli, small, tmp_path):

@@ -24,6 +24,7 @@ from llama_adapter.model.persistence import ADAPTER_WEIGHTS_NAME
 from llama_adapter.model.tensor_files import read_tensors
 from llama_adapter.training.callbacks import Callbacks
 from llama_adapter.training.launch import train
+from llama_adapter.training.memory import sizes_of
 from llama_adapter.training.plot import plot_run
 from llama_adapter.training.recipe import load_recipe
 from llama_adapter.training.run import TrainingResult
@@ -66,6 +67,22 @@ def test_a_run_leaves_an_adapter_metrics_and_checkpoints(
     assert result.trained == {
         "adapter": sum(p.numel() for _, p in model.adapter.named_parameters())
     }
+
+
+def test_what_no_data_moves_is_not_counted_as_trained(recipe_file: Recipe, tmp_path: Path) -> None:
+    path = recipe_file(instructions=None)
+    begun = run(path, "steps=1", f"out={tmp_path}/begun")
+    result = run(path)
+    before, after = (
+        LlamaAdapterForConditionalGeneration.from_pretrained(each.adapter)
+        for each in (begun, result)
+    )
+    assert result.trained == {"adapter": sum(p.numel() for p in after.group_parameters("vision"))}
+    assert sizes_of(load_recipe(path)).trained_parameters == {"vision": result.trained["adapter"]}
+    pairs = zip(
+        before.group_parameters("language"), after.group_parameters("language"), strict=True
+    )
+    assert all(torch.equal(one, other) for one, other in pairs)
 
 
 def test_stopped_and_resumed_equals_uninterrupted(

@@ -21,7 +21,10 @@ def info(
     ] = None,
     preset: Annotated[
         str | None,
-        typer.Option(help="With --shape: the published setting to count; v2.", metavar="NAME"),
+        typer.Option(
+            help="With --shape: the published setting to count, such as v1; v2 unless told.",
+            metavar="NAME",
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:

@@ -55,7 +55,7 @@ def train(
     Examples:
       llama-adapter train recipes/toy.yaml
       llama-adapter train recipes/toy.yaml steps=200 out=runs/short seed=1
-      llama-adapter train recipes/captions-and-instructions.yaml --check prompt.template=chat \
+      llama-adapter train recipes/captions-and-instructions.yaml --check prompt.template=chat \\
         base.model=Qwen/Qwen3-0.6B vision.model=openai/clip-vit-large-patch14
       llama-adapter train recipes/paper-7b.yaml --resume
       torchrun --nproc-per-node 8 -m llama_adapter.cli train recipes/paper-7b.yaml
@@ -85,7 +85,8 @@ def train(
             emit(_as_json(result))
         else:
             typer.echo(f"{result.adapter}  sha256 {result.checksum}")
-            typer.echo(f"ask it: llama-adapter chat {result.adapter}", err=True)
+            shown = "" if settings.vision is None else " --image FILE"
+            typer.echo(f"ask it: llama-adapter chat {result.adapter}{shown}", err=True)
 
 
 def _with_built_in(settings: Recipe) -> Recipe:
@@ -126,7 +127,7 @@ class CaptionScores:
     ) -> dict[str, float]:
         from llama_adapter.evaluation.captions import caption_metrics, caption_sums
 
-        totals = caption_sums(captions, references).sums_UC.sum(axis=0)
+        totals = caption_sums(captions, references, meteor=False).sums_UC.sum(axis=0)
         found = caption_metrics(totals)
         return {"cider": float(found["CIDEr"]), "bleu4": float(found["BLEU-4"])}
 

@@ -70,9 +70,16 @@ class CaptionSums:
 
 
 def caption_sums(
-    candidates: Sequence[str], references: Sequence[Sequence[str]], *, tokenizer: str = "auto"
+    candidates: Sequence[str],
+    references: Sequence[Sequence[str]],
+    *,
+    tokenizer: str = "auto",
+    meteor: bool = True,
 ) -> CaptionSums:
-    """Boil captions down to the sums that `caption_metrics` reads."""
+    """Boil captions down to the sums that `caption_metrics` reads; METEOR's cost most of the time.
+
+    Without `meteor`, or without Java, there are none of its own.
+    """
     if tokenizer == "auto":
         tokenizer = "ptb" if has_java() else "simple"
     if tokenizer not in TOKENIZERS:
@@ -88,7 +95,7 @@ def caption_sums(
     ones = np.ones(len(pairs))
     columns = [bleu.reshape(-1, _BLEU_SUMS), np.stack([ones, rouge, cider], axis=1)]
     # the plain tokenizer is there for machines without Java: it never starts any
-    has_meteor = tokenizer != "simple" and has_java()
+    has_meteor = meteor and tokenizer != "simple" and has_java()
     if has_meteor:
         columns.append(meteor_statistics(hypotheses, tokenized))
     return CaptionSums(np.concatenate(columns, axis=1), tokenizer, has_meteor)

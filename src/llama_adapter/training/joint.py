@@ -8,7 +8,7 @@ None, so that the optimizer cannot move it by momentum or decay either.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -39,6 +39,11 @@ MUON_LR = 0.01
 """Of the projector's matrices where a recipe names none."""
 GROUP_OF = {"caption": Group.VISION, "instruction": Group.LANGUAGE}
 """Which group the loss of a kind of batch moves."""
+
+
+def moved_by(kinds: Iterable[str], section: OptimizerSection) -> set[Group]:
+    """The groups that batches of these kinds move: each its own, or all of them where naive."""
+    return set(Group) if section.joint == "naive" else {GROUP_OF[kind] for kind in kinds}
 
 
 @dataclass(kw_only=True, slots=True)
@@ -134,7 +139,7 @@ class JointTrainer:
         counts, has_images = self._agree(batches)
         losses = []
         for (kind, micro_batches), count in zip(batches.items(), counts, strict=True):
-            losses.append(self._backward(micro_batches, GROUP_OF[kind], count, has_images.pop(0)))
+            losses.append(self._backward(micro_batches, kind, count, has_images.pop(0)))
             report.answer_tokens[kind] = int(count)
         summed = self.engine.all_reduce(torch.stack(losses)).tolist()
         report.losses = dict(zip(batches, summed, strict=True))
@@ -179,10 +184,10 @@ class JointTrainer:
         return totals[: len(own)].clamp(min=1), [[next(seen) for _ in k] for k in batches.values()]
 
     def _backward(
-        self, batches: Sequence[Batch], group: Group, num_tokens: Tensor, has_images: list[bool]
+        self, batches: Sequence[Batch], kind: str, num_tokens: Tensor, has_images: list[bool]
     ) -> Tensor:
         """Accumulate gradients of one loss; this process's share of it."""
-        moving = set(Group) if self.section.joint == "naive" else {group}
+        moving = moved_by([kind], self.section)
         device = self.model.device
         enabled = self.autocast_dtype is not None
         losses = []

@@ -14,8 +14,10 @@ from torch import Tensor, nn
 
 from llama_adapter.families.vision import vision_features
 from llama_adapter.model import LlamaAdapterForConditionalGeneration
+from llama_adapter.model.groups import Group
 from llama_adapter.processing.processor import LlamaAdapterProcessor
 from llama_adapter.training.build import META, build
+from llama_adapter.training.joint import moved_by
 from llama_adapter.training.parallel import dummy_image
 from llama_adapter.training.recipe import Recipe, VisionSection
 
@@ -34,7 +36,7 @@ class Sizes:
     base_parameters: int
     vision_parameters: int
     trained_parameters: dict[str, int]
-    """By group."""
+    """By group, of those that the recipe's kinds of data move."""
     layers: int
     context: int | None
     """Positions that the base knows, where its config says."""
@@ -72,11 +74,13 @@ def sizes_of(
     """
     built = build(recipe, device=META)
     model, base = built.model, built.model.language_model
+    moving = moved_by(recipe.streams, recipe.optimizer)
     trained = {
-        group: sum(p.numel() for p in model.group_parameters(group))
-        for group in ("vision", "language")
+        str(group): sum(p.numel() for p in model.group_parameters(group))
+        for group in Group
+        if group in moving
     }
-    if built.lora is not None:
+    if built.lora is not None and Group.LANGUAGE in moving:
         trained["lora"] = sum(p.numel() for p in built.lora.named_parameters().values())
     trained_ids = {id(p) for _, p in model.adapter.named_parameters()}
     trained_ids |= {id(p) for p in (built.lora.named_parameters().values() if built.lora else ())}

@@ -27,7 +27,7 @@ from llama_adapter.training.callbacks import Callbacks
 from llama_adapter.training.checkpointing import Checkpointer
 from llama_adapter.training.device import autocast_dtype
 from llama_adapter.training.interruption import SIGNALS, Interruption, leave, noticed
-from llama_adapter.training.joint import JointTrainer, StepReport
+from llama_adapter.training.joint import JointTrainer, StepReport, moved_by
 from llama_adapter.training.keepers import BestAdapter, InvalidRecords
 from llama_adapter.training.metrics import Row, gate_sizes, row_of
 from llama_adapter.training.micro_batches import drop_channels, split_by_length, with_features
@@ -400,10 +400,11 @@ class TrainingRun:
         )
 
     def trained(self) -> dict[str, int]:
-        """How many parameters are trained, LoRA counted separately."""
+        """How many parameters the recipe's kinds of data move, LoRA counted separately."""
         counts = {"adapter": 0}
         factors = {} if self.built.lora is None else self.built.lora.factors
-        for named in self.trainer.named.values():
+        moving = moved_by(self.recipe.streams, self.recipe.optimizer)
+        for named in (self.trainer.named[group] for group in moving):
             for name, parameter in named.items():
                 part = "lora" if name in factors else "adapter"
                 counts[part] = counts.get(part, 0) + parameter.numel()
