@@ -142,14 +142,14 @@ BAD: list[tuple[dict[str, Any], str]] = [
             "instructions": {"sources": [{"type": "alpaca", "path": "a"}], "start": 0.5},
             "captions": None,
         },
-        "would leave steps without a batch: one kind must have start: 0",
+        r"instructions\.start would leave steps without a batch: it must be 0",
     ),
     (
         {
             "instructions": {"sources": [{"type": "alpaca", "path": "a"}], "every": 2},
             "captions": None,
         },
-        "one kind must have every: 1",
+        r"instructions\.every would leave steps without a batch: it must be 1",
     ),
     (
         {"optimizer": {"language_anneal": {"until": 0, "factor": 0.1}}},

@@ -348,9 +348,10 @@ class Recipe(Section):
             raise ValueError("needs steps, minutes, or both: how long to train")
         for key, least in (("start", 0), ("every", 1)):
             if min(getattr(section, key) for section in self.streams.values()) > least:
+                names = " and ".join(f"{kind}s.{key}" for kind in self.streams)
+                which = "one of them" if len(self.streams) > 1 else "it"
                 raise ValueError(
-                    f"captions.{key} and instructions.{key} would leave steps without a batch: "
-                    f"one kind must have {key}: {least}"
+                    f"{names} would leave steps without a batch: {which} must be {least}"
                 )
         if self.captions is not None and self.vision is None:
             raise ValueError("captions need a vision encoder: give vision.model")
