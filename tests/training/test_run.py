@@ -335,6 +335,27 @@ def test_a_start_brings_its_lora(recipe_file: Recipe, tmp_path: Path) -> None:
         run(path, f"{other}3")
 
 
+def test_the_terms_of_a_start_are_those_of_what_goes_on_from_it(
+    recipe_file: Recipe, tmp_path: Path
+) -> None:
+    first = run(recipe_file(steps=1), f"out={tmp_path}/first")
+    path = recipe_file(adapter={"start": str(first.adapter)}, steps=1)
+
+    def card(number: int) -> str:
+        return (run(path, f"out={tmp_path}/{number}").adapter / "README.md").read_text()
+
+    assert "license" not in card(1)
+    terms = 'license: other\nlicense_name: "research only"\n'
+    (first.adapter / "README.md").write_text(f"---\n{terms}tags: [a]\n---\n\n# Mine\n\nText.\n")
+    found = card(2)
+    assert found.startswith(f"---\n{terms}library_name:")
+    assert found.endswith(
+        "\nTrained further from `Mine`: its terms, and those of its data, hold for this one too.\n"
+    )
+    (first.adapter / "README.md").write_bytes(b"\xff")
+    assert "license" not in card(3)
+
+
 def test_bfloat16_autocast_keeps_trainables_in_float32(recipe_file: Recipe) -> None:
     result = run(recipe_file(steps=2), "compute.autocast=bfloat16", "base.dtype=bfloat16")
     tensors = read_tensors(result.adapter / ADAPTER_WEIGHTS_NAME)

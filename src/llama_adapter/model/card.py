@@ -12,6 +12,9 @@ from llama_adapter.files import final_name, write_atomically
 from llama_adapter.model.configuration import LlamaAdapterConfig
 from llama_adapter.uploads import CARD
 
+_OPENING = "---\n"
+_TERMS = re.compile(r"license(_name|_link)?: *\S")
+_HEADING = re.compile(r"^# (.*\S)", re.MULTILINE)
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 _CARD = """---
@@ -54,6 +57,27 @@ def write_card(directory: Path, config: LlamaAdapterConfig) -> None:
     path = directory / CARD
     if not path.exists():
         write_atomically(path, model_card(config, final_name(directory.resolve())))
+
+
+def carry_terms(directory: Path, start: Path) -> None:
+    """Let an adapter's card name the terms of the adapter that it was trained further from.
+
+    They are the lines of metadata that the hub reads a license from; without any, nothing is added.
+    """
+    path, before = directory / CARD, start / CARD
+    if not (path.is_file() and before.is_file()):
+        return
+    metadata, _, known = before.read_text("utf-8", errors="replace").partition("\n---\n")
+    terms = "".join(f"{line}\n" for line in metadata.splitlines() if _TERMS.match(line))
+    text = path.read_text("utf-8")
+    if not terms or not text.startswith(_OPENING):
+        return
+    heading = _HEADING.search(known)
+    name = final_name(start.resolve()) if heading is None else heading[1]
+    note = (
+        f"Trained further from `{name}`: its terms, and those of its data, hold for this one too."
+    )
+    write_atomically(path, f"{_OPENING}{terms}{text.removeprefix(_OPENING)}\n{note}\n")
 
 
 def _name(described: Mapping[str, Any] | None) -> str:
