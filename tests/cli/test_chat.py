@@ -96,6 +96,18 @@ def test_bad_input_is_refused_in_one_line(
     assert complaint in last
 
 
+@pytest.mark.parametrize("server", [[], ["--url", "http://127.0.0.1:9"]])
+def test_an_image_that_is_too_large_is_refused_in_our_words_alone(
+    server: list[str], cli: Cli, adapter_dir: Path, tmp_path: Path
+) -> None:
+    """PIL warns of it, too, which is an error in these tests."""
+    Image.new("1", (12_000, 8_000)).save(tmp_path / "huge.png")
+    done = cli("chat", adapter_dir, "--prompt", "x", "--image", tmp_path / "huge.png", *server)
+    assert done.status == 2
+    assert "has 12000x8000 = 96000000 pixels; at most 89000000 are read\n" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
 def test_an_image_is_refused_where_the_adapter_is_damaged(
     cli: Cli, adapter_dir: Path, tmp_path: Path
 ) -> None:
