@@ -245,6 +245,18 @@ def test_time_is_bounded(serving: Any) -> None:
         assert running.is_idle()
 
 
+def test_what_bounds_max_tokens_is_named(serving: Any, engine: Any) -> None:
+    for most, words, code in (
+        (10, "answers of this server have at most 10 tokens", "invalid_value"),
+        (engine.context_length, "after a prompt of ", "context_length_exceeded"),
+    ):
+        with serving(limits=Limits(max_tokens=most)) as running:
+            asked = {**SHORT, "max_tokens": engine.context_length}
+            refused = running.post("/v1/completions", json=asked).json()["error"]
+            assert words in refused["message"]
+            assert (refused["code"], refused["param"]) == (code, "max_tokens")
+
+
 def test_keys_open_everything_but_health_and_the_page(serving: Any, tmp_path: Path) -> None:
     (tmp_path / "keys").write_text(f"# of two users\n{KEY}\n\n{OTHER}\n")
     with serving(keys=Keys.read(tmp_path / "keys")) as running:

@@ -234,19 +234,23 @@ class Service:
                 param="messages",
             )
         wanted = sampling.get("max_tokens")
-        if wanted is not None and wanted > min(self.limits.max_tokens, context - length):
-            raise ApiError(
-                400,
-                f"max_tokens is {wanted}; after a prompt of {length} tokens at most "
-                f"{min(self.limits.max_tokens, context - length)} may be generated",
-                code="context_length_exceeded",
-                param="max_tokens",
+        most = min(self.limits.max_tokens, context - length)
+        if wanted is not None and wanted > most:
+            message, code = (
+                f"max_tokens is {wanted}; answers of this server have at most {most} tokens",
+                "invalid_value",
             )
-        max_tokens = wanted or min(self.limits.max_tokens, context - length)
+            if most < self.limits.max_tokens:
+                message, code = (
+                    f"max_tokens is {wanted}; after a prompt of {length} tokens at most {most} "
+                    "may be generated",
+                    "context_length_exceeded",
+                )
+            raise ApiError(400, message, code=code, param="max_tokens")
         return GenerationRequest(
             prompt=prompt,
             adapter=adapter,
-            sampling=Sampling(**{**sampling, "max_tokens": max_tokens}),
+            sampling=Sampling(**{**sampling, "max_tokens": wanted or most}),
             deadline=started + self.limits.request_seconds,
             encoded_by=encoded_by,
         )
