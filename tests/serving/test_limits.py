@@ -10,6 +10,7 @@ import re
 import shutil
 import socket
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -243,6 +244,24 @@ def test_time_is_bounded(serving: Any) -> None:
         with pytest.raises(openai.APIError, match="time limit"):
             list(running.client().completions.create(**LONG, stream=True))
         assert running.is_idle()
+
+
+def test_answers_that_draining_cuts_off_say_so(serving: Any, slowed: Any) -> None:
+    model, processor = load_bundled()
+    ending = RowEngine(model, processor, name="toy", settings=EngineSettings(rows=2))
+    with slowed(model), serving(engine=ending) as running, ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(running.post, "/v1/completions", json=LONG)
+        with answering(running) as lines:
+            assert becomes(lambda: ending.stats.busy_rows == 2)
+            ending.drain(0)
+            *_, last, done = filter(None, lines)
+        whole = asked.result()
+    assert whole.status_code == 503
+    assert int(whole.headers["Retry-After"]) >= 1
+    assert done == "data: [DONE]"
+    for body in (whole.json(), json.loads(last.removeprefix("data: "))):
+        assert body["error"]["message"] == "the server is shutting down"
+        assert body["error"]["code"] == "unavailable"
 
 
 def test_what_bounds_max_tokens_is_named(serving: Any, engine: Any) -> None:

@@ -23,6 +23,8 @@ _TYPES = {
     504: "server_error",
 }
 TRY_AGAIN = {"Retry-After": "1"}
+TOO_LATE = "the time limit has passed"
+ENDING = "the server is shutting down"
 
 
 class ApiError(ServingError):

@@ -20,7 +20,7 @@ from starlette.requests import ClientDisconnect
 
 from llama_adapter.errors import UnavailableError
 from llama_adapter.serving.auth import Keys, check_admin_key, check_key, is_loopback
-from llama_adapter.serving.errors import ApiError, as_api_error
+from llama_adapter.serving.errors import ENDING, ApiError, as_api_error
 from llama_adapter.serving.limits import Admission, read_body
 from llama_adapter.serving.metrics import Metrics, log
 
@@ -99,7 +99,7 @@ class Gate:
         if scope["method"] in {"GET", "HEAD", "OPTIONS"} or path in OPEN:
             return receive  # nothing reads a body there
         if path in GENERATING and self.is_draining:
-            raise UnavailableError("the server is shutting down")
+            raise UnavailableError(ENDING)
         if not is_operators:  # whatever a body is for, there is memory for so many
             held.enter_context(self.admission.enter())
         return _Replay(await read_body(scope, receive, self.admission.limits), receive)

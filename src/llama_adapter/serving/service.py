@@ -19,6 +19,8 @@ from llama_adapter.errors import (
     LlamaAdapterError,
     PromptError,
     QueueFullError,
+    ServingError,
+    UnavailableError,
 )
 from llama_adapter.files import can_be_path
 from llama_adapter.generation.requests import (
@@ -30,7 +32,7 @@ from llama_adapter.generation.requests import (
     Sampling,
     encode_prompt,
 )
-from llama_adapter.serving.errors import ApiError
+from llama_adapter.serving.errors import ENDING, TOO_LATE, ApiError
 from llama_adapter.serving.experts import ServedExperts
 from llama_adapter.serving.limits import Limits
 from llama_adapter.serving.media import Media
@@ -319,7 +321,7 @@ class _Reading:
 
     def _refuse_if_late(self) -> None:
         if time.monotonic() >= self._until():
-            raise ApiError(504, "the time limit has passed", code="deadline_exceeded")
+            raise ApiError(504, TOO_LATE, code="deadline_exceeded")
 
     def _too_many(self, name: str) -> ApiError:
         most = self._media.limits.max_request_pixels
@@ -368,20 +370,27 @@ class Reader:
         return not self.generation.usage.completion_tokens
 
     async def increments(self) -> AsyncIterator[Increment]:
-        """Every increment; ApiError 504 where time is up."""
+        """Every increment; ApiError 504 where time is up, UnavailableError where draining is."""
         while True:
             await self._news.wait()
             self._news.clear()
             is_last = self.generation.is_done
             for part in self.generation.read():
                 if part.finish == "deadline":
-                    raise ApiError(504, "the time limit has passed", code="deadline_exceeded")
+                    raise self._cut_off()
                 if self.first_at is None and part.tokens:
                     self.first_at = time.monotonic()
                 yield part
             if is_last:
                 self.generation.read()  # raises what the engine has failed with
                 return
+
+    def _cut_off(self) -> ServingError:
+        """Why the engine ended an answer: the request's time is up, or the time to drain is."""
+        deadline = self.generation.request.deadline
+        if deadline is None or time.monotonic() < deadline:
+            return UnavailableError(ENDING)
+        return ApiError(504, TOO_LATE, code="deadline_exceeded")
 
 
 @asynccontextmanager
