@@ -24,6 +24,8 @@ MOST_CHARACTERS = 1 << 14
 and of its depth, minutes for four times as much, and cannot be ended."""
 MOST_LEVELS = 100
 """Of brackets in a schema."""
+_LOGGED = re.compile(r"^\[[\d:]+\] \S+:\d+: ")
+"""The time and the line of its source, with which the library begins what it says."""
 _TEXT = re.compile(r'"(?:[^"\\]|\\.)*"')
 
 
@@ -81,7 +83,8 @@ class Grammars:
             return compiler.compile_json_schema(text, max_whitespace_cnt=1)
         except Exception as error:  # of the library, whose classes change
             reason = str(error).strip().splitlines() or [type(error).__name__]
-            raise ConfigError(f"{name} cannot be used: {reason[-1][:200]}") from error
+            said = _LOGGED.sub("", reason[-1])
+            raise ConfigError(f"{name} cannot be used: {said[:200]}") from error
 
 
 def _outside(schema: str) -> Iterator[str]:

@@ -79,12 +79,18 @@ def as_validation_error(faults: Sequence[Mapping[str, Any]]) -> ApiError:
     """The first thing that is wrong with a body, by the name of its field."""
     fault = faults[0]
     where = [str(step) for step in fault["loc"] if step not in {"body", "query", "path"}]
-    field = ".".join(step for step in where if not step.startswith(("function-", "list[", "str")))
+    # behind a field, its kind among several
+    field = ".".join(
+        step
+        for step in where
+        if step not in {"str", "constrained-str"} and not step.startswith(("function-", "list["))
+    )
     match fault["type"]:
         case "extra_forbidden":
-            message, code = f"field {field!r} is not supported", "unsupported_field"
+            similar = fault.get("ctx", {}).get("similar", "")
+            message, code = f"field {field!r} is not supported{similar}", "unsupported_field"
         case "json_invalid":
-            message, code = "the body is not valid JSON", "invalid_json"
+            message, code, field = "the body is not valid JSON", "invalid_json", ""
         case "missing":
             message, code = f"field {field!r} is missing", "missing_field"
         case "model_attributes_type" if not field:

@@ -10,10 +10,13 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    ValidationError,
     field_validator,
     model_validator,
 )
+from pydantic_core import PydanticCustomError
 
+from llama_adapter.config import did_you_mean
 from llama_adapter.generation.grammar import MOST_CHARACTERS
 from llama_adapter.generation.requests import MAX_TOP_LOGPROBS
 
@@ -55,17 +58,46 @@ def _unicode(text: str) -> str:
 Text = Annotated[str, AfterValidator(_unicode)]
 
 
-class Body(BaseModel):
-    """A request's JSON object."""
+class _Strict(BaseModel):
+    """A JSON object that may have no field but those here."""
 
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, strict=True)
+    model_config = ConfigDict(extra="forbid", strict=True)
 
     @model_validator(mode="before")
     @classmethod
-    def _without_neutral(cls, values: Any) -> Any:
+    def _refuse_unknown(cls, values: Any) -> Any:
+        """Refuse a field before one that is missing, which may be the same one misspelled."""
         if not isinstance(values, dict):
             return values
-        return {k: v for k, v in values.items() if not cls._is_neutral(k, v)}
+        kept = {k: v for k, v in values.items() if not cls._is_neutral(k, v)}
+        known = [field.alias or name for name, field in cls.model_fields.items()]
+        for name in kept:
+            if name not in known:
+                similar = "" if name in NEUTRAL else did_you_mean(name, known)
+                raise ValidationError.from_exception_data(
+                    cls.__name__,
+                    [
+                        {
+                            "type": PydanticCustomError(
+                                "extra_forbidden", "not supported{similar}", {"similar": similar}
+                            ),
+                            "loc": (name,),
+                            "input": kept[name],
+                        }
+                    ],
+                )
+        return kept
+
+    @classmethod
+    def _is_neutral(cls, _name: str, _value: Any) -> bool:
+        """Whether a field is dropped, as one that changes nothing."""
+        return False
+
+
+class Body(_Strict):
+    """A request's JSON object."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
 
     @classmethod
     def _is_neutral(cls, name: str, value: Any) -> bool:
@@ -113,10 +145,8 @@ class MediaUrl(BaseModel):
     url: str
 
 
-class ChatMessage(BaseModel):
+class ChatMessage(_Strict):
     """One turn."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[Part]
@@ -142,19 +172,15 @@ class ChatMessage(BaseModel):
         return content
 
 
-class StreamOptions(BaseModel):
+class StreamOptions(_Strict):
     """`stream_options`."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
     include_usage: bool = False
     include_obfuscation: bool = False
 
 
-class SchemaFormat(BaseModel):
+class SchemaFormat(_Strict):
     """`response_format.json_schema`."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, populate_by_name=True)
 
     name: str = "answer"
     description: str | None = None
@@ -162,10 +188,8 @@ class SchemaFormat(BaseModel):
     strict: bool | None = None
 
 
-class ResponseFormat(BaseModel):
+class ResponseFormat(_Strict):
     """`response_format`."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: SchemaFormat | None = None
@@ -311,10 +335,8 @@ class CompletionRequest(_OfOneText):
         }
 
 
-class TextFormat(BaseModel):
+class TextFormat(_Strict):
     """`text.format` of a response."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, populate_by_name=True)
 
     type: Literal["text", "json_object", "json_schema"] = "text"
     name: str = "answer"
@@ -323,10 +345,8 @@ class TextFormat(BaseModel):
     strict: bool | None = None
 
 
-class TextOptions(BaseModel):
+class TextOptions(_Strict):
     """`text` of a response."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
     format: TextFormat = Field(default_factory=TextFormat)
 
