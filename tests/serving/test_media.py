@@ -175,13 +175,13 @@ def test_redirects_are_followed_and_each_is_checked(site: str) -> None:
     with pytest.raises(ImageError, match=r"'127\.0\.0\.2' has no address of the public internet"):
         load(anywhere, f"http://{site}/to/http://127.0.0.2:{port}/a.png")
     for there, words in {
-        "http://127.0.0.1/a.png": "fetches nothing from host '127.0.0.1'",
+        "http://127.0.0.1/a.png": "from host '127.0.0.1'; send .* data: URL, .* --image-host",
         f"http://other.example:{site.partition(':')[2]}/": "nothing from host 'other.example'",
         "file:///etc/passwd": "not http or https",
         "http://[": "cannot be fetched: ValueError",
         "ftp://images.example/": "not http or https",
         f"http://{site}/to//to//to//to//a.png": "more than 3 times",
-        f"http://user@{site}/": "fetches nothing",
+        f"http://user@{site}/": "with a user name are not fetched",
     }.items():
         with pytest.raises(ImageError, match=words):
             load(media, f"http://{site}/to/{there}")
@@ -239,6 +239,8 @@ def test_files_are_read_below_one_folder_alone(tmp_path: Path) -> None:
             load(media, f"file://{path}")
     with pytest.raises(ImageError, match="does not name a file"):
         load(media, f"file://elsewhere{folder}/a%20b.png")
+    with pytest.raises(ImageError, match=r"no file: URLs; send .* data: URL, .*--media-folder"):
+        load(Media(), f"file://{folder}/a%20b.png")
 
 
 def test_pixels_are_counted_before_they_are_decoded() -> None:

@@ -124,7 +124,10 @@ class Media:
 
     def _read(self, parts: SplitResult, *, name: str) -> bytes:
         if self.folder is None:
-            raise ImageError(f"{name}: this server reads no file: URLs")
+            raise ImageError(
+                f"{name}: this server reads no file: URLs; send the content as a data: URL, or "
+                "let the server's operator allow a folder with --media-folder"
+            )
         text = unquote(parts.path)
         if parts.netloc not in {"", "localhost"} or not can_be_path(text):
             raise ImageError(f"{name}: the file: URL does not name a file")
@@ -152,8 +155,13 @@ class Media:
     def _get(self, parts: SplitResult, *, until: float, name: str) -> bytes | str:
         """The content, or where a redirect leads."""
         host, port = parts.hostname or "", parts.port or _PORTS[parts.scheme]
-        if parts.username is not None or not self._is_listed(host, port, parts.scheme):
-            raise ImageError(f"{name}: this server fetches nothing from host {host[:100]!r}")
+        if parts.username is not None:
+            raise ImageError(f"{name}: URLs with a user name are not fetched")
+        if not self._is_listed(host, port, parts.scheme):
+            raise ImageError(
+                f"{name}: this server fetches nothing from host {host[:100]!r}; send the content "
+                "as a data: URL, or let the server's operator allow the host with --image-host"
+            )
         addresses = self.resolve(host, port)
         if not addresses or not all(map(self.may_connect, addresses)):
             raise ImageError(f"{name}: host {host[:100]!r} has no address of the public internet")
