@@ -333,6 +333,18 @@ def test_adapters_come_and_go_with_an_admin_key(serving: Any, red_star: str) -> 
         assert running.get("/v1/models/again").status_code == 404
 
 
+def test_an_option_that_adapters_lack_is_named(serving: Any, server: Any) -> None:
+    headers = {"Authorization": f"Bearer {ADMIN}"}
+    asked = {"name": "again", "directory": "v2"}
+    refused = server.post("/v1/adapters", json=asked, headers=headers)
+    assert refused.status_code == 403
+    assert "--admin-keys" in refused.json()["error"]["message"]
+    with serving(admin_keys=Keys((ADMIN,))) as running:
+        refused = running.post("/v1/adapters", json=asked, headers=headers)
+        assert refused.status_code == 400
+        assert "--adapter-folder" in refused.json()["error"]["message"]
+
+
 def test_an_adapter_that_does_not_fit_is_refused_while_others_answer(
     serving: Any, slowed: Any, adapter_dir: Path, tmp_path: Path
 ) -> None:

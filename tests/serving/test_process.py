@@ -153,6 +153,7 @@ def test_what_is_killed_leaves_nothing_in_the_way() -> None:
         (("--cors-origin", "*"), "'*' must be a scheme and a host"),
         (("--cors-origin", "https://example.org/"), "must be a scheme and a host"),
         (("--api-keys", "/none"), "cannot read /none"),
+        (("--adapter-folder", "."), "--adapter-folder has no effect: it needs --admin-keys"),
         (("--log-level", "loud"), "--log-level must be"),
         (("--max-tokens", "0"), "max_tokens must be at least 1"),
         (("--request-seconds", "nan"), "request_seconds must be at least"),

@@ -16,7 +16,7 @@ from typer import Option
 from llama_adapter.cli.experts import ExpertSettings
 from llama_adapter.cli.models import BUILT_IN, MODEL
 from llama_adapter.cli.numbers import MAX_FRAMES, MAX_NEW_TOKENS, between
-from llama_adapter.cli.settings import given_options, refuse_unread
+from llama_adapter.cli.settings import Unread, given_options, refuse_unread
 from llama_adapter.errors import (
     ConfigError,
     MissingDependencyError,
@@ -228,7 +228,7 @@ def serve(
     further = [_name_and_directory(text) for text in adapter or ()]
     if "auto" in (experts.expert or ()):
         raise ConfigError("--expert auto chooses for `chat`; a server takes experts by name")
-    refuse_unread(given_options(command), experts.unread())
+    refuse_unread(given_options(command), _unread(experts, access))
     experts.check(model)
 
     from llama_adapter.serving.metrics import set_up_logging
@@ -246,6 +246,12 @@ def serve(
             device=device,
         )
         _run(bound, service, options, drain_seconds=bounds.drain_seconds)
+
+
+def _unread(experts: ExpertSettings, access: AccessSettings) -> Unread:
+    yield from experts.unread()
+    if access.admin_keys is None:  # which do without a folder: they unload adapters, too
+        yield frozenset(("adapter_folder",)), "it needs --admin-keys"
 
 
 def _name_and_directory(text: str) -> tuple[str, Path]:

@@ -71,7 +71,7 @@ def check_key(keys: Keys, headers: dict[bytes, bytes]) -> None:
 def check_admin_key(keys: Keys, headers: dict[bytes, bytes]) -> None:
     """ApiError 403 unless the request brings an admin key."""
     if not keys:
-        raise ApiError(403, "this server was started without admin keys", code="no_admin_keys")
+        raise ApiError(403, "this server was started without --admin-keys", code="no_admin_keys")
     if not keys.holds(bearer(headers)):
         raise ApiError(403, "an admin key is needed", code="invalid_admin_key")
 

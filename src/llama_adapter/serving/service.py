@@ -270,7 +270,9 @@ class Service:
     def load_adapter(self, name: str, directory: str) -> None:
         """Load an adapter below the folder for that."""
         if self.adapter_folder is None:
-            raise ConfigError("this server was started without a folder of adapters")
+            raise ConfigError(
+                "this server loads no adapters: it was started without --adapter-folder"
+            )
         if name in self.models:
             raise ConfigError(f"there is a model {name!r} already")
         folder = self.adapter_folder.resolve()
