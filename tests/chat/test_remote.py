@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import sys
 import threading
@@ -67,6 +68,24 @@ def test_an_answer_that_breaks_off_is_an_error(sent: bytes) -> None:
 def test_an_answer_ends_where_the_server_says_so() -> None:
     with session_with(PLAIN + PIECE + DONE) as session:
         assert session.ask("What is it?").text == "the star"
+
+
+def test_a_key_that_is_missing_is_asked_for_by_its_variable() -> None:
+    refusal = b'{"error": {"message": "a valid API key is needed"}}'
+    head = b"HTTP/1.1 401 Unauthorized\r\nContent-Length: %d\r\n\r\n" % len(refusal)
+    with (
+        session_with(head + refusal) as session,
+        pytest.raises(ServingError, match=r"key is needed; .* variable LLAMA_ADAPTER_API_KEY"),
+    ):
+        session.ask("What is it?")
+
+
+def test_an_address_where_no_server_listens_is_told_as_that() -> None:
+    with socket.socket() as bound:  # nobody else is given the port, and nobody listens there
+        bound.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{bound.getsockname()[1]}"
+        with pytest.raises(ServingError, match=f"{url}.*: no server listens there"):
+            RemoteSession(url, "toy").ask("What is it?")
 
 
 @pytest.mark.parametrize("options", [[], ["--json"]])

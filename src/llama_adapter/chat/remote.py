@@ -21,6 +21,8 @@ from llama_adapter.generation import GenerationSettings
 from llama_adapter.processing.images import MAX_FILE_BYTES, load_image
 from llama_adapter.processing.video import is_video
 
+KEY_VARIABLE = "LLAMA_ADAPTER_API_KEY"
+"""Where the command line takes a server's key from."""
 _SECONDS_OF_SILENCE = 300
 
 
@@ -111,10 +113,14 @@ class RemoteSession:
             raise ServingError(f"{self._url}: the connection ended before the answer did")
         except urllib.error.HTTPError as error:
             kind = PromptError if error.code == 400 else ServingError
-            raise kind(f"{self._url}: {_reason(error)}") from error
+            hint = (
+                f"; `chat` takes it from the environment variable {KEY_VARIABLE}"
+                if error.code == 401
+                else ""
+            )
+            raise kind(f"{self._url}: {_reason(error)}{hint}") from error
         except (OSError, ValueError, http.client.HTTPException) as error:
-            reason = getattr(error, "reason", None) or error
-            raise ServingError(f"{self._url}: {reason}") from error
+            raise ServingError(f"{self._url}: {_failure(error)}") from error
 
 
 def _reason(error: urllib.error.HTTPError) -> str:
@@ -123,6 +129,14 @@ def _reason(error: urllib.error.HTTPError) -> str:
         return str(json.loads(error.read(1 << 16))["error"]["message"])
     except (OSError, ValueError, KeyError, TypeError):
         return f"status {error.code}"
+
+
+def _failure(error: Exception) -> str:
+    """Why a connection came to nothing."""
+    reason = getattr(error, "reason", None) or error
+    if isinstance(reason, ConnectionRefusedError):
+        return "no server listens there; `llama-adapter serve MODEL` starts one"
+    return str(getattr(reason, "strerror", None) or reason)
 
 
 def _part(source: Path) -> dict[str, Any]:

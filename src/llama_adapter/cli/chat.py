@@ -195,13 +195,13 @@ def _open_session(
 def _open_remote(
     url: str, model: str, *, experts: Sequence[str] | None, seed: int, **settings: Any
 ) -> RemoteSession:
-    from llama_adapter.chat.remote import RemoteSession
+    from llama_adapter.chat.remote import KEY_VARIABLE, RemoteSession
     from llama_adapter.generation import GenerationSettings
 
     return RemoteSession(
         url,
         model,
-        key=os.environ.get("LLAMA_ADAPTER_API_KEY"),
+        key=os.environ.get(KEY_VARIABLE),
         experts=experts,
         settings=GenerationSettings(**settings),
         seed=seed,
