@@ -123,3 +123,47 @@ def test_shards_of_an_endpoint_merge_into_the_whole(cli: Cli, tmp_path: Path) ->
     found, expected = json.loads(merged.stdout), json.loads(whole.stdout)
     assert (found["n"], found["metrics"]) == (expected["n"], expected["metrics"])
     assert found["metrics"]["exact-match:accuracy"] == 40
+
+
+def test_an_endpoint_that_answers_nothing_ends_the_run(cli: Cli, tmp_path: Path) -> None:
+    pytest.importorskip("openai")
+    data, out = tmp_path / "questions.jsonl", tmp_path / "out"
+    data.write_text('{"id": "1", "question": "what?", "answer": "a star"}\n')
+    common = ("eval", "vqa", "--data", data, "--out", out, "--model", "m", "--judge", "exact-match")
+    works = False
+    with serving(lambda *_: "a star" if works else (400, {}, "too much")) as served:
+        done = cli(*common, "--endpoint", served.url, "--json")
+        assert (done.status, done.stdout) == (2, "")
+        assert f"error: {served.url}: none of the 1 records is answered; the first: 1: " in (
+            done.stderr
+        )
+        assert "Run the same command again to ask again" in done.stderr
+        works = True
+        done = cli(*common, "--endpoint", served.url, "--json")
+    assert done.status == 0, done.stderr
+    assert json.loads(done.stdout)["metrics"]["exact-match:accuracy"] == 100
+
+
+def test_a_judge_that_never_replies_ends_the_run_and_answers_are_kept(
+    cli: Cli, tmp_path: Path
+) -> None:
+    pytest.importorskip("openai")
+    stored, out = tmp_path / "stored.jsonl", tmp_path / "out"
+    lines = [
+        {"task": "vqa", "id": id_, "questions": ["what?"], "gold": "x", "answers": ["x"]}
+        for id_ in ("1", "2")
+    ]
+    stored.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    works = False
+    reply = '{"pred": "yes", "score": 5}'
+    common = ("eval", "vqa", "--predictions", stored, "--out", out, "--judge-model", "m")
+    with serving(lambda *_: reply if works else (200, {}, "not json")) as served:
+        done = cli(*common, "--judge-url", served.url, "--json")
+        assert (done.status, done.stdout) == (2, "")
+        assert f"  1/answer: m at {served.url}: no completion" in done.stderr
+        assert f"error: the judge m at {served.url} replied to none of the 2 prompts" in done.stderr
+        assert (out / "predictions.jsonl").exists()
+        works = True
+        done = cli(*common, "--judge-url", served.url, "--json")
+    assert done.status == 0, done.stderr
+    assert json.loads(done.stdout)["unjudged"] == 0

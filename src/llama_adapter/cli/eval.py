@@ -25,7 +25,7 @@ from llama_adapter.cli.numbers import (
 from llama_adapter.cli.output import json_only
 from llama_adapter.cli.score import TASK_HELP
 from llama_adapter.cli.settings import Unread, given_options, refuse_unread
-from llama_adapter.errors import ConfigError
+from llama_adapter.errors import ConfigError, EvaluationError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -361,6 +361,13 @@ class _Plan:
             typer.echo(f"without an answer: {len(report.problems):,}", err=True)
         for problem in report.problems[:5]:
             typer.echo(f"  {problem}", err=True)
+        if len(report.problems) == report.records:
+            url = answerer.describe().get("url")
+            where = "" if url is None else f"{url}: "
+            raise EvaluationError(
+                f"{where}none of the {report.records:,} records is answered; "
+                f"the first: {report.problems[0]}. Run the same command again to ask again"
+            )
 
     def judge_and_score(
         self,

@@ -12,7 +12,7 @@ from typer import Option
 
 from llama_adapter.cli.numbers import between
 from llama_adapter.config import not_one_of
-from llama_adapter.errors import ConfigError
+from llama_adapter.errors import ConfigError, EvaluationError
 
 if TYPE_CHECKING:
     from llama_adapter.evaluation.judges import Judge
@@ -148,6 +148,12 @@ def _ask(
         f"{len(report.unavailable)} without a reply",
         err=True,
     )
-    for label in (*report.unreadable, *report.unavailable)[:5]:
-        typer.echo(f"  {label}", err=True)
+    for label in (*report.unavailable, *report.unreadable)[:5]:
+        reason = report.reasons.get(label, "no reply could be read")
+        typer.echo(f"  {label}: {reason}", err=True)
+    if report.is_without_reply:
+        raise EvaluationError(
+            f"the judge {judge.name} replied to none of the {report.asked:,} prompts. The answers "
+            "are kept: run the same command again, and they are judged"
+        )
     return report

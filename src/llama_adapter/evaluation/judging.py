@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,13 @@ class JudgeReport:
     """`id/aspect` whose replies could not be read, three times over."""
     unavailable: tuple[str, ...]
     """`id/aspect` that got no reply: timeouts, refusals for load, broken replies."""
+    reasons: Mapping[str, str] = field(default_factory=dict)
+    """Why there was no reply, for each of `unavailable`."""
+
+    @property
+    def is_without_reply(self) -> bool:
+        """Whether prompts were sent and the judge has replied to none, now or in an earlier run."""
+        return not self.kept and 0 < self.asked == len(self.unavailable)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -107,6 +114,7 @@ def judge_rows(
         completion_tokens=tally.completion_tokens,
         unreadable=tuple(sorted(tally.unreadable)),
         unavailable=tuple(sorted(tally.unavailable)),
+        reasons=tally.unavailable,
     )
 
 
@@ -207,7 +215,8 @@ class _Tally:
         self.prompt_tokens = 0
         self.completion_tokens = 0
         self.unreadable: list[str] = []
-        self.unavailable: list[str] = []
+        self.unavailable: dict[str, str] = {}
+        """Labels, with the reasons."""
 
 
 class _Writer:
@@ -233,7 +242,7 @@ def _judge_one(
         except JudgeUnavailableError as error:
             writer.write(**asked, attempt=attempt, reply=None, verdict=None, error=str(error))
             with tally.lock:
-                tally.unavailable.append(question.label)
+                tally.unavailable[question.label] = str(error)
             return
         verdict = judging.parse(question.aspect, reply.text)
         writer.write(
