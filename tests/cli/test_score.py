@@ -167,3 +167,17 @@ def test_a_judge_that_never_replies_ends_the_run_and_answers_are_kept(
         done = cli(*common, "--judge-url", served.url, "--json")
     assert done.status == 0, done.stderr
     assert json.loads(done.stdout)["unjudged"] == 0
+
+
+def test_eval_asks_for_a_judge_only_where_answers_are_unjudged(
+    cli: Cli, adapter_dir: Path, tmp_path: Path
+) -> None:
+    data = tmp_path / "questions.jsonl"
+    data.write_text('{"question": "what?", "answer": "a star"}\n')
+    common = ("eval", "vqa", "--data", data, "--model", adapter_dir, "--max-new-tokens", 2)
+    common += ("--out", tmp_path / "out")
+    assert "answers are stored, 1 of them not judged" in cli(*common).stderr
+    assert cli(*common, "--judge", "exact-match").status == 0
+    again = cli(*common)
+    assert "0 unjudged" in again.stdout
+    assert "not judged" not in again.stderr

@@ -386,6 +386,12 @@ class _Plan:
         folder = merge_shards(self.task, self.out).parent if merge else self.folder
         usage = judge_answers(self.task, folder, judge, device=device)
         report = score(self.task.name, folder, seed=self.generation.seed)
+        if report.unjudged and not judge.is_given and self.task.judging is not None:
+            typer.echo(
+                f"answers are stored, {report.unjudged:,} of them not judged: run the same command "
+                "with --judge-url and --judge-model, or with --judge",
+                err=True,
+            )
         result = {**report.as_json(), **({} if usage is None else {"judging": usage})}
         write_atomically(folder / SCORE_FILE, json.dumps(result, indent=2) + "\n")
         if emit is not None:

@@ -106,18 +106,15 @@ class JudgeSettings:
 def judge_answers(
     task: Task, folder: Path, settings: JudgeSettings, *, device: str | None = None
 ) -> dict[str, Any] | None:
-    """Have the answers in a folder judged; what that took, in tokens and money."""
+    """Have the answers in a folder judged; what that took, in tokens and money.
+
+    None where no judge is given.
+    """
     from llama_adapter.evaluation.costs import Prices, judge_usage
     from llama_adapter.evaluation.judging import compare_words
     from llama_adapter.evaluation.score import read_predictions
 
     if not settings.is_given:
-        if task.judging is not None:
-            typer.echo(
-                "answers are stored but not judged: run the same command with --judge-url and "
-                "--judge-model, or with --judge",
-                err=True,
-            )
         return None
     prices = Prices(prompt=settings.judge_price_in, completion=settings.judge_price_out)
     rows = read_predictions(task, folder).rows
