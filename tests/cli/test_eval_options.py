@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import typer.main
 from llama_adapter.cli.app import app
 from llama_adapter.evaluation.tasks import TASKS
 from llama_adapter.miniature import EVAL_OPTIONS
+from llama_adapter.miniature.task import BATCH_SIZE
 
 Cli = Callable[..., Any]
 PARAMETERS = {
@@ -115,6 +117,22 @@ def test_a_comparison_of_words_is_refused_before_a_model_is_asked(cli: Cli, tmp_
     done = cli("eval", "videoinstruct", "--out", tmp_path / "out", *options)
     assert done.status == 2
     assert "exact-match is for one-word answers; videoinstruct needs a judge" in done.stderr
+
+
+def test_help_says_what_holds_where_nothing_is_given() -> None:
+    def said(option: str) -> str:
+        return str(PARAMETERS[option].help).partition("default ")[2]
+
+    usual, _, others = said("max_new_tokens").partition(", but ")
+    lengths = dict.fromkeys(TASKS, usual) | dict(re.findall(r"([\w-]+) (\d+)", others))
+    assert lengths == {name: str(task.generation.max_new_tokens) for name, task in TASKS.items()}
+    for task in TASKS.values():
+        assert said("frames") == f"{task.generation.frames}."
+        assert said("batch_size") == f"{task.generation.batch_size}, miniature {BATCH_SIZE}."
+        assert task.generation.beams == 1
+        assert "1 (default): none" in str(PARAMETERS["beams"].help)
+        assert task.generation.temperature == 0
+        assert "0 (default)" in str(PARAMETERS["temperature"].help)
 
 
 def test_help_has_sections(cli: Cli) -> None:
