@@ -89,6 +89,19 @@ def test_eval_prints_and_stores_every_metric(cli, tmp_path):
     assert json.loads((out / "score.json").read_text())["metrics"] == found["metrics"]
 
 
+def test_a_limit_holds_for_questions_and_images(cli, tmp_path):
+    done = cli("eval", "miniature", "--model", "toy", "--limit", 2, "--out", tmp_path)
+    assert done.status == 0, done.stderr
+    assert "miniature: 2 questions, captions of 2 images\n" in done.stdout
+    stored = json.loads((tmp_path / "score.json").read_text())
+    assert (stored["n"], stored["images"]) == (2, 2)
+    objects = sum(len(scene.objects) for scene in HeldOutScenes.draw(limit=2).scenes)
+    assert sum(split["n"] for split in stored["by_objects"]["caption"].values()) == objects
+    one, many = HeldOutScenes.draw(limit=1), HeldOutScenes.draw(limit=10_000)
+    assert (len(one.questions), len(one.images)) == (1, 2)  # another scene's image is shown, too
+    assert (len(many.questions), len(many.images)) == (660, 400)
+
+
 def test_eval_refuses_what_the_task_has_no_use_for(cli, tmp_path):
     refused = cli("eval", "miniature", "--model", "toy", "--data", tmp_path, "--out", tmp_path)
     assert refused.status == 2

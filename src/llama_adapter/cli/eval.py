@@ -87,7 +87,11 @@ class DataSettings:
     split: Annotated[str | None, Option(help="Split of the data.")] = None
     limit: Annotated[
         int | None,
-        Option(help="Only so many records, as many of each part.", callback=between(1, 10**12)),
+        Option(
+            help="Only so many records, as many of each part; of "
+            f"{MINIATURE}, so many questions and images, but 2 images at least.",
+            callback=between(1, 10**12),
+        ),
     ] = None
     shard: Annotated[
         str | None, Option(help="i/n: every n-th record from the i-th on.", metavar="I/N")
@@ -258,10 +262,10 @@ def _eval_miniature(settings: EvalSettings, out: Path, *, as_json: bool) -> None
         num_answers,
     )
 
-    model, limit = settings.answerer.model, settings.data.limit
+    model = settings.answerer.model
     if model is None:
         raise ConfigError(f"--model is needed: an adapter directory or {BUILT_IN_NAMES}")
-    test = HeldOutScenes.draw() if limit is None else HeldOutScenes.draw(questions=limit)
+    test = HeldOutScenes.draw(limit=settings.data.limit)
     batch_size = settings.asking.batch_size or BATCH_SIZE
     with json_only(as_json) as emit:
         loaded, processor = load(model, device=settings.answerer.device)
@@ -296,6 +300,7 @@ def _eval_miniature(settings: EvalSettings, out: Path, *, as_json: bool) -> None
         splits = results.to_dict()
         result = {
             **report.as_json(),
+            "images": len(test.images),
             "by_objects": splits["by_objects"],
             "by_question": splits["by_question"],
         }
@@ -304,7 +309,8 @@ def _eval_miniature(settings: EvalSettings, out: Path, *, as_json: bool) -> None
         if as_json:
             emit({**result, "out": str(out)})
         else:
-            print_report(report)
+            counted = f"{len(test.questions)} questions, captions of {len(test.images)} images"
+            print_report(report, counted=counted)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -70,12 +70,13 @@ def score(
         print_report(report)
 
 
-def print_report(report: ScoreReport) -> None:
-    """A line a metric, then what a reader must know."""
-    typer.echo(
-        f"{report.task}: {report.n} records, {report.unanswered} unanswered, "
+def print_report(report: ScoreReport, *, counted: str | None = None) -> None:
+    """A line a metric, then what a reader must know; `counted` is said in place of records."""
+    counted = counted or (
+        f"{report.n} records, {report.unanswered} unanswered, "
         f"{report.unparsed} unparsed, {report.unjudged} unjudged"
     )
+    typer.echo(f"{report.task}: {counted}")
     width = max(map(len, report.metrics), default=0) + 2
     for name, value in report.metrics.items():
         interval = report.intervals.get(name)

@@ -115,10 +115,16 @@ class HeldOutScenes:
         *,
         images: int = 400,
         questions: int = 660,
+        limit: int | None = None,
         seed: int = TEST_SEED,
         question_seed: int = 0,
     ) -> HeldOutScenes:
-        """The same set for the same numbers; the types of questions take turns."""
+        """The same set for the same numbers; the types of questions take turns.
+
+        `limit` is the most of both, but for the second image, which `unrelated` needs.
+        """
+        if limit is not None:
+            images, questions = min(images, max(limit, 2)), min(questions, limit)
         if not (images >= 2 and questions >= 1):
             raise EvaluationError(
                 f"miniature needs 2 images and a question at least, got {images} and {questions}"
