@@ -11,7 +11,7 @@ import pytest
 from llama_adapter.chat import ChatSession
 from llama_adapter.errors import EvaluationError
 from llama_adapter.generation import GenerationSettings
-from llama_adapter.miniature.bundled import load_bundled
+from llama_adapter.miniature.bundled import bundled_adapter, load_bundled
 from llama_adapter.miniature.captions import CAPTION_TASK
 from llama_adapter.miniature.demo import claim, demo_recipe, run_demo
 from llama_adapter.miniature.scenes import HELD_OUT
@@ -100,6 +100,34 @@ def test_a_limit_holds_for_questions_and_images(cli, tmp_path):
     one, many = HeldOutScenes.draw(limit=1), HeldOutScenes.draw(limit=10_000)
     assert (len(one.questions), len(one.images)) == (1, 2)  # another scene's image is shown, too
     assert (len(many.questions), len(many.images)) == (660, 400)
+
+
+def test_eval_replaces_no_other_run_and_may_be_run_again(cli, tmp_path):
+    common = ("eval", "miniature", "--out", tmp_path, "--batch-size", 2)
+    done = cli(*common, "--model", "toy", "--limit", 2)
+    assert done.status == 0, done.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {"manifest.json", "score.json"}
+    stored = (tmp_path / "score.json").read_bytes()
+    for other, changed in (
+        (("--model", bundled_adapter("caption"), "--limit", 2), "model"),
+        (("--model", "toy", "--limit", 3), "records"),
+    ):
+        refused = cli(*common, *other)
+        assert refused.status == 2
+        assert f"holds another run; {changed} was" in refused.stderr
+        assert (tmp_path / "score.json").read_bytes() == stored
+    again = cli(*common, "--model", "toy", "--limit", 2)
+    assert (again.status, again.stdout) == (0, done.stdout)
+    (tmp_path / "manifest.json").unlink()
+    refused = cli(*common, "--model", "toy", "--limit", 2)
+    assert refused.status == 2
+    assert "holds a score without a manifest.json" in refused.stderr
+    line = {"task": "vqa", "id": "1", "questions": ["what?"], "gold": "x", "answers": ["x"]}
+    answers = tmp_path / "stored.jsonl"
+    answers.write_text(json.dumps(line) + "\n")
+    refused = cli("eval", "vqa", "--predictions", answers, "--out", tmp_path)
+    assert refused.status == 2
+    assert "holds the score.json of another run" in refused.stderr
 
 
 def test_eval_refuses_what_the_task_has_no_use_for(cli, tmp_path):

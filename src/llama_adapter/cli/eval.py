@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -31,10 +31,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from llama_adapter.evaluation.answering import Answerer
+    from llama_adapter.evaluation.records import Record
     from llama_adapter.evaluation.running import Selection
     from llama_adapter.evaluation.tasks.base import Generation, Inputs, Task
-
-SCORE_FILE = "score.json"
+    from llama_adapter.miniature.task import HeldOutScenes
 
 MINIATURE = "miniature"
 _EVAL_HELP = f"{TASK_HELP[:-1]}; or {MINIATURE}, which draws its own data."
@@ -206,6 +206,8 @@ def eval_(
 ) -> None:
     """Evaluate a model on a benchmark; run it again to go on where it stopped.
 
+    The task miniature stores no answers: run again, it starts over.
+
     \b
     Examples:
       llama-adapter eval miniature --model toy --out runs/miniature
@@ -248,12 +250,17 @@ def eval_(
 
 
 def _eval_miniature(settings: EvalSettings, out: Path, *, as_json: bool) -> None:
-    from llama_adapter.cli.models import load
+    from llama_adapter.cli.models import adapter_directory, load
     from llama_adapter.cli.progress import stages
     from llama_adapter.cli.score import print_report
+    from llama_adapter.evaluation.answering import LocalAnswerer
+    from llama_adapter.evaluation.manifest import make_manifest, start_or_resume
+    from llama_adapter.evaluation.predictions import SCORE_FILE
     from llama_adapter.evaluation.score import ScoreReport
+    from llama_adapter.evaluation.tasks.base import Generation
     from llama_adapter.files import write_atomically
     from llama_adapter.miniature.task import (
+        ANSWER_TOKENS,
         BATCH_SIZE,
         METRICS,
         HeldOutScenes,
@@ -269,6 +276,18 @@ def _eval_miniature(settings: EvalSettings, out: Path, *, as_json: bool) -> None
     batch_size = settings.asking.batch_size or BATCH_SIZE
     with json_only(as_json) as emit:
         loaded, processor = load(model, device=settings.answerer.device)
+        answerer = LocalAnswerer(loaded, processor, directory=adapter_directory(model))
+        records = _miniature_records(test)
+        manifest = make_manifest(
+            task=MINIATURE,
+            model=answerer.describe(),
+            data=None,
+            records=records,
+            generation=Generation(max_new_tokens=ANSWER_TOKENS, batch_size=batch_size),
+            shard=None,
+            example=records[0].question,
+        )
+        start_or_resume(out, manifest)
         with stages() as stage:
             expert = bundled_expert_captions(
                 test,
@@ -304,13 +323,32 @@ def _eval_miniature(settings: EvalSettings, out: Path, *, as_json: bool) -> None
             "by_objects": splits["by_objects"],
             "by_question": splits["by_question"],
         }
-        out.mkdir(parents=True, exist_ok=True)
         write_atomically(out / SCORE_FILE, json.dumps(result, indent=2) + "\n")
         if as_json:
             emit({**result, "out": str(out)})
         else:
             counted = f"{len(test.questions)} questions, captions of {len(test.images)} images"
             print_report(report, counted=counted)
+
+
+def _miniature_records(test: HeldOutScenes) -> list[Record]:
+    """What the manifest's checksum covers: the questions, and the scenes of the images."""
+    from llama_adapter.evaluation.records import Record
+
+    questions = [
+        Record(
+            id=f"question {number}",
+            questions=(one.asked.question,),
+            reference=one.asked.answer,
+            metadata={"scene": one.scene, "passage": one.passage},
+        )
+        for number, one in enumerate(test.questions)
+    ]
+    captions = [
+        Record(id=f"caption {number}", questions=(), reference=asdict(scene))
+        for number, scene in enumerate(test.scenes)
+    ]
+    return [*questions, *captions]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -397,6 +435,7 @@ class _Plan:
     ) -> None:
         """Verdicts, numbers, `score.json`, and the numbers once more for the user."""
         from llama_adapter.cli.score import print_report
+        from llama_adapter.evaluation.predictions import SCORE_FILE
         from llama_adapter.evaluation.running import merge_shards
         from llama_adapter.evaluation.score import score
         from llama_adapter.files import write_atomically

@@ -14,7 +14,7 @@ from typing import Any
 
 from llama_adapter.errors import EvaluationError
 from llama_adapter.evaluation.jsonfiles import brief, read_json
-from llama_adapter.evaluation.predictions import PREDICTIONS, record_to_json
+from llama_adapter.evaluation.predictions import PREDICTIONS, SCORE_FILE, record_to_json
 from llama_adapter.evaluation.records import Record
 from llama_adapter.evaluation.tasks.base import Generation
 from llama_adapter.files import write_atomically
@@ -53,17 +53,17 @@ def make_manifest(
     *,
     task: str,
     model: Mapping[str, Any],
-    data: Path,
+    data: Path | None,
     records: Sequence[Record],
     generation: Generation,
     shard: str | None,
     example: str,
 ) -> dict[str, Any]:
-    """The manifest of a run that starts now."""
+    """The manifest of a run that starts now; `data` is None where a task draws its own."""
     return {
         "task": task,
         "model": dict(model),
-        "data": str(data),
+        "data": None if data is None else str(data),
         "data_sha256": records_checksum(records),
         "records": len(records),
         "generation": asdict(generation),
@@ -85,15 +85,17 @@ def make_manifest(
 def start_or_resume(folder: Path, manifest: Mapping[str, Any]) -> None:
     """Write the manifest, or check that the run in the folder is the same one.
 
-    EvaluationError where the folder holds answers of which no manifest says whose they are.
+    EvaluationError where the folder holds answers or a score of which no manifest says whose they
+    are.
     """
     if not (folder / MANIFEST).exists():
-        answers = folder / PREDICTIONS
-        if answers.exists() and answers.stat().st_size:
-            raise EvaluationError(
-                f"{folder}: holds answers without a {MANIFEST}, so not a run that could go on. "
-                "Choose another --out"
-            )
+        for name, what in ((PREDICTIONS, "answers"), (SCORE_FILE, "a score")):
+            path = folder / name
+            if path.exists() and path.stat().st_size:
+                raise EvaluationError(
+                    f"{folder}: holds {what} without a {MANIFEST}, so not a run that could go on. "
+                    "Choose another --out"
+                )
         write_manifest(folder, manifest)
         return
     stored = read_manifest(folder)

@@ -23,6 +23,8 @@ from llama_adapter.files import open_regular, read_bytes, write_atomically
 
 PREDICTIONS = "predictions.jsonl"
 JUDGMENTS = "judgements.jsonl"
+SCORE_FILE = "score.json"
+"""The numbers, as `score --json` prints them."""
 CUT = "the last line was cut short and is left out"
 """Of a file whose writer was stopped."""
 _FIRST_LINE = 1 << 20  # bytes in which a line of ours names its task and its answers
@@ -203,6 +205,10 @@ def store_answers(found: Predictions, folder: Path, *, task: str) -> None:
     path, text = folder / PREDICTIONS, "".join(lines)
     if path.exists() and read_bytes(path, error=EvaluationError, limit=MAX_BYTES) != text.encode():
         raise EvaluationError(f"{folder}: holds other answers. Choose another --out")
+    if not path.exists() and (folder / SCORE_FILE).exists():
+        raise EvaluationError(
+            f"{folder}: holds the {SCORE_FILE} of another run. Choose another --out"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(path, text)
 

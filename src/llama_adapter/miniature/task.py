@@ -53,7 +53,8 @@ SEEN_TYPES = tuple(kind for kind in QUESTION_TYPES if kind != "sign")
 
 BATCH_SIZE = 64
 """Questions or images at once."""
-_ANSWER_TOKENS = 72
+ANSWER_TOKENS = 72
+"""Longest caption."""
 
 Progress = Callable[[int], None]
 """Called with the number of answers just given."""
@@ -355,7 +356,7 @@ def write_answers(
 ) -> list[str]:
     """Greedy answers to questions about an image each, as one batch."""
     conversations = [Conversation.ask(question, images=[image]) for question, image in asked]
-    settings = GenerationSettings(max_new_tokens=_ANSWER_TOKENS)
+    settings = GenerationSettings(max_new_tokens=ANSWER_TOKENS)
     return [one.text for one in answer(model, processor, conversations, settings)]
 
 
