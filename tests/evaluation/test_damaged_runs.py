@@ -45,6 +45,31 @@ def test_damaged_manifests(write: Any, content: str) -> None:
     assert path.read_text() == content
 
 
+SCORE = {
+    "task": "miniature", "n": 2, "unanswered": 0, "unparsed": 0, "unjudged": 0,
+    "metrics": {"caption": 50.0}, "intervals": {"caption": [10.0, 90.0]}, "notes": [],
+    "protocol": {},
+}  # fmt: skip
+DAMAGES: list[dict[str, Any]] = [
+    {"task": 5}, {"n": "2"}, {"n": True}, {"metrics": []}, {"metrics": {"caption": "50"}},
+    {"intervals": {"caption": [10.0]}}, {"intervals": {"caption": [10.0, None]}}, {"notes": [1]},
+    {"protocol": "x"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", DAMAGES)
+def test_damaged_scores_of_runs_without_answers(write: Any, change: dict[str, Any]) -> None:
+    write("runs/run/manifest.json", {"model": {"directory": "/models/mine"}})
+    path = write("runs/run/score.json", SCORE)
+    write("runs/other/score.json", [])  # another program's
+    row = "| run (mine) | 2 | 50.00 [10.00, 90.00] |  |"
+    assert row in as_markdown(table(find_runs([path.parents[1]])))
+    write("runs/run/score.json", SCORE | change)
+    name = next(iter(change))
+    with pytest.raises(EvaluationError, match=rf"score\.json: {name} is not as a run writes it"):
+        find_runs([path.parents[1]])
+
+
 JUDGMENTS: list[Any] = [{"id": 1}, {"aspect": 5}, {"verdict": "yes"}, {"reply": ["x"]}]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+import shutil
 
 import pytest
 
@@ -102,11 +103,19 @@ def test_a_limit_holds_for_questions_and_images(cli, tmp_path):
     assert (len(many.questions), len(many.images)) == (660, 400)
 
 
-def test_eval_replaces_no_other_run_and_may_be_run_again(cli, tmp_path):
+def test_eval_is_reported_replaces_no_other_run_and_may_be_run_again(cli, tmp_path):
     common = ("eval", "miniature", "--out", tmp_path, "--batch-size", 2)
     done = cli(*common, "--model", "toy", "--limit", 2)
     assert done.status == 0, done.stderr
     assert {path.name for path in tmp_path.iterdir()} == {"manifest.json", "score.json"}
+    table = cli("report", tmp_path, "--out", tmp_path / "report", "--json")
+    assert table.status == 0, table.stderr
+    score = json.loads((tmp_path / "score.json").read_text())
+    lines = json.loads(table.stdout)["lines"]
+    assert {line["metric"]: line["value"] for line in lines} == score["metrics"]
+    assert {line["system"] for line in lines} == {f"{tmp_path.name} (v2)"}
+    assert "caption_expert" in (tmp_path / "report" / "report.html").read_text()
+    shutil.rmtree(tmp_path / "report")
     stored = (tmp_path / "score.json").read_bytes()
     for other, changed in (
         (("--model", bundled_adapter("caption"), "--limit", 2), "model"),

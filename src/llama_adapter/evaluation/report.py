@@ -11,10 +11,10 @@ from typing import Any
 
 from llama_adapter.errors import EvaluationError
 from llama_adapter.evaluation.jsonfiles import field_of, read_jsonl
-from llama_adapter.evaluation.manifest import read_manifest
-from llama_adapter.evaluation.predictions import PREDICTIONS
+from llama_adapter.evaluation.manifest import MANIFEST, read_manifest
+from llama_adapter.evaluation.predictions import PREDICTIONS, SCORE_FILE
 from llama_adapter.evaluation.published import published_for
-from llama_adapter.evaluation.score import ScoreReport, score
+from llama_adapter.evaluation.score import ScoreReport, read_score, score
 
 COLUMNS = ("task", "system", "metric", "value", "low", "high", "n", "missing", "source")
 
@@ -28,6 +28,8 @@ class Run:
     report: ScoreReport
     shown_folder: str
     """The folder's last parts: so many that it tells the run from others of the same report."""
+    has_answers: bool = True
+    """Whether answers are stored, not the score alone."""
 
     @property
     def name(self) -> str:
@@ -54,21 +56,36 @@ class Line:
 
 
 def find_runs(folders: Iterable[Path], *, resamples: int = 1000) -> list[Run]:
-    """Every run in or below the folders, scored from its stored answers."""
+    """Every run in or below the folders, scored from its stored answers.
+
+    A run of a task that stores none has the numbers of its score.
+    """
     found: dict[Path, Path] = {}  # each once, though folders may lie in one another
     folders = list(folders)
     for folder in folders:
         if not folder.is_dir():
             raise EvaluationError(f"{folder}: no such folder of runs")
         for path in sorted(folder.glob(f"**/{PREDICTIONS}")):
-            if path.is_file() and path.stat().st_size:
+            if _has_answers(path.parent):
+                found.setdefault(path.parent.resolve(), path.parent)
+        for path in sorted(folder.glob(f"**/{SCORE_FILE}")):
+            # other programs write files of that name, too
+            if path.is_file() and (path.parent / MANIFEST).is_file():
                 found.setdefault(path.parent.resolve(), path.parent)
     if not found:
         names = ", ".join(str(folder) for folder in folders)
-        raise EvaluationError(f"{names} holds no run of `llama-adapter eval`: no {PREDICTIONS}")
+        raise EvaluationError(
+            f"{names} holds no run of `llama-adapter eval`: no {PREDICTIONS}, "
+            f"and no {SCORE_FILE} with a {MANIFEST}"
+        )
     shown = _told_apart(list(found))
     runs = [_read_run(folder, shown[full], resamples) for full, folder in found.items()]
     return sorted(runs, key=lambda run: (run.report.task, run.shown_folder))
+
+
+def _has_answers(folder: Path) -> bool:
+    path = folder / PREDICTIONS
+    return path.is_file() and path.stat().st_size > 0
 
 
 def _told_apart(folders: Sequence[Path]) -> dict[Path, str]:
@@ -86,11 +103,19 @@ def _told_apart(folders: Sequence[Path]) -> dict[Path, str]:
 
 
 def _read_run(folder: Path, shown_folder: str, resamples: int) -> Run:
+    manifest = read_manifest(folder)
+    if not _has_answers(folder):
+        return Run(
+            folder=folder,
+            manifest=manifest,
+            report=read_score(folder / SCORE_FILE),
+            shown_folder=shown_folder,
+            has_answers=False,
+        )
     lines, _ = read_jsonl(folder / PREDICTIONS)
     where = f"{folder / PREDICTIONS}: line 1"
     task = str(field_of(lines[0] if lines else {}, ("task",), where=where))
     found = score(task, folder, resamples=resamples)
-    manifest = read_manifest(folder)
     return Run(folder=folder, manifest=manifest, report=found, shown_folder=shown_folder)
 
 

@@ -57,7 +57,7 @@ def as_html(lines: Sequence[Line], runs: Sequence[Run]) -> str:
         body += [f"<h2>{escape(task)}</h2>", _plot(own), _table(own)]
         for run in runs:
             if run.report.task == task:
-                body += [_notes(run), _gallery(run)]
+                body += [_notes(run), _gallery(run) if run.has_answers else ""]
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Results</title>'
         f"<style>{_STYLE}</style></head><body>{''.join(body)}</body></html>\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,16 @@ import numpy as np
 
 from llama_adapter.errors import EvaluationError
 from llama_adapter.evaluation.bootstrap import RESAMPLES, bootstrap_intervals
-from llama_adapter.evaluation.jsonfiles import MAX_BYTES
+from llama_adapter.evaluation.jsonfiles import MAX_BYTES, brief, field_of, read_json
 from llama_adapter.evaluation.judges import WORD_JUDGES
-from llama_adapter.evaluation.predictions import PREDICTIONS, Predictions, is_ours, join, read_ours
+from llama_adapter.evaluation.predictions import (
+    PREDICTIONS,
+    Predictions,
+    is_ours,
+    join,
+    number,
+    read_ours,
+)
 from llama_adapter.evaluation.records import Tally
 from llama_adapter.evaluation.tasks import find_task
 from llama_adapter.evaluation.tasks.base import Counting, Inputs, Task
@@ -46,6 +54,46 @@ class ScoreReport:
             "notes": list(self.notes),
             "protocol": self.protocol,
         }
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _are_numbers(values: Any) -> bool:
+    return all(isinstance(one, int | float) and number(one) is not None for one in values)
+
+
+_STORED: dict[str, Callable[[Any], bool]] = {
+    "task": lambda name: isinstance(name, str),
+    "n": _is_count,
+    "unanswered": _is_count,
+    "unparsed": _is_count,
+    "unjudged": _is_count,
+    "metrics": lambda named: isinstance(named, dict) and _are_numbers(named.values()),
+    "intervals": lambda named: (
+        isinstance(named, dict)
+        and all(isinstance(e, list) and len(e) == 2 and _are_numbers(e) for e in named.values())
+    ),
+    "notes": lambda notes: isinstance(notes, list) and all(isinstance(n, str) for n in notes),
+    "protocol": lambda protocol: isinstance(protocol, dict),
+}
+"""What a report is read from, and whether a value is as a run writes it."""
+
+
+def read_score(path: Path) -> ScoreReport:
+    """The report that a run has stored, for tasks whose answers are not."""
+    stored = read_json(path)
+    if not isinstance(stored, dict):
+        raise EvaluationError(f"{path}: is not a score: {brief(stored)}")
+    found = {}
+    for name, fits in _STORED.items():
+        found[name] = field_of(stored, (name,), where=str(path))
+        if not fits(found[name]):
+            raise EvaluationError(f"{path}: {name} is not as a run writes it: {brief(found[name])}")
+    intervals = {name: (low, high) for name, (low, high) in found.pop("intervals").items()}
+    notes = tuple(found.pop("notes"))
+    return ScoreReport(**found, intervals=intervals, notes=notes)
 
 
 def score(
