@@ -134,7 +134,7 @@ def test_an_endpoint_that_answers_nothing_ends_the_run(cli: Cli, tmp_path: Path)
     with serving(lambda *_: "a star" if works else (400, {}, "too much")) as served:
         done = cli(*common, "--endpoint", served.url, "--json")
         assert (done.status, done.stdout) == (2, "")
-        assert f"error: {served.url}: none of the 1 records is answered; the first: 1: " in (
+        assert f"error: {served.url}: none of the 1 records is answered (the first: 1: " in (
             done.stderr
         )
         assert "Run the same command again to ask again" in done.stderr

@@ -421,8 +421,8 @@ class _Plan:
             url = answerer.describe().get("url")
             where = "" if url is None else f"{url}: "
             raise EvaluationError(
-                f"{where}none of the {report.records:,} records is answered; "
-                f"the first: {report.problems[0]}. Run the same command again to ask again"
+                f"{where}none of the {report.records:,} records is answered "
+                f"(the first: {report.problems[0]}). Run the same command again to ask again"
             )
 
     def judge_and_score(
