@@ -221,9 +221,19 @@ def test_an_adapter_is_pushed_whole(build: Any, base: Any, stored: Any, tmp_path
     )
     assert torch.equal(loaded(input_ids=ids).logits, model(input_ids=ids).logits)
     # a card that somebody wrote stays
-    files["README.md"] = b"my own"
+    own = b"---\nlicense: other\n---\n\n# Birds\n"
+    files["README.md"] = own
     model.push_to_hub("owner/mine")
-    assert files["README.md"] == b"my own"
+    assert files["README.md"] == own
+    # and what is made from it has its terms
+    loaded = LlamaAdapterForConditionalGeneration.from_pretrained(
+        "owner/mine", language_model=base(), cache_dir=str(tmp_path / "licensed")
+    )
+    del files["README.md"]
+    loaded.push_to_hub("owner/mine")
+    card = ModelCard(files["README.md"].decode())
+    assert card.data.license == "other"
+    assert "Made from `Birds`" in card.text
 
 
 def test_a_processor_is_pushed_without_paths_of_this_machine(

@@ -345,12 +345,12 @@ def test_the_terms_of_a_start_are_those_of_what_goes_on_from_it(
         return (run(path, f"out={tmp_path}/{number}").adapter / "README.md").read_text()
 
     assert "license" not in card(1)
-    terms = 'license: other\nlicense_name: "research only"\n'
+    terms = 'license: "other"\nlicense_name: "research only"\n'
     (first.adapter / "README.md").write_text(f"---\n{terms}tags: [a]\n---\n\n# Mine\n\nText.\n")
     found = card(2)
     assert found.startswith(f"---\n{terms}library_name:")
     assert found.endswith(
-        "\nTrained further from `Mine`: its terms, and those of its data, hold for this one too.\n"
+        "\nMade from `Mine`: its terms, and those of its data, hold for this one too.\n"
     )
     (first.adapter / "README.md").write_bytes(b"\xff")
     assert "license" not in card(3)

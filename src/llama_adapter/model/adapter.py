@@ -27,6 +27,7 @@ from llama_adapter.model.attention_registry import (
     register_attention,
     visual_context,
 )
+from llama_adapter.model.card import Terms
 from llama_adapter.model.gated_attention import (
     GatedPrompt,
     LateFusionPrompt,
@@ -74,6 +75,8 @@ class Adapter:
         self.is_attached = False
         self.is_prepared = False
         """Whether plain modules replace the learned ones, for inference."""
+        self.terms: Terms | None = None
+        """Of the adapter that it was loaded from; they go where it is saved."""
         refuse_unroutable(language_model)
         if any(isinstance(module, AdapterModule) for module in language_model.modules()):
             raise ConfigError("this base carries an adapter already; load_adapter adds another one")

@@ -5,16 +5,20 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from llama_adapter.files import final_name, write_atomically
 from llama_adapter.model.configuration import LlamaAdapterConfig
 from llama_adapter.uploads import CARD
 
-_OPENING = "---\n"
-_TERMS = re.compile(r"license(_name|_link)?: *\S")
-_HEADING = re.compile(r"^# (.*\S)", re.MULTILINE)
+_METADATA = re.compile(r"\A\ufeff?---[ \t]*\n(.*?\n)---[ \t]*\n(\s*# .*)?", re.DOTALL)
+"""Of a card: its metadata, and the heading with which its text begins."""
+_TERMS = ("license", "license_name", "license_link")
+_LONGEST_CARD = 1 << 20
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 _CARD = """---
@@ -30,14 +34,63 @@ from llama_adapter import LlamaAdapterForConditionalGeneration
 
 model = LlamaAdapterForConditionalGeneration.from_pretrained("{name}")
 ```
+{made_from}"""
+_MADE_FROM = """
+Made from `{name}`: its terms, and those of its data, hold for this one too.
 """
 
 
-def model_card(config: LlamaAdapterConfig, name: str, *, tags: Sequence[str] = ()) -> str:
-    """The text of `README.md`, with the metadata that the hub finds and links models by."""
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What the card of an adapter says of its license."""
+
+    name: str
+    """The adapter's."""
+    metadata: Mapping[str, Any]
+    """`license`, and perhaps `license_name` and `license_link`."""
+
+
+def terms_of(directory: Path) -> Terms | None:
+    """The terms that an adapter's card states; None where it has none, or no card."""
+    path = directory / CARD
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:
+        text = file.read(_LONGEST_CARD).decode("utf-8", errors="replace").replace("\r\n", "\n")
+    found = _METADATA.match(text)
+    try:
+        stated = yaml.safe_load(found[1]) if found else None
+    except (yaml.YAMLError, ValueError, RecursionError):
+        return None  # a card is for people: what is wrong with it keeps nobody from the adapter
+    if not isinstance(stated, dict):
+        return None
+    metadata = {key: stated[key] for key in _TERMS if _is_text(stated.get(key))}
+    if "license" not in metadata:
+        return None
+    heading = ((found and found[2]) or "").strip().partition("\n")[0].strip("#` ")
+    return Terms(heading or final_name(directory.resolve()), metadata)
+
+
+def _is_text(value: Any) -> bool:
+    several = value if isinstance(value, list) and value else [value]
+    return all(isinstance(text, str) and text for text in several)
+
+
+def model_card(
+    config: LlamaAdapterConfig,
+    name: str,
+    *,
+    tags: Sequence[str] = (),
+    terms: Terms | None = None,
+) -> str:
+    """The text of `README.md`, with the metadata that the hub finds and links models by.
+
+    `terms` are those of the adapter that this one was made from, and hold for it too.
+    """
     base = _name(config.base)
     is_multimodal = config.vision is not None
     metadata: dict[str, Any] = {
+        **({} if terms is None else terms.metadata),
         **({"base_model": base, "base_model_relation": "adapter"} if base else {}),
         "library_name": "llama-adapter",
         "pipeline_tag": "image-text-to-text" if is_multimodal else "text-generation",
@@ -49,35 +102,15 @@ def model_card(config: LlamaAdapterConfig, name: str, *, tags: Sequence[str] = (
         name=name,
         base=f"`{base}`" if base else "a model that has no name on the hub",
         and_vision=" and vision encoder" if is_multimodal else "",
+        made_from="" if terms is None else _MADE_FROM.format(name=terms.name),
     )
 
 
-def write_card(directory: Path, config: LlamaAdapterConfig) -> None:
+def write_card(directory: Path, config: LlamaAdapterConfig, *, terms: Terms | None = None) -> None:
     """Write `README.md` where there is none: a card that somebody wrote stays."""
     path = directory / CARD
     if not path.exists():
-        write_atomically(path, model_card(config, final_name(directory.resolve())))
-
-
-def carry_terms(directory: Path, start: Path) -> None:
-    """Let an adapter's card name the terms of the adapter that it was trained further from.
-
-    They are the lines of metadata that the hub reads a license from; without any, nothing is added.
-    """
-    path, before = directory / CARD, start / CARD
-    if not (path.is_file() and before.is_file()):
-        return
-    metadata, _, known = before.read_text("utf-8", errors="replace").partition("\n---\n")
-    terms = "".join(f"{line}\n" for line in metadata.splitlines() if _TERMS.match(line))
-    text = path.read_text("utf-8")
-    if not terms or not text.startswith(_OPENING):
-        return
-    heading = _HEADING.search(known)
-    name = final_name(start.resolve()) if heading is None else heading[1]
-    note = (
-        f"Trained further from `{name}`: its terms, and those of its data, hold for this one too."
-    )
-    write_atomically(path, f"{_OPENING}{terms}{text.removeprefix(_OPENING)}\n{note}\n")
+        write_atomically(path, model_card(config, final_name(directory.resolve()), terms=terms))
 
 
 def _name(described: Mapping[str, Any] | None) -> str:

@@ -26,7 +26,7 @@ from llama_adapter.errors import CheckpointError, ConfigError
 from llama_adapter.families.offloading import execution_device
 from llama_adapter.families.vision import vision_feature_size
 from llama_adapter.files import atomic_file
-from llama_adapter.model.card import model_card, write_card
+from llama_adapter.model.card import model_card, terms_of, write_card
 from llama_adapter.model.configuration import (
     ADAPTER_CONFIG_NAME,
     LlamaAdapterConfig,
@@ -130,7 +130,7 @@ class AdapterPersistence:
                 vision=_relative_to(folder, model.config.vision),
             )
             config.save_pretrained(folder)
-            write_card(folder, config)
+            write_card(folder, config, terms=adapter.terms)
             self._after_saving(folder)
 
     def push_to_hub(
@@ -160,7 +160,7 @@ class AdapterPersistence:
         config = copy(model.config)
         if model._changed is not None:
             config.base = None  # as in the file
-        card = partial(model_card, config, tags=tags or ())
+        card = partial(model_card, config, tags=tags or (), terms=model.adapter.terms)
         return push_folder(save, repo_id, what="adapter", card=card, **options)
 
     def _after_saving(self, directory: Path) -> None:
@@ -235,6 +235,7 @@ class AdapterPersistence:
         except BaseException:  # the base may be shared, and goes on without this adapter
             model.adapter.detach()  # type: ignore[attr-defined]
             raise
+        model.adapter.terms = terms_of(directory)  # type: ignore[attr-defined]
         return model.eval()  # type: ignore[attr-defined]
 
     def load_adapter(self, directory: Any, adapter_name: str = "default", **options: Any) -> None:
@@ -277,6 +278,7 @@ class AdapterPersistence:
                 adapter.load_state_dict(read_checked(path), source=str(path))
             finally:
                 adapter.detach()
+        adapter.terms = terms_of(directory)
         model._adapters[adapter_name] = adapter
 
 

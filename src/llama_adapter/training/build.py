@@ -34,8 +34,6 @@ class Built:
     model: LlamaAdapterForConditionalGeneration
     lora: Lora | None
     """Set where the recipe, or the adapter it starts from, puts LoRA into the base."""
-    start: Path | None
-    """The directory of the adapter that it goes on from."""
 
 
 def load_processor(recipe: Recipe) -> LlamaAdapterProcessor:
@@ -110,7 +108,7 @@ def build(recipe: Recipe, *, device: torch.device, on_device: bool = True) -> Bu
         # layer by layer: they are alike, so one is compiled and the others reuse it
         for layer in decoder_layers(model):
             layer.compile()
-    return Built(model=model, lora=lora, start=start)
+    return Built(model=model, lora=lora)
 
 
 def _adapter_config(recipe: Recipe) -> AdapterConfig:

@@ -19,7 +19,6 @@ from pydantic import (
 
 from llama_adapter.checkpoints.torch_files import read_torch_file
 from llama_adapter.errors import CheckpointError
-from llama_adapter.model.card import carry_terms
 from llama_adapter.model.persistence import ADAPTER_WEIGHTS_NAME
 from llama_adapter.model.tensor_files import read_tensors
 from llama_adapter.processing.processor import LlamaAdapterProcessor
@@ -92,8 +91,6 @@ class Checkpointer:
         def write(directory: Path) -> None:
             self.built.model.save_pretrained(directory, state_dict=state)
             self.processor.save_pretrained(directory)
-            if self.built.start is not None:
-                carry_terms(directory, self.built.start)
 
         return write
 
