@@ -19,6 +19,7 @@ from llama_adapter.errors import CheckpointError, ConfigError
 from llama_adapter.files import expanded, read_json_object
 from llama_adapter.model.peft_base import PEFT_FOLDER, is_peft_folder
 from llama_adapter.pretrained import explain
+from llama_adapter.uploads import CARD
 
 SECONDS = 5.0
 """How long the hub has to answer."""
@@ -78,7 +79,7 @@ def adapter_folder(
             reason = why_missing(name_or_path) or explain(error)
             raise CheckpointError(f"cannot load the adapter {name_or_path!r}: {reason}") from error
 
-    folder = get(files("adapter_*", "config.json", f"{PEFT_FOLDER}/*")) / inner
+    folder = get(files("adapter_*", "config.json", CARD, f"{PEFT_FOLDER}/*")) / inner
     path = folder / "adapter_config.json"
     if not path.is_file():
         raise CheckpointError(
