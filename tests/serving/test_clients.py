@@ -264,6 +264,13 @@ def test_a_malformed_body_is_a_400_in_openais_form(server, body) -> None:
             "text.format.shema",
         ),
         ("responses", {"inputs": "x"}, "{}; did you mean 'input'?", "inputs"),
+        (
+            "responses",
+            {"input": [{"role": "user", "content": "x", "contnt": 1}]},
+            "{}; did you mean 'content'?",
+            "input.0.contnt",
+        ),
+        ("completions", {"prompt": "x", "query": 1}, "{}", "query"),
         ("completions", {"\ud800": 1}, "{}", "\ufffd" * 3),  # which no answer can hold
     ],
 )

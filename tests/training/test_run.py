@@ -78,7 +78,10 @@ def test_what_no_data_moves_is_not_counted_as_trained(recipe_file: Recipe, tmp_p
         for each in (begun, result)
     )
     assert result.trained == {"adapter": sum(p.numel() for p in after.group_parameters("vision"))}
-    assert sizes_of(load_recipe(path)).trained_parameters == {"vision": result.trained["adapter"]}
+    sizes, of_both = sizes_of(load_recipe(path)), sizes_of(load_recipe(recipe_file()))
+    assert sizes.trained_parameters == {"vision": result.trained["adapter"]}
+    idle = sum(of_both.trained_parameters.values()) - result.trained["adapter"]
+    assert sizes.frozen_bytes - of_both.frozen_bytes == 4 * idle
     pairs = zip(
         before.group_parameters("language"), after.group_parameters("language"), strict=True
     )

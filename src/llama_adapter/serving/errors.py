@@ -23,6 +23,8 @@ _TYPES = {
     504: "server_error",
 }
 TRY_AGAIN = {"Retry-After": "1"}
+_TEXT_KINDS = frozenset(("str", "constrained-str"))
+"""What a place ends in where a text or something else was expected."""
 TOO_LATE = "the time limit has passed"
 ENDING = "the server is shutting down"
 
@@ -75,15 +77,28 @@ def as_api_error(error: Exception) -> ApiError:
     return ApiError(500, "the server has failed to answer this request", code="internal_error")
 
 
+def _telling(faults: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """The first fault; where a text or a list was expected, the first one inside the list."""
+    first = faults[0]
+    place = tuple(first["loc"])
+    if not place or place[-1] not in _TEXT_KINDS:
+        return first
+    before = place[:-1]
+    inside = (f for f in faults if tuple(f["loc"][: len(before)]) == before)
+    return next((f for f in inside if len(f["loc"]) > len(place)), first)
+
+
 def as_validation_error(faults: Sequence[Mapping[str, Any]]) -> ApiError:
     """The first thing that is wrong with a body, by the name of its field."""
-    fault = faults[0]
-    where = [str(step) for step in fault["loc"] if step not in {"body", "query", "path"}]
+    fault = _telling(faults)
+    where = [str(step) for step in fault["loc"]]
+    if where[:1] in (["body"], ["query"], ["path"]):
+        del where[0]
     # behind a field, its kind among several
     field = ".".join(
         step
         for step in where
-        if step not in {"str", "constrained-str"} and not step.startswith(("function-", "list["))
+        if step not in _TEXT_KINDS and not step.startswith(("function-", "list["))
     )
     match fault["type"]:
         case "extra_forbidden":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from llama_adapter.generation.requests import (
     encode_prompt,
 )
 from llama_adapter.model.configuration import LlamaAdapterConfig, read_adapter_config
-from llama_adapter.serving.errors import ApiError
+from llama_adapter.serving.errors import ENDING, ApiError
 
 
 class ServedExperts:
@@ -135,5 +136,7 @@ class EngineCaptions:
 def _whole(generation: Generation) -> str:
     parts = list(generation)
     if parts[-1].finish == "deadline":
-        raise ExpertError("captions took too long")
+        deadline = generation.request.deadline
+        is_late = deadline is not None and time.monotonic() >= deadline
+        raise ExpertError("captions took too long" if is_late else ENDING)
     return "".join(part.text for part in parts)

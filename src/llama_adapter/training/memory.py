@@ -82,9 +82,11 @@ def sizes_of(
     }
     if built.lora is not None and Group.LANGUAGE in moving:
         trained["lora"] = sum(p.numel() for p in built.lora.named_parameters().values())
-    trained_ids = {id(p) for _, p in model.adapter.named_parameters()}
-    trained_ids |= {id(p) for p in (built.lora.named_parameters().values() if built.lora else ())}
-    base_count = sum(p.numel() for p in base.parameters() if id(p) not in trained_ids)
+    learned = [p for _, p in model.adapter.named_parameters()]
+    learned += built.lora.named_parameters().values() if built.lora else ()
+    learned_ids = {id(p) for p in learned}
+    base_count = sum(p.numel() for p in base.parameters() if id(p) not in learned_ids)
+    idle_count = sum(p.numel() for p in learned) - sum(trained.values())
     vision_count = 0 if model.vision is None else _count(model.vision)
     text = base.config.get_text_config()
     per_parameter = _base_bytes(recipe, text)
@@ -99,7 +101,8 @@ def sizes_of(
         context=getattr(text, "max_position_embeddings", None),
         positions=_positions(base, text),
         embedding_rows=base.get_input_embeddings().weight.shape[0],
-        frozen_bytes=int(base_count * per_parameter + vision_count * 4),
+        # what no kind of data moves is as large as what is trained, without its gradient
+        frozen_bytes=int(base_count * per_parameter + (vision_count + idle_count) * 4),
         trained_bytes=_TRAINED_BYTES * sum(trained.values()),
         activation_bytes=_activations(
             text,

@@ -323,8 +323,16 @@ class TrainingRun:
         named = [pair for some in self.trainer.named.values() for pair in some.items()]
         shapes = {name: tuple(p.shape) for name, p in named if name not in factors}
         self.best.check(self.directory.path / BEST, shapes, self._tell)
+        # behind the last step nothing depends on the evaluation but its row, which may be there
+        if self._unscored and self._is_over() and self._has_row(step):
+            self._unscored = None
         on_rank_0(self.engine, lambda: self._truncate_after(step))
         return step
+
+    def _has_row(self, step: int) -> bool:
+        """Whether the step's row is written, as the first process finds."""
+        found = self.engine.rank == 0 and any(r["step"] == step for r in self.metrics.rows())
+        return bool(self.engine.gather(found)[0])
 
     def _newest_whole(self, saved: Sequence[Path]) -> int:
         damaged: list[Path] = []
