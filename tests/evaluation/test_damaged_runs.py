@@ -59,7 +59,8 @@ DAMAGES: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("change", DAMAGES)
 def test_damaged_scores_of_runs_without_answers(write: Any, change: dict[str, Any]) -> None:
-    write("runs/run/manifest.json", {"model": {"directory": "/models/mine"}})
+    manifest = {"task": "miniature", "model": {"directory": "/models/mine"}}
+    write("runs/run/manifest.json", manifest)
     path = write("runs/run/score.json", SCORE)
     write("runs/other/score.json", [])  # another program's
     row = "| run (mine) | 2 | 50.00 [10.00, 90.00] |  |"
@@ -68,6 +69,22 @@ def test_damaged_scores_of_runs_without_answers(write: Any, change: dict[str, An
     name = next(iter(change))
     with pytest.raises(EvaluationError, match=rf"score\.json: {name} is not as a run writes it"):
         find_runs([path.parents[1]])
+
+
+@pytest.mark.parametrize(
+    "manifest",
+    ["{", [], {"name": "An app", "icons": []}, {"task": ["miniature"]}, {"task": "vqa"}],
+)
+def test_a_score_is_reported_only_for_a_task_that_stores_no_answers(
+    write: Any, tmp_path: Path, manifest: Any
+) -> None:
+    write("runs/other/manifest.json", manifest)
+    write("runs/other/score.json", SCORE | {"task": "vqa"})  # a run's whose answers are gone, say
+    with pytest.raises(EvaluationError, match="holds no run"):
+        find_runs([tmp_path / "runs"])
+    write("runs/run/manifest.json", {"task": "miniature"})
+    write("runs/run/score.json", SCORE)
+    assert [run.folder.name for run in find_runs([tmp_path / "runs"])] == ["run"]
 
 
 JUDGMENTS: list[Any] = [{"id": 1}, {"aspect": 5}, {"verdict": "yes"}, {"reply": ["x"]}]

@@ -20,6 +20,8 @@ from llama_adapter.evaluation.tasks.base import Generation
 from llama_adapter.files import write_atomically
 
 MANIFEST = "manifest.json"
+TASKS_WITHOUT_ANSWERS = ("miniature",)
+"""Tasks that store a score alone, so a run of theirs is never taken up again."""
 _SAME = ("task", "model", "records", "data_sha256", "generation", "shard")
 """What must agree where a run is taken up again."""
 _LATER_SETTINGS = {"top_p": 1.0, "images": "own", "beams": 1}

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from llama_adapter.errors import EvaluationError
-from llama_adapter.evaluation.jsonfiles import field_of, read_jsonl
-from llama_adapter.evaluation.manifest import MANIFEST, read_manifest
+from llama_adapter.evaluation.jsonfiles import field_of, read_json, read_jsonl
+from llama_adapter.evaluation.manifest import MANIFEST, TASKS_WITHOUT_ANSWERS, read_manifest
 from llama_adapter.evaluation.predictions import PREDICTIONS, SCORE_FILE
 from llama_adapter.evaluation.published import published_for
 from llama_adapter.evaluation.score import ScoreReport, read_score, score
@@ -69,14 +69,13 @@ def find_runs(folders: Iterable[Path], *, resamples: int = 1000) -> list[Run]:
             if _has_answers(path.parent):
                 found.setdefault(path.parent.resolve(), path.parent)
         for path in sorted(folder.glob(f"**/{SCORE_FILE}")):
-            # other programs write files of that name, too
-            if path.is_file() and (path.parent / MANIFEST).is_file():
+            if path.is_file() and _stores_no_answers(path.parent):
                 found.setdefault(path.parent.resolve(), path.parent)
     if not found:
         names = ", ".join(str(folder) for folder in folders)
         raise EvaluationError(
             f"{names} holds no run of `llama-adapter eval`: no {PREDICTIONS}, "
-            f"and no {SCORE_FILE} with a {MANIFEST}"
+            f"and no {SCORE_FILE} with a {MANIFEST} of {', '.join(TASKS_WITHOUT_ANSWERS)}"
         )
     shown = _told_apart(list(found))
     runs = [_read_run(folder, shown[full], resamples) for full, folder in found.items()]
@@ -86,6 +85,18 @@ def find_runs(folders: Iterable[Path], *, resamples: int = 1000) -> list[Run]:
 def _has_answers(folder: Path) -> bool:
     path = folder / PREDICTIONS
     return path.is_file() and path.stat().st_size > 0
+
+
+def _stores_no_answers(folder: Path) -> bool:
+    """Whether the folder's manifest is of a task that stores none."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        return False
+    try:
+        stored = read_json(path)
+    except EvaluationError:
+        return False  # other programs write files of that name, too
+    return isinstance(stored, dict) and stored.get("task") in TASKS_WITHOUT_ANSWERS
 
 
 def _told_apart(folders: Sequence[Path]) -> dict[Path, str]:
