@@ -8,6 +8,7 @@ import re
 import shutil
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from llama_adapter.chat import ChatSession
 from llama_adapter.errors import EvaluationError
@@ -103,7 +104,9 @@ def test_a_limit_holds_for_questions_and_images(cli, tmp_path):
     assert (len(many.questions), len(many.images)) == (660, 400)
 
 
-def test_eval_is_reported_replaces_no_other_run_and_may_be_run_again(cli, tmp_path):
+def test_eval_is_reported_replaces_no_other_run_and_may_be_run_again(
+    cli, tmp_path, tmp_path_factory
+):
     common = ("eval", "miniature", "--out", tmp_path, "--batch-size", 2)
     done = cli(*common, "--model", "toy", "--limit", 2)
     assert done.status == 0, done.stderr
@@ -127,6 +130,23 @@ def test_eval_is_reported_replaces_no_other_run_and_may_be_run_again(cli, tmp_pa
         assert (tmp_path / "score.json").read_bytes() == stored
     again = cli(*common, "--model", "toy", "--limit", 2)
     assert (again.status, again.stdout) == (0, done.stdout)
+    # the same weights elsewhere, in other batches, are the same model
+    adapter = shutil.copytree(bundled_adapter("v2"), tmp_path_factory.mktemp("copied") / "v2")
+    ours = ("eval", "miniature", "--out", tmp_path, "--model", adapter, "--limit", 2)
+    again = cli(*ours, "--batch-size", 1)
+    assert (again.status, again.stdout) == (0, done.stdout)
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    assert manifest["model"]["directory"] == str(adapter)
+    assert manifest["generation"]["batch_size"] == 1
+    # other weights in the same place are not, as after a training anew
+    weights = load_file(adapter / "adapter_model.safetensors")
+    changed = {name: tensor * 1.5 for name, tensor in weights.items()}
+    save_file(changed, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
+    stored = (tmp_path / "score.json").read_bytes()
+    refused = cli(*ours)
+    assert refused.status == 2
+    assert "holds another run; model was" in refused.stderr
+    assert (tmp_path / "score.json").read_bytes() == stored
     (tmp_path / "manifest.json").unlink()
     refused = cli(*common, "--model", "toy", "--limit", 2)
     assert refused.status == 2

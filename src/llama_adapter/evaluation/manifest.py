@@ -24,6 +24,8 @@ TASKS_WITHOUT_ANSWERS = ("miniature",)
 """Tasks that store a score alone, so a run of theirs is never taken up again."""
 _SAME = ("task", "model", "records", "data_sha256", "generation", "shard")
 """What must agree where a run is taken up again."""
+_SAME_SCORE = ("task", "model", "records", "data_sha256")
+"""What must agree where a run starts over: what its score is a score of."""
 _LATER_SETTINGS = {"top_p": 1.0, "images": "own", "beams": 1}
 """What older manifests do not say of how answers were drawn."""
 _KINDS = {
@@ -87,6 +89,7 @@ def make_manifest(
 def start_or_resume(folder: Path, manifest: Mapping[str, Any]) -> None:
     """Write the manifest, or check that the run in the folder is the same one.
 
+    A run of a task that stores no answers starts over, in any batches, and says so in the manifest.
     EvaluationError where the folder holds answers or a score of which no manifest says whose they
     are.
     """
@@ -101,15 +104,27 @@ def start_or_resume(folder: Path, manifest: Mapping[str, Any]) -> None:
         write_manifest(folder, manifest)
         return
     stored = read_manifest(folder)
-    for key in _SAME:
-        before = stored.get(key)
+    starts_over = manifest["task"] in TASKS_WITHOUT_ANSWERS
+    for key in _SAME_SCORE if starts_over else _SAME:
+        before, now = stored.get(key), json.loads(json.dumps(manifest[key]))
         if key == "generation" and isinstance(before, dict):
             before = _LATER_SETTINGS | before
-        if before != json.loads(json.dumps(manifest[key])):
+        if key == "model" and starts_over:
+            before, now = map(_without_directory, (before, now))
+        if before != now:
             raise EvaluationError(
                 f"{folder}: holds another run; {key} was {_brief(before)}, "
-                f"now {_brief(manifest[key])}. Choose another --out"
+                f"now {_brief(now)}. Choose another --out"
             )
+    if starts_over:
+        write_manifest(folder, manifest)
+
+
+def _without_directory(model: Any) -> Any:
+    """A model by its files' checksums, where it has any: a directory is spelled in many ways."""
+    if not (isinstance(model, dict) and model.get("sha256")):
+        return model
+    return {name: value for name, value in model.items() if name != "directory"}
 
 
 def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
