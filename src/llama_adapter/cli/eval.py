@@ -417,11 +417,11 @@ class _Plan:
             typer.echo(f"without an answer: {len(report.problems):,}", err=True)
         for problem in report.problems[:5]:
             typer.echo(f"  {problem}", err=True)
-        if len(report.problems) == report.records:
-            url = answerer.describe().get("url")
-            where = "" if url is None else f"{url}: "
+        url = answerer.describe().get("url")
+        # a model here has no answer only where the data are at fault: asked again it has none, too
+        if url is not None and len(report.problems) == report.records:
             raise EvaluationError(
-                f"{where}none of the {report.records:,} records is answered "
+                f"{url}: none of the {report.records:,} records is answered "
                 f"(the first: {report.problems[0]}). Run the same command again to ask again"
             )
 
