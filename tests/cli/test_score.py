@@ -169,13 +169,20 @@ def test_a_judge_that_never_replies_ends_the_run_and_answers_are_kept(
     stored.write_text("".join(json.dumps(line) + "\n" for line in lines))
     works = False
     reply = '{"pred": "yes", "score": 5}'
-    common = ("eval", "vqa", "--predictions", stored, "--out", out, "--judge-model", "m")
+    run = ("eval", "vqa", "--predictions", stored, "--out", out)
+    assert cli(*run, "--judge", "exact-match").status == 0
+    common = (*run, "--judge-model", "m")
     with serving(lambda *_: reply if works else (200, {}, "not json")) as served:
         done = cli(*common, "--judge-url", served.url, "--json")
         assert (done.status, done.stdout) == (2, "")
         assert f"  1/answer: m at {served.url}: no completion" in done.stderr
         assert f"error: the judge m at {served.url} replied to none of the 2 prompts" in done.stderr
         assert (out / "predictions.jsonl").exists()
+        # the numbers are those of what is stored now, not of an earlier judge
+        stored_score = json.loads((out / "score.json").read_text())
+        found = json.loads(cli("score", "vqa", "--predictions", out, "--json").stdout)
+        assert {name: stored_score[name] for name in found} == found
+        assert stored_score["judging"]["unavailable"] == ["1/answer", "2/answer"]
         works = True
         done = cli(*common, "--judge-url", served.url, "--json")
     assert done.status == 0, done.stderr

@@ -433,7 +433,10 @@ class _Plan:
         device: str | None,
         emit: Callable[[dict[str, Any]], object] | None,
     ) -> None:
-        """Verdicts, numbers, `score.json`, and the numbers once more for the user."""
+        """Verdicts, numbers, `score.json`, and the numbers once more for the user.
+
+        EvaluationError where the judge replied to nothing, once `score.json` says so, too.
+        """
         from llama_adapter.cli.score import print_report
         from llama_adapter.evaluation.predictions import SCORE_FILE
         from llama_adapter.evaluation.running import merge_shards
@@ -441,7 +444,7 @@ class _Plan:
         from llama_adapter.files import write_atomically
 
         folder = merge_shards(self.task, self.out).parent if merge else self.folder
-        usage = judge_answers(self.task, folder, judge, device=device)
+        judged = judge_answers(self.task, folder, judge, device=device)
         report = score(self.task.name, folder, seed=self.generation.seed)
         if report.unjudged and not judge.is_given and self.task.judging is not None:
             typer.echo(
@@ -449,8 +452,11 @@ class _Plan:
                 "with --judge-url and --judge-model, or with --judge",
                 err=True,
             )
+        usage = judged.usage
         result = {**report.as_json(), **({} if usage is None else {"judging": usage})}
         write_atomically(folder / SCORE_FILE, json.dumps(result, indent=2) + "\n")
+        if judged.failure is not None:
+            raise EvaluationError(judged.failure)
         if emit is not None:
             emit({**result, "out": str(folder)})
             return

@@ -12,7 +12,7 @@ from typer import Option
 
 from llama_adapter.cli.numbers import between
 from llama_adapter.config import not_one_of
-from llama_adapter.errors import ConfigError, EvaluationError
+from llama_adapter.errors import ConfigError
 
 if TYPE_CHECKING:
     from llama_adapter.evaluation.judges import Judge
@@ -23,6 +23,16 @@ KINDS = ("local", "exact-match", "synonym-match")
 
 
 _PRICE = between(0, 1e9)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Judged:
+    """How judging went."""
+
+    usage: dict[str, Any] | None = None
+    """What it took, in tokens and money; None where no judge is given."""
+    failure: str | None = None
+    """Why it was in vain, where the judge replied to nothing."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -105,31 +115,33 @@ class JudgeSettings:
 
 def judge_answers(
     task: Task, folder: Path, settings: JudgeSettings, *, device: str | None = None
-) -> dict[str, Any] | None:
-    """Have the answers in a folder judged; what that took, in tokens and money.
+) -> Judged:
+    """Have the answers in a folder judged.
 
-    None where no judge is given.
+    Where the judge replied to nothing, nothing is raised yet: what is stored is scored first.
     """
     from llama_adapter.evaluation.costs import Prices, judge_usage
     from llama_adapter.evaluation.judging import compare_words
     from llama_adapter.evaluation.score import read_predictions
 
     if not settings.is_given:
-        return None
+        return Judged()
     prices = Prices(prompt=settings.judge_price_in, completion=settings.judge_price_out)
     rows = read_predictions(task, folder).rows
     if settings.is_model:
-        report = _ask(task, folder, settings, rows, device=device)
+        report, failure = _ask(task, folder, settings, rows, device=device)
         listed = {"unreadable": report.unreadable, "unavailable": report.unavailable}
         usage = judge_usage(folder, prices=prices) or {}
-        return {**usage, **{name: list(labels) for name, labels in listed.items()}}
+        usage |= {name: list(labels) for name, labels in listed.items()}
+        return Judged(usage=usage, failure=failure)
     compare_words(task, rows, str(settings.judge), folder)
-    return judge_usage(folder, prices=prices)
+    return Judged(usage=judge_usage(folder, prices=prices))
 
 
 def _ask(
     task: Task, folder: Path, settings: JudgeSettings, rows: Any, *, device: str | None
-) -> JudgeReport:
+) -> tuple[JudgeReport, str | None]:
+    """What was judged, and why nothing was where the judge never replied."""
     from llama_adapter.cli.progress import stages
     from llama_adapter.evaluation.judging import judge_rows, read_judge_prompts
 
@@ -148,9 +160,9 @@ def _ask(
     for label in (*report.unavailable, *report.unreadable)[:5]:
         reason = report.reasons.get(label, "no reply could be read")
         typer.echo(f"  {label}: {reason}", err=True)
-    if report.is_without_reply:
-        raise EvaluationError(
-            f"the judge {judge.name} replied to none of the {report.asked:,} prompts. The answers "
-            "are kept: run the same command again, and they are judged"
-        )
-    return report
+    if not report.is_without_reply:
+        return report, None
+    return report, (
+        f"the judge {judge.name} replied to none of the {report.asked:,} prompts. The answers "
+        "are kept: run the same command again, and they are judged"
+    )
