@@ -170,7 +170,11 @@ def test_no_more_prompts_at_once_than_allowed(tmp_path: Path) -> None:
 def test_nobody_there(tmp_path: Path) -> None:
     with a_judge("http://127.0.0.1:9/v1", retries=0) as judge:
         report = judge_rows(find_task("msvd-qa"), rows(1), judge, tmp_path)
-    assert report.unavailable == ("0/answer",)
+        assert report.unavailable == ("0/answer",)
+        same = judge_rows(find_task("msvd-qa"), rows(1) * 2, judge, tmp_path)
+    assert report.is_without_reply
+    assert same.is_without_reply  # though both prompts bear one name
+    assert same.unavailable == ("0/answer", "0/answer")
 
 
 def test_prompts_show_question_gold_and_answer_as_they_are(tmp_path: Path) -> None:

@@ -113,8 +113,8 @@ def judge_rows(
         prompt_tokens=tally.prompt_tokens,
         completion_tokens=tally.completion_tokens,
         unreadable=tuple(sorted(tally.unreadable)),
-        unavailable=tuple(sorted(tally.unavailable)),
-        reasons=tally.unavailable,
+        unavailable=tuple(sorted(label for label, _ in tally.unavailable)),
+        reasons=dict(tally.unavailable),
     )
 
 
@@ -215,8 +215,8 @@ class _Tally:
         self.prompt_tokens = 0
         self.completion_tokens = 0
         self.unreadable: list[str] = []
-        self.unavailable: dict[str, str] = {}
-        """Labels, with the reasons."""
+        self.unavailable: list[tuple[str, str]] = []
+        """Labels, which several prompts may share, with the reasons."""
 
 
 class _Writer:
@@ -242,7 +242,7 @@ def _judge_one(
         except JudgeUnavailableError as error:
             writer.write(**asked, attempt=attempt, reply=None, verdict=None, error=str(error))
             with tally.lock:
-                tally.unavailable[question.label] = str(error)
+                tally.unavailable.append((question.label, str(error)))
             return
         verdict = judging.parse(question.aspect, reply.text)
         writer.write(
