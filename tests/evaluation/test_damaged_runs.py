@@ -53,7 +53,7 @@ SCORE = {
 DAMAGES: list[dict[str, Any]] = [
     {"task": 5}, {"n": "2"}, {"n": True}, {"metrics": []}, {"metrics": {"caption": "50"}},
     {"intervals": {"caption": [10.0]}}, {"intervals": {"caption": [10.0, None]}}, {"notes": [1]},
-    {"protocol": "x"},
+    {"protocol": "x"}, {"counts": {"caption": "2"}}, {"counts": 2},
 ]  # fmt: skip
 
 
@@ -63,8 +63,10 @@ def test_damaged_scores_of_runs_without_answers(write: Any, change: dict[str, An
     write("runs/run/manifest.json", manifest)
     path = write("runs/run/score.json", SCORE)
     write("runs/other/score.json", [])  # another program's
-    row = "| run (mine) | 2 | 50.00 [10.00, 90.00] |  |"
-    assert row in as_markdown(table(find_runs([path.parents[1]])))
+    for counts, shown in (({}, ""), ({"counts": {"caption": 5}}, "5")):
+        write("runs/run/score.json", SCORE | counts)
+        row = f"| run (mine) | {shown} | 50.00 [10.00, 90.00] |  |"
+        assert row in as_markdown(table(find_runs([path.parents[1]])))
     write("runs/run/score.json", SCORE | change)
     name = next(iter(change))
     with pytest.raises(EvaluationError, match=rf"score\.json: {name} is not as a run writes it"):

@@ -116,6 +116,10 @@ def test_eval_is_reported_replaces_no_other_run_and_may_be_run_again(
     score = json.loads((tmp_path / "score.json").read_text())
     lines = json.loads(table.stdout)["lines"]
     assert {line["metric"]: line["value"] for line in lines} == score["metrics"]
+    objects = sum(len(scene.objects) for scene in HeldOutScenes.draw(limit=2).scenes)
+    assert objects != 2
+    captions = {"caption": objects, "caption_expert": objects}
+    assert {line["metric"]: line["n"] for line in lines} == dict.fromkeys(METRICS, 2) | captions
     assert {line["system"] for line in lines} == {f"{tmp_path.name} (v2)"}
     assert "caption_expert" in (tmp_path / "report" / "report.html").read_text()
     shutil.rmtree(tmp_path / "report")

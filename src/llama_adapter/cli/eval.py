@@ -315,6 +315,7 @@ def _eval_miniature(settings: EvalSettings, out: Path, *, as_json: bool) -> None
                 for name, score in results.metrics.items()
             },
             protocol={"metrics": METRICS, "model": model},
+            counts={name: score.total for name, score in results.metrics.items()},
         )
         splits = results.to_dict()
         result = {

@@ -169,7 +169,8 @@ def _lines_of(run: Run) -> list[Line]:
             metric=metric,
             value=value,
             interval=found.intervals.get(metric),
-            n=found.n,
+            # only of stored answers is every metric known to be of all records
+            n=found.counts.get(metric, found.n if run.has_answers else None),
             missing=missing,
             source=str(run.folder),
         )
@@ -190,7 +191,8 @@ def as_markdown(lines: Sequence[Line]) -> str:
             first = next(iter(mine.values()))
             cells = [_cell(mine.get(metric)) for metric in metrics]
             shown = f"{system} (published)" if first.is_published else system
-            count = "" if first.n is None else str(first.n)
+            counts = {line.n for line in mine.values()}
+            count = "" if first.n is None or len(counts) > 1 else str(first.n)
             row = [shown, count, *cells, first.missing]
             parts.append("| " + " | ".join(value.replace("|", "\\|") for value in row) + " |")
         sources = {line.system: line.source for line in own if line.is_published}

@@ -40,6 +40,8 @@ class ScoreReport:
     intervals: dict[str, tuple[float, float]]
     notes: tuple[str, ...] = ()
     protocol: dict[str, Any] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+    """Of how many each metric is a share, where they are not all of `n`."""
 
     def as_json(self) -> dict[str, Any]:
         """The one object of `--json`."""
@@ -53,6 +55,7 @@ class ScoreReport:
             "intervals": {name: list(pair) for name, pair in self.intervals.items()},
             "notes": list(self.notes),
             "protocol": self.protocol,
+            **({"counts": self.counts} if self.counts else {}),
         }
 
 
@@ -77,6 +80,7 @@ _STORED: dict[str, Callable[[Any], bool]] = {
     ),
     "notes": lambda notes: isinstance(notes, list) and all(isinstance(n, str) for n in notes),
     "protocol": lambda protocol: isinstance(protocol, dict),
+    "counts": lambda named: isinstance(named, dict) and all(map(_is_count, named.values())),
 }
 """What a report is read from, and whether a value is as a run writes it."""
 
@@ -88,6 +92,8 @@ def read_score(path: Path) -> ScoreReport:
         raise EvaluationError(f"{path}: is not a score: {brief(stored)}")
     found = {}
     for name, fits in _STORED.items():
+        if name == "counts" and name not in stored:
+            continue  # as where every metric is of all records
         found[name] = field_of(stored, (name,), where=str(path))
         if not fits(found[name]):
             raise EvaluationError(f"{path}: {name} is not as a run writes it: {brief(found[name])}")
