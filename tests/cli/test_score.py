@@ -147,14 +147,20 @@ def test_an_endpoint_that_answers_nothing_ends_the_run(cli: Cli, tmp_path: Path)
 def test_records_that_no_model_could_answer_are_counted(
     cli: Cli, adapter_dir: Path, tmp_path: Path
 ) -> None:
+    pytest.importorskip("openai")
     (tmp_path / "a.png").write_text("not an image")
     data = tmp_path / "questions.jsonl"
     data.write_text('{"image": "a.png", "question": "what is it?", "answer": "a star"}\n')
-    common = ("eval", "vqa", "--data", data, "--model", adapter_dir, "--judge", "exact-match")
-    done = cli(*common, "--out", tmp_path / "out", "--json")
-    assert done.status == 0, done.stderr
-    assert json.loads(done.stdout)["unanswered"] == 1
-    assert "without an answer: 1" in done.stderr
+    common = ("eval", "vqa", "--data", data, "--judge", "exact-match", "--json")
+    with serving(lambda *_: "a star") as served:
+        for name, whose in (
+            ("local", ("--model", adapter_dir)),
+            ("endpoint", ("--model", "m", "--endpoint", served.url)),
+        ):
+            done = cli(*common, *whose, "--out", tmp_path / name)
+            assert done.status == 0, done.stderr
+            assert json.loads(done.stdout)["unanswered"] == 1
+            assert "without an answer: 1" in done.stderr
 
 
 def test_a_judge_that_never_replies_ends_the_run_and_answers_are_kept(

@@ -418,9 +418,9 @@ class _Plan:
             typer.echo(f"without an answer: {len(report.problems):,}", err=True)
         for problem in report.problems[:5]:
             typer.echo(f"  {problem}", err=True)
-        url = answerer.describe().get("url")
-        # a model here has no answer only where the data are at fault: asked again it has none, too
-        if url is not None and len(report.problems) == report.records:
+        # where only the data are at fault, asking again is in vain
+        if report.failed and len(report.problems) == report.records:
+            url = answerer.describe().get("url")
             raise EvaluationError(
                 f"{url}: none of the {report.records:,} records is answered "
                 f"(the first: {report.problems[0]}). Run the same command again to ask again"

@@ -27,6 +27,8 @@ class Prediction:
 
     text: str | None = None
     problem: str | None = None
+    has_failed: bool = False
+    """Whether the problem is the answerer's, such as a dead server's, and not the record's."""
     contexts: tuple[dict[str, Any], ...] = ()
     """What experts reported, where any were asked."""
 
@@ -127,9 +129,9 @@ class EndpointAnswerer:
         except openai.APIStatusError as error:
             if error.status_code in {401, 403, 404}:
                 raise EvaluationError(f"{self._url} refuses: {short_error(error)}") from error
-            return Prediction(problem=short_error(error))
+            return Prediction(problem=short_error(error), has_failed=True)
         except (openai.APIError, ValueError, TypeError, IndexError, AttributeError) as error:
-            return Prediction(problem=short_error(error))
+            return Prediction(problem=short_error(error), has_failed=True)
 
     def describe(self) -> dict[str, Any]:
         """The address and the model's name there."""

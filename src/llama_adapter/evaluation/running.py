@@ -48,6 +48,8 @@ class RunReport:
     """Records that an earlier run had done."""
     problems: tuple[str, ...]
     """`id: why` for records without an answer."""
+    failed: int
+    """Of these, records that the answerer failed at, such as a dead server."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -134,6 +136,7 @@ def run(
     done = _done(folder, task)
     report = progress or (lambda *_: None)
     report(len(done), len(records))
+    failed = 0
     for index, batch in enumerate(asker.batches(records)):
         pending = [record for record in batch if record.id not in done]
         if not pending:
@@ -142,6 +145,7 @@ def run(
         predictions.append(
             *({"task": task.name, **record_to_json(r), **lines[r.id]} for r in pending)
         )
+        failed += sum(record.id in asker.failed for record in pending)
         report(len(pending), len(records))
     found = read_ours(folder / PREDICTIONS, task=task.name)
     problems = tuple(f"{row.record.id}: {row.problem}" for row in found.rows if row.problem)
@@ -150,6 +154,7 @@ def run(
         records=len(records),
         answered_before=len(done),
         problems=problems,
+        failed=failed,
     )
 
 
@@ -281,6 +286,8 @@ class _Asker:
         self._generation = generation
         self._paths = paths
         self._video = lru_cache(maxsize=_VIDEOS_KEPT)(self._load)
+        self.failed: set[str] = set()
+        """Records that the answerer failed at."""
 
     def prompts(self, record: Record) -> list[str]:
         """What is asked, in full."""
@@ -318,7 +325,10 @@ class _Asker:
         flat = [conversation for _, several in asked for conversation in several]
         answers = iter(answerer.answer(flat, self._generation, seed=seed) if flat else ())
         for record, several in asked:
-            lines[record.id] = _line([next(answers) for _ in several])
+            own = [next(answers) for _ in several]
+            lines[record.id] = _line(own)
+            if any(answer.has_failed for answer in own):
+                self.failed.add(record.id)
             notes = [f"{ref.name}: {ref.note}" for ref in several[0].images if ref.note]
             lines[record.id] |= {"notes": notes} if notes else {}
         seconds = round((time.perf_counter() - started) / len(batch), 4)
